@@ -1,0 +1,392 @@
+"""The loss in bounded memory, on any device, from PyTorch's own matrix products.
+
+The idea. In a pairwise loss the upstream gradient of every token of a response is one scalar, the response's
+coefficient c, and c is known as soon as the response's preference group has been through the head. So work in chunks
+that hold whole groups: the logits of a chunk are exponentiated in place, give the log-probs, then the margins, then c,
+and are still there for the two products of the backward pass. Nothing is recomputed: three matrix products for the
+policy and one for the reference, against four and one for a loss that works token by token.
+
+The softmax gradient is never formed. With E = exp(logit − max), s = Σ E and r = s − E[target], the gradient by a
+token's logits is c·(onehot − E/s) = −(c/s)·(E with −r at the target). So −r is written over E[target] (exact where
+p(target) is close to 1, where 1 − p would cancel), the scales −c/s ride on the rows of the [n, H] operands, and
+
+    dX = −(c/s) · (E W)          dW += Eᵀ (−(c/s) · X)          db += Eᵀ (−(c/s))
+
+A group larger than the workspace goes through in several blocks. Its dX needs no coefficient until the end, being
+linear in c. Its dW is either gathered apart, if the group is one pair (one unknown scalar, c_winner = −c_loser) and a
+second [V, H] fits the workspace, or takes a second pass over the head.
+
+Accumulation is fp32 for fp32, bf16 and fp16 inputs, float64 for float64. Sums over responses are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from .head import Head
+
+Rows = slice | Tensor  # a slice where the rows are contiguous: indexing is then a view
+
+UPCAST_COLUMNS = 8192  # vocabulary entries that a CPU converts from bf16 at a time
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_workspace(device: torch.device) -> int:
+    """Bytes for logits in flight: large tiles pay on a GPU, caches and small machines ask for less on a CPU."""
+    return 2**30 if device.type == "cuda" else 192 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One block of rows through the head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Block:
+    """The exponentials of one block of rows: what its log-probs and its gradients are made of."""
+
+    def __init__(self, hidden: Tensor, head: Head, targets: Tensor, buffer: Tensor, gradients: bool) -> None:
+        self.hidden, self.head = hidden, head
+        logits = _logits(hidden, head.weight, buffer[: len(hidden)])
+        if head.bias is not None:
+            logits.add_(head.bias)
+        slope = None  # d logit / d (h·w + b) as far as it varies; the constant part is self.scale
+        self.scale = head.logit_scale / head.temperature
+        if head.softcap is not None:
+            logits.mul_(head.logit_scale / head.softcap).tanh_()
+            slope = (1 - logits.square()) if gradients else None
+            logits.mul_(head.softcap / head.temperature)
+        elif self.scale != 1:
+            logits.mul_(self.scale)
+
+        index = targets[:, None]
+        peak = logits.amax(1, keepdim=True)
+        above_peak = logits.gather(1, index) - peak
+        exp = logits.sub_(peak).exp_()
+        at_target = exp.gather(1, index)
+        exp.scatter_(1, index, 0)
+        others = exp.sum(1, keepdim=True)
+        # at_target is exactly 1 where the target leads, so log1p keeps the small log-probs of sure tokens exact
+        self.logps = (above_peak - torch.log1p(others + (at_target - 1)))[:, 0]
+        self.total = others + at_target
+        if gradients:
+            exp.scatter_(1, index, -others)
+            if slope is not None:
+                exp.mul_(slope)
+            low = hidden.dtype != exp.dtype and hidden.is_cuda  # tensor cores want both operands in the input's dtype
+            self.exp = exp.to(hidden.dtype) if low else exp
+
+    def row_scale(self, coefficients: Tensor | float) -> Tensor:
+        """(n, 1): −c·scale/s, from the upstream gradient (n, 1) of every row's log-prob."""
+        return -coefficients * self.scale / self.total
+
+    def hidden_gradient(self, row_scale: Tensor) -> Tensor:
+        """(n, H) in the accumulation dtype."""
+        out = torch.zeros(self.hidden.shape, dtype=self.total.dtype, device=self.hidden.device)
+        for v in _columns(self.head.weight, self.exp):
+            _add_product(out, self.exp[:, v], self.head.weight[v])
+        return out.mul_(row_scale)
+
+    def add_weight_gradient(self, out: Tensor, row_scale: Tensor) -> None:
+        """out (V, H) += Eᵀ (row_scale · X)."""
+        _add_product(out, self.exp.T, (self.hidden * row_scale).to(self.exp.dtype))
+
+    def add_bias_gradient(self, out: Tensor, row_scale: Tensor) -> None:
+        """out (V,) += Eᵀ row_scale."""
+        out.addmv_(self.exp.to(out.dtype).T, row_scale[:, 0])
+
+
+def _columns(weight: Tensor, buffer: Tensor) -> Iterator[slice]:
+    """The vocabulary in one piece, or in several where the weight is converted on the way."""
+    step = UPCAST_COLUMNS if weight.dtype != buffer.dtype else max(len(weight), 1)
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
+
+
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out (n, V) = X Wᵀ, every product and sum in out's dtype."""
+    if hidden.is_cuda and hidden.dtype != out.dtype:
+        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    rows = hidden.to(out.dtype)
+    for v in _columns(weight, out):
+        torch.mm(rows, weight[v].to(out.dtype).T, out=out[:, v])
+    return out
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, summed in out's dtype."""
+    if a.is_cuda and a.dtype != out.dtype:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token log-probs alone: scoring, and the differentiable per-token form
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _buffer(rows: int, head: Head, dtype: torch.dtype, workspace: int) -> Tensor:
+    """(n, V) scratch for the logits of at most ``rows`` rows; at least one row, however small the workspace."""
+    vocabulary = len(head.weight)
+    # a softcap keeps its slope beside the logits, low precision on a GPU keeps a copy in the input's dtype
+    copies = 2 if head.softcap is not None or (head.weight.is_cuda and head.weight.dtype != dtype) else 1
+    fit = workspace // max(copies * vocabulary * dtype.itemsize, 1)
+    return torch.empty(max(1, min(rows, fit)), vocabulary, dtype=dtype, device=head.weight.device)
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, workspace: int) -> Tensor:
+    """(N, H), (N,) -> (N,): the forward alone."""
+    dtype = accumulation_dtype(hidden.dtype)
+    logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    buffer = _buffer(len(hidden), head, dtype, workspace)
+    for start in range(0, len(hidden), len(buffer)):
+        rows = slice(start, start + len(buffer))
+        logps[rows] = _Block(hidden[rows], head, targets[rows], buffer, gradients=False).logps
+    return logps
+
+
+def token_gradients(
+    hidden: Tensor, head: Head, targets: Tensor, upstream: Tensor, wanted: tuple[bool, bool, bool], workspace: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ upstream·logp by hidden, weight and bias. An arbitrary upstream (N,) needs the logits again."""
+    gradients = _Gradients(hidden, head, wanted)
+    buffer = _buffer(len(hidden), head, gradients.dtype, workspace)
+    for start in range(0, len(hidden), len(buffer)):
+        rows = slice(start, start + len(buffer))
+        block = _Block(hidden[rows], head, targets[rows], buffer, gradients=True)
+        gradients.add(block, rows, upstream[rows, None].to(gradients.dtype))
+    return gradients.as_tuple()
+
+
+class _Gradients:
+    """Accumulators for hidden, weight and bias, each only if it is wanted."""
+
+    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
+        self.dtype = accumulation_dtype(hidden.dtype)
+        zeros = lambda like: torch.zeros(like.shape, dtype=self.dtype, device=hidden.device)  # noqa: E731
+        # one row of dX is written once, so it is kept in the input's dtype
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.weight = zeros(head.weight) if wanted[1] else None
+        self.bias = zeros(head.bias) if wanted[2] else None
+
+    def add(self, block: _Block, rows: Rows, coefficients: Tensor) -> None:
+        """Adds a block whose coefficients (n, 1) are known."""
+        scale = block.row_scale(coefficients)
+        if self.hidden is not None:
+            self.hidden[rows] = block.hidden_gradient(scale).to(self.hidden.dtype)
+        self.add_head(block, scale)
+
+    def add_head(self, block: _Block, row_scale: Tensor) -> None:
+        if self.weight is not None:
+            block.add_weight_gradient(self.weight, row_scale)
+        if self.bias is not None:
+            block.add_bias_gradient(self.bias, row_scale)
+
+    def as_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pairwise loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows belong to which response, and which responses to which preference group. Lives on the host."""
+
+    edges: list[int]  # S + 1 response boundaries
+    pairs: Tensor  # (P, 2) int64 on the CPU
+    groups: list[Group]  # ordered by their first response
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, pairs: Tensor) -> Layout:
+        """A preference group is a connected component of the graph whose edges are the pairs."""
+        edges, pairs = cu_seqlens.tolist(), pairs.cpu()
+        responses = len(edges) - 1
+        if responses == 0:
+            return cls(edges, pairs, [])
+        winners, losers = pairs.numpy().T
+        graph = coo_array(([True] * len(pairs), (winners, losers)), shape=(responses, responses))
+        count, label = connected_components(graph, directed=False)
+        members: list[list[int]] = [[] for _ in range(count)]
+        pair_ids: list[list[int]] = [[] for _ in range(count)]
+        for response, group in enumerate(label):
+            members[group].append(response)
+        for pair, group in enumerate(label[winners]):
+            pair_ids[group].append(pair)
+        groups = [Group(m, p, sum(edges[r + 1] - edges[r] for r in m)) for m, p in zip(members, pair_ids)]
+        return cls(edges, pairs, sorted(groups, key=lambda group: group.responses[0]))
+
+    def rows(self, responses: list[int], device: torch.device) -> Rows:
+        """The rows of these responses, in order."""
+        ranges = [range(self.edges[r], self.edges[r + 1]) for r in responses]
+        ranges = [r for r in ranges if len(r)]
+        if not ranges:
+            return slice(0, 0)
+        if all(a.stop == b.start for a, b in zip(ranges, ranges[1:])):
+            return slice(ranges[0].start, ranges[-1].stop)
+        return torch.tensor([i for r in ranges for i in r], device=device)
+
+    def lengths(self, responses: list[int], device: torch.device) -> Tensor:
+        return torch.tensor([self.edges[r + 1] - self.edges[r] for r in responses], device=device)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A preference group: responses that must be through the head before any of them has a coefficient."""
+
+    responses: list[int]
+    pairs: list[int]
+    tokens: int
+
+
+def response_logps(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over consecutive rows: (n,), (S,) -> (S,) float64. An empty response sums to 0."""
+    if len(lengths) == 0:
+        return logps.new_zeros(0, dtype=torch.float64)
+    return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0)
+
+
+class PairLoss:
+    """One evaluation of the loss with its gradients. Read ``run``: the rest are its two ways through a chunk."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: Head,
+        targets: Tensor,  # (N,)
+        layout: Layout,
+        objective,
+        reference_logps: Tensor,  # (S,) float64
+        preference: Tensor,  # (P,) float64
+        pair_weight: Tensor,  # (P,) float64
+        wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+        workspace: int,  # bytes
+    ) -> None:
+        self.hidden, self.head, self.targets, self.layout = hidden, head, targets, layout
+        self.objective, self.reference_logps, self.preference = objective, reference_logps, preference
+        self.pair_share = pair_weight / pair_weight.sum()
+        self.wanted, self.workspace = wanted, workspace
+        self.pairs = layout.pairs.to(hidden.device)
+        self.gradients = _Gradients(hidden, head, wanted)
+        self.logps = torch.zeros(len(layout.edges) - 1, dtype=torch.float64, device=hidden.device)
+        self.margins = torch.zeros(len(layout.pairs), dtype=torch.float64, device=hidden.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+
+    def run(self) -> PairLoss:
+        self.buffer = _buffer(len(self.hidden), self.head, self.gradients.dtype, self.workspace)
+        unpaired = [group for group in self.layout.groups if not group.pairs]
+        paired = [group for group in self.layout.groups if group.pairs]
+        if unpaired:
+            self._score([r for group in unpaired for r in group.responses])
+        if not any(self.wanted):
+            self._score([r for group in paired for r in group.responses])
+            self._coefficients([p for group in paired for p in group.pairs])
+            return self
+        for chunk in self._chunks(paired):
+            if sum(group.tokens for group in chunk) <= len(self.buffer):
+                self._whole(chunk)
+            else:
+                self._in_blocks(chunk[0])
+        return self
+
+    def _chunks(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """Consecutive groups that fit the buffer together; a group that does not fit stands alone."""
+        chunk: list[Group] = []
+        tokens = 0
+        for group in groups:
+            if chunk and tokens + group.tokens > len(self.buffer):
+                yield chunk
+                chunk, tokens = [], 0
+            chunk.append(group)
+            tokens += group.tokens
+        if chunk:
+            yield chunk
+
+    def _score(self, responses: list[int]) -> None:
+        rows = self.layout.rows(responses, self.hidden.device)
+        lengths = self.layout.lengths(responses, self.hidden.device)
+        logps = token_logps(self.hidden[rows], self.head, self.targets[rows], self.workspace)
+        self.logps[responses] = response_logps(logps, lengths)
+
+    def _coefficients(self, pairs: list[int]) -> Tensor:
+        """Margins and loss of these pairs; (S,) d loss / d log-prob of every response, from these pairs alone."""
+        winner, loser = self.pairs[pairs].T
+        ratio = self.logps - self.reference_logps
+        margins = ratio[winner] - ratio[loser]
+        preference, share = self.preference[pairs], self.pair_share[pairs]
+        self.margins[pairs] = margins
+        self.loss += (self.objective.loss(margins, preference) * share).sum()
+        derivative = self.objective.derivative(margins, preference) * share
+        return torch.zeros_like(self.logps).index_add_(0, winner, derivative).index_add_(0, loser, -derivative)
+
+    def _whole(self, chunk: list[Group]) -> None:
+        """Logits once: the coefficients are known while the exponentials are still there."""
+        responses = [r for group in chunk for r in group.responses]
+        rows = self.layout.rows(responses, self.hidden.device)
+        lengths = self.layout.lengths(responses, self.hidden.device)
+        block = _Block(self.hidden[rows], self.head, self.targets[rows], self.buffer, gradients=True)
+        self.logps[responses] = response_logps(block.logps, lengths)
+        coefficients = self._coefficients([p for group in chunk for p in group.pairs])[responses]
+        per_row = coefficients.to(self.gradients.dtype).repeat_interleave(lengths, output_size=len(block.logps))
+        self.gradients.add(block, rows, per_row[:, None])
+
+    def _in_blocks(self, group: Group) -> None:
+        """One group, larger than the buffer, in blocks of rows."""
+        device, dtype = self.hidden.device, self.gradients.dtype
+        rows = self.layout.rows(group.responses, device)
+        lengths = self.layout.lengths(group.responses, device)
+        hidden, targets = self.hidden[rows], self.targets[rows]
+        want_hidden, want_weight, want_bias = self.wanted
+
+        # A single pair has one unknown scalar: its dW can be gathered apart and scaled afterwards. As many numbers as
+        # H rows of logits, it takes the buffer's last H rows.
+        apart = None
+        size = len(self.buffer)
+        features = hidden.shape[1]
+        if want_weight and len(group.pairs) == 1 and size - features >= size // 4:
+            size -= features
+            apart = _Gradients(hidden[:0], self.head, (False, False, want_bias))
+            apart.weight = self.buffer[size:].view(self.head.weight.shape).zero_()
+            winner = int(self.layout.pairs[group.pairs[0], 0])
+            signs = torch.tensor([1.0 if r == winner else -1.0 for r in group.responses], dtype=dtype, device=device)
+            signs = signs.repeat_interleave(lengths, output_size=len(hidden))[:, None]
+        blocks = [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+        def block_of(block_rows: slice) -> _Block:
+            return _Block(hidden[block_rows], self.head, targets[block_rows], self.buffer, gradients=True)
+
+        logps = torch.empty(len(hidden), dtype=dtype, device=device)
+        unscaled = torch.empty(hidden.shape, dtype=dtype, device=device) if want_hidden else None
+        for block_rows in blocks:
+            block = block_of(block_rows)
+            logps[block_rows] = block.logps
+            if unscaled is not None:
+                unscaled[block_rows] = block.hidden_gradient(block.row_scale(1.0))
+            if apart is not None:
+                apart.add_head(block, block.row_scale(signs[block_rows]))
+
+        self.logps[group.responses] = response_logps(logps, lengths)
+        coefficients = self._coefficients(group.pairs)
+        per_row = coefficients[group.responses].to(dtype).repeat_interleave(lengths, output_size=len(hidden))[:, None]
+        if unscaled is not None:
+            self.gradients.hidden[rows] = unscaled.mul_(per_row).to(self.hidden.dtype)
+        if apart is not None:
+            coefficient = coefficients[winner].to(dtype)
+            self.gradients.weight.addcmul_(apart.weight, coefficient)
+            if want_bias:
+                self.gradients.bias.addcmul_(apart.bias, coefficient)
+        elif want_weight or want_bias:
+            for block_rows in blocks:
+                block = block_of(block_rows)
+                self.gradients.add_head(block, block.row_scale(per_row[block_rows]))

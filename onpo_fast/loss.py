@@ -1,0 +1,343 @@
+"""The one door to the kernels: the loss that never forms a [tokens, vocabulary] tensor.
+
+``fused_linear_pair_loss`` is the pairwise loss of a batch of preference groups, from hidden states and LM head;
+``linear_logprobs`` the per-token log-probs that other losses are made of. Both check their arguments and name the one
+that is wrong. Checks that would wait for a GPU (the values of tensors that live there) are made only on request.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import chunked, reference
+from .kernels.head import Head
+from .objectives import Objective
+
+BACKENDS = ("auto", "torch", "reference")
+
+
+class PairLossOutput(NamedTuple):
+    """What ``fused_linear_pair_loss`` returns. Only ``loss`` carries a gradient."""
+
+    loss: Tensor  # scalar, weighted mean over pairs
+    logps: Tensor  # (S,) summed log-probs of the responses under the policy, nats
+    ref_logps: Tensor  # (S,) the same under the anchor
+    margins: Tensor  # (P,) log-ratio of the winner minus that of the loser, nats
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """Per-token log-probs: (N,) nats, fp32 (float64 for float64 inputs), differentiable by hidden, weight and bias.
+
+    The backward pass computes the logits again, a workspace at a time, since the upstream gradient is arbitrary; where
+    it is a pairwise loss, ``fused_linear_pair_loss`` does without. See there for the other arguments and errors.
+    """
+    hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
+    _check_targets(hidden, head, targets, validate)
+    if _backend(backend) == "reference":
+        return _rounded(reference.token_logps(hidden, head, targets), hidden)
+    workspace = _workspace(workspace_bytes, hidden.device)
+    return _TokenLogps.apply(hidden, head.weight, head.bias, targets, head, workspace)
+
+
+def fused_linear_pair_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    cu_seqlens: Tensor,  # (S+1,) int32
+    pairs: Tensor | None = None,  # (P, 2) int64
+    *,
+    objective: Objective,
+    ref_logps: Tensor | None = None,  # (S,)
+    ref_hidden: Tensor | None = None,  # (N, H_ref)
+    ref_weight: Tensor | None = None,  # (V, H_ref)
+    ref_bias: Tensor | None = None,  # (V,)
+    preference: Tensor | None = None,  # (P,)
+    pair_weight: Tensor | None = None,  # (P,)
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool = False,
+) -> PairLossOutput:
+    """The weighted mean of ``objective`` over pairs of responses (arXiv 2502.16852, Algorithm 1).
+
+    Args:
+        hidden: the hidden states that predict the response tokens, responses back to back.
+        weight: the LM head, in the dtype of ``hidden``.
+        targets: the response tokens.
+        cu_seqlens: response boundaries in N, from 0 to N. Best kept on the CPU, with ``pairs``: the work is planned
+            there, and a GPU tensor costs a wait for the device.
+        pairs: (winner, loser) indices into the S responses; default (0, 1), (2, 3), …
+        objective: ``objectives.Onpo(eta=…)`` or another.
+        ref_logps: cached summed log-probs of the anchor; or else
+        ref_hidden, ref_weight, ref_bias: the anchor's own hidden states and head (default: the policy's head). No
+            gradient flows to the anchor.
+        preference: P(winner ≻ loser) in [0, 1] for soft labels; default 1.
+        pair_weight: non-negative; default 1. The loss is Σ w·ℓ / Σ w.
+        bias, logit_scale, softcap, temperature: logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature,
+            for policy and anchor alike.
+        backend: "torch" (chunked, any device), "reference" (float64, everything materialised), "auto" (the fastest
+            that runs here).
+        workspace_bytes: for logits in flight; default 192 MiB on a CPU, 1 GiB on a GPU.
+        validate: check the values of GPU tensors too, which waits for the device.
+
+    Returns:
+        Loss, log-probs and margins, fp32 (float64 for float64 inputs). Gradients flow from the loss to hidden, weight
+        and bias, each only if it asks for one; they are computed with the loss and handed over by ``backward``.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype, device or value does not fit.
+    """
+    hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
+    backend = _backend(backend)
+    _check_targets(hidden, head, targets, validate)
+    cu_seqlens = _check_boundaries(cu_seqlens, len(hidden))
+    responses = len(cu_seqlens) - 1
+    pairs = _check_pairs(pairs, responses)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be one of onpo_fast.objectives, such as Onpo(eta=1.0), not {objective!r}")
+    device = hidden.device
+    preference = _per_pair("preference", preference, len(pairs), device, validate, highest=1.0)
+    pair_weight = _per_pair("pair_weight", pair_weight, len(pairs), device, validate, highest=math.inf)
+
+    ref_head = None
+    if (ref_logps is None) == (ref_hidden is None):
+        raise ValueError("ref_logps or ref_hidden: give the anchor's log-probs or its hidden states, one of the two")
+    if ref_hidden is None:
+        if ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight and ref_bias go with ref_hidden, not with ref_logps")
+        _expect("ref_logps", ref_logps, (responses,), device)
+    else:
+        if ref_weight is None and ref_bias is not None:
+            raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the anchor's too")
+        own = ref_weight is not None
+        ref_hidden, ref_head = _head(
+            ref_hidden, ref_weight if own else weight, ref_bias if own else bias,
+            logit_scale, softcap, temperature, prefix="ref_",
+        )  # fmt: skip
+        if len(ref_hidden) != len(hidden):
+            raise ValueError(f"ref_hidden must have {len(hidden)} rows like hidden, not {len(ref_hidden)}")
+        if ref_hidden.device != device:
+            raise ValueError(f"ref_hidden is on {ref_hidden.device}, hidden on {device}")
+        if len(ref_head.weight) != len(weight):
+            raise ValueError(f"ref_weight must have {len(weight)} rows like weight, not {len(ref_head.weight)}")
+
+    if backend == "reference":
+        if ref_logps is None:
+            with torch.no_grad():
+                ref_logps = reference.response_logps(reference.token_logps(ref_hidden, ref_head, targets), cu_seqlens)
+        logps = reference.response_logps(reference.token_logps(hidden, head, targets), cu_seqlens)
+        ref_logps = ref_logps.detach().double()
+        loss, margins = reference.pair_loss(logps, ref_logps, pairs.to(device), objective, preference, pair_weight)
+        return PairLossOutput(*(_rounded(x, hidden) for x in (loss, logps.detach(), ref_logps, margins.detach())))
+
+    workspace = _workspace(workspace_bytes, device)
+    layout = chunked.Layout.of(cu_seqlens, pairs)
+    with torch.no_grad():
+        if ref_logps is None:
+            per_token = chunked.token_logps(ref_hidden, ref_head, targets, workspace)
+            ref_logps = chunked.response_logps(per_token, layout.lengths(list(range(responses)), device))
+        ref_logps = ref_logps.detach().double()
+
+    def evaluate(wanted: tuple[bool, bool, bool]) -> chunked.PairLoss:
+        return chunked.PairLoss(
+            hidden.detach(), _detached(head), targets, layout, objective,
+            ref_logps, preference, pair_weight, wanted, workspace,
+        ).run()  # fmt: skip
+
+    loss, logps, margins = _PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled())
+    return PairLossOutput(loss, logps, _rounded(ref_logps, hidden), margins)
+
+
+class _PairLoss(torch.autograd.Function):
+    """The loss; its gradients are by-products, kept for the first backward pass, which gives them away."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, evaluate, gradients):
+        wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[:3])
+        result = evaluate(wanted)
+        ctx.evaluate, ctx.wanted = evaluate, wanted
+        ctx.gradients = result.gradients.as_tuple()
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        outputs = tuple(_rounded(x, hidden) for x in (result.loss, result.logps, result.margins))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        # Scaled in place and given away, so that a [V, H] gradient never exists twice. With retain_graph=True a second
+        # backward pass finds them gone and computes them again.
+        gradients = ctx.gradients if ctx.gradients is not None else ctx.evaluate(ctx.wanted).gradients.as_tuple()
+        ctx.gradients = None
+        scaled = [g if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+        return *scaled, None, None
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, head, workspace):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.options, ctx.workspace = head._replace(weight=None, bias=None), workspace
+        return chunked.token_logps(hidden, head._replace(weight=weight, bias=bias), targets, workspace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = ctx.options._replace(weight=weight, bias=bias)
+        wanted = ctx.needs_input_grad[:3]
+        gradients = chunked.token_gradients(hidden, head, targets, upstream, wanted, ctx.workspace)
+        inputs = (hidden, weight, bias)
+        return *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)), None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. Shapes, dtypes and devices always; values where they can be read without waiting for a device, or on request.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    return "torch" if backend == "auto" else backend
+
+
+def _workspace(workspace_bytes: int | None, device: torch.device) -> int:
+    if workspace_bytes is None:
+        return chunked.default_workspace(device)
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be positive, not {workspace_bytes}")
+    return int(workspace_bytes)
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    fits = tensor.dim() == len(shape) and all(b is None or a == b for a, b in zip(tensor.shape, shape))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected on {device}")
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, temperature: float, prefix: str = "",
+) -> tuple[Tensor, Head]:  # fmt: skip
+    """Hidden states and head, checked, and under autocast in its dtype (as a linear layer would have them)."""
+    _expect(f"{prefix}hidden", hidden, (None, None), hidden.device)
+    _expect(f"{prefix}weight", weight, (None, hidden.shape[1]), hidden.device)
+    if len(weight) == 0:
+        raise ValueError(f"{prefix}weight must have at least one row: the vocabulary is empty")
+    if bias is not None:
+        _expect(f"{prefix}bias", bias, (len(weight),), hidden.device)
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature), ("softcap", softcap)):
+        positive = name != "logit_scale"
+        if value is None and name == "softcap":
+            continue
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"{name} must be a {'positive, ' if positive else ''}finite number, not {value!r}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if not hidden.is_floating_point():
+        raise ValueError(f"{prefix}hidden must be floating point, not {hidden.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{prefix}{name} is {tensor.dtype}, {prefix}hidden {hidden.dtype}: they must agree")
+    return hidden, Head(weight, bias, float(logit_scale), softcap, float(temperature))
+
+
+def _readable(tensor: Tensor, validate: bool) -> bool:
+    return tensor.numel() > 0 and (validate or tensor.device.type == "cpu")
+
+
+def _check_targets(hidden: Tensor, head: Head, targets: Tensor, validate: bool) -> None:
+    _expect("targets", targets, (len(hidden),), hidden.device)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, not {targets.dtype}")
+    vocabulary = len(head.weight)
+    if _readable(targets, validate):
+        outside = (targets < 0) | (targets >= vocabulary)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, {vocabulary})")
+
+
+def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape (S+1,), not {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    cu_seqlens = cu_seqlens.cpu().long()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} rows of hidden, not {cu_seqlens.tolist()[:20]}")
+    return cu_seqlens
+
+
+def _check_pairs(pairs: Tensor | None, responses: int) -> Tensor:
+    if pairs is None:
+        if responses % 2:
+            raise ValueError(f"pairs is needed: {responses} responses do not fall into pairs (0, 1), (2, 3), …")
+        return torch.arange(responses).view(-1, 2)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"pairs must be int64 of shape (P, 2), not {pairs.dtype} of shape {tuple(pairs.shape)}")
+    pairs = pairs.cpu().long()
+    outside = ((pairs < 0) | (pairs >= responses)).any(1)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"pairs[{row}] is {pairs[row].tolist()}, outside the {responses} responses")
+    same = pairs[:, 0] == pairs[:, 1]
+    if same.any():
+        row = int(same.nonzero()[0])
+        raise ValueError(f"pairs[{row}] compares response {int(pairs[row, 0])} with itself")
+    return pairs
+
+
+def _per_pair(
+    name: str, values: Tensor | None, pairs: int, device: torch.device, validate: bool, highest: float
+) -> Tensor:
+    """(P,) float64, ones by default."""
+    if values is None:
+        return torch.ones(pairs, dtype=torch.float64, device=device)
+    _expect(name, values, (pairs,), device)
+    values = values.detach().double()
+    if _readable(values, validate):
+        outside = ~((values >= 0) & (values <= highest) & values.isfinite())
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            allowed = "in [0, 1]" if highest == 1 else "non-negative and finite"
+            raise ValueError(f"{name}[{row}] is {float(values[row])}; it must be {allowed}")
+        if name == "pair_weight" and values.sum() == 0:
+            raise ValueError("pair_weight sums to 0: no pair would count")
+    return values
+
+
+def _detached(head: Head) -> Head:
+    return head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+
+
+def _rounded(values: Tensor, hidden: Tensor) -> Tensor:
+    """float64 sums in the dtype that callers see."""
+    return values.to(chunked.accumulation_dtype(hidden.dtype))

@@ -1,0 +1,40 @@
+"""Packaging. The folder ``kernels/`` is installed as ``onpo_fast.kernels``: the PyPI package ``kernels`` owns that name."""
+
+from setuptools import setup
+
+setup(
+    name="onpo_fast",
+    version="0.1.0",
+    description="Optimistic Nash Policy Optimization: self-play alignment with a fused linear pairwise loss",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["onpo_fast", "onpo_fast.kernels", "onpo_fast.prompts"],
+    package_dir={"onpo_fast.kernels": "kernels"},
+    package_data={"onpo_fast": ["*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "accelerate",  # transformers loads onto a device with it
+        "safetensors",
+        "gguf",  # the embedded model is a GGUF file
+        "jsonargparse>=4.40",
+        "docstring-parser",  # option help from the docstrings of config.py
+        "pyyaml",
+        "numpy",
+        "scipy",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+        "jinja2",
+    ],
+    extras_require={
+        "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
+        "trl": ["trl>=1.16,<2", "datasets"],
+        "vllm": ["vllm"],
+        "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5", "psutil"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "psutil"],
+    },
+)
