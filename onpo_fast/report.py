@@ -1,0 +1,365 @@
+"""The report of a run: one HTML file that opens anywhere, without a network.
+
+    python -m onpo_fast.report DIR
+
+reads what the run has left in DIR so far and writes DIR/report.html. It answers, in this order: did it work, is it
+healthy, where did the time go, what does it say now, how was it started. What has not been recorded is named as such,
+so a run may be unfinished. The same files give the same bytes.
+
+Here are the numbers and the plots, one function each; the words are in report.html.jinja. Text of a model reaches the
+page only through that template, which escapes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+import yaml
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.errors import UserError, command
+
+MOST_PROMPTS = 40  # shown side by side
+MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
+INK = "#0a0b0c"  # stands for the page's text colour, which the SVG takes over as currentColor
+COLOURS = ["#3d85c8", "#cf6d1f", "#2f9464", "#b35ca8", "#857a2b", "#d0524a", "#7f7f7f"]  # ≥ 3:1 on white and on black
+FIT_COLOURS = {"auxiliary": COLOURS[1], "policy": COLOURS[0]}
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.12,
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's colour
+}
+
+
+class Fit(NamedTuple):
+    iteration: int
+    name: str  # "auxiliary" or "policy"
+    start: int  # steps of the fits before it
+    rows: list[dict[str, Any]]  # by step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's directory holds; what is missing is empty."""
+
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    responses: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        config = directory / "config.yaml"
+        if not config.is_file():
+            raise UserError(f"{directory} is not a run: it has no config.yaml")
+        return cls(
+            name=directory.resolve().name,
+            config=yaml.safe_load(config.read_text(encoding="utf-8")) or {},
+            environment=_read_json(directory / "environment.json"),
+            metrics=_read_lines(directory / "metrics.jsonl"),
+            evaluation=_read_json(directory / "evaluation.json"),
+            responses=_read_lines(directory / "evaluation_responses.jsonl"),
+        )
+
+    def iterations(self, stage: str) -> dict[int, dict[str, Any]]:
+        """The row of a stage in each iteration: the last one, since a resumed run repeats some."""
+        return dict(sorted({row["iteration"]: row for row in self.metrics if row["stage"] == stage}.items()))
+
+    def column(self, stage: str, name: str) -> dict[int, float | None]:
+        return {iteration: row.get(name) for iteration, row in self.iterations(stage).items()}
+
+    def by_stage(self, name: str, reduce: Callable[[list[float]], Any]) -> dict[str, dict[int, float]]:
+        """Stage, each fit being one → iteration → a column of the stage's rows, reduced to one value."""
+        values: dict[str, dict[int, list[float]]] = {}
+        for row in self.metrics:
+            if row.get(name) is not None:
+                stage = f"{row['stage']} {row.get('fit', '')}".strip()
+                values.setdefault(stage, {}).setdefault(row["iteration"], []).append(row[name])
+        return {stage: {at: float(reduce(some)) for at, some in points.items()} for stage, points in values.items()}
+
+    def fits(self) -> list[Fit]:
+        """In the order they were run. Of a step that a resumed run repeats, the last row counts."""
+        steps = {(row["iteration"], row["fit"], row["step"]): row for row in self.metrics if row["stage"] == "fit"}
+        fits: list[Fit] = []
+        for iteration, name in sorted({key[:2] for key in steps}):  # "auxiliary" sorts, and comes, before "policy"
+            rows = [steps[key] for key in sorted(steps) if key[:2] == (iteration, name)]
+            fits.append(Fit(iteration, name, fits[-1].start + fits[-1].rows[-1]["step"] if fits else 0, rows))
+        return fits
+
+    def evaluated(self, name: str) -> dict[int, float | None]:
+        """A column of the evaluation by the policy's number."""
+        numbers = [int(policy.rpartition("_")[2]) for policy in self.evaluation.get("policies", [])]
+        return dict(zip(numbers, self.evaluation.get(name) or []))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, without lines torn by a kill: the last, or one before a resumed part."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _short(name: str) -> str:
+    """π_12 → π₁₂."""
+    return name.replace("_", "").translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _date(time: float) -> str:
+    return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+# --- Plots: each a function of the run --------------------------------------------------------------------------------
+
+
+class Plot(NamedTuple):
+    svg: Markup
+    said: str  # its values in words, to be read out
+
+
+def _axes(x: str, y: str, height: float = 2.6) -> tuple[Figure, Axes]:
+    """An empty plot, 4.2 inches wide so that its text stays legible on a phone."""
+    figure = Figure(figsize=(4.2, height), layout="constrained")
+    return figure, figure.add_subplot(xlabel=x, ylabel=y)
+
+
+def _plot(figure: Figure, said: list[str]) -> Plot | None:
+    """Finish a figure as inline SVG in the page's text colour; None if there was no value to draw."""
+    if not said:
+        return None
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(legend := dict(zip(labels, handles))) > 1:
+        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=3)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": " ".join(said)}):  # ids that never change, and differ between plots
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every plot, and nothing refers to them
+    return Plot(Markup(svg), "; ".join(said))
+
+
+def _fit_axes(run: Run, y: str) -> tuple[Figure, Axes]:
+    """Axes for all fits in a row, with a mark where an iteration starts."""
+    figure, axes = _axes("fit step, all fits in a row", y)
+    starts = {fit.iteration: fit.start for fit in reversed(run.fits())}
+    for iteration, start in starts.items():
+        axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.7)
+        if iteration % math.ceil(len(starts) / 8) == 0:
+            axes.annotate(f" it. {iteration}", (start + 0.5, 1), xycoords=("data", "axes fraction"), va="bottom")
+    return figure, axes
+
+
+def _draw_fits(axes: Axes, run: Run, column: str, label: str = "", reduce: Any = np.mean, **style: Any) -> list[str]:
+    """A column of the fits' rows by step; a long fit as means (or ``reduce``) over neighbouring steps.
+
+    Without a label, a line has its fit's name and colour. Returns the last values of each label, in words.
+    """
+    said = {}
+    for fit in run.fits():
+        steps, values = (np.array([row.get(name) for row in fit.rows], dtype=float) for name in ("step", column))
+        finite, name = values[np.isfinite(values)], label or fit.name  # null is NaN, which leaves a gap
+        if len(finite):
+            parts = np.array_split(np.arange(len(values)), min(len(values), MOST_POINTS))
+            x, y = [fit.start + steps[part].mean() for part in parts], [reduce(values[part]) for part in parts]
+            look = {"color": FIT_COLOURS.get(fit.name), "marker": "o" if len(finite) == 1 else "", "linewidth": 1.4}
+            axes.plot(x, y, label=name, markersize=4, **look | style)
+            said[name] = f"iteration {fit.iteration}, {name}: from {finite[0]:.3g} to {finite[-1]:.3g}"
+    return list(said.values())
+
+
+def _draw_iterations(axes: Axes, series: dict[str, dict[int, float | None]]) -> list[str]:
+    """Series of iteration → value from zero up, a line each. Returns their values in words."""
+    said = []
+    for (label, points), marker, colour in zip(series.items(), "osD^vP", COLOURS):
+        if points := {at: value for at, value in points.items() if value is not None}:
+            axes.plot(points.keys(), points.values(), marker=marker, markersize=4, color=colour, label=label)
+            said.append(f"{label}: " + ", ".join(f"{value:.3g}" for value in points.values()))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # an estimated KL may be negative
+    return said
+
+
+def win_rates(run: Run) -> Plot | None:
+    rates = np.array(run.evaluation.get("win_rate", []), dtype=float)
+    names = [_short(name) for name in run.evaluation.get("policies", [])]
+    if len(names) < 2:
+        return None
+    figure, axes = _axes("the policy that it is compared with", "policy", height=1 + 0.36 * min(len(names), 8))
+    axes.pcolormesh(rates, cmap="PuOr", vmin=0, vmax=1)  # pale at ½; told apart by the colour-blind
+    for (row, column), rate in np.ndenumerate(rates if len(names) <= 10 else np.empty((0, 0))):
+        colour = "white" if abs(rate - 0.5) > 0.3 else "black"
+        axes.text(column + 0.5, row + 0.5, f"{100 * rate:.0f} %", ha="center", va="center", color=colour)
+    ticks = np.arange(len(names)) + 0.5
+    axes.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, ylim=(len(names), 0))
+    axes.grid(visible=False)
+    return _plot(figure, [f"{names[-1]} against {name}: {_percent(rate)}" for name, rate in zip(names[:-1], rates[-1])])
+
+
+def duality_gap(run: Run) -> Plot | None:
+    figure, axes = _axes("policy", "restricted duality gap")
+    gaps = dict(zip(map(_short, run.evaluation.get("policies", [])), run.evaluation.get("duality_gap", [])))
+    axes.bar(list(gaps), list(gaps.values()), color=COLOURS[0], width=0.6)
+    return _plot(figure, [f"{name}: {gap:.3g}" for name, gap in gaps.items()])
+
+
+def loss(run: Run) -> Plot | None:
+    figure, axes = _fit_axes(run, "normalised loss")
+    untrained = math.log(2) if run.config.get("objective") == "dpo" else 0.25
+    axes.axhline(untrained, color=INK, linestyle="--", linewidth=0.9)
+    said = _draw_fits(axes, run, "loss_normalised")
+    axes.set_ylim(bottom=0)
+    return _plot(figure, said)
+
+
+def margin(run: Run) -> Plot | None:
+    figure, axes = _fit_axes(run, "nats")
+    said = _draw_fits(axes, run, "margin")
+    return _plot(figure, said + _draw_fits(axes, run, "target", "target", color=INK, linestyle="--", linewidth=0.9))
+
+
+def pair_accuracy(run: Run) -> Plot | None:
+    figure, axes = _fit_axes(run, "share of pairs")
+    axes.axhline(0.5, color=INK, linestyle="--", linewidth=0.9)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    return _plot(figure, _draw_fits(axes, run, "pair_accuracy"))
+
+
+def log_ratios(run: Run) -> Plot | None:
+    figure, axes = _fit_axes(run, "nats")
+    said = _draw_fits(axes, run, "log_ratio_winner", "preferred", color=COLOURS[2])
+    return _plot(figure, said + _draw_fits(axes, run, "log_ratio_loser", "other", color=COLOURS[3]))
+
+
+def gradient_norm(run: Run) -> Plot | None:
+    figure, axes = _fit_axes(run, "gradient norm")
+    return _plot(figure, _draw_fits(axes, run, "gradient_norm", reduce=np.max))  # a mean would hide a spike
+
+
+def divergence(run: Run) -> Plot | None:
+    figure, axes = _axes("t of the policy π_t", "nats a response")
+    initial, anchor = run.column("iteration", "kl_to_initial"), run.column("iteration", "kl_to_anchor")
+    series = {"to π₁": initial, "to the anchor": anchor, "to π₁, held out": run.evaluated("kl_to_initial")}
+    return _plot(figure, _draw_iterations(axes, series))
+
+
+def response_length(run: Run) -> Plot | None:
+    figure, axes = _axes("t of the policy π_t", "tokens a response")
+    training, held_out = run.column("sample", "response_tokens_mean"), run.evaluated("response_tokens_mean")
+    return _plot(figure, _draw_iterations(axes, {"training": training, "held out": held_out}))
+
+
+def shares(run: Run) -> Plot | None:
+    figure, axes = _axes("iteration", "share")
+    cyclic, cut = run.column("judge", "cyclic_triples"), run.column("sample", "stopped_by_length")
+    said = _draw_iterations(axes, {"cyclic triples": cyclic, "responses cut off": cut})
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    return _plot(figure, said)
+
+
+def stage_seconds(run: Run) -> Plot | None:
+    figure, axes = _axes("iteration", "seconds", height=3)
+    rows = run.iterations("iteration")
+    stages = dict.fromkeys(stage for row in rows.values() for stage in row["stage_seconds"])
+    heights = {stage: np.array([row["stage_seconds"].get(stage, 0.0) for row in rows.values()]) for stage in stages}
+    if rows:
+        heights["other"] = np.array([row["seconds"] for row in rows.values()]) - sum(heights.values())
+    bottom = 0.0
+    for (stage, height), colour in zip(heights.items(), COLOURS):
+        axes.bar(list(rows), height, bottom=bottom, width=0.6, color=colour, label=stage)
+        bottom = bottom + height
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _plot(figure, [f"{stage}: {_duration(height.sum())}" for stage, height in heights.items()])
+
+
+def peak_memory(run: Run) -> Plot | None:
+    figure, axes = _axes("iteration", "GiB", height=3)
+    return _plot(figure, _draw_iterations(axes, run.by_stage("peak_memory_bytes", lambda some: max(some) / 2**30)))
+
+
+def throughput(run: Run) -> Plot | None:
+    figure, axes = _axes("iteration", "tokens a second", height=3)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    return _plot(figure, _draw_iterations(axes, run.by_stage("tokens_per_second", np.median)))
+
+
+PLOTS = [
+    *(win_rates, duality_gap),
+    *(loss, margin, pair_accuracy, log_ratios, gradient_norm, divergence, response_length, shares),
+    *(stage_seconds, peak_memory, throughput),
+]
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(directory: Path) -> Path:
+    """(Re)build ``directory``/report.html and return its path; ``UserError`` if there is no config.yaml."""
+    run = Run.read(Path(directory))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"short": _short, "percent": _percent, "duration": _duration, "date": _date}
+    environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
+    with matplotlib.rc_context(STYLE):
+        plots = {plot.__name__: plot(run) for plot in PLOTS}
+    html = environment.get_template("report.html.jinja").render(run=run, plots=plots, most_prompts=MOST_PROMPTS)
+    path = Path(directory) / "report.html"
+    # A model may emit half of a surrogate pair, which JSON can hold and UTF-8 cannot.
+    atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
+    return path
+
+
+@command
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m onpo_fast.report", description="(Re)build a run's report.html.")
+    parser.add_argument("directory", type=Path, help="the run's output directory")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    print(write_report(parser.parse_args(argv).directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Responses from a policy.
+
+A sampler takes prompts and gives groups; ``TransformersSampler`` uses transformers' own generation. Randomness is tied
+to the seed, the prompt's index, the response's index and the position, never to the batch: the next token is the
+argmax of logits plus Gumbel noise (an exact draw from the softmax), each response with a random stream of its own. So a
+batch size changes a response only where rounding decides a tie between two tokens; on a CPU in float32 that has not
+been seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+from .data import Group, Messages, Response
+from .errors import UserError
+from .policy import Policy
+
+Progress = Callable[[int], None]  # told the responses done, a batch at a time
+
+
+class Sampler(Protocol):
+    """The interface: K responses to every prompt."""
+
+    def __call__(
+        self, prompts: Sequence[Messages], responses_per_prompt: int, seed: Sequence[int], progress: Progress
+    ) -> list[Group]: ...
+
+
+class TransformersSampler:
+    """Batched generation with a KV cache on the policy's own device."""
+
+    def __init__(
+        self, policy: Policy, *, max_new_tokens: int, temperature: float, top_p: float, batch_size: int
+    ) -> None:
+        self.policy, self.batch_size = policy, batch_size
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Messages],
+        responses_per_prompt: int,
+        seed: Sequence[int],
+        progress: Progress = lambda n: None,
+    ) -> list[Group]:
+        """Groups in the order of the prompts.
+
+        Args:
+            prompts: conversations that end with the user.
+            responses_per_prompt: K.
+            seed: a sequence of non-negative integers; the same one gives the same responses.
+            progress: told the responses done.
+
+        Raises:
+            UserError: if a prompt and a response do not fit the model's context.
+        """
+        rendered = [self.policy.render(prompt) for prompt in prompts]
+        self._check_context(prompts, rendered)
+        self.policy.model.eval()
+        jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
+        jobs.sort(key=lambda job: len(rendered[job[0]]))
+        responses: dict[tuple[int, int], Response] = {}
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            streams = [_generator(self.policy.device, [*seed, p, k]) for p, k in batch]
+            for job, response in zip(batch, self._generate([rendered[p] for p, _ in batch], streams)):
+                responses[job] = response
+            progress(len(batch))
+        return [
+            Group(list(prompt), rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
+            for p, prompt in enumerate(prompts)
+        ]
+
+    def _check_context(self, prompts: Sequence[Messages], rendered: list[list[int]]) -> None:
+        context = self.policy.context
+        for prompt, tokens in zip(prompts, rendered):
+            if context and len(tokens) + self.max_new_tokens > context:
+                raise UserError(
+                    f"a prompt of {len(tokens)} tokens and --max_new_tokens {self.max_new_tokens} exceed the model's "
+                    f"context of {context} tokens; the prompt begins {prompt[-1]['content'][:60]!r}"
+                )
+
+    def _generate(self, prompts: list[list[int]], streams: list[torch.Generator]) -> list[Response]:
+        policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
+        width = max(map(len, prompts))
+        pad = tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        draw = _Draw(streams, self.temperature, self.top_p)
+        with policy.autocast():
+            output = policy.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([draw]),
+                generation_config=GenerationConfig(
+                    do_sample=False,  # the draw is in the processor: what is left is an argmax
+                    max_new_tokens=self.max_new_tokens,
+                    eos_token_id=policy.eos_tokens,
+                    pad_token_id=pad,
+                ),
+            )
+        logps = torch.stack(draw.logps, 1).double().cpu()
+        return [self._response(row, lp) for row, lp in zip(output[:, width:].tolist(), logps)]
+
+    def _response(self, tokens: list[int], logps: Tensor) -> Response:
+        end = next((i for i, token in enumerate(tokens) if token in self.policy.eos_tokens), None)
+        kept = tokens if end is None else tokens[: end + 1]
+        text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
+        return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))
+
+
+class _Draw(LogitsProcessor):
+    """Adds each row's Gumbel noise to its (tempered, truncated) logits; keeps the log-probs of what it drew."""
+
+    def __init__(self, streams: list[torch.Generator], temperature: float, top_p: float) -> None:
+        self.streams = streams
+        self.warpers = LogitsProcessorList()
+        if temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        self.logps: list[Tensor] = []  # a (batch,) tensor a step: log-probs at temperature 1, nats
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        noise = torch.empty_like(scores)
+        for row, stream in zip(noise, self.streams):
+            row.exponential_(generator=stream)
+        drawn = self.warpers(input_ids, scores) - noise.log_()  # −log of an exponential is Gumbel
+        self.logps.append((scores.gather(1, drawn.argmax(1, keepdim=True))[:, 0] - scores.logsumexp(1)))
+        return drawn
+
+
+def _generator(device: torch.device, seed: Sequence[int]) -> torch.Generator:
+    state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)

@@ -1,0 +1,91 @@
+"""The embedded population, the user's own function, and what no preference can be."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from onpo_fast import oracles
+from onpo_fast.data import Group, Response
+from onpo_fast.errors import UserError
+
+PROMPT = [{"role": "user", "content": "How do I water tomatoes in summer?"}]
+
+
+def group(*texts: str) -> Group:
+    return Group(PROMPT, [1], [Response(text, [1], "eos", -1.0) for text in texts])
+
+
+def test_population_is_a_preference() -> None:
+    texts = ["Water tomatoes in the morning.", "You can do it! Enjoy your garden, friend!", "", "x " * 300]
+    matrix = oracles.judge(oracles.load("population"), [group(*texts)], "population")[0]
+    np.testing.assert_allclose(matrix + matrix.T, 1)
+    np.testing.assert_allclose(np.diag(matrix), 0.5)
+    again = oracles.Population()(PROMPT, texts)
+    np.testing.assert_array_equal(matrix, again)
+
+
+def test_population_can_go_in_circles() -> None:
+    """A short, a warm and a thorough response beat each other in a circle: no score explains that."""
+    short = "Daily."
+    warm = "You will love your garden, dear friend! Happy you asked!"
+    thorough = "Water tomatoes deeply in summer, early each day and at the roots, about two centimetres a week."
+    matrix = oracles.Population()(PROMPT, [short, warm, thorough])
+    assert oracles.cyclic_triples([matrix]) == (1, 1), matrix
+    assert oracles.cyclic_triples([np.array([[0.5, 0.9, 0.9], [0.1, 0.5, 0.9], [0.1, 0.1, 0.5]])]) == (0, 1)
+    assert oracles.cyclic_triples([np.full((2, 2), 0.5)]) == (0, 0)
+
+
+@pytest.fixture
+def oracle_module(tmp_path, monkeypatch):
+    """Makes a module with the given source importable."""
+
+    def make(source: str) -> str:
+        name = f"oracle_{abs(hash(source))}"
+        (tmp_path / f"{name}.py").write_text(source)
+        return f"{name}:prefer"
+
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield make
+    sys.path[:] = before
+
+
+def test_a_function_of_the_users(oracle_module) -> None:
+    name = oracle_module(
+        "def prefer(prompt, responses):\n"
+        "    assert prompt[-1]['role'] == 'user'\n"
+        "    return [[1.0 * (len(a) > len(b)) if len(a) != len(b) else 0.5 for b in responses] for a in responses]\n"
+    )
+    (matrix,) = oracles.judge(oracles.load(name), [group("a", "abc", "ab")], name)
+    assert matrix.tolist() == [[0.5, 0, 0], [1, 0.5, 1], [1, 0, 0.5]]
+
+
+def test_the_diagonal_is_not_read() -> None:
+    matrix = oracles.checked([[float("nan"), 0.2], [0.8, 7]], 2, "here")
+    assert matrix.tolist() == [[0.5, 0.2], [0.8, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [[0.5]]", "expected a 2×2 matrix"),
+        ("return [[0.5, float('nan')], [0.5, 0.5]]", r"P\(0 ≻ 1\) is nan"),
+        ("return [[0.5, 1.2], [-0.2, 0.5]]", r"P\(0 ≻ 1\) is 1.2, not a probability"),
+        ("return [[0.5, 0.9], [0.9, 0.5]]", r"P\(0 ≻ 1\) \+ P\(1 ≻ 0\) is 1.8, not 1"),
+        ("return 'yes'", "not a matrix of numbers"),
+        ("raise KeyError('boom')", "it raised KeyError"),
+    ],
+)
+def test_bad_answers_name_the_oracle_and_the_prompt(oracle_module, body: str, message: str) -> None:
+    name = oracle_module(f"def prefer(prompt, responses):\n    {body}\n")
+    with pytest.raises(UserError, match=f"{name}, prompt 0 .*{message}"):
+        oracles.judge(oracles.load(name), [group("a", "b")], name)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json", "json:__name__", ":f"])
+def test_oracles_that_cannot_be_had(name: str) -> None:
+    with pytest.raises(UserError, match=f"--oracle {name}"):
+        oracles.load(name)

@@ -1,0 +1,88 @@
+"""Which responses are compared, and with what label."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onpo_fast.pairing import PAIRINGS, pair
+
+
+def preferences(k: int, seed: int = 0) -> np.ndarray:
+    upper = np.triu(np.random.default_rng(seed).random((k, k)), 1)
+    return upper + np.tril(1 - upper.T, -1) + np.eye(k) / 2
+
+
+def chain(k: int) -> np.ndarray:
+    """Response 0 beats 1 beats 2 …"""
+    return np.where(np.arange(k)[:, None] < np.arange(k), 0.9, 0.1) + 0.4 * np.eye(k)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7, 8])
+def test_counts(k: int) -> None:
+    count = {name: len(pair([preferences(k)], name, "soft", [0])) for name in PAIRINGS}
+    assert count == {"iid": k // 2, "all_pairs": k * (k - 1) // 2, "best_worst": 1, "knockout": 1}
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("labels", ["soft", "bits"])
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_two_different_responses_of_one_group(pairing: str, labels: str, k: int) -> None:
+    matrices = [preferences(k, seed) for seed in range(20)]
+    for p in pair(matrices, pairing, labels, [0]):
+        assert p.winner != p.loser
+        assert {p.winner, p.loser} <= set(range(k))
+        if labels == "soft":
+            assert p.preference == pytest.approx(matrices[p.group][p.winner, p.loser])
+            assert p.preference >= 0.5
+        else:
+            assert p.preference == 1
+
+
+def test_iid_pairs_are_disjoint() -> None:
+    used = [i for p in pair([preferences(8)], "iid", "bits", [0]) for i in (p.winner, p.loser)]
+    assert sorted(used) == list(range(8))
+
+
+@pytest.mark.parametrize("pairing", ["best_worst", "knockout"])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_the_best_against_the_worst(pairing: str, k: int) -> None:
+    (p,) = pair([chain(k)], pairing, "soft", [3])
+    assert (p.winner, p.loser) == (0, k - 1)
+
+
+def test_bits_are_drawn_from_the_preference() -> None:
+    matrix = np.array([[0.5, 0.8], [0.2, 0.5]])
+    wins = [p.winner == 0 for p in pair([matrix] * 4000, "iid", "bits", [0])]
+    assert np.mean(wins) == pytest.approx(0.8, abs=4 * (0.16 / 4000) ** 0.5)
+
+
+def test_ties_fall_both_ways() -> None:
+    tie = np.full((4, 4), 0.5)
+    for pairing in ("best_worst", "knockout"):
+        assert len({(p.winner, p.loser) for p in pair([tie] * 50, pairing, "soft", [0])}) > 6
+
+
+def test_seeded() -> None:
+    matrices = [preferences(5, seed) for seed in range(10)]
+    assert pair(matrices, "knockout", "bits", [1]) == pair(matrices, "knockout", "bits", [1])
+    assert pair(matrices, "all_pairs", "bits", [1]) != pair(matrices, "all_pairs", "bits", [2])
+
+
+def test_the_step_fitted_at_the_nash_policy_vanishes_for_iid_draws_and_not_for_best_worst() -> None:
+    """Nash policy (1, 2, 4)/7: the mirror-descent step there is 0 (up to a constant), so the fitted one should be."""
+    p = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]])
+    draws = np.random.default_rng(0).choice(3, size=(20000, 8), p=np.array([1, 2, 4]) / 7)
+    matrices = [p[np.ix_(d, d)] for d in draws]
+
+    def fitted_step(pairing: str) -> float:
+        """The largest component of argmin_θ Σ (θ_w − θ_l − (p − ½))², in units of η."""
+        pairs = pair(matrices, pairing, "soft", [0])
+        winner, loser = np.array([draws[q.group][[q.winner, q.loser]] for q in pairs]).T
+        design = np.eye(3)[winner] - np.eye(3)[loser]
+        labels = np.array([q.preference for q in pairs]) - 0.5
+        return np.abs(np.linalg.lstsq(design, labels, rcond=None)[0]).max()
+
+    assert fitted_step("all_pairs") < 0.01
+    assert fitted_step("iid") < 0.01
+    assert fitted_step("best_worst") > 0.05

@@ -1,0 +1,227 @@
+"""The report of a run: synthetic run directories in, a page out."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from onpo_fast.report import main, write_report
+
+ATTACK = "</script></div><script>alert('x')</script><img src=x onerror=alert(1)>"
+POLICIES = ["π_1", "π_2", "π_3"]
+
+
+# fmt: off
+def fit_row(iteration: int, fit: str, step: int, steps: int = 40) -> dict:
+    progress = step / steps
+    return {
+        "stage": "fit", "time": 1.7e9 + 100 * iteration + step, "iteration": iteration, "fit": fit,
+        "step": step, "steps": steps, "loss": 0.1 * (1 - progress), "loss_normalised": 0.25 * (1 - 0.6 * progress),
+        "margin": 0.5 * progress, "target": 0.7, "pair_accuracy": 0.5 + 0.4 * progress,
+        "logp_winner": -80.0, "logp_loser": -82.0, "log_ratio_winner": 0.2 * progress,
+        "log_ratio_loser": -0.3 * progress, "gradient_norm": 3.0 - 2 * progress, "learning_rate": 1e-5,
+        "tokens_per_second": 21000.0, "pairs_per_second": 30.0, "peak_memory_bytes": 9 << 30, "seconds": 0.5,
+    }
+
+
+def metrics(iterations: int = 3) -> list[dict]:
+    rows = []
+    for t in range(1, iterations + 1):
+        at = {"time": 1.7e9 + 100 * t, "iteration": t}
+        stages = {"sample": 12.0, "judge": 3.0, "pair": 0.1, "score": 4.0, "fit auxiliary": 20.0, "fit policy": 20.0}
+        rows += [
+            {**at, "stage": "sample", "seconds": 12.0, "responses": 600, "tokens": 48000, "tokens_per_second": 4000.0}
+            | {"response_tokens_mean": 80.0 + t, "stopped_by_length": 0.05, "peak_memory_bytes": 5 << 30},
+            {**at, "stage": "judge", "seconds": 3.0, "comparisons": 900, "triples": 300, "cyclic_triples": 0.1},
+            {**at, "stage": "pair", "pairs": 300, "identical_pairs": 2},
+            {**at, "stage": "score", "model": "auxiliary", "seconds": 4.0, "tokens_per_second": 60000.0},
+            *(fit_row(t, fit, step) for fit in ("auxiliary", "policy") for step in range(1, 41)),
+            {**at, "stage": "iteration", "seconds": 60.0, "stage_seconds": stages, "kl_to_initial": 1.5 * (t - 1)}
+            | {"kl_to_anchor": 0.4 if t > 1 else None, "response_tokens_mean": 80.0 + t, "cyclic_triples": 0.1},
+        ]
+    return [*rows, {"time": 1.7e9 + 500, "stage": "evaluate", "iteration": 0, "seconds": 30.0}]
+
+
+def evaluation(rate: float, low: float, high: float) -> dict:
+    return {
+        "policies": POLICIES, "prompts": 80, "samples_per_prompt": 2, "oracle": "population", "confidence": 0.95,
+        "win_rate": [[0.5, 0.4, 1 - rate], [0.6, 0.5, 0.45], [rate, 0.55, 0.5]],
+        "interval": [
+            [[0.5, 0.5], [0.3, 0.5], [1 - high, 1 - low]],
+            [[0.5, 0.7], [0.5, 0.5], [0.35, 0.55]],
+            [[low, high], [0.45, 0.65], [0.5, 0.5]],
+        ],
+        "duality_gap": [0.3, 0.1, 0.0], "kl_to_initial": None, "response_tokens_mean": [80.0, 82.0, 83.0],
+    }
+# fmt: on
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A run that was killed in the second iteration, in the middle of a line."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("objective: onpo\neta: 1.4\niterations: 3\nmodel: <tiny & model>\n")
+    write_lines(directory / "metrics.jsonl", [*metrics(1)[:-1], fit_row(2, "auxiliary", 1)])
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "fit", "iteration": 2, "fit": "auxil')
+    return directory
+
+
+@pytest.fixture
+def finished(unfinished: Path) -> Path:
+    responses = {"π_1": ["No.", "?"], "π_2": ["So\nso."], "π_3": [ATTACK, "Yes."]}
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Question {i} {ATTACK}"}], "responses": responses, "preference": 0.731}
+        for i in range(50)
+    ]
+    rows[0]["responses"] = responses | {"π_3": ["half a surrogate pair: \ud83d"]}
+    write_lines(unfinished / "metrics.jsonl", metrics())
+    write_lines(unfinished / "evaluation_responses.jsonl", rows)
+    (unfinished / "evaluation.json").write_text(json.dumps(evaluation(0.68, 0.61, 0.75)))
+    (unfinished / "environment.json").write_text(json.dumps({"torch": "2.9.0", "device": {"name": "H100", "count": 1}}))
+    return unfinished
+
+
+class Page(HTMLParser):
+    """Tags in order, attributes of each, and the page's visible text with runs of blanks as one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("style", "script"):
+            self.words.append(data)
+
+    def count(self, name: str) -> int:
+        return sum(tag == name for tag, _ in self.tags)
+
+
+def test_finished_run(finished: Path) -> None:
+    path = write_report(finished)
+    page = Page(path)
+    assert path == finished / "report.html"
+    assert "Yes: π₃ wins 68.0 % of comparisons with π₁" in page.text
+    assert "(95 % interval 61.0 % to 75.0 %; the interval excludes ½)." in page.text
+    assert "3 of 3 iterations done, evaluated" in page.text
+    assert page.count("svg") == 13 and "Not recorded" not in page.text
+    assert page.count("article") == 40 and "first 40 of 50 held-out prompts" in page.text
+    assert "prefers π₃’s response with probability 73.1 %" in page.text
+    assert "3 min 00 s for 3 finished iterations, and 30.0 s for the evaluation" in page.text
+    assert "<tiny & model>" in page.text and "2.9.0" in page.text and "H100" in page.text
+
+
+def test_plots_are_described_and_ids_unique(finished: Path) -> None:
+    page = Page(write_report(finished))
+    labels = [attributes.get("aria-label") or "" for _, attributes in page.tags if attributes.get("role") == "img"]
+    assert len(labels) == page.count("svg") and all(re.search(r"\. .*\d", label) for label in labels)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_comes_from_a_network(finished: Path) -> None:
+    page = Page(write_report(finished))
+    assert not {"link", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
+    links = [value or "" for _, a in page.tags for key, value in a.items() if key in ("src", "href", "xlink:href")]
+    assert links and all(link.startswith("#") for link in links)
+
+
+@pytest.mark.parametrize(
+    ("rate", "low", "high", "words"),
+    [
+        (0.53, 0.46, 0.60, "Not shown: π₃ wins 53.0 %"),
+        (0.53, 0.46, 0.60, "(95 % interval 46.0 % to 60.0 %; the interval does not exclude ½)"),
+        (0.57, 0.50, 0.64, "the interval does not exclude ½"),
+        (0.57, 0.51, 0.63, "Yes: π₃ wins 57.0 %"),
+        (0.40, 0.33, 0.47, "No, it got worse: π₃ wins 40.0 %"),
+        (0.40, 0.33, 0.47, "(95 % interval 33.0 % to 47.0 %; the interval excludes ½)"),
+    ],
+)
+def test_headline_is_honest(finished: Path, rate: float, low: float, high: float, words: str) -> None:
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(rate, low, high)))
+    assert words in Page(write_report(finished)).text
+
+
+def test_text_of_a_model_is_escaped(finished: Path) -> None:
+    path = write_report(finished)
+    page = Page(path)
+    assert page.count("script") == 1  # the search box's
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    assert ATTACK in page.text and ATTACK not in path.read_text(encoding="utf-8")
+    assert "half a surrogate pair: ?" in page.text
+
+
+def test_unfinished_run(unfinished: Path) -> None:
+    page = Page(write_report(unfinished))
+    assert "Not known yet: the run has not been evaluated." in page.text
+    assert "1 of 3 iterations done, not evaluated. Last record: fit auxiliary, step 1 of 40" in page.text
+    assert "Not recorded: responses to held-out prompts." in page.text
+    assert "Not recorded: versions, device and commit." in page.text
+    assert page.count("svg") == 11
+
+
+def test_run_that_has_only_started(unfinished: Path) -> None:
+    (unfinished / "metrics.jsonl").unlink()
+    page = Page(write_report(unfinished))
+    assert page.count("svg") == 0 and "No measurements yet." in page.text
+    assert "Not recorded: seconds by stage; peak memory; speed by stage." in page.text
+
+
+def test_resumed_run_counts_a_repeated_step_once(unfinished: Path) -> None:
+    before = Page(write_report(unfinished)).text
+    lines = (unfinished / "metrics.jsonl").read_text().splitlines()
+    repeated = [line for line in lines[:-1] if '"fit"' in line]
+    # The torn line stays where the kill left it: in the middle of the file.
+    (unfinished / "metrics.jsonl").write_text("\n".join([*lines, *repeated]) + "\n")
+    assert Page(write_report(unfinished)).text == before
+
+
+def test_missing_values_leave_gaps(finished: Path) -> None:
+    """On a CPU there is no peak memory; DPO with hard labels has no target; a run may diverge."""
+    rows = [row | {"peak_memory_bytes": None, "target": None} for row in metrics()]
+    rows[-3] |= {"loss_normalised": float("nan"), "gradient_norm": float("inf")}
+    write_lines(finished / "metrics.jsonl", rows)
+    page = Page(write_report(finished))
+    assert page.count("svg") == 12 and "Not recorded: peak memory." in page.text
+
+
+def test_same_input_same_bytes(finished: Path) -> None:
+    first = write_report(finished).read_bytes()
+    assert write_report(finished).read_bytes() == first
+
+
+def test_long_fits_stay_small(finished: Path) -> None:
+    small = len(write_report(finished).read_bytes())
+    rows = [fit_row(1, "policy", step, steps=20_000) for step in range(1, 20_001)]
+    write_lines(finished / "metrics.jsonl", [*metrics(), *rows])
+    assert len(write_report(finished).read_bytes()) < 2 * small
+
+
+def test_command_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(finished)])
+    assert capsys.readouterr().out == f"{finished / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("name", [".", "nowhere"])
+def test_directory_that_is_no_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / name)])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and "no config.yaml" in captured.err
+    assert not list(tmp_path.iterdir())

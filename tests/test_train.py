@@ -1,0 +1,190 @@
+"""Algorithm 1 end to end, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from onpo_fast import train as module
+from onpo_fast.config import Config
+from onpo_fast.objectives import Onpo
+
+PROMPTS = [
+    {"prompt": "Nenne drei Farben."},
+    {"prompt": "用一句话介绍北京。"},
+    {"prompt": "¿Qué hora es? <script>alert(1)</script>"},
+    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Who are you?"}]},
+    {"prompt": [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Where is the gold?"}]},
+    *({"prompt": f"What is {i} plus {i}?"} for i in range(11)),
+]  # fmt: skip
+
+ORACLE = '''
+def shorter(prompt, responses):
+    """Shorter wins, the more the surer; nothing of the prompt but its type is used."""
+    assert isinstance(prompt, list) and prompt[-1]["role"] == "user"
+    return [[1 / (1 + 2 ** ((len(a) - len(b)) / 10)) for b in responses] for a in responses]
+'''
+TINY = {"prompts_per_iteration": 2, "responses_per_prompt": 2, "max_new_tokens": 6, "eval_samples": 1, "batch_pairs": 2}
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "onpo_fast.train", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory, model_directory) -> Path:
+    """A run of the real model on a prompts file with an oracle function, from the command line."""
+    cwd = tmp_path_factory.mktemp("run")
+    (cwd / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in PROMPTS), encoding="utf-8")
+    (cwd / "taste.py").write_text(ORACLE)
+    done = command("--model", model_directory, "--prompts", "prompts.jsonl", "--oracle", "taste:shorter", "--out", "out",
+                   "--iterations", 2, "--prompts_per_iteration", 3, "--responses_per_prompt", 3, "--max_new_tokens", 8,
+                   "--eval_samples", 1, "--batch_pairs", 6, cwd=cwd)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "π_3 wins against π_1 in" in done.stdout
+    return cwd / "out"
+
+
+def metrics(directory: Path, stage: str) -> list[dict]:
+    records = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record["stage"] == stage]
+
+
+def test_the_run_directory(run_directory: Path) -> None:
+    config = yaml.safe_load((run_directory / "config.yaml").read_text())
+    assert config["oracle"] == "taste:shorter"
+    assert config["temperature"] == 1.0
+    assert set(config) == set(Config.__dataclass_fields__)
+    environment = json.loads((run_directory / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    for t in (1, 2):
+        directory = run_directory / f"iteration_{t:02d}"
+        groups, preferences = ((directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+                               for name in ("responses", "preferences"))  # fmt: skip
+        assert len(groups) == len(preferences) == 3
+        assert len((directory / "pairs.jsonl").read_text(encoding="utf-8").splitlines()) == 9
+        for name in ("auxiliary", "policy"):
+            assert (directory / name / "model.safetensors").is_file()
+            assert (directory / name / "tokenizer.json").is_file()
+    assert not list(run_directory.rglob("*.partial"))
+    assert not [p for p in run_directory.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    assert (run_directory / "report.html").is_file()
+
+
+def test_prompts_differ_between_iterations_and_from_the_held_out(run_directory: Path) -> None:
+    def prompts(path: Path) -> list[str]:
+        return [str(json.loads(line)["prompt"]) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    used = prompts(run_directory / "iteration_01/responses.jsonl") + prompts(run_directory / "iteration_02/responses.jsonl")
+    held_out = prompts(run_directory / "evaluation_responses.jsonl")
+    assert len(held_out) == 3  # a fifth of 16
+    assert len(set(used + held_out)) == 9
+
+
+def test_every_fit_starts_from_its_anchor(run_directory: Path) -> None:
+    first = [r for r in metrics(run_directory, "fit") if r["step"] == 1]
+    assert [(r["iteration"], r["fit"]) for r in first] == [(1, "auxiliary"), (1, "policy"), (2, "auxiliary"), (2, "policy")]
+    assert all(abs(r["margin"]) < 1e-3 for r in first)
+
+
+def test_metrics(run_directory: Path) -> None:
+    one, two = metrics(run_directory, "iteration")
+    assert one["kl_to_initial"] == 0
+    assert abs(one["kl_to_anchor"]) < 1e-3  # π_1 = π′_1
+    assert two["kl_to_initial"] != 0
+    assert set(two["stage_seconds"]) == {"sample", "judge", "score", "fit auxiliary", "fit policy"}
+    board = EventAccumulator(str(run_directory / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("fit/policy/loss_normalised")) == len(
+        [r for r in metrics(run_directory, "fit") if r["fit"] == "policy"]
+    )
+
+
+def test_evaluation(run_directory: Path) -> None:
+    result = json.loads((run_directory / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["policies"] == ["π_1", "π_2", "π_3"]
+    for i in range(3):
+        assert result["win_rate"][i][i] == 0.5
+        for j in range(3):
+            low, high = result["interval"][i][j]
+            assert low <= result["win_rate"][i][j] <= high
+            assert result["win_rate"][i][j] + result["win_rate"][j][i] == pytest.approx(1)
+    assert min(result["duality_gap"]) >= 0
+
+
+def test_a_directory_in_use_is_refused(run_directory: Path, model_directory) -> None:
+    before = sorted(run_directory.rglob("*"))
+    done = command("--model", model_directory, "--out", "out", cwd=run_directory.parent)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: --out out is not empty: give a new directory"
+    assert "Traceback" not in done.stderr
+    assert sorted(run_directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "missing.jsonl"], "cannot read the prompts file missing.jsonl"),
+        (["--oracle", "nowhere:f"], "--oracle nowhere:f: cannot import it"),
+        (["--responses_per_prompt", "1"], "--responses_per_prompt must be at least 2"),
+        (["--iterations", "0"], "--iterations must be at least 1"),
+        (["--eta", "-1"], "eta must be a positive, finite number"),
+        (["--eta", "nan"], "eta must be a positive, finite number"),
+        (["--pairing", "random"], "--pairing must be one of iid, all_pairs"),
+        (["--model", "no/such/model"], "cannot load the model no/such/model"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = command(*arguments, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"objective": "onpo", "second_fit": "direct"}, ["auxiliary", "policy"]),
+        ({"objective": "onpo", "fit_start": "policy", "pairing": "knockout", "labels": "bits"}, ["auxiliary", "policy"]),
+        ({"objective": "omd", "pairing": "iid"}, ["policy"]),
+        ({"objective": "inpo", "eta": 0.5, "tau": 0.1}, ["policy"]),
+        ({"objective": "ipo", "pairing": "best_worst"}, ["policy"]),
+        ({"objective": "dpo", "labels": "bits"}, ["policy"]),
+    ],
+)
+def test_the_same_loop_runs_every_objective(tmp_path, shallow_model, write_lines, options: dict, fits: list[str]) -> None:
+    prompts = write_lines("prompts.jsonl", *PROMPTS[:6])
+    config = Config(model=str(shallow_model), prompts=str(prompts), out=str(tmp_path / "out"), **{**TINY, **options})
+    module.train(config)
+    seen = [(r["iteration"], r["fit"]) for r in metrics(tmp_path / "out", "fit")]
+    assert sorted(set(seen)) == [(t, name) for t in (1, 2) for name in fits]
+    scored = [(r["iteration"], r["model"]) for r in metrics(tmp_path / "out", "score")]
+    anchors = 2 if options["objective"] == "onpo" and options.get("second_fit") != "direct" else 1
+    assert len([s for s in scored if s[1] != "initial"]) == 2 * anchors
+
+
+def test_direct_doubles_the_target() -> None:
+    assert module.doubled(Onpo(eta=3.0)) == Onpo(eta=6.0)
+
+
+def test_the_same_seed_ends_with_the_same_bits(tmp_path, shallow_model, write_lines) -> None:
+    prompts = write_lines("prompts.jsonl", *PROMPTS[:6])
+    weights = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        out = tmp_path / name
+        module.train(Config(model=str(shallow_model), prompts=str(prompts), out=str(out), seed=seed, **TINY))
+        weights.append(load_file(out / "iteration_02/policy/model.safetensors"))
+    a, b, c = weights
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
