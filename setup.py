@@ -1,4 +1,7 @@
-"""Packaging. The folder ``kernels/`` is installed as ``onpo_fast.kernels``: the PyPI package ``kernels`` owns that name."""
+"""Packaging.
+
+The folder ``kernels/`` is installed as ``onpo_fast.kernels``: the PyPI package ``kernels`` owns that name.
+"""
 
 from setuptools import setup
 

@@ -1,16 +1,13 @@
 """Runs the benchmark of the loss and writes what it found.
 
-    python -m bench loss        time, memory and error of the pairwise loss on this machine, beside its peers
+python -m bench loss        time, memory and error of the pairwise loss on this machine, beside its peers
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from rich.table import Table
 
 from onpo_fast import fused_linear_pair_loss
 from onpo_fast.objectives import Onpo
+from onpo_fast.tracking import environment
 
 from .memory import peak_extra_bytes
 from .peers import PEERS
@@ -40,7 +38,9 @@ def relative_errors(shape: str) -> dict[str, dict[str, float]]:
     exact = (loss.detach(), hidden.grad, weight.grad)
     names = ("loss", "hidden gradient", "weight gradient")
     return {
-        peer: {n: float((got.double() - want).norm() / want.norm()) for n, got, want in zip(names, call(problem), exact)}
+        peer: {
+            n: float((got.double() - want).norm() / want.norm()) for n, got, want in zip(names, call(problem), exact)
+        }
         for peer, call in PEERS.items()
     }
 
@@ -70,7 +70,7 @@ def loss() -> None:
     _print(rows)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "loss-cpu.json"
-    path.write_text(json.dumps({"environment": _environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(torch.device("cpu")), "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
 
 
@@ -84,19 +84,6 @@ def _print(rows: list[dict]) -> None:
             f"{row['time_over_materialised']:.2f}", f"{row['time_over_bare_gemms']:.2f}", memory, error,
         )  # fmt: skip
     Console(width=140).print(table)
-
-
-def _environment() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())  # fmt: skip
-    return {
-        "device": f"{cpu}, {torch.get_num_threads()} threads",
-        "commit": commit.stdout.strip() or None,
-        **{package: metadata.version(package) for package in ("onpo_fast", "torch", "trl")},
-    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of the pairwise loss, forward and backward: ours, the peers, and the bare products.
 
-    pytest bench --benchmark-only
+pytest bench --benchmark-only
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from scipy.sparse import coo_array
@@ -233,7 +234,7 @@ class Layout:
         ranges = [r for r in ranges if len(r)]
         if not ranges:
             return slice(0, 0)
-        if all(a.stop == b.start for a, b in zip(ranges, ranges[1:])):
+        if all(a.stop == b.start for a, b in pairwise(ranges)):
             return slice(ranges[0].start, ranges[-1].stop)
         return torch.tensor([i for r in ranges for i in r], device=device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,14 @@ from .head import Head
 
 def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """log softmax(logits)[target] of every row: (N, H), (N,) -> (N,) float64, differentiable."""
-    double = head._replace(
-        weight=head.weight.double(), bias=None if head.bias is None else head.bias.double()
-    )
+    double = head._replace(weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
     return double.logits(hidden.double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def response_logps(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums over responses: (N,), (S+1,) -> (S,). An empty response sums to 0."""
     edges = cu_seqlens.tolist()
-    sums = [logps[a:b].sum() for a, b in zip(edges, edges[1:])]
+    sums = [logps[a:b].sum() for a, b in pairwise(edges)]
     return torch.stack(sums) if sums else logps.new_zeros(0)
 
 

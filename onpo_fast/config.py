@@ -123,8 +123,6 @@ class Config:
     """Liger's kernels for the model's body. "auto": on a GPU, where installed and the model is supported."""
     loss_backend: Literal["auto", "torch", "reference"] = "auto"
     """Of fused_linear_pair_loss."""
-    debug: bool = False
-    """Show the traceback of an error in the input."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts_per_iteration", "max_new_tokens", "sampling_batch_size", "batch_pairs",
@@ -163,9 +161,10 @@ def parse(argv: list[str]) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
     parser.add_class_arguments(Config)
     values = parser.parse_args(argv).as_dict()
-    values.pop("config")
+    del values["config"], values["debug"]
     config = Config(**values)
     if config.out is None:
         config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"

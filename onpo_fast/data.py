@@ -68,7 +68,7 @@ def read_prompts(path: str | Path) -> list[Messages]:
         raise UserError(f"cannot read the prompts file {path}: {error}") from None
     prompts = [_messages(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise UserError(f"{path} has no prompts: it needs one JSON object a line, with a \"prompt\"")
+        raise UserError(f'{path} has no prompts: it needs one JSON object a line, with a "prompt"')
     return prompts
 
 
@@ -90,10 +90,14 @@ def _messages(line: str, where: str) -> Messages:
             raise UserError(f"{where}: the role {message.get('role')!r} is not one of {', '.join(ROLES)}")
         if not message["content"].strip():
             raise UserError(f"{where}: a message is empty")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise UserError(f"{where}: a message holds half of a surrogate pair, which is no character")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    if "system" in turns or turns[:1] != ["user"] or turns[-1] != "user" or any(a == b for a, b in zip(turns, turns[1:])):
-        raise UserError(f"{where}: after an optional system message, user and assistant must alternate from user to user")
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise UserError(
+            f"{where}: after an optional system message, user and assistant must alternate, from user to user"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

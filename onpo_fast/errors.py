@@ -18,7 +18,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         try:
-            main(argv)
+            main([argument for argument in argv if argument != "--debug"])
         except UserError as error:
             if "--debug" in argv:
                 raise

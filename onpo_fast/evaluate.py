@@ -10,6 +10,7 @@ against it, max_s J(π_s, π_t) − min_s J(π_t, π_s) = 2·max_s J(π_s, π_t)
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -149,10 +150,10 @@ def _response_records(samples: dict[str, list[Group]], prompts: Sequence[Message
 
 @command
 def main(argv: list[str]) -> None:
-    arguments = [a for a in argv if a != "--debug"]
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("usage: python -m onpo_fast.evaluate DIR")
-    directory = Path(arguments[0])
+    parser = argparse.ArgumentParser(prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.")
+    parser.add_argument("directory", type=Path, help="the run's output directory")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    directory = parser.parse_args(argv).directory
     console.print(summary(evaluate(directory, configuration.read(directory))))
 
 

@@ -94,9 +94,7 @@ def steps(pairs: Sequence[Pair], epochs: int, batch_pairs: int) -> int:
     return sum(1 for _ in _batches(counts, epochs, batch_pairs, [0]))
 
 
-def _batches(
-    pairs_of: dict[int, list[Pair]], epochs: int, batch_pairs: int, seed: Sequence[int]
-) -> Iterator[Batch]:
+def _batches(pairs_of: dict[int, list[Pair]], epochs: int, batch_pairs: int, seed: Sequence[int]) -> Iterator[Batch]:
     """Whole groups, shuffled every epoch, until a batch has its pairs. Counted without a draw: one shuffle an epoch."""
     for epoch in range(epochs):
         order = sorted(pairs_of)
@@ -113,9 +111,7 @@ def _batches(
             yield Batch(chosen, count)
 
 
-def _microbatches(
-    groups: Sequence[Group], chosen: list[int], policy: Policy, config: Config
-) -> Iterator[list[int]]:
+def _microbatches(groups: Sequence[Group], chosen: list[int], policy: Policy, config: Config) -> Iterator[list[int]]:
     tokens = [token_group(groups[g]) for g in chosen]
     for members in microbatches(tokens, policy.layout, config.tokens_per_microbatch):
         yield [chosen[m] for m in members]

@@ -36,13 +36,17 @@ def words(text: str) -> list[str]:
 
 
 STOP_WORDS = frozenset(
-    "a about all an and any are as at be been but by can could did do does for from had has have how i if in into is it "
-    "its me more my no not of on or our out please should so some than that the their them then there these they this "
-    "to up was we were what when where which while who why will with would you your".split()
+    """
+    a about all an and any are as at be been but by can could did do does for from had has have how i if in into
+    is it its me more my no not of on or our out please should so some than that the their them then there these
+    they this to up was we were what when where which while who why will with would you your
+    """.split()
 )
 WARM_WORDS = frozenset(
-    "you your yours you're you'll you've we us our let's feel happy glad great good lovely wonderful enjoy love thank "
-    "thanks please welcome hope help friend friends together care kind".split()
+    """
+    you your yours you're you'll you've we us our let's feel happy glad great good lovely wonderful enjoy love
+    thank thanks please welcome hope help friend friends together care kind
+    """.split()
 )
 
 

@@ -68,9 +68,7 @@ def _tournament(preferences: np.ndarray, players: list[int], rng: np.random.Gene
 PAIRINGS: dict[str, Pairing] = {"iid": iid, "all_pairs": all_pairs, "best_worst": best_worst, "knockout": knockout}
 
 
-def pair(
-    preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Sequence[int]
-) -> list[Pair]:
+def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Sequence[int]) -> list[Pair]:
     """Pairs of every group, the winner first.
 
     Args:

@@ -123,7 +123,10 @@ def load(source: str | Path, config: Config) -> Policy:
 
 @torch.no_grad()
 def score(
-    policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, progress: Callable[[int], None] = lambda n: None
+    policy: Policy,
+    groups: Sequence[Group],
+    tokens_per_microbatch: int,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> list[Tensor]:
     """Summed log-probs of every response: a (K,) float64 tensor a group, in nats.
 

@@ -40,7 +40,8 @@ MOST_PROMPTS = 40  # shown side by side
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
 INK = "#0a0b0c"  # stands for the page's text colour, which the SVG takes over as currentColor
 COLOURS = ["#3d85c8", "#cf6d1f", "#2f9464", "#b35ca8", "#857a2b", "#d0524a", "#7f7f7f"]  # ≥ 3:1 on white and on black
-FIT_COLOURS = {"auxiliary": COLOURS[1], "policy": COLOURS[0]}
+STAGES = ("fit policy", "fit auxiliary", "sample", "judge", "score", "pair")
+STAGE_COLOURS = dict(zip(STAGES, COLOURS))  # the same in every plot
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -204,8 +205,9 @@ def _draw_fits(axes: Axes, run: Run, column: str, label: str = "", reduce: Any =
         if len(finite):
             parts = np.array_split(np.arange(len(values)), min(len(values), MOST_POINTS))
             x, y = [fit.start + steps[part].mean() for part in parts], [reduce(values[part]) for part in parts]
-            look = {"color": FIT_COLOURS.get(fit.name), "marker": "o" if len(finite) == 1 else "", "linewidth": 1.4}
-            axes.plot(x, y, label=name, markersize=4, **look | style)
+            marker = "o" if len(finite) == 1 else ""  # one point makes no line
+            look = {"color": STAGE_COLOURS[f"fit {fit.name}"], "linewidth": 1.4} | style
+            axes.plot(x, y, label=name, marker=marker, markersize=4, **look)
             said[name] = f"iteration {fit.iteration}, {name}: from {finite[0]:.3g} to {finite[-1]:.3g}"
     return list(said.values())
 
@@ -215,6 +217,7 @@ def _draw_iterations(axes: Axes, series: dict[str, dict[int, float | None]]) -> 
     said = []
     for (label, points), marker, colour in zip(series.items(), "osD^vP", COLOURS):
         if points := {at: value for at, value in points.items() if value is not None}:
+            colour = STAGE_COLOURS.get(label, colour)
             axes.plot(points.keys(), points.values(), marker=marker, markersize=4, color=colour, label=label)
             said.append(f"{label}: " + ", ".join(f"{value:.3g}" for value in points.values()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -230,7 +233,7 @@ def win_rates(run: Run) -> Plot | None:
     figure, axes = _axes("the policy that it is compared with", "policy", height=1 + 0.36 * min(len(names), 8))
     axes.pcolormesh(rates, cmap="PuOr", vmin=0, vmax=1)  # pale at ½; told apart by the colour-blind
     for (row, column), rate in np.ndenumerate(rates if len(names) <= 10 else np.empty((0, 0))):
-        colour = "white" if abs(rate - 0.5) > 0.3 else "black"
+        colour = "white" if abs(rate - 0.5) > 0.35 else "black"
         axes.text(column + 0.5, row + 0.5, f"{100 * rate:.0f} %", ha="center", va="center", color=colour)
     ticks = np.arange(len(names)) + 0.5
     axes.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, ylim=(len(names), 0))
@@ -304,11 +307,9 @@ def stage_seconds(run: Run) -> Plot | None:
     rows = run.iterations("iteration")
     stages = dict.fromkeys(stage for row in rows.values() for stage in row["stage_seconds"])
     heights = {stage: np.array([row["stage_seconds"].get(stage, 0.0) for row in rows.values()]) for stage in stages}
-    if rows:
-        heights["other"] = np.array([row["seconds"] for row in rows.values()]) - sum(heights.values())
     bottom = 0.0
-    for (stage, height), colour in zip(heights.items(), COLOURS):
-        axes.bar(list(rows), height, bottom=bottom, width=0.6, color=colour, label=stage)
+    for stage, height in heights.items():
+        axes.bar(list(rows), height, bottom=bottom, width=0.6, color=STAGE_COLOURS.get(stage), label=stage)
         bottom = bottom + height
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _plot(figure, [f"{stage}: {_duration(height.sum())}" for stage, height in heights.items()])

@@ -134,7 +134,7 @@ class _Draw(LogitsProcessor):
         for row, stream in zip(noise, self.streams):
             row.exponential_(generator=stream)
         drawn = self.warpers(input_ids, scores) - noise.log_()  # −log of an exponential is Gumbel
-        self.logps.append((scores.gather(1, drawn.argmax(1, keepdim=True))[:, 0] - scores.logsumexp(1)))
+        self.logps.append(scores.gather(1, drawn.argmax(1, keepdim=True))[:, 0] - scores.logsumexp(1))
         return drawn
 
 

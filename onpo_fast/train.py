@@ -15,11 +15,9 @@ files whole before the next one starts. Left out: a value model, a reward model,
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +41,12 @@ from .data import (
 from .errors import UserError, command
 from .evaluate import evaluate, initial_policy, summary
 from .fit import fit, steps
-from .objectives import Objective, Onpo
+from .objectives import Objective
 from .pairing import pair
 from .policy import Policy, load, score
 from .report import write_report
 from .sampling import TransformersSampler
-from .tracking import Tracker, console, peak_memory_bytes, progress
+from .tracking import Tracker, console, environment, peak_memory_bytes, progress
 
 Anchor = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
@@ -84,7 +82,7 @@ def train(config: Config) -> dict:
 
 def doubled(objective: Objective) -> Objective:
     """Both steps of an iteration at once: the target of two fits, against the anchor of the first."""
-    return Onpo(eta=2 * objective.eta)
+    return replace(objective, eta=2 * objective.eta)
 
 
 class Run:
@@ -93,18 +91,20 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.out)
-        self.oracle = oracles.load(config.oracle)  # before anything is written: a typo should cost nothing
+        # everything that a typo can break, before anything is written
+        _check_unused(self.directory)
+        self.oracle = oracles.load(config.oracle)
         self.prompts, held_out = split_prompts(config.prompts, config.eval_prompts, config.eval_fraction, config.seed)
         self.resident: tuple[Source, Policy] | None = None
         policy = self.load(config.model)
-        _claim(self.directory)
+        _make(self.directory)
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
             self.initial = self.directory / "initial"
             policy.save(self.initial)
             self.resident = (self.initial, policy)
         atomic_write_text(self.directory / "config.yaml", config.to_yaml())
-        atomic_write_text(self.directory / "environment.json", json.dumps(_environment(self.device), indent=1) + "\n")
+        atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory)
         self.seconds: dict[str, float] = {}
         self.numbers: dict[str, float | None] = {}
@@ -157,7 +157,9 @@ class Run:
             self.initial_logps = self._score(t, "initial", self.initial, groups)
             self.numbers["kl_to_initial"] = _kl(groups, self.initial_logps)
         else:
-            self.initial_logps = [torch.tensor([r.logp for r in group.responses], dtype=torch.float64) for group in groups]
+            self.initial_logps = [
+                torch.tensor([r.logp for r in group.responses], dtype=torch.float64) for group in groups
+            ]
         return groups
 
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
@@ -184,7 +186,7 @@ class Run:
         return pairs
 
     def anchor(self, t: int, objective: Objective, source: Source, groups: list[Group]) -> Anchor:
-        """The anchor's log-probs: those of the policy that is updated, folded with π_1's where the objective says so."""
+        """The anchor's log-probs: of the policy that is updated, folded with π_1's where the objective says so."""
         current = self._score(t, "auxiliary" if objective.optimistic else "policy", source, groups)
         self.numbers.setdefault("kl_to_anchor", _kl(groups, current))
         return [objective.anchor(*columns) for columns in zip(self.initial_logps, current)]
@@ -267,36 +269,17 @@ def _kl(groups: Sequence[Group], other: Anchor) -> float:
                           for r, lp in zip(group.responses, column.tolist())]))  # fmt: skip
 
 
-def _claim(directory: Path) -> None:
-    """Makes the run directory; one that holds anything is somebody's."""
+def _check_unused(directory: Path) -> None:
+    """A run directory that holds anything is somebody's."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--out {directory} is not empty: give a new directory")
+
+
+def _make(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {directory}: cannot make it ({error})") from None
-
-
-def _environment(device: torch.device) -> dict[str, str | None]:
-    """What the numbers of this run depend on."""
-    packages = ("onpo_fast", "torch", "triton", "transformers", "liger_kernel", "flash_attn", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        **versions,
-        "python": platform.python_version(),
-        "device": f"{device}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 @command

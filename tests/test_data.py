@@ -17,7 +17,12 @@ def user(text: str) -> dict:
 
 
 def test_strings_and_conversations(write_lines) -> None:
-    conversation = [{"role": "system", "content": "Be brief."}, user("Hi"), {"role": "assistant", "content": "Hello"}, user("?")]
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        user("Hi"),
+        {"role": "assistant", "content": "Hello"},
+        user("?"),
+    ]
     path = write_lines("p.jsonl", {"prompt": "Grüße, 世界"}, "", {"prompt": conversation, "id": 3})
     assert data.read_prompts(path) == [[user("Grüße, 世界")], conversation]
 
@@ -31,6 +36,7 @@ def test_strings_and_conversations(write_lines) -> None:
         ('{"prompt": 3}', "line 2: .* must be a string or a list"),
         ('{"prompt": []}', "line 2: .* must be a string or a list"),
         ('{"prompt": "  "}', "line 2: a message is empty"),
+        (r'{"prompt": "\ud83d"}', "line 2: a message holds half of a surrogate pair"),
         ('{"prompt": [{"role": "user"}]}', 'line 2: each message needs a "role" and a "content"'),
         ('{"prompt": [{"role": "robot", "content": "x"}]}', "line 2: the role 'robot'"),
         ('{"prompt": [{"role": "assistant", "content": "x"}]}', "line 2: after an optional system"),
@@ -74,7 +80,7 @@ def test_different_prompts_each_iteration() -> None:
     prompts = [[user(str(i))] for i in range(13)]
     parts = [data.prompts_of_iteration(prompts, t, 3, 4) for t in (1, 2, 3)]
     assert [len(part) for part in parts] == [4, 4, 4]
-    assert len({part[0]["content"] for part in sum(parts, [])}) == 12
+    assert len({prompt[0]["content"] for part in parts for prompt in part}) == 12
     assert [len(data.prompts_of_iteration(prompts, t, 3, 100)) for t in (1, 2, 3)] == [4, 4, 4]
     assert data.prompts_of_iteration(prompts[:2], 3, 3, 5) == prompts[:1]  # round again
 

@@ -84,11 +84,13 @@ def test_memory_options_change_only_rounding(shallow_model, options: dict) -> No
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
         assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-3)
     ratio = [p.data - q.data for p, q in zip(plain.model.parameters(), other.model.parameters())]
-    assert max(float(r.abs().max()) for r in ratio) < 2.1 * 2 * LEARNING_RATE  # Adam's sign flips of vanishing gradients
+    assert (
+        max(float(r.abs().max()) for r in ratio) < 2.1 * 2 * LEARNING_RATE
+    )  # Adam's sign flips of vanishing gradients
 
 
 def test_separate_rows_give_the_same_gradient(shallow_model) -> None:
-    policy, groups, anchor, a = run(shallow_model)
+    _, groups, anchor, a = run(shallow_model)
     config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
     again = dataclasses.replace(load(shallow_model, config), layout="separate")
     b: list[dict] = []

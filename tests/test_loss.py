@@ -14,6 +14,7 @@ from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo
 
 ALL_PAIRS_OF_4 = list(itertools.combinations(range(4), 2))
+ALL_PAIRS_OF_TWO_GROUPS = ALL_PAIRS_OF_4 + [(i + 4, j + 4) for i, j in ALL_PAIRS_OF_4]
 
 
 @dataclass
@@ -120,7 +121,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 CASES = {
     "pairs": Case([5, 7, 1, 9, 8, 3]),
     "empty and one-token responses": Case([5, 0, 1, 9, 0, 1]),
-    "groups with all pairs": Case([5, 7, 3, 9, 8, 2, 4, 6], ALL_PAIRS_OF_4 + [(i + 4, j + 4) for i, j in ALL_PAIRS_OF_4]),
+    "groups with all pairs": Case([5, 7, 3, 9, 8, 2, 4, 6], ALL_PAIRS_OF_TWO_GROUPS),
     "arbitrary pairs": Case([5, 7, 3, 9, 8, 2, 4], [(6, 0), (1, 4), (4, 1), (0, 3), (1, 4)]),
     "a response in no pair": Case([5, 7, 3, 9], [(0, 2)]),
     "soft labels": Case([5, 7, 3, 9], soft=True),
@@ -129,7 +130,7 @@ CASES = {
     "softcap": Case([5, 7, 3, 9], softcap=2.5, bias=True),
     "scale and temperature": Case([5, 7, 3, 9], logit_scale=0.4, temperature=1.7),
     "everything": Case([5, 0, 3, 9], ALL_PAIRS_OF_4, bias=True, soft=True, weighted=True, logit_scale=1.4,
-                       softcap=4.0, temperature=0.8),  # fmt: skip
+                       softcap=4.0, temperature=0.8),
     "sure of most tokens": Case([5, 7, 3, 9], spread=3.0),
     "a vocabulary of one": Case([5, 7], vocabulary=1, objective=Onpo(eta=1.0)),
     "a prime vocabulary": Case([5, 7], vocabulary=1009, features=31),

@@ -62,7 +62,14 @@ def test_anchors() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [(Onpo, (0.0,)), (Onpo, (-1.0,)), (Omd, (float("nan"),)), (Ipo, (float("inf"),)), (Inpo, (0.1, 0.2)), (Dpo, ("x",))],
+    [
+        (Onpo, (0.0,)),
+        (Onpo, (-1.0,)),
+        (Omd, (float("nan"),)),
+        (Ipo, (float("inf"),)),
+        (Inpo, (0.1, 0.2)),
+        (Dpo, ("x",)),
+    ],
 )
 def test_bad_parameters(kind, values) -> None:
     with pytest.raises(ValueError, match="must be"):

@@ -68,13 +68,13 @@ def test_microbatches_hold_every_group_once_within_the_budget() -> None:
         assert sorted(i for batch in batches for i in batch) == list(range(51))
         sizes = [pack([groups[i] for i in batch], layout).input_ids.numel() for batch in batches]
         assert all(size <= 300 for size, batch in zip(sizes, batches) if len(batch) > 1)
-        assert list(microbatches(groups, layout, 1)) == [[i] for batch in microbatches(groups, layout, 1) for i in batch]
+        assert list(microbatches(groups, layout, 1)) == [
+            [i] for batch in microbatches(groups, layout, 1) for i in batch
+        ]
 
 
 def test_scores_are_the_models_own(policy: Policy) -> None:
-    groups = [
-        Group([], prompt, [Response("", y, "eos", 0.0) for y in responses]) for prompt, responses in GROUPS
-    ]
+    groups = [Group([], prompt, [Response("", y, "eos", 0.0) for y in responses]) for prompt, responses in GROUPS]
     separate = dataclasses.replace(policy, layout="separate")
     for p in (policy, separate):
         for tokens in (1, 10_000):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +74,13 @@ def test_layers() -> None:
         )
     importers = [p.name for p in (ROOT / "onpo_fast").glob("*.py") if ".kernels" in p.read_text(encoding="utf-8")]
     assert importers == ["loss.py"]
+
+
+def test_the_snippets_of_the_readme() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(snippet, {})
 
 
 def test_version() -> None:

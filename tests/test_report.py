@@ -119,17 +119,22 @@ def test_finished_run(finished: Path) -> None:
     assert "Yes: π₃ wins 68.0 % of comparisons with π₁" in page.text
     assert "(95 % interval 61.0 % to 75.0 %; the interval excludes ½)." in page.text
     assert "3 of 3 iterations done, evaluated" in page.text
-    assert page.count("svg") == 13 and "Not recorded" not in page.text
-    assert page.count("article") == 40 and "first 40 of 50 held-out prompts" in page.text
+    assert page.count("svg") == 13
+    assert "Not recorded" not in page.text
+    assert page.count("article") == 40
+    assert "first 40 of 50 held-out prompts" in page.text
     assert "prefers π₃’s response with probability 73.1 %" in page.text
     assert "3 min 00 s for 3 finished iterations, and 30.0 s for the evaluation" in page.text
-    assert "<tiny & model>" in page.text and "2.9.0" in page.text and "H100" in page.text
+    assert "<tiny & model>" in page.text
+    assert "2.9.0" in page.text
+    assert "H100" in page.text
 
 
 def test_plots_are_described_and_ids_unique(finished: Path) -> None:
     page = Page(write_report(finished))
     labels = [attributes.get("aria-label") or "" for _, attributes in page.tags if attributes.get("role") == "img"]
-    assert len(labels) == page.count("svg") and all(re.search(r"\. .*\d", label) for label in labels)
+    assert len(labels) == page.count("svg")
+    assert all(re.search(r"\. .*\d", label) for label in labels)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -138,7 +143,8 @@ def test_nothing_comes_from_a_network(finished: Path) -> None:
     page = Page(write_report(finished))
     assert not {"link", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
     links = [value or "" for _, a in page.tags for key, value in a.items() if key in ("src", "href", "xlink:href")]
-    assert links and all(link.startswith("#") for link in links)
+    assert links
+    assert all(link.startswith("#") for link in links)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,8 @@ def test_text_of_a_model_is_escaped(finished: Path) -> None:
     page = Page(path)
     assert page.count("script") == 1  # the search box's
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
-    assert ATTACK in page.text and ATTACK not in path.read_text(encoding="utf-8")
+    assert ATTACK in page.text
+    assert ATTACK not in path.read_text(encoding="utf-8")
     assert "half a surrogate pair: ?" in page.text
 
 
@@ -178,7 +185,8 @@ def test_unfinished_run(unfinished: Path) -> None:
 def test_run_that_has_only_started(unfinished: Path) -> None:
     (unfinished / "metrics.jsonl").unlink()
     page = Page(write_report(unfinished))
-    assert page.count("svg") == 0 and "No measurements yet." in page.text
+    assert page.count("svg") == 0
+    assert "No measurements yet." in page.text
     assert "Not recorded: seconds by stage; peak memory; speed by stage." in page.text
 
 
@@ -197,7 +205,8 @@ def test_missing_values_leave_gaps(finished: Path) -> None:
     rows[-3] |= {"loss_normalised": float("nan"), "gradient_norm": float("inf")}
     write_lines(finished / "metrics.jsonl", rows)
     page = Page(write_report(finished))
-    assert page.count("svg") == 12 and "Not recorded: peak memory." in page.text
+    assert page.count("svg") == 12
+    assert "Not recorded: peak memory." in page.text
 
 
 def test_same_input_same_bytes(finished: Path) -> None:
@@ -222,6 +231,8 @@ def test_directory_that_is_no_run(name: str, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as exit:
         main([str(tmp_path / name)])
     captured = capsys.readouterr()
-    assert exit.value.code == 2 and captured.out == ""
-    assert captured.err.count("\n") == 1 and "no config.yaml" in captured.err
+    assert exit.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "no config.yaml" in captured.err
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,11 @@ from onpo_fast.sampling import TransformersSampler, _Draw, _generator
 
 PROMPTS = [
     [{"role": "user", "content": text}]
-    for text in ("Name a fruit.", "Was ist die Hauptstadt von Frankreich?", "Why is the sky blue? Answer in one sentence.")
+    for text in (
+        "Name a fruit.",
+        "Was ist die Hauptstadt von Frankreich?",
+        "Why is the sky blue? Answer in one sentence.",
+    )
 ]
 
 

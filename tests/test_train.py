@@ -21,7 +21,8 @@ PROMPTS = [
     {"prompt": "Nenne drei Farben."},
     {"prompt": "用一句话介绍北京。"},
     {"prompt": "¿Qué hora es? <script>alert(1)</script>"},
-    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Who are you?"}]},
+    {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
+                {"role": "user", "content": "Who are you?"}]},
     {"prompt": [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Where is the gold?"}]},
     *({"prompt": f"What is {i} plus {i}?"} for i in range(11)),
 ]  # fmt: skip
@@ -44,9 +45,12 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 def run_directory(tmp_path_factory, model_directory) -> Path:
     """A run of the real model on a prompts file with an oracle function, from the command line."""
     cwd = tmp_path_factory.mktemp("run")
-    (cwd / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in PROMPTS), encoding="utf-8")
+    (cwd / "prompts.jsonl").write_text(
+        "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in PROMPTS), encoding="utf-8"
+    )
     (cwd / "taste.py").write_text(ORACLE)
-    done = command("--model", model_directory, "--prompts", "prompts.jsonl", "--oracle", "taste:shorter", "--out", "out",
+    done = command("--model", model_directory, "--prompts", "prompts.jsonl", "--oracle", "taste:shorter",
+                   "--out", "out",
                    "--iterations", 2, "--prompts_per_iteration", 3, "--responses_per_prompt", 3, "--max_new_tokens", 8,
                    "--eval_samples", 1, "--batch_pairs", 6, cwd=cwd)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -84,7 +88,9 @@ def test_prompts_differ_between_iterations_and_from_the_held_out(run_directory: 
     def prompts(path: Path) -> list[str]:
         return [str(json.loads(line)["prompt"]) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    used = prompts(run_directory / "iteration_01/responses.jsonl") + prompts(run_directory / "iteration_02/responses.jsonl")
+    used = prompts(run_directory / "iteration_01/responses.jsonl") + prompts(
+        run_directory / "iteration_02/responses.jsonl"
+    )
     held_out = prompts(run_directory / "evaluation_responses.jsonl")
     assert len(held_out) == 3  # a fifth of 16
     assert len(set(used + held_out)) == 9
@@ -92,7 +98,12 @@ def test_prompts_differ_between_iterations_and_from_the_held_out(run_directory: 
 
 def test_every_fit_starts_from_its_anchor(run_directory: Path) -> None:
     first = [r for r in metrics(run_directory, "fit") if r["step"] == 1]
-    assert [(r["iteration"], r["fit"]) for r in first] == [(1, "auxiliary"), (1, "policy"), (2, "auxiliary"), (2, "policy")]
+    assert [(r["iteration"], r["fit"]) for r in first] == [
+        (1, "auxiliary"),
+        (1, "policy"),
+        (2, "auxiliary"),
+        (2, "policy"),
+    ]
     assert all(abs(r["margin"]) < 1e-3 for r in first)
 
 
@@ -156,14 +167,19 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     ("options", "fits"),
     [
         ({"objective": "onpo", "second_fit": "direct"}, ["auxiliary", "policy"]),
-        ({"objective": "onpo", "fit_start": "policy", "pairing": "knockout", "labels": "bits"}, ["auxiliary", "policy"]),
+        (
+            {"objective": "onpo", "fit_start": "policy", "pairing": "knockout", "labels": "bits"},
+            ["auxiliary", "policy"],
+        ),
         ({"objective": "omd", "pairing": "iid"}, ["policy"]),
         ({"objective": "inpo", "eta": 0.5, "tau": 0.1}, ["policy"]),
         ({"objective": "ipo", "pairing": "best_worst"}, ["policy"]),
         ({"objective": "dpo", "labels": "bits"}, ["policy"]),
     ],
 )
-def test_the_same_loop_runs_every_objective(tmp_path, shallow_model, write_lines, options: dict, fits: list[str]) -> None:
+def test_the_same_loop_runs_every_objective(
+    tmp_path, shallow_model, write_lines, options: dict, fits: list[str]
+) -> None:
     prompts = write_lines("prompts.jsonl", *PROMPTS[:6])
     config = Config(model=str(shallow_model), prompts=str(prompts), out=str(tmp_path / "out"), **{**TINY, **options})
     module.train(config)
