@@ -27,7 +27,7 @@ bench: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.train
-	$(PIP) install -c constraints.txt -e ".[dev,bench,trl]" kernels
+	$(PIP) install -c constraints.txt -e ".[dev,bench,trl]"
 	touch $@
 
 clean:

@@ -14,13 +14,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    # The link onpo_fast/kernels serves a checkout and an editable install; package_dir serves wheels.
     packages=["onpo_fast", "onpo_fast.kernels", "onpo_fast.prompts"],
     package_dir={"onpo_fast.kernels": "kernels"},
     package_data={"onpo_fast": ["*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
-        "accelerate",  # transformers loads onto a device with it
         "safetensors",
         "gguf",  # the embedded model is a GGUF file
         "jsonargparse>=4.40",
@@ -37,7 +37,7 @@ setup(
         "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
         "trl": ["trl>=1.16,<2", "datasets"],
         "vllm": ["vllm"],
-        "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5", "psutil"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "psutil"],
+        "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5"],
+        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels"],
     },
 )

@@ -63,7 +63,7 @@ class _Block:
         self.scale = head.logit_scale / head.temperature
         if head.softcap is not None:
             logits.mul_(head.logit_scale / head.softcap).tanh_()
-            slope = (1 - logits.square()) if gradients else None
+            slope = logits.square().neg_().add_(1) if gradients else None
             logits.mul_(head.softcap / head.temperature)
         elif self.scale != 1:
             logits.mul_(self.scale)
@@ -82,8 +82,8 @@ class _Block:
             exp.scatter_(1, index, -others)
             if slope is not None:
                 exp.mul_(slope)
-            low = hidden.dtype != exp.dtype and hidden.is_cuda  # tensor cores want both operands in the input's dtype
-            self.exp = exp.to(hidden.dtype) if low else exp
+            # tensor cores want both operands in bf16, which has fp32's range; fp16 could not hold -others
+            self.exp = exp.bfloat16() if hidden.is_cuda and hidden.dtype == torch.bfloat16 else exp
 
     def row_scale(self, coefficients: Tensor | float) -> Tensor:
         """(n, 1): −c·scale/s, from the upstream gradient (n, 1) of every row's log-prob."""
@@ -169,21 +169,21 @@ def token_gradients(
 
 
 class _Gradients:
-    """Accumulators for hidden, weight and bias, each only if it is wanted."""
+    """Accumulators for hidden, weight and bias in the accumulation dtype, each only if it is wanted."""
 
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
         self.dtype = accumulation_dtype(hidden.dtype)
-        zeros = lambda like: torch.zeros(like.shape, dtype=self.dtype, device=hidden.device)  # noqa: E731
-        # one row of dX is written once, so it is kept in the input's dtype
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.weight = zeros(head.weight) if wanted[1] else None
-        self.bias = zeros(head.bias) if wanted[2] else None
+        tensors = (hidden, head.weight, head.bias)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros(tensor.shape, dtype=self.dtype, device=hidden.device) if want else None
+            for tensor, want in zip(tensors, wanted)
+        )
 
     def add(self, block: _Block, rows: Rows, coefficients: Tensor) -> None:
         """Adds a block whose coefficients (n, 1) are known."""
         scale = block.row_scale(coefficients)
         if self.hidden is not None:
-            self.hidden[rows] = block.hidden_gradient(scale).to(self.hidden.dtype)
+            self.hidden[rows] = block.hidden_gradient(scale)
         self.add_head(block, scale)
 
     def add_head(self, block: _Block, row_scale: Tensor) -> None:
@@ -285,7 +285,6 @@ class PairLoss:
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
     def run(self) -> PairLoss:
-        self.buffer = _buffer(len(self.hidden), self.head, self.gradients.dtype, self.workspace)
         unpaired = [group for group in self.layout.groups if not group.pairs]
         paired = [group for group in self.layout.groups if group.pairs]
         if unpaired:
@@ -294,6 +293,7 @@ class PairLoss:
             self._score([r for group in paired for r in group.responses])
             self._coefficients([p for group in paired for p in group.pairs])
             return self
+        self.buffer = _buffer(len(self.hidden), self.head, self.gradients.dtype, self.workspace)
         for chunk in self._chunks(paired):
             if sum(group.tokens for group in chunk) <= len(self.buffer):
                 self._whole(chunk)
@@ -355,7 +355,7 @@ class PairLoss:
         apart = None
         size = len(self.buffer)
         features = hidden.shape[1]
-        if want_weight and len(group.pairs) == 1 and size - features >= size // 4:
+        if want_weight and len(group.pairs) == 1 and size - features >= max(1, size // 4):
             size -= features
             apart = _Gradients(hidden[:0], self.head, (False, False, want_bias))
             apart.weight = self.buffer[size:].view(self.head.weight.shape).zero_()
@@ -381,7 +381,7 @@ class PairLoss:
         coefficients = self._coefficients(group.pairs)
         per_row = coefficients[group.responses].to(dtype).repeat_interleave(lengths, output_size=len(hidden))[:, None]
         if unscaled is not None:
-            self.gradients.hidden[rows] = unscaled.mul_(per_row).to(self.hidden.dtype)
+            self.gradients.hidden[rows] = unscaled.mul_(per_row)
         if apart is not None:
             coefficient = coefficients[winner].to(dtype)
             self.gradients.weight.addcmul_(apart.weight, coefficient)

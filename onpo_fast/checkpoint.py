@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text. A crash leaves the old file or the new one, never a part."""
+def atomic_write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Writes UTF-8 text, whole or in parts. A crash leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -38,7 +38,7 @@ def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object a line, atomically."""
-    atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    atomic_write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

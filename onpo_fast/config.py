@@ -6,6 +6,7 @@ Flags override the file given with ``--config``; every value used is written to 
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -46,7 +47,7 @@ class Config:
 
     iterations: int = 2
     """Policy updates. Algorithm 1's T is one more: it counts policies, and the run ends with π_T."""
-    prompts_per_iteration: int = 32
+    prompts_per_iteration: int = 40
     """New prompts an iteration (paper's workflow: 20000)."""
     responses_per_prompt: int = 4
     """K, at least 2 (paper: 8)."""
@@ -61,21 +62,23 @@ class Config:
 
     objective: str = "onpo"
     """"onpo", or a baseline in the same loop: "omd", "inpo", "ipo", "dpo"."""
-    eta: float = 4.0
-    """Step size of ONPO and OMD: the target margin of a sure pair is η/2 nats (paper: 100). For INPO the inverse."""
-    tau: float = 0.1
-    """Pull of INPO (at most eta) and IPO towards π_1."""
+    eta: float | None = None
+    """Step size of ONPO and OMD: the target margin of a sure pair is η/2 nats (paper: 100). Default 20. INPO's η is
+    the inverse; its default, 1/20, is the same step."""
+    tau: float | None = None
+    """Pull of INPO (at most η; default η/3) and IPO (default 1/20: a target of 10 nats) towards π_1."""
     beta: float = 0.1
     """DPO's inverse temperature."""
     second_fit: Literal["chained", "direct"] = "chained"
     """ONPO's second fit of an iteration. "chained": against π′_{t+1}, target η/2 (Algorithm 1). "direct": on from
     π′_{t+1} against π′_t with target η, which saves a scoring pass; the same only at the exact minimiser."""
     fit_start: Literal["anchor", "policy"] = "anchor"
-    """Where a fit starts: from its anchor, so that every margin starts at 0, or from π_t."""
+    """Where ONPO's fits start: from their anchor, so that every margin starts at 0, or from π_t. The direct second fit
+    goes on from π′_{t+1}; the baselines start from π_t."""
 
     # Sampling
 
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     """Tokens of a response at most (the workflow the paper follows: 2048)."""
     temperature: float = 1.0
     """Of sampling. The theory wants 1: responses drawn from π_t itself."""
@@ -90,11 +93,11 @@ class Config:
     """Passes over an iteration's pairs in the fit of π′ (paper: Llama 2, Mistral 1)."""
     epochs_policy: int = 1
     """The same in the fit of π (paper: Llama 1, Mistral 2)."""
-    learning_rate: float = 1e-5
+    learning_rate: float = 3e-5
     """Peak of the cosine schedule (paper: 5e-7)."""
     warmup_ratio: float = 0.03
     """Share of a fit's steps with a rising learning rate (paper: 0.03)."""
-    batch_pairs: int = 24
+    batch_pairs: int = 30
     """Pairs an optimizer step (paper: 128). A group is never split, so a step takes the first whole groups that
     reach it."""
     tokens_per_microbatch: int = 1024
@@ -125,6 +128,15 @@ class Config:
     """Of fused_linear_pair_loss."""
 
     def __post_init__(self) -> None:
+        if self.eta is None:
+            self.eta = 0.05 if self.objective == "inpo" else 20.0
+        if self.tau is None:
+            self.tau = self.eta / 3 if self.objective == "inpo" else 0.05
+        for name in ("model", "oracle"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} must not be empty")
+        if self.seed < 0:
+            raise UserError(f"--seed must not be negative, not {self.seed}")
         for name in ("iterations", "prompts_per_iteration", "max_new_tokens", "sampling_batch_size", "batch_pairs",
                      "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy", "eval_samples"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -134,9 +146,11 @@ class Config:
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"--{name} must be positive and finite, not {getattr(self, name)}")
-        for name, low, high in (("top_p", 0, 1), ("eval_fraction", 0, 1), ("warmup_ratio", -1, 1)):
-            if not low < getattr(self, name) <= high:
-                raise UserError(f"--{name} must be in ({max(low, 0)}, {high}], not {getattr(self, name)}")
+        for name in ("top_p", "eval_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name} must be in (0, 1], not {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"--warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"--weight_decay must not be negative, not {self.weight_decay}")
         for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
@@ -157,13 +171,23 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration from a command line. Exits with code 2 and a line on stderr if it does not fit."""
+    """The configuration from a command line.
+
+    Raises:
+        UserError: if it does not fit.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__)
+    parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
     parser.add_class_arguments(Config)
-    values = parser.parse_args(argv).as_dict()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    files, flags = first.parse_known_args(argv)  # files first, wherever they stand: flags override them
+    try:
+        values = parser.parse_args([f"--config={file}" for file in files.config] + flags).as_dict()
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (see --help)") from None
     del values["config"], values["debug"]
     config = Config(**values)
     if config.out is None:
@@ -176,4 +200,7 @@ def read(directory: Path) -> Config:
     path = directory / "config.yaml"
     if not path.is_file():
         raise UserError(f"{directory} is not a run directory: it has no config.yaml")
-    return Config(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        return Config(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of a run: {error}") from None

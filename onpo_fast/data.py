@@ -75,7 +75,7 @@ def read_prompts(path: str | Path) -> list[Messages]:
 def _messages(line: str, where: str) -> Messages:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict) or "prompt" not in record:
         raise UserError(f'{where}: expected an object with a "prompt"')
@@ -104,19 +104,28 @@ def _messages(line: str, where: str) -> Messages:
 def split_prompts(
     prompts: str | None, eval_prompts: str | None, eval_fraction: float, seed: int
 ) -> tuple[list[Messages], list[Messages]]:
-    """Training and held-out prompts; the training prompts shuffled by the seed."""
+    """Training and held-out prompts, without repeats or overlap; the training prompts shuffled by the seed."""
     bundled = files("onpo_fast.prompts")
-    train = read_prompts(prompts or bundled / "train.jsonl")
+    train = _unique(read_prompts(prompts or bundled / "train.jsonl"))
     random.Random(f"{seed} prompts").shuffle(train)
     if eval_prompts or not prompts:
-        return train, read_prompts(eval_prompts or bundled / "heldout.jsonl")
-    held_out = max(1, round(eval_fraction * len(train)))
-    if held_out >= len(train):
+        held_out = _unique(read_prompts(eval_prompts or bundled / "heldout.jsonl"))
+        seen = {json.dumps(prompt) for prompt in held_out}
+        train = [prompt for prompt in train if json.dumps(prompt) not in seen]
+        if not train:
+            raise UserError(f"every prompt of {prompts} is held out by --eval_prompts {eval_prompts}")
+        return train, held_out
+    count = max(1, round(eval_fraction * len(train)))
+    if count >= len(train):
         raise UserError(
-            f"{prompts} has {len(train)} prompts: holding out {held_out} leaves none to train on; "
+            f"{prompts} has {len(train)} different prompts: holding out {count} leaves none to train on; "
             "add prompts, lower --eval_fraction or give --eval_prompts"
         )
-    return train[held_out:], train[:held_out]
+    return train[count:], train[:count]
+
+
+def _unique(prompts: list[Messages]) -> list[Messages]:
+    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
 
 
 def prompts_of_iteration(prompts: Sequence[Messages], iteration: int, iterations: int, wanted: int) -> list[Messages]:
@@ -127,6 +136,10 @@ def prompts_of_iteration(prompts: Sequence[Messages], iteration: int, iterations
     count = min(wanted, max(1, len(prompts) // iterations))
     start = (iteration - 1) * count
     return [prompts[i % len(prompts)] for i in range(start, start + count)]
+
+
+def write_prompts(path: Path, prompts: Iterable[Messages]) -> None:
+    write_jsonl(path, ({"prompt": prompt} for prompt in prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,24 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 
 from . import config as configuration
 from . import oracles
 from .checkpoint import atomic_write_text, write_jsonl
 from .config import Config
-from .data import Group, Messages, split_prompts
+from .data import Group, Messages, read_prompts
 from .errors import UserError, command
-from .policy import load, score
-from .sampling import TransformersSampler
+from .policy import kl_estimate, load, score
+from .sampling import make_sampler
 from .tracking import Tracker, console, progress
 
 CONFIDENCE = 0.95
+HELD_OUT = "heldout.jsonl"  # the prompts, in the run's directory: what was held out does not change with the source
 
 
 def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) -> dict:
@@ -43,15 +43,13 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
     sources = {"π_1": initial_policy(directory, config), **finished_policies(directory)}
     if len(sources) < 2:
         raise UserError(f"{directory} has no finished iteration to evaluate")
-    _, prompts = split_prompts(config.prompts, config.eval_prompts, config.eval_fraction, config.seed)
+    prompts = read_prompts(directory / HELD_OUT)
     samples: dict[str, list[Group]] = {}
     for index, (name, source) in enumerate(sources.items()):
         samples[name] = _sample(name, source, prompts, [config.seed, 1, index], config)
-    # π_1 last, when the other models are gone: its log-probs of the others' responses
+    # π_1's log-probs last, when the other models are gone
     initial = load(sources["π_1"], config)
-    kl = [None if name == "π_1" else _kl(groups, score(initial, groups, config.tokens_per_microbatch))
-          for name, groups in samples.items()]  # fmt: skip
-    kl[0] = 0.0
+    kl = [kl_estimate(groups, score(initial, groups, config.tokens_per_microbatch)) for groups in samples.values()]
 
     names = list(sources)
     matrices = _judge(samples, prompts, config)
@@ -84,8 +82,8 @@ def initial_policy(directory: Path, config: Config) -> str | Path:
 
 def finished_policies(directory: Path) -> dict[str, Path]:
     """π_2, π_3, … of a run, by name."""
-    saved = sorted(directory.glob("iteration_*/policy"))
-    return {f"π_{int(path.parent.name.split('_')[1]) + 1}": path for path in saved}
+    saved = {int(path.parent.name.split("_")[1]): path for path in directory.glob("iteration_*/policy")}
+    return {f"π_{t + 1}": saved[t] for t in sorted(saved)}
 
 
 def restricted_gap(win_rate: np.ndarray) -> np.ndarray:
@@ -103,10 +101,7 @@ def summary(result: dict) -> str:
 
 
 def _sample(name: str, source: str | Path, prompts: Sequence[Messages], seed: list[int], config: Config) -> list[Group]:
-    sampler = TransformersSampler(
-        load(source, config), max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_p=config.top_p, batch_size=config.sampling_batch_size,
-    )  # fmt: skip
+    sampler = make_sampler(load(source, config), config)
     with progress(f"evaluate: sample {name}", len(prompts) * config.eval_samples) as done:
         return sampler(prompts, config.eval_samples, seed, done)
 
@@ -128,20 +123,23 @@ def _blocks(matrix: np.ndarray, policies: int) -> np.ndarray:
 
 
 def _intervals(wins: np.ndarray) -> np.ndarray:
-    """(prompts, M, M) -> (M, M, 2): Student's t over prompts, clipped to [0, 1]. One prompt says nothing: [0, 1]."""
-    count = len(wins)
-    if count < 2:
-        return np.broadcast_to([0.0, 1.0], (*wins.shape[1:], 2))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * wins.std(0, ddof=1) / np.sqrt(count)
-    return np.clip(np.stack([wins.mean(0) - half, wins.mean(0) + half], axis=-1), 0, 1)
+    """(prompts, M, M) -> (M, M, 2): Student's t over prompts and two imagined ones, a win and a loss.
+
+    The two are what Agresti and Coull add to a proportion: with few prompts that all agree, the spread among them
+    would claim a certainty that they cannot give. A policy against itself is ½ exactly.
+    """
+    zeros, ones = np.zeros_like(wins[:1]), np.ones_like(wins[:1])
+    widened = np.concatenate([wins, zeros, ones])
+    count = len(widened)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * widened.std(0, ddof=1) / np.sqrt(count)
+    intervals = np.clip(np.stack([widened.mean(0) - half, widened.mean(0) + half], axis=-1), 0, 1)
+    intervals[np.diag_indices(wins.shape[1])] = 0.5
+    return intervals
 
 
-def _kl(groups: Sequence[Group], initial: Sequence[torch.Tensor]) -> float:
-    """KL(π‖π_1) in nats a response, from π's own responses."""
-    return float(np.mean([r.logp - lp for g, lps in zip(groups, initial) for r, lp in zip(g.responses, lps.tolist())]))
-
-
-def _response_records(samples: dict[str, list[Group]], prompts: Sequence[Messages], matrices: list[np.ndarray], config):
+def _response_records(
+    samples: dict[str, list[Group]], prompts: Sequence[Messages], matrices: list[np.ndarray], config: Config
+) -> Iterator[dict]:
     last = (len(samples) - 1) * config.eval_samples
     for p, (prompt, matrix) in enumerate(zip(prompts, matrices)):
         texts = {name: [r.text for r in groups[p].responses] for name, groups in samples.items()}

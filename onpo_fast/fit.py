@@ -2,72 +2,83 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from .config import Config
 from .data import Group, Pair
+from .errors import UserError
 from .loss import PairLossOutput, fused_linear_pair_loss
 from .objectives import Objective
-from .packing import microbatches, pack
+from .packing import TokenGroup, microbatches, pack
 from .policy import Policy, token_group
 from .tracking import peak_memory_bytes
 
+Batch = dict[int, list[Pair]]  # one optimizer step: its groups, by index, with their pairs
 
-@dataclass(frozen=True)
-class Batch:
-    """The groups of one optimizer step, and how many pairs they hold."""
 
-    groups: list[int]
-    pairs: int
+def plan(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Sequence[int]) -> list[Batch]:
+    """The optimizer steps of a fit: groups shuffled every epoch, whole ones until a step has its pairs."""
+    pairs_of: Batch = {}
+    for pair in pairs:
+        pairs_of.setdefault(pair.group, []).append(pair)
+    batches: list[Batch] = []
+    for epoch in range(epochs):
+        order = sorted(pairs_of)
+        random.Random(f"{list(seed)} epoch {epoch}").shuffle(order)
+        batch: Batch = {}
+        for group in order:
+            batch[group] = pairs_of[group]
+            if _count(batch) >= batch_pairs:
+                batches.append(batch)
+                batch = {}
+        if batch:
+            batches.append(batch)
+    return batches
 
 
 def fit(
     policy: Policy,
     groups: Sequence[Group],
-    pairs: Sequence[Pair],
+    batches: Sequence[Batch],
     anchor: Sequence[Tensor],
     objective: Objective,
-    *,
-    epochs: int,
-    seed: Sequence[int],
     config: Config,
-    on_step: Callable[[dict[str, float]], None],
+    on_step: Callable[[dict[str, float | None]], None],
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
 
     Args:
         groups: the iteration's preference groups.
-        pairs: comparisons within them.
+        batches: the comparisons of every optimizer step, from ``plan``.
         anchor: summed log-probs of the anchor, a (K,) tensor a group, nats.
-        epochs: passes over the pairs.
-        seed: of the order of the groups.
         on_step: told the metrics of every optimizer step.
     """
-    pairs_of: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        pairs_of.setdefault(pair.group, []).append(pair)
-    batches = list(_batches(pairs_of, epochs, config.batch_pairs, seed))
     model = policy.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    warmup = round(config.warmup_ratio * len(batches))
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+    schedule = _cosine_with_warmup(optimizer, round(config.warmup_ratio * len(batches)), len(batches))
 
     for step, batch in enumerate(batches, 1):
         start = time.perf_counter()
         metrics = _Metrics(objective)
-        # one count of pairs for the whole batch: the mean of means would weigh micro-batches, not pairs
-        for chosen in _microbatches(groups, batch.groups, policy, config):
-            output, preference, tokens = _forward(policy, groups, pairs_of, anchor, objective, chosen, config)
-            (output.loss * (len(preference) / batch.pairs)).backward()
-            metrics.add(output, preference, tokens)
+        for part in _microbatches(policy, groups, batch, config):
+            compared = _compare(policy, groups, part, anchor, objective, config)
+            # one count of pairs for the whole batch: a mean of means would weigh micro-batches, not pairs
+            (compared.output.loss * (_count(part) / _count(batch))).backward()
+            metrics.add(compared)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient is not finite at step {step} of {len(batches)}: lower --learning_rate, or look for "
+                "log-probs that are not finite in the model"
+            )
         rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -86,55 +97,60 @@ def fit(
         )
 
 
-def steps(pairs: Sequence[Pair], epochs: int, batch_pairs: int) -> int:
-    """Optimizer steps that ``fit`` will take."""
-    counts: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        counts.setdefault(pair.group, []).append(pair)
-    return sum(1 for _ in _batches(counts, epochs, batch_pairs, [0]))
+def _cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> SequentialLR:
+    """Up in ``warmup`` steps, the first of which is not at 0, then down along a cosine."""
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, CosineAnnealingLR(optimizer, max(1, steps - warmup))], milestones=[warmup])
 
 
-def _batches(pairs_of: dict[int, list[Pair]], epochs: int, batch_pairs: int, seed: Sequence[int]) -> Iterator[Batch]:
-    """Whole groups, shuffled every epoch, until a batch has its pairs. Counted without a draw: one shuffle an epoch."""
-    for epoch in range(epochs):
-        order = sorted(pairs_of)
-        random.Random(f"{list(seed)} epoch {epoch}").shuffle(order)
-        chosen: list[int] = []
-        count = 0
-        for group in order:
-            chosen.append(group)
-            count += len(pairs_of[group])
-            if count >= batch_pairs:
-                yield Batch(chosen, count)
-                chosen, count = [], 0
-        if chosen:
-            yield Batch(chosen, count)
+def _count(batch: Batch) -> int:
+    return sum(map(len, batch.values()))
 
 
-def _microbatches(groups: Sequence[Group], chosen: list[int], policy: Policy, config: Config) -> Iterator[list[int]]:
-    tokens = [token_group(groups[g]) for g in chosen]
-    for members in microbatches(tokens, policy.layout, config.tokens_per_microbatch):
-        yield [chosen[m] for m in members]
+def _microbatches(policy: Policy, groups: Sequence[Group], batch: Batch, config: Config) -> Iterator[Batch]:
+    members = list(batch)
+    tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
+    for chosen in microbatches(tokens, policy.layout, config.tokens_per_microbatch):
+        yield {members[m]: batch[members[m]] for m in chosen}
 
 
-def _forward(
+def _used(pairs: Sequence[Pair]) -> list[int]:
+    """The responses of a group that are in a pair: the others need no pass through the model."""
+    return sorted({response for pair in pairs for response in (pair.winner, pair.loser)})
+
+
+def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
+    prompt, responses = token_group(group)
+    return prompt, [responses[r] for r in _used(pairs)]
+
+
+class _Compared(NamedTuple):
+    """A micro-batch through the loss."""
+
+    output: PairLossOutput
+    winner: Tensor  # (P,) int64 indices of responses
+    loser: Tensor  # (P,) int64
+    preference: Tensor  # (P,) float64 labels
+    tokens: int  # packed
+
+
+def _compare(
     policy: Policy,
     groups: Sequence[Group],
-    pairs_of: dict[int, list[Pair]],
+    batch: Batch,
     anchor: Sequence[Tensor],
     objective: Objective,
-    chosen: list[int],
     config: Config,
-) -> tuple[PairLossOutput, Tensor, int]:
-    """The loss of a micro-batch, its labels (P,), and its packed tokens."""
-    device = policy.device
-    packed = pack([token_group(groups[g]) for g in chosen], policy.layout).to(device)
-    indices, preference, first = [], [], 0
-    for g in chosen:
-        indices += [(first + pair.winner, first + pair.loser) for pair in pairs_of[g]]
-        preference += [pair.preference for pair in pairs_of[g]]
-        first += len(groups[g].responses)
-    labels = torch.tensor(preference, dtype=torch.float64, device=device)
+) -> _Compared:
+    packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], policy.layout).to(policy.device)
+    indices, preference, ref_logps = [], [], []
+    for g, pairs in batch.items():
+        used = _used(pairs)
+        row = {response: len(ref_logps) + i for i, response in enumerate(used)}
+        indices += [(row[pair.winner], row[pair.loser]) for pair in pairs]
+        preference += [pair.preference for pair in pairs]
+        ref_logps += anchor[g][used].tolist()
+    labels = torch.tensor(preference, dtype=torch.float64, device=policy.device)
     with policy.autocast():
         output = fused_linear_pair_loss(
             policy.hidden_states(packed),
@@ -142,50 +158,48 @@ def _forward(
             cu_seqlens=packed.cu_seqlens,
             pairs=torch.tensor(indices),
             objective=objective,
-            ref_logps=torch.cat([anchor[g] for g in chosen]).to(device),
+            ref_logps=torch.tensor(ref_logps, dtype=torch.float64, device=policy.device),
             preference=labels,
             backend=config.loss_backend,
             **policy.head,
         )
-    pair_index = torch.tensor(indices, device=device)
-    return output, torch.cat([labels[:, None], pair_index], 1), packed.input_ids.numel()
+    winner, loser = torch.tensor(indices, device=policy.device).T
+    return _Compared(output, winner, loser, labels, packed.input_ids.numel())
 
 
 class _Metrics:
-    """Sums over the pairs of a step."""
+    """The pairs of a step, a column a metric."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.tokens = 0
-        self.columns: list[dict[str, Tensor]] = []
+        self.columns: dict[str, list[Tensor]] = {}
 
-    def add(self, output: PairLossOutput, labelled: Tensor, tokens: int) -> None:
-        preference, winner, loser = labelled[:, 0], labelled[:, 1].long(), labelled[:, 2].long()
+    def add(self, compared: _Compared) -> None:
+        output, winner, loser, preference, tokens = compared
         ratio = output.logps - output.ref_logps
+        margins = output.margins.double()
         self.tokens += tokens
-        self.columns.append(
-            {
-                "loss": output.loss.detach().double().expand(len(preference)),
-                "margin": output.margins.double(),
-                "target": self.objective.target(preference),
-                "pair_accuracy": (output.margins.sign() + 1).double() / 2,  # a tie is half right
-                "logp_winner": output.logps[winner].double(),
-                "logp_loser": output.logps[loser].double(),
-                "log_ratio_winner": ratio[winner].double(),
-                "log_ratio_loser": ratio[loser].double(),
-            }
-        )
+        columns = {
+            "loss": self.objective.loss(margins, preference),
+            "margin": margins,
+            "target": self.objective.target(preference),
+            "pair_accuracy": (margins.sign() + 1) / 2,  # a tie is half right
+            "logp_winner": output.logps[winner],
+            "logp_loser": output.logps[loser],
+            "log_ratio_winner": ratio[winner],
+            "log_ratio_loser": ratio[loser],
+        }
+        for name, column in columns.items():
+            self.columns.setdefault(name, []).append(column.double())
 
     def summary(self, seconds: float) -> dict[str, float | None]:
-        """Means over pairs; the loss also normalised, so that runs compare."""
-        joined = {name: torch.cat([c[name] for c in self.columns]) for name in self.columns[0]}
-        means: dict[str, float | None] = {name: float(column.mean()) for name, column in joined.items()}
-        if not torch.isfinite(joined["target"]).all():
-            means["target"] = None
+        """Means over pairs (None where infinite, as DPO's target for a sure label is); the loss also normalised."""
+        joined = {name: torch.cat(columns) for name, columns in self.columns.items()}
+        means = {name: float(column.mean()) for name, column in joined.items()}
         return {
-            "loss": means.pop("loss"),
-            "loss_normalised": float(joined["loss"].mean()) / self.objective.normaliser,
-            **means,
+            "loss_normalised": means["loss"] / self.objective.normaliser,
+            **{name: mean if math.isfinite(mean) else None for name, mean in means.items()},
             "tokens_per_second": self.tokens / seconds,
             "pairs_per_second": len(joined["loss"]) / seconds,
         }

@@ -19,6 +19,7 @@ from .kernels.head import Head
 from .objectives import Objective
 
 BACKENDS = ("auto", "torch", "reference")
+Wanted = tuple[bool, bool, bool]  # gradients for hidden, weight, bias
 
 
 class PairLossOutput(NamedTuple):
@@ -158,12 +159,13 @@ def fused_linear_pair_loss(
             ref_logps = chunked.response_logps(per_token, layout.lengths(list(range(responses)), device))
         ref_logps = ref_logps.detach().double()
 
-    def evaluate(wanted: tuple[bool, bool, bool]) -> chunked.PairLoss:
+    def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> chunked.PairLoss:
+        own = options._replace(weight=weight, bias=bias)
         return chunked.PairLoss(
-            hidden.detach(), _detached(head), targets, layout, objective,
-            ref_logps, preference, pair_weight, wanted, workspace,
-        ).run()  # fmt: skip
+            hidden, own, targets, layout, objective, ref_logps, preference, pair_weight, wanted, workspace
+        ).run()
 
+    options = head._replace(weight=None, bias=None)  # the graph keeps the tensors, and lets go of them
     loss, logps, margins = _PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled())
     return PairLossOutput(loss, logps, _rounded(ref_logps, hidden), margins)
 
@@ -174,7 +176,8 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, evaluate, gradients):
         wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[:3])
-        result = evaluate(wanted)
+        result = evaluate(hidden, weight, bias, wanted)
+        ctx.save_for_backward(hidden, weight, bias)
         ctx.evaluate, ctx.wanted = evaluate, wanted
         ctx.gradients = result.gradients.as_tuple()
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -186,9 +189,10 @@ class _PairLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         # Scaled in place and given away, so that a [V, H] gradient never exists twice. With retain_graph=True a second
-        # backward pass finds them gone and computes them again.
-        gradients = ctx.gradients if ctx.gradients is not None else ctx.evaluate(ctx.wanted).gradients.as_tuple()
-        ctx.gradients = None
+        # backward pass finds them gone and computes them again, from inputs that autograd has checked to be the same.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = ctx.evaluate(*ctx.saved_tensors, ctx.wanted).gradients.as_tuple()
         scaled = [g if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
         return *scaled, None, None
 
@@ -332,10 +336,6 @@ def _per_pair(
         if name == "pair_weight" and values.sum() == 0:
             raise ValueError("pair_weight sums to 0: no pair would count")
     return values
-
-
-def _detached(head: Head) -> Head:
-    return head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
 
 
 def _rounded(values: Tensor, hidden: Tensor) -> Tensor:

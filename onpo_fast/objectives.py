@@ -7,8 +7,8 @@ g = D(π) − D(anchor), and the label p = P(y_w ≻ y_l) is 1 for a hard label.
 - ``loss(g, p)``: the loss of the pair;
 - ``derivative(g, p)``: d loss / d g, which is all that a backward pass needs;
 
-and, for the trainer, which log-probs its anchor is made of (``anchor``) and whether an iteration takes two fits
-(``optimistic``). The arguments are tensors of any one shape and dtype; so are the results.
+and, for the trainer, whose log-probs its anchor is made of (``initial_share``) and whether an iteration takes two
+fits (``optimistic``). The arguments are tensors of any one shape and dtype; so are the results.
 
 To add an objective: write the class here and give it a name in ``OBJECTIVES``. Its constructor arguments are taken
 from the trainer's options of the same names.
@@ -37,14 +37,10 @@ class Objective:
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive, finite number, not {value!r}")
 
-    def anchor(self, initial: Tensor, current: Tensor) -> Tensor:
-        """The anchor's log-probs, from those of π_1 (``initial``) and of the policy that is updated (``current``)."""
-        return current
-
     @property
-    def needs_initial(self) -> bool:
-        """Whether ``anchor`` reads π_1's log-probs."""
-        return type(self).anchor is not Objective.anchor
+    def initial_share(self) -> float:
+        """The anchor's D is this share of D(π_1) and the rest of D of the policy that is updated, π_t or π′_t."""
+        return 0.0
 
     def target(self, preference: Tensor) -> Tensor:
         raise NotImplementedError
@@ -116,9 +112,9 @@ class Inpo(_Squared):
         if self.tau > self.eta:
             raise ValueError(f"tau must be at most eta: τ/η is the weight of π_1, not {self.tau / self.eta:g}")
 
-    def anchor(self, initial: Tensor, current: Tensor) -> Tensor:
-        share = self.tau / self.eta
-        return share * initial + (1 - share) * current
+    @property
+    def initial_share(self) -> float:
+        return self.tau / self.eta
 
     def target(self, preference: Tensor) -> Tensor:
         return (2 * preference - 1) / (2 * self.eta)
@@ -130,8 +126,9 @@ class Ipo(_Squared):
 
     tau: float  # strength of the pull towards π_1
 
-    def anchor(self, initial: Tensor, current: Tensor) -> Tensor:
-        return initial
+    @property
+    def initial_share(self) -> float:
+        return 1.0
 
     def target(self, preference: Tensor) -> Tensor:
         return (2 * preference - 1) / (2 * self.tau)

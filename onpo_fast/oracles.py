@@ -13,17 +13,18 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .data import Group, Messages
 from .errors import UserError
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 
-TOLERANCE = 1e-6  # of P + Pᵀ = 1
+TOLERANCE = 1e-3  # of P + Pᵀ = 1: what half-precision sigmoids keep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +152,8 @@ def judge(
 
 def checked(answer: object, responses: int, where: str) -> np.ndarray:
     """The answer as a preference matrix. Its diagonal is not read: a response ties with itself."""
+    if isinstance(answer, torch.Tensor):
+        answer = answer.detach().double().cpu().numpy()
     try:
         matrix = np.array(answer, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -166,20 +169,16 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
     if excess.max(initial=0) > TOLERANCE:
         i, j = np.unravel_index(excess.argmax(), excess.shape)
         raise UserError(f"{where}: P({i} ≻ {j}) + P({j} ≻ {i}) is {matrix[i, j] + matrix[j, i]:.6g}, not 1")
-    return matrix
+    return (matrix + 1 - matrix.T) / 2
 
 
 def cyclic_triples(matrices: Sequence[np.ndarray]) -> tuple[int, int]:
     """(cyclic, all) triples of responses in which each beats one of the others: i ≻ j ≻ k ≻ i."""
     cyclic = total = 0
     for matrix in matrices:
-        for i, j, k in _triples(len(matrix)):
+        for i, j, k in itertools.combinations(range(len(matrix)), 3):
             total += 1
             beats = (matrix[i, j] > 0.5, matrix[j, k] > 0.5, matrix[k, i] > 0.5)
             loses = (matrix[i, j] < 0.5, matrix[j, k] < 0.5, matrix[k, i] < 0.5)
             cyclic += all(beats) or all(loses)
     return cyclic, total
-
-
-def _triples(count: int) -> Iterator[tuple[int, int, int]]:
-    return itertools.combinations(range(count), 3)

@@ -40,7 +40,7 @@ def best_worst(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[
 
 
 def knockout(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """The champion of a knockout tournament, and the last of one that losers play on: about 3K/2 comparisons.
+    """The champion of a knockout tournament, and the last of the one that its first losers play on.
 
     A random draw; the likelier winner of a match advances, ties by coin; an odd one out has a bye.
     """

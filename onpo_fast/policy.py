@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -43,9 +50,7 @@ class Policy:
     @property
     def eos_tokens(self) -> list[int]:
         """The tokens that end a response."""
-        configured = self.model.generation_config.eos_token_id
-        tokens = configured if isinstance(configured, list) else [configured]
-        return sorted({t for t in [*tokens, self.tokenizer.eos_token_id] if t is not None})
+        return self.model.generation_config.eos_token_id
 
     @property
     def context(self) -> int | None:
@@ -56,9 +61,26 @@ class Policy:
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
-    def render(self, prompt: Messages) -> list[int]:
-        """The tokens of a conversation through the chat template, up to where the assistant speaks."""
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    def render(self, prompt: Messages, room: int = 0) -> list[int]:
+        """The tokens of a conversation through the chat template, up to where the assistant speaks.
+
+        Raises:
+            UserError: if the template refuses it, or it leaves no ``room`` (tokens) for a response.
+        """
+        about = f"the prompt that ends {prompt[-1]['content'][:60]!r}"
+        try:
+            rendered = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses {about}: {error}") from None
+        tokens = rendered["input_ids"]
+        if not tokens:
+            raise UserError(f"the model's chat template makes nothing of {about}")
+        if self.context and len(tokens) + room > self.context:
+            raise UserError(
+                f"{about} has {len(tokens)} tokens: with --max_new_tokens {room} it exceeds the model's context of "
+                f"{self.context} tokens"
+            )
+        return tokens
 
     def hidden_states(self, packed: Packed) -> Tensor:
         """(N, H): the hidden states that predict the response tokens. Differentiable."""
@@ -103,10 +125,15 @@ def load(source: str | Path, config: Config) -> Policy:
         model.hf_quantizer = None
         del model.config.quantization_config
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
-    for module in model.modules():
+    for module in model.modules():  # a policy's log-probs are not random
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # a policy's log-probs are not random
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    _only_tokens(model, tokenizer)
     model.to(device).requires_grad_(True)
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
@@ -146,6 +173,15 @@ def score(
             scores[i] = part
         progress(len(chosen))
     return scores
+
+
+def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:
+    """KL(π ‖ other) in nats a response, from responses of π and their log-probs (K,) under the other policy.
+
+    Unbiased for responses drawn at temperature 1 without truncation.
+    """
+    own = torch.tensor([response.logp for group in groups for response in group.responses], dtype=torch.float64)
+    return float((own - torch.cat(list(other))).mean())
 
 
 def token_group(group: Group) -> TokenGroup:
@@ -205,15 +241,25 @@ def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> N
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _probe() -> Packed:
-    return pack([([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])], "separate")
+PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]  # groups to ask a model about itself
+
+
+def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Forgets the model's own generation settings: a repetition penalty would make samples another policy's."""
+    own = model.generation_config
+    eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted({token for token in [*eos, tokenizer.eos_token_id] if token is not None}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 @torch.no_grad()
 def _check_head(policy: Policy, source: str) -> None:
     """The head as we apply it must be the head as the model does: log-probs of a few tokens, both ways."""
     policy.model.eval()
-    packed = _probe().to(policy.device)
+    packed = pack(PROBE, "separate").to(policy.device)
     with policy.autocast():
         ours = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
         logits = policy.model(
@@ -235,9 +281,8 @@ def _layout(policy: Policy) -> Layout:
     config = policy.model.config.get_text_config()
     if getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
         return "separate"  # a window is narrower than the probe can show, and the one 4-D mask would widen it
-    groups = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]
     with policy.autocast():
         apart, together = (
-            policy.hidden_states(pack(groups, layout).to(policy.device)).float() for layout in ("separate", "shared")
+            policy.hidden_states(pack(PROBE, layout).to(policy.device)).float() for layout in ("separate", "shared")
         )
     return "shared" if torch.allclose(apart, together, rtol=0.02, atol=0.02 * float(apart.std())) else "separate"

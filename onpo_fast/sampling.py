@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from .config import Config
 from .data import Group, Messages, Response
-from .errors import UserError
 from .policy import Policy
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
@@ -31,6 +31,17 @@ class Sampler(Protocol):
     def __call__(
         self, prompts: Sequence[Messages], responses_per_prompt: int, seed: Sequence[int], progress: Progress
     ) -> list[Group]: ...
+
+
+def make_sampler(policy: Policy, config: Config) -> Sampler:
+    """The sampler that the configuration asks for."""
+    return TransformersSampler(
+        policy,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.sampling_batch_size,
+    )
 
 
 class TransformersSampler:
@@ -61,8 +72,7 @@ class TransformersSampler:
         Raises:
             UserError: if a prompt and a response do not fit the model's context.
         """
-        rendered = [self.policy.render(prompt) for prompt in prompts]
-        self._check_context(prompts, rendered)
+        rendered = [self.policy.render(prompt, self.max_new_tokens) for prompt in prompts]
         self.policy.model.eval()
         jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
         jobs.sort(key=lambda job: len(rendered[job[0]]))
@@ -77,15 +87,6 @@ class TransformersSampler:
             Group(list(prompt), rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
             for p, prompt in enumerate(prompts)
         ]
-
-    def _check_context(self, prompts: Sequence[Messages], rendered: list[list[int]]) -> None:
-        context = self.policy.context
-        for prompt, tokens in zip(prompts, rendered):
-            if context and len(tokens) + self.max_new_tokens > context:
-                raise UserError(
-                    f"a prompt of {len(tokens)} tokens and --max_new_tokens {self.max_new_tokens} exceed the model's "
-                    f"context of {context} tokens; the prompt begins {prompt[-1]['content'][:60]!r}"
-                )
 
     def _generate(self, prompts: list[list[int]], streams: list[torch.Generator]) -> list[Response]:
         policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
@@ -110,7 +111,8 @@ class TransformersSampler:
         return [self._response(row, lp) for row, lp in zip(output[:, width:].tolist(), logps)]
 
     def _response(self, tokens: list[int], logps: Tensor) -> Response:
-        end = next((i for i, token in enumerate(tokens) if token in self.policy.eos_tokens), None)
+        eos = self.policy.eos_tokens
+        end = next((i for i, token in enumerate(tokens) if token in eos), None)
         kept = tokens if end is None else tokens[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -71,12 +71,12 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 class Tracker:
-    """Appends records to metrics.jsonl and their numbers to TensorBoard; adds up the seconds of stages."""
+    """Appends records to metrics.jsonl and their numbers to TensorBoard."""
 
     def __init__(self, directory: Path) -> None:
         self.file = open(directory / "metrics.jsonl", "a", encoding="utf-8")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +36,16 @@ from .data import (
     write_groups,
     write_pairs,
     write_preferences,
+    write_prompts,
 )
 from .errors import UserError, command
-from .evaluate import evaluate, initial_policy, summary
-from .fit import fit, steps
+from .evaluate import HELD_OUT, evaluate, initial_policy, summary
+from .fit import fit, plan
 from .objectives import Objective
 from .pairing import pair
-from .policy import Policy, load, score
+from .policy import Policy, kl_estimate, load, score
 from .report import write_report
-from .sampling import TransformersSampler
+from .sampling import make_sampler
 from .tracking import Tracker, console, environment, peak_memory_bytes, progress
 
 Anchor = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
@@ -97,12 +97,15 @@ class Run:
         self.prompts, held_out = split_prompts(config.prompts, config.eval_prompts, config.eval_fraction, config.seed)
         self.resident: tuple[Source, Policy] | None = None
         policy = self.load(config.model)
+        for prompt in [*self.prompts, *held_out]:
+            policy.render(prompt, config.max_new_tokens)
         _make(self.directory)
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
             self.initial = self.directory / "initial"
             policy.save(self.initial)
             self.resident = (self.initial, policy)
+        write_prompts(self.directory / HELD_OUT, held_out)
         atomic_write_text(self.directory / "config.yaml", config.to_yaml())
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory)
@@ -112,9 +115,10 @@ class Run:
             f"{config.objective} on {config.model} ({self.device}), {len(self.prompts)} prompts to train on and "
             f"{len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
-        share = len(prompts_of_iteration(self.prompts, 1, config.iterations, config.prompts_per_iteration))
-        if share < config.prompts_per_iteration:
-            console.print(f"{share} prompts an iteration, not {config.prompts_per_iteration}: there are no more")
+        if len(self.prompts_of(1)) < config.prompts_per_iteration:
+            console.print(
+                f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -130,17 +134,10 @@ class Run:
     # Stages, in the order of an iteration ----------------------------------------------------------------------------
 
     def sample(self, t: int, source: Source) -> list[Group]:
-        config = self.config
-        prompts: Sequence[Messages] = prompts_of_iteration(
-            self.prompts, t, config.iterations, config.prompts_per_iteration
-        )
+        config, prompts, policy = self.config, self.prompts_of(t), self.load(source)
         start = time.perf_counter()
-        sampler = TransformersSampler(
-            self.load(source), max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, batch_size=config.sampling_batch_size,
-        )  # fmt: skip
         with progress(f"iteration {t}: sample", len(prompts) * config.responses_per_prompt) as done:
-            groups = sampler(prompts, config.responses_per_prompt, [config.seed, 0, t], done)
+            groups = make_sampler(policy, config)(prompts, config.responses_per_prompt, [config.seed, 0, t], done)
         write_groups(self.path(t) / "responses.jsonl", groups)
         responses = [response for group in groups for response in group.responses]
         tokens = sum(len(response.tokens) for response in responses)
@@ -152,14 +149,6 @@ class Run:
             stopped_by_length=float(np.mean([r.stop_reason == "length" for r in responses])),
             peak_memory_bytes=peak_memory_bytes(self.device),
         )  # fmt: skip
-        self.numbers["kl_to_initial"] = 0.0
-        if source != self.initial:
-            self.initial_logps = self._score(t, "initial", self.initial, groups)
-            self.numbers["kl_to_initial"] = _kl(groups, self.initial_logps)
-        else:
-            self.initial_logps = [
-                torch.tensor([r.logp for r in group.responses], dtype=torch.float64) for group in groups
-            ]
         return groups
 
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
@@ -186,10 +175,19 @@ class Run:
         return pairs
 
     def anchor(self, t: int, objective: Objective, source: Source, groups: list[Group]) -> Anchor:
-        """The anchor's log-probs: of the policy that is updated, folded with π_1's where the objective says so."""
-        current = self._score(t, "auxiliary" if objective.optimistic else "policy", source, groups)
-        self.numbers.setdefault("kl_to_anchor", _kl(groups, current))
-        return [objective.anchor(*columns) for columns in zip(self.initial_logps, current)]
+        """The anchor's log-probs: of the policy that is updated, folded with π_1's where the objective says so.
+
+        All responses are scored, also those in no pair: KL estimates need the ones that the oracle did not choose.
+        """
+        if "kl_to_initial" not in self.numbers:  # once an iteration
+            self.initial_logps = self._score(t, self.initial, groups)
+            self.numbers["kl_to_initial"] = kl_estimate(groups, self.initial_logps)
+        share = objective.initial_share
+        known = source == self.initial or share == 1
+        current = self.initial_logps if known else self._score(t, source, groups)
+        anchor = [share * first + (1 - share) * now for first, now in zip(self.initial_logps, current)]
+        self.numbers.setdefault("kl_to_anchor", kl_estimate(groups, anchor))
+        return anchor
 
     def fit(
         self, t: int, name: str, source: Source, groups: list[Group], pairs: list[Pair], anchor: Anchor,
@@ -197,20 +195,20 @@ class Run:
     ) -> Path:  # fmt: skip
         """One argmin over D_t; returns where the fitted policy is."""
         config = self.config
-        start = time.perf_counter()
         policy = self.load(source)
+        start = time.perf_counter()
         self.resident = None  # its weights are about to change
         epochs = config.epochs_auxiliary if name == "auxiliary" else config.epochs_policy
-        # both fits see the pairs in the same order
-        with progress(f"iteration {t}: fit {name}", steps(pairs, epochs, config.batch_pairs)) as done:
+        # the same seed for both fits of an iteration: they see the pairs in the same order
+        batches = plan(pairs, epochs, config.batch_pairs, [config.seed, 3, t])
+        with progress(f"iteration {t}: fit {name}", len(batches)) as done:
 
             def on_step(metrics: dict) -> None:
                 self.tracker.log("fit", t, fit=name, **metrics)
                 self.numbers[f"loss {name}"] = metrics["loss_normalised"]
                 done(1)
 
-            fit(policy, groups, pairs, anchor, objective, epochs=epochs, seed=[config.seed, 3, t], config=config,
-                on_step=on_step)  # fmt: skip
+            fit(policy, groups, batches, anchor, objective, config, on_step)
         target = self.path(t) / name
         policy.save(target)
         self.resident = (target, policy)
@@ -252,21 +250,20 @@ class Run:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         return seconds
 
-    def _score(self, t: int, name: str, source: Source, groups: list[Group]) -> Anchor:
-        start = time.perf_counter()
+    def prompts_of(self, t: int) -> list[Messages]:
+        config = self.config
+        return prompts_of_iteration(self.prompts, t, config.iterations, config.prompts_per_iteration)
+
+    def _score(self, t: int, source: Source, groups: list[Group]) -> Anchor:
+        name = "initial" if source == self.initial else Path(source).name  # or auxiliary, or policy
         policy = self.load(source)
+        start = time.perf_counter()
         with progress(f"iteration {t}: score {name}", len(groups)) as done:
             scores = score(policy, groups, self.config.tokens_per_microbatch, done)
         seconds = self.spent("score", start)
         tokens = sum(len(r.tokens) for group in groups for r in group.responses)
         self.tracker.log("score", t, model=name, seconds=seconds, tokens_per_second=tokens / seconds)
         return scores
-
-
-def _kl(groups: Sequence[Group], other: Anchor) -> float:
-    """KL(π_t ‖ other) in nats a response, from π_t's own responses."""
-    return float(np.mean([r.logp - lp for group, column in zip(groups, other)
-                          for r, lp in zip(group.responses, column.tolist())]))  # fmt: skip
 
 
 def _check_unused(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 
 from onpo_fast import data
@@ -71,9 +72,20 @@ def test_a_share_is_held_out(write_lines) -> None:
     assert sorted(str(p) for p in train + held_out) == sorted(str([user(f"prompt {i}")]) for i in range(16))
     assert data.split_prompts(path, None, 0.2, seed=0) == (train, held_out)
     assert data.split_prompts(path, None, 0.2, seed=1) != (train, held_out)
-    assert data.split_prompts(path, path, 0.2, seed=0)[1] == data.read_prompts(path)
     with pytest.raises(UserError, match="leaves none to train on"):
         data.split_prompts(write_lines("one.jsonl", {"prompt": "x"}), None, 0.2, seed=0)
+
+
+def test_repeats_and_overlap_count_once(write_lines) -> None:
+    path = write_lines("p.jsonl", *({"prompt": "same"} for _ in range(10)), *({"prompt": str(i)} for i in range(6)))
+    train, held_out = data.split_prompts(path, None, 0.3, seed=0)
+    assert (len(train), len(held_out)) == (5, 2)
+    assert not [prompt for prompt in train if prompt in held_out]
+    some = write_lines("some.jsonl", {"prompt": "same"}, {"prompt": "new"})
+    train, held_out = data.split_prompts(path, some, 0.3, seed=0)
+    assert (len(train), len(held_out)) == (6, 2)
+    with pytest.raises(UserError, match="is held out by --eval_prompts"):
+        data.split_prompts(some, some, 0.3, seed=0)
 
 
 def test_different_prompts_each_iteration() -> None:
@@ -97,3 +109,6 @@ def test_files_of_an_iteration(tmp_path) -> None:
     assert record["chosen"] == [{"role": "assistant", "content": ""}]
     assert record["rejected"][0]["content"].startswith("a")
     assert record["preference"] == 0.75
+    (row,) = datasets.load_dataset("json", data_files=str(tmp_path / "p.jsonl"), cache_dir=str(tmp_path))["train"]
+    assert row["prompt"] == [user("q")]
+    assert row["chosen"][0]["role"] == "assistant"

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from onpo_fast import oracles
 from onpo_fast.data import Group, Response
@@ -24,7 +25,7 @@ def test_population_is_a_preference() -> None:
     np.testing.assert_allclose(matrix + matrix.T, 1)
     np.testing.assert_allclose(np.diag(matrix), 0.5)
     again = oracles.Population()(PROMPT, texts)
-    np.testing.assert_array_equal(matrix, again)
+    np.testing.assert_allclose(matrix, again, rtol=1e-12)
 
 
 def test_population_can_go_in_circles() -> None:
@@ -60,12 +61,19 @@ def test_a_function_of_the_users(oracle_module) -> None:
         "    return [[1.0 * (len(a) > len(b)) if len(a) != len(b) else 0.5 for b in responses] for a in responses]\n"
     )
     (matrix,) = oracles.judge(oracles.load(name), [group("a", "abc", "ab")], name)
-    assert matrix.tolist() == [[0.5, 0, 0], [1, 0.5, 1], [1, 0, 0.5]]
+    np.testing.assert_allclose(matrix, [[0.5, 0, 0], [1, 0.5, 1], [1, 0, 0.5]])
 
 
 def test_the_diagonal_is_not_read() -> None:
     matrix = oracles.checked([[float("nan"), 0.2], [0.8, 7]], 2, "here")
-    assert matrix.tolist() == [[0.5, 0.2], [0.8, 0.5]]
+    np.testing.assert_allclose(matrix, [[0.5, 0.2], [0.8, 0.5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_of_any_precision(dtype: torch.dtype) -> None:
+    scores = torch.randn(4, generator=torch.Generator().manual_seed(0), requires_grad=True).to(dtype)
+    matrix = oracles.checked(torch.sigmoid((scores[:, None] - scores[None, :]).float()).to(torch.float16), 4, "here")
+    np.testing.assert_array_equal(matrix + matrix.T, np.ones((4, 4)))
 
 
 @pytest.mark.parametrize(

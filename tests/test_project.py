@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from onpo_fast import checkpoint
-from onpo_fast.config import Config, parse
+from onpo_fast.config import Config, parse, read
+from onpo_fast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,10 +48,39 @@ def test_the_demonstration_is_the_defaults() -> None:
 def test_flags_override_the_file(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("eta: 7.0\niterations: 4\n")
-    config = parse(["--config", str(path), "--iterations", "5"])
-    assert (config.eta, config.iterations) == (7.0, 5)
+    for order in (["--config", str(path), "--iterations", "5"], ["--iterations", "5", f"--config={path}"]):
+        config = parse(order)
+        assert (config.eta, config.iterations) == (7.0, 5)
     path.write_text(config.to_yaml())
     assert parse(["--config", str(path)]) == config
+
+
+def test_a_baseline_takes_the_same_step_by_default() -> None:
+    sure = torch.ones(1)
+    targets = {
+        name: Config(objective=name).make_objective().target(sure).item() for name in ("onpo", "omd", "inpo", "ipo")
+    }
+    assert set(targets.values()) == {10.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "--seed"), ({"warmup_ratio": -0.5}, "--warmup_ratio"), ({"warmup_ratio": 1.0}, "--warmup_ratio"),
+        ({"model": None}, "--model"), ({"top_p": 0.0}, "--top_p"), ({"learning_rate": float("nan")}, "--learning_rate"),
+        ({"objective": "onp"}, "--objective"), ({"objective": "inpo", "eta": 0.1, "tau": 0.2}, "--objective inpo: tau"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(**change)
+
+
+def test_a_configuration_that_is_none(tmp_path) -> None:
+    for text in ("unknown: 1\n", "- list\n", "a: [1\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="is not the configuration of a run"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["in the checkout", "elsewhere"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from onpo_fast.config import Config
 from onpo_fast.errors import UserError
-from onpo_fast.policy import Policy, score
+from onpo_fast.policy import Policy, load, score
 from onpo_fast.sampling import TransformersSampler, _Draw, _generator
 
 PROMPTS = [
@@ -68,8 +72,22 @@ def test_some_responses_end_by_themselves(policy: Policy) -> None:
 
 def test_a_prompt_beyond_the_context_is_refused(policy: Policy) -> None:
     long = [[{"role": "user", "content": "word " * 9000}]]
-    with pytest.raises(UserError, match="exceed the model's context of 8192 tokens"):
+    with pytest.raises(UserError, match="exceeds the model's context of 8192 tokens"):
         sampler(policy)(long, 2, [0])
+
+
+def test_a_models_own_generation_settings_do_not_bend_the_policy(shallow_model, tmp_path) -> None:
+    """Nor do settings that transformers would refuse to save stop a fit from being saved."""
+    directory = tmp_path / "model"
+    shutil.copytree(shallow_model, directory)
+    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "temperature": 0.6, "eos_token_id": [2, 0]}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    bent = load(directory, Config())
+    assert bent.eos_tokens == [0, 2]
+    groups = sampler(bent)(PROMPTS, 2, [0])
+    for group, scores in zip(groups, score(bent, groups, 1000)):
+        np.testing.assert_allclose([r.logp for r in group.responses], scores.numpy(), rtol=1e-4, atol=1e-3)
+    bent.save(tmp_path / "saved")
 
 
 class TestDraw:
