@@ -15,7 +15,7 @@ test: .venv/.test
 	.venv/bin/python -m pytest $(ARGS)
 
 bench: .venv/.test
-	.venv/bin/python -m bench $(ARGS)
+	.venv/bin/python -m bench $(or $(ARGS),loss)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -49,7 +49,8 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
         samples[name] = _sample(name, source, prompts, [config.seed, 1, index], config)
     # π_1's log-probs last, when the other models are gone
     initial = load(sources["π_1"], config)
-    kl = [kl_estimate(groups, score(initial, groups, config.tokens_per_microbatch)) for groups in samples.values()]
+    later = list(samples.values())[1:]
+    kl = [0.0, *(kl_estimate(groups, score(initial, groups, config.tokens_per_microbatch)) for groups in later)]
 
     names = list(sources)
     matrices = _judge(samples, prompts, config)

@@ -159,13 +159,14 @@ def fused_linear_pair_loss(
             ref_logps = chunked.response_logps(per_token, layout.lengths(list(range(responses)), device))
         ref_logps = ref_logps.detach().double()
 
+    options = head._replace(weight=None, bias=None)  # the graph keeps the tensors, and lets go of them
+
     def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> chunked.PairLoss:
         own = options._replace(weight=weight, bias=bias)
         return chunked.PairLoss(
             hidden, own, targets, layout, objective, ref_logps, preference, pair_weight, wanted, workspace
         ).run()
 
-    options = head._replace(weight=None, bias=None)  # the graph keeps the tensors, and lets go of them
     loss, logps, margins = _PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled())
     return PairLossOutput(loss, logps, _rounded(ref_logps, hidden), margins)
 
