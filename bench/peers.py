@@ -66,10 +66,11 @@ def bare_gemms(problem: Problem) -> None:
     gradient = torch.zeros_like(problem.weight)
     for start in range(0, problem.shape.rows, rows):
         part = slice(start, start + rows)
-        torch.mm(problem.ref_hidden[part], problem.ref_weight.T, out=buffer[: len(problem.hidden[part])])
-        torch.mm(problem.hidden[part], problem.weight.T, out=buffer[: len(problem.hidden[part])])
-        torch.mm(buffer, problem.weight)
-        gradient.addmm_(buffer.T, problem.hidden[part])
+        logits = buffer[: len(problem.hidden[part])]
+        torch.mm(problem.ref_hidden[part], problem.ref_weight.T, out=logits)
+        torch.mm(problem.hidden[part], problem.weight.T, out=logits)
+        torch.mm(logits, problem.weight)
+        gradient.addmm_(logits.T, problem.hidden[part])
 
 
 PEERS = {"ours": ours, "materialised": materialised, "trl": trl}
