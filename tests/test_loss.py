@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
-            if function.overloadpacket is torch.ops.aten.mm:
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise):
                 self.products.append(result.shape)
         return result
 
