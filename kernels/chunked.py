@@ -16,7 +16,7 @@ A group larger than the workspace goes through in several blocks. Its dX needs n
 linear in c. Its dW is either gathered apart, if the group is one pair (one unknown scalar, c_winner = −c_loser) and a
 second [V, H] fits the workspace, or takes a second pass over the head.
 
-Accumulation is fp32 for fp32, bf16 and fp16 inputs, float64 for float64. Sums over responses are float64.
+Accumulation is fp32 for fp32, bf16 and fp16 inputs, float64 for float64. Log-probs and their sums are float64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .head import Head
 Rows = slice | Tensor  # a slice where the rows are contiguous: indexing is then a view
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-CPU_COLUMNS = 8192  # vocabulary entries that a CPU multiplies, or converts from bf16, at a time
+CPU_COLUMNS = 4096  # vocabulary entries that a CPU multiplies, or converts from bf16, at a time
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,14 +71,15 @@ class _Block:
 
         index = targets[:, None]
         peak = logits.amax(1, keepdim=True)
-        above_peak = logits.gather(1, index) - peak
+        # A response's log-prob is a sum over tokens, so the rounding of the target's logit adds up where that of the
+        # log-sum-exp averages out: the target's is taken again in float64, a product of H terms a row.
+        above_peak = _target_logits(hidden, head, targets)[:, None] - peak.double()
         exp = logits.sub_(peak).exp_()
-        at_target = exp.gather(1, index)
         exp.scatter_(1, index, 0)
         others = exp.sum(1, keepdim=True)
-        # at_target is exactly 1 where the target leads, so log1p keeps the small log-probs of sure tokens exact
-        self.logps = (above_peak - torch.log1p(others + (at_target - 1)))[:, 0]
-        self.total = others + at_target
+        # log1p keeps the small log-probs of sure tokens exact
+        self.logps = (above_peak - torch.log1p(others.double() + above_peak.expm1()))[:, 0]  # float64
+        self.total = others + above_peak.exp().to(others.dtype)
         if gradients:
             exp.scatter_(1, index, -others)
             if slope is not None:
@@ -104,6 +105,17 @@ class _Block:
     def add_bias_gradient(self, out: Tensor, row_scale: Tensor) -> None:
         """out (V,) += Eᵀ row_scale."""
         out.addmv_(self.exp.to(out.dtype).T, row_scale[:, 0])
+
+
+def _target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """(n,) float64: the logits of the targets alone."""
+    logits = (hidden.double() * head.weight[targets].double()).sum(1)
+    if head.bias is not None:
+        logits += head.bias[targets]
+    logits *= head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * (logits / head.softcap).tanh()
+    return logits / head.temperature
 
 
 def _columns(weight: Tensor, buffer: Tensor) -> Iterator[slice]:
@@ -154,10 +166,9 @@ def _buffer(rows: int, head: Head, dtype: torch.dtype, workspace: int) -> Tensor
 
 
 def token_logps(hidden: Tensor, head: Head, targets: Tensor, workspace: int) -> Tensor:
-    """(N, H), (N,) -> (N,): the forward alone."""
-    dtype = accumulation_dtype(hidden.dtype)
-    logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-    buffer = _buffer(len(hidden), head, dtype, workspace)
+    """(N, H), (N,) -> (N,) float64: the forward alone."""
+    logps = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+    buffer = _buffer(len(hidden), head, accumulation_dtype(hidden.dtype), workspace)
     for start in range(0, len(hidden), len(buffer)):
         rows = slice(start, start + len(buffer))
         logps[rows] = _Block(hidden[rows], head, targets[rows], buffer, gradients=False).logps
@@ -264,7 +275,7 @@ def response_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums over consecutive rows: (n,), (S,) -> (S,) float64. An empty response sums to 0."""
     if len(lengths) == 0:
         return logps.new_zeros(0, dtype=torch.float64)
-    return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0)
+    return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True, initial=0)
 
 
 class PairLoss:
@@ -376,7 +387,7 @@ class PairLoss:
         def block_of(block_rows: slice) -> _Block:
             return _Block(hidden[block_rows], self.head, targets[block_rows], self.buffer, gradients=True)
 
-        logps = torch.empty(len(hidden), dtype=dtype, device=device)
+        logps = torch.empty(len(hidden), dtype=torch.float64, device=device)
         unscaled = torch.empty(hidden.shape, dtype=dtype, device=device) if want_hidden else None
         for block_rows in blocks:
             block = block_of(block_rows)

@@ -203,7 +203,9 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, head, workspace):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options, ctx.workspace = head._replace(weight=None, bias=None), workspace
-        return chunked.token_logps(hidden, head._replace(weight=weight, bias=bias), targets, workspace)
+        return _rounded(
+            chunked.token_logps(hidden, head._replace(weight=weight, bias=bias), targets, workspace), hidden
+        )
 
     @staticmethod
     @once_differentiable
