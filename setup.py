@@ -22,7 +22,8 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "safetensors",
-        "gguf",  # the embedded model is a GGUF file
+        "gguf",  # the embedded model is a GGUF file, which
+        "accelerate",  # transformers loads with this
         "jsonargparse>=4.40",
         "docstring-parser",  # option help from the docstrings of config.py
         "pyyaml",
