@@ -5,6 +5,8 @@ Each takes a problem and returns (loss, d loss / d hidden, d loss / d weight).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,28 +32,26 @@ def ours(problem: Problem) -> Result:
 
 def materialised(problem: Problem) -> Result:
     """PyTorch as one writes it first: all the logits, log_softmax, gather."""
-    hidden, weight = problem.leaves()
 
     def token_logps(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.log_softmax(hidden @ weight.T, dim=-1).gather(1, problem.targets[:, None])[:, 0]
 
-    with torch.no_grad():
-        reference = token_logps(problem.ref_hidden, problem.ref_weight)
-    loss = squared_margin_loss(token_logps(hidden, weight), reference, problem.shape)
-    loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+    return _from_token_logps(problem, token_logps)
 
 
 def trl(problem: Problem) -> Result:
     """TRL's chunked per-token function, with the pairwise loss on top."""
     from trl.kernels import ChunkedLogProbFunction
 
-    hidden, weight = problem.leaves()
-
     def token_logps(hidden: Tensor, weight: Tensor) -> Tensor:
         # bias, targets, temperature, chunk size (TRL's default), softcap, logit scale, extra outputs
         return ChunkedLogProbFunction.apply(hidden, weight, None, problem.targets, 1.0, 4096, None, 1.0, ())[0]
 
+    return _from_token_logps(problem, token_logps)
+
+
+def _from_token_logps(problem: Problem, token_logps: Callable[[Tensor, Tensor], Tensor]) -> Result:
+    hidden, weight = problem.leaves()
     with torch.no_grad():
         reference = token_logps(problem.ref_hidden, problem.ref_weight)
     loss = squared_margin_loss(token_logps(hidden, weight), reference, problem.shape)
