@@ -24,6 +24,7 @@ from .checkpoint import atomic_write_directory
 from .config import Config
 from .data import Group, Messages
 from .errors import UserError
+from .heads import head_arguments
 from .loss import linear_logprobs
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
 
@@ -44,8 +45,7 @@ class Policy:
     @property
     def head(self) -> dict[str, object]:
         """The LM head as keyword arguments of ``fused_linear_pair_loss`` and ``linear_logprobs``."""
-        output = self.model.get_output_embeddings()
-        return {"weight": output.weight, "bias": getattr(output, "bias", None), **_logit_options(self.model.config)}
+        return head_arguments(self.model)
 
     @property
     def eos_tokens(self) -> list[int]:
@@ -214,16 +214,6 @@ def _locate(source: str) -> dict[str, str]:
     directory = Path(spec.submodule_search_locations[0])
     file = next(directory.glob("*.gguf"))
     return {"pretrained_model_name_or_path": str(directory), "gguf_file": file.name}
-
-
-def _logit_options(config) -> dict[str, float | None]:
-    """How the model's family scales and caps its logits."""
-    text = config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
-        scale *= getattr(text, name, None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
-    return {"logit_scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
 
 
 def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> None:
