@@ -22,17 +22,12 @@ Accumulation is fp32 for fp32, bf16 and fp16 inputs, float64 for float64. Log-pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from .head import Head
-
-Rows = slice | Tensor  # a slice where the rows are contiguous: indexing is then a view
+from .groups import Group, Layout, Rows, chunks
+from .head import Anchor, Head
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU_COLUMNS = 4096  # vocabulary entries that a CPU multiplies, or converts from bf16, at a time
@@ -42,9 +37,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def default_workspace(device: torch.device) -> int:
+def default_workspace(device: torch.device, mode: str = "auto") -> int:
     """Bytes for logits in flight: large tiles pay on a GPU, caches and small machines ask for less on a CPU."""
-    return 2**30 if device.type == "cuda" else 144 * 2**20
+    workspace = 2**30 if device.type == "cuda" else 144 * 2**20
+    return workspace // 8 if mode == "lean" else workspace
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,8 +161,9 @@ def _buffer(rows: int, head: Head, dtype: torch.dtype, workspace: int) -> Tensor
     return torch.empty(max(1, min(rows, fit)), vocabulary, dtype=dtype, device=head.weight.device)
 
 
-def token_logps(hidden: Tensor, head: Head, targets: Tensor, workspace: int) -> Tensor:
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, workspace: int | None) -> Tensor:
     """(N, H), (N,) -> (N,) float64: the forward alone."""
+    workspace = workspace or default_workspace(hidden.device)
     logps = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
     buffer = _buffer(len(hidden), head, accumulation_dtype(hidden.dtype), workspace)
     for start in range(0, len(hidden), len(buffer)):
@@ -176,9 +173,15 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, workspace: int) -> 
 
 
 def token_gradients(
-    hidden: Tensor, head: Head, targets: Tensor, upstream: Tensor, wanted: tuple[bool, bool, bool], workspace: int
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    targets: Tensor,  # (N,)
+    upstream: Tensor,  # (N,)
+    wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+    workspace: int | None,  # bytes
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ upstream·logp by hidden, weight and bias. An arbitrary upstream (N,) needs the logits again."""
+    workspace = workspace or default_workspace(hidden.device)
     gradients = _Gradients(hidden, head, wanted)
     buffer = _buffer(len(hidden), head, gradients.dtype, workspace)
     for start in range(0, len(hidden), len(buffer)):
@@ -221,56 +224,6 @@ class _Gradients:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which rows belong to which response, and which responses to which preference group. Lives on the host."""
-
-    edges: list[int]  # S + 1 response boundaries
-    pairs: Tensor  # (P, 2) int64 on the CPU
-    groups: list[Group]  # ordered by their first response
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, pairs: Tensor) -> Layout:
-        """A preference group is a connected component of the graph whose edges are the pairs."""
-        edges, pairs = cu_seqlens.tolist(), pairs.cpu()
-        responses = len(edges) - 1
-        if responses == 0:
-            return cls(edges, pairs, [])
-        winners, losers = pairs.numpy().T
-        graph = coo_array(([True] * len(pairs), (winners, losers)), shape=(responses, responses))
-        count, label = connected_components(graph, directed=False)
-        members: list[list[int]] = [[] for _ in range(count)]
-        pair_ids: list[list[int]] = [[] for _ in range(count)]
-        for response, group in enumerate(label):
-            members[group].append(response)
-        for pair, group in enumerate(label[winners]):
-            pair_ids[group].append(pair)
-        groups = [Group(m, p, sum(edges[r + 1] - edges[r] for r in m)) for m, p in zip(members, pair_ids)]
-        return cls(edges, pairs, sorted(groups, key=lambda group: group.responses[0]))
-
-    def rows(self, responses: list[int], device: torch.device) -> Rows:
-        """The rows of these responses, in order."""
-        ranges = [range(self.edges[r], self.edges[r + 1]) for r in responses]
-        ranges = [r for r in ranges if len(r)]
-        if not ranges:
-            return slice(0, 0)
-        if all(a.stop == b.start for a, b in pairwise(ranges)):
-            return slice(ranges[0].start, ranges[-1].stop)
-        return torch.tensor([i for r in ranges for i in r], device=device)
-
-    def lengths(self, responses: list[int], device: torch.device) -> Tensor:
-        return torch.tensor([self.edges[r + 1] - self.edges[r] for r in responses], device=device)
-
-
-@dataclass(frozen=True)
-class Group:
-    """A preference group: responses that must be through the head before any of them has a coefficient."""
-
-    responses: list[int]
-    pairs: list[int]
-    tokens: int
-
-
 def response_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums over consecutive rows: (n,), (S,) -> (S,) float64. An empty response sums to 0."""
     if len(lengths) == 0:
@@ -288,21 +241,32 @@ class PairLoss:
         targets: Tensor,  # (N,)
         layout: Layout,
         objective,
-        reference_logps: Tensor,  # (S,) float64
+        reference: Tensor | Anchor,  # (S,) float64 log-probs, or what they are made from
         preference: Tensor,  # (P,) float64
         pair_weight: Tensor,  # (P,) float64
         wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
-        workspace: int,  # bytes
+        mode: str,
+        workspace: int | None,  # bytes
     ) -> None:
         self.hidden, self.head, self.targets, self.layout = hidden, head, targets, layout
-        self.objective, self.reference_logps, self.preference = objective, reference_logps, preference
+        self.objective, self.preference = objective, preference
         self.pair_share = pair_weight / pair_weight.sum()
-        self.wanted, self.workspace = wanted, workspace
+        self.wanted, self.workspace = wanted, workspace or default_workspace(hidden.device, mode)
+        if isinstance(reference, Anchor):
+            per_token = token_logps(reference.hidden, reference.head or head, targets, self.workspace)
+            lengths = layout.lengths(list(range(len(layout.edges) - 1)), hidden.device)
+            reference = response_logps(per_token, lengths)
+        self.ref_logps = reference
         self.pairs = layout.pairs.to(hidden.device)
-        self.gradients = _Gradients(hidden, head, wanted)
+        self.sums = _Gradients(hidden, head, wanted)
         self.logps = torch.zeros(len(layout.edges) - 1, dtype=torch.float64, device=hidden.device)
         self.margins = torch.zeros(len(layout.pairs), dtype=torch.float64, device=hidden.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """By hidden, weight and bias."""
+        return self.sums.as_tuple()
 
     def run(self) -> PairLoss:
         unpaired = [group for group in self.layout.groups if not group.pairs]
@@ -313,26 +277,13 @@ class PairLoss:
             self._score([r for group in paired for r in group.responses])
             self._coefficients([p for group in paired for p in group.pairs])
             return self
-        self.buffer = _buffer(len(self.hidden), self.head, self.gradients.dtype, self.workspace)
-        for chunk in self._chunks(paired):
+        self.buffer = _buffer(len(self.hidden), self.head, self.sums.dtype, self.workspace)
+        for chunk in chunks(paired, len(self.buffer)):
             if sum(group.tokens for group in chunk) <= len(self.buffer):
                 self._whole(chunk)
             else:
                 self._in_blocks(chunk[0])
         return self
-
-    def _chunks(self, groups: list[Group]) -> Iterator[list[Group]]:
-        """Consecutive groups that fit the buffer together; a group that does not fit stands alone."""
-        chunk: list[Group] = []
-        tokens = 0
-        for group in groups:
-            if chunk and tokens + group.tokens > len(self.buffer):
-                yield chunk
-                chunk, tokens = [], 0
-            chunk.append(group)
-            tokens += group.tokens
-        if chunk:
-            yield chunk
 
     def _score(self, responses: list[int]) -> None:
         rows = self.layout.rows(responses, self.hidden.device)
@@ -343,7 +294,7 @@ class PairLoss:
     def _coefficients(self, pairs: list[int]) -> Tensor:
         """Margins and loss of these pairs; (S,) d loss / d log-prob of every response, from these pairs alone."""
         winner, loser = self.pairs[pairs].T
-        ratio = self.logps - self.reference_logps
+        ratio = self.logps - self.ref_logps
         margins = ratio[winner] - ratio[loser]
         preference, share = self.preference[pairs], self.pair_share[pairs]
         self.margins[pairs] = margins
@@ -359,12 +310,12 @@ class PairLoss:
         block = _Block(self.hidden[rows], self.head, self.targets[rows], self.buffer, gradients=True)
         self.logps[responses] = response_logps(block.logps, lengths)
         coefficients = self._coefficients([p for group in chunk for p in group.pairs])[responses]
-        per_row = coefficients.to(self.gradients.dtype).repeat_interleave(lengths, output_size=len(block.logps))
-        self.gradients.add(block, rows, per_row[:, None])
+        per_row = coefficients.to(self.sums.dtype).repeat_interleave(lengths, output_size=len(block.logps))
+        self.sums.add(block, rows, per_row[:, None])
 
     def _in_blocks(self, group: Group) -> None:
         """One group, larger than the buffer, in blocks of rows."""
-        device, dtype = self.hidden.device, self.gradients.dtype
+        device, dtype = self.hidden.device, self.sums.dtype
         rows = self.layout.rows(group.responses, device)
         lengths = self.layout.lengths(group.responses, device)
         hidden, targets = self.hidden[rows], self.targets[rows]
@@ -401,13 +352,13 @@ class PairLoss:
         coefficients = self._coefficients(group.pairs)
         per_row = coefficients[group.responses].to(dtype).repeat_interleave(lengths, output_size=len(hidden))[:, None]
         if unscaled is not None:
-            self.gradients.hidden[rows] = unscaled.mul_(per_row)
+            self.sums.hidden[rows] = unscaled.mul_(per_row)
         if apart is not None:
             coefficient = coefficients[winner].to(dtype)
-            self.gradients.weight.addcmul_(apart.weight, coefficient)
+            self.sums.weight.addcmul_(apart.weight, coefficient)
             if want_bias:
-                self.gradients.bias.addcmul_(apart.bias, coefficient)
+                self.sums.bias.addcmul_(apart.bias, coefficient)
         elif want_weight or want_bias:
             for block_rows in blocks:
                 block = block_of(block_rows)
-                self.gradients.add_head(block, block.row_scale(per_row[block_rows]))
+                self.sums.add_head(block, block.row_scale(per_row[block_rows]))

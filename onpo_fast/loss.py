@@ -7,7 +7,10 @@ that is wrong. Checks that would wait for a GPU (the values of tensors that live
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,10 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import chunked, reference
-from .kernels.head import Head
+from .kernels.groups import Layout
+from .kernels.head import Anchor, Head
 from .objectives import Objective
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
+MODES = ("auto", "fast", "lean")
 Wanted = tuple[bool, bool, bool]  # gradients for hidden, weight, bias
 
 
@@ -51,10 +56,11 @@ def linear_logprobs(
     """
     hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
     _check_targets(hidden, head, targets, validate)
-    if _backend(backend) == "reference":
+    backend = _backend(backend, hidden)
+    if backend == "reference":
         return _rounded(reference.token_logps(hidden, head, targets), hidden)
-    workspace = _workspace(workspace_bytes, hidden.device)
-    return _TokenLogps.apply(hidden, head.weight, head.bias, targets, head, workspace)
+    _check_workspace(workspace_bytes)
+    return _TokenLogps.apply(hidden, head.weight, head.bias, targets, head, backend, workspace_bytes)
 
 
 def fused_linear_pair_loss(
@@ -76,6 +82,7 @@ def fused_linear_pair_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    mode: str = "auto",
     workspace_bytes: int | None = None,
     validate: bool = False,
 ) -> PairLossOutput:
@@ -96,9 +103,15 @@ def fused_linear_pair_loss(
         pair_weight: non-negative; default 1. The loss is Σ w·ℓ / Σ w.
         bias, logit_scale, softcap, temperature: logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature,
             for policy and anchor alike.
-        backend: "torch" (chunked, any device), "reference" (float64, everything materialised), "auto" (the fastest
-            that runs here).
-        workspace_bytes: for logits in flight; default 144 MiB on a CPU, 1 GiB on a GPU.
+        backend: "triton" (NVIDIA GPUs from Ampere on; float32, bfloat16, float16), "torch" (chunked, any device),
+            "reference" (float64, everything materialised), "auto" (the fastest that runs here). With "triton", float32
+            products are as exact as ``torch.set_float32_matmul_precision`` says: three TF32 products each ("highest",
+            the default) or one.
+        mode: "fast" computes every logit once and keeps a chunk of exponentials, "lean" computes them again and keeps
+            a slice; "auto" is fast where the largest preference group fits the workspace. The logger "onpo_fast" says
+            at level DEBUG which it was, and why. fp16 is always lean with "triton".
+        workspace_bytes: memory beside inputs and gradients, about. The default is 1 GiB on a GPU (fast; never more
+            than half of what is free), three times the hidden states there (lean), and 144 or 18 MiB on a CPU.
         validate: check the values of GPU tensors too, which waits for the device.
 
     Returns:
@@ -109,7 +122,10 @@ def fused_linear_pair_loss(
         ValueError: names the argument whose shape, dtype, device or value does not fit.
     """
     hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
-    backend = _backend(backend)
+    backend = _backend(backend, hidden)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    _check_workspace(workspace_bytes)
     _check_targets(hidden, head, targets, validate)
     cu_seqlens = _check_boundaries(cu_seqlens, len(hidden))
     responses = len(cu_seqlens) - 1
@@ -120,27 +136,30 @@ def fused_linear_pair_loss(
     preference = _per_pair("preference", preference, len(pairs), device, validate, highest=1.0)
     pair_weight = _per_pair("pair_weight", pair_weight, len(pairs), device, validate, highest=math.inf)
 
-    ref_head = None
     if (ref_logps is None) == (ref_hidden is None):
         raise ValueError("ref_logps or ref_hidden: give the anchor's log-probs or its hidden states, one of the two")
     if ref_hidden is None:
         if ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias go with ref_hidden, not with ref_logps")
         _expect("ref_logps", ref_logps, (responses,), device)
+        anchor = ref_logps.detach().double()
     else:
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the anchor's too")
-        own = ref_weight is not None
+        shared = ref_weight is None or (ref_weight is weight and ref_bias is bias)
         ref_hidden, ref_head = _head(
-            ref_hidden, ref_weight if own else weight, ref_bias if own else bias,
+            ref_hidden, weight if shared else ref_weight, bias if shared else ref_bias,
             logit_scale, softcap, temperature, prefix="ref_",
         )  # fmt: skip
         if len(ref_hidden) != len(hidden):
             raise ValueError(f"ref_hidden must have {len(hidden)} rows like hidden, not {len(ref_hidden)}")
         if ref_hidden.device != device:
             raise ValueError(f"ref_hidden is on {ref_hidden.device}, hidden on {device}")
+        if ref_hidden.dtype != hidden.dtype:
+            raise ValueError(f"ref_hidden is {ref_hidden.dtype}, hidden {hidden.dtype}: they must agree")
         if len(ref_head.weight) != len(weight):
             raise ValueError(f"ref_weight must have {len(weight)} rows like weight, not {len(ref_head.weight)}")
+        anchor = Anchor(ref_hidden.detach(), None if shared else ref_head)
 
     if backend == "reference":
         if ref_logps is None:
@@ -151,24 +170,20 @@ def fused_linear_pair_loss(
         loss, margins = reference.pair_loss(logps, ref_logps, pairs.to(device), objective, preference, pair_weight)
         return PairLossOutput(*(_rounded(x, hidden) for x in (loss, logps.detach(), ref_logps, margins.detach())))
 
-    workspace = _workspace(workspace_bytes, device)
-    layout = chunked.Layout.of(cu_seqlens, pairs)
-    with torch.no_grad():
-        if ref_logps is None:
-            per_token = chunked.token_logps(ref_hidden, ref_head, targets, workspace)
-            ref_logps = chunked.response_logps(per_token, layout.lengths(list(range(responses)), device))
-        ref_logps = ref_logps.detach().double()
-
+    layout = Layout.of(cu_seqlens, pairs)
     options = head._replace(weight=None, bias=None)  # the graph keeps the tensors, and lets go of them
+    kernels = chunked if backend == "torch" else _fused()
 
-    def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> chunked.PairLoss:
+    def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted):
+        nonlocal anchor
         own = options._replace(weight=weight, bias=bias)
-        return chunked.PairLoss(
-            hidden, own, targets, layout, objective, ref_logps, preference, pair_weight, wanted, workspace
+        result = kernels.PairLoss(
+            hidden, own, targets, layout, objective, anchor, preference, pair_weight, wanted, mode, workspace_bytes
         ).run()
+        anchor = result.ref_logps  # all that a second evaluation needs of it
+        return result
 
-    loss, logps, margins = _PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled())
-    return PairLossOutput(loss, logps, _rounded(ref_logps, hidden), margins)
+    return PairLossOutput(*_PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled()))
 
 
 class _PairLoss(torch.autograd.Function):
@@ -180,9 +195,10 @@ class _PairLoss(torch.autograd.Function):
         result = evaluate(hidden, weight, bias, wanted)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.evaluate, ctx.wanted = evaluate, wanted
-        ctx.gradients = result.gradients.as_tuple()
+        ctx.gradients = result.gradients
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        outputs = tuple(_rounded(x, hidden) for x in (result.loss, result.logps, result.margins))
+        results = (result.loss, result.logps, result.ref_logps, result.margins)
+        outputs = tuple(_rounded(x, hidden) for x in results)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -193,29 +209,93 @@ class _PairLoss(torch.autograd.Function):
         # backward pass finds them gone and computes them again, from inputs that autograd has checked to be the same.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = ctx.evaluate(*ctx.saved_tensors, ctx.wanted).gradients.as_tuple()
-        scaled = [g if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+            gradients = ctx.evaluate(*ctx.saved_tensors, ctx.wanted).gradients
+        scaled = [g if g is None else _scaled(g, grad_loss).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
         return *scaled, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place, and not at all where the factor is 1: a pass over a [V, H] tensor is time."""
+    if gradient.device.type == "cpu":
+        return gradient if factor == 1 else gradient.mul_(factor)
+    if _has_triton(gradient.device):
+        from .kernels.rescale import rescale
+
+        return rescale(gradient, factor)  # the kernel looks at the factor, so that the host need not wait
+    return gradient.mul_(factor)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head, workspace):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.options, ctx.workspace = head._replace(weight=None, bias=None), workspace
-        return _rounded(
-            chunked.token_logps(hidden, head._replace(weight=weight, bias=bias), targets, workspace), hidden
-        )
+    def forward(ctx, hidden, weight, bias, targets, head, backend, workspace_bytes):
+        ctx.options, ctx.backend, ctx.workspace_bytes = head._replace(weight=None, bias=None), backend, workspace_bytes
+        head = head._replace(weight=weight, bias=bias)
+        if backend == "triton":
+            logps = _fused().token_logps(hidden, head, targets)
+        else:
+            logps = chunked.token_logps(hidden, head, targets, workspace_bytes)
+        ctx.save_for_backward(hidden, weight, bias, targets, logps)
+        return _rounded(logps, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, logps = ctx.saved_tensors
         head = ctx.options._replace(weight=weight, bias=bias)
         wanted = ctx.needs_input_grad[:3]
-        gradients = chunked.token_gradients(hidden, head, targets, upstream, wanted, ctx.workspace)
+        if ctx.backend == "triton":
+            gradients = _fused().token_gradients(hidden, head, targets, logps, upstream, wanted, ctx.workspace_bytes)
+        else:
+            gradients = chunked.token_gradients(hidden, head, targets, upstream, wanted, ctx.workspace_bytes)
         inputs = (hidden, weight, bias)
-        return *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)), None, None, None
+        return *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)), None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fused():
+    """The Triton backend. Imported where it is used: triton comes only with the builds of torch that can use it."""
+    from .kernels import fused
+
+    return fused
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type != "cuda":
+        return _fused().INTERPRETED
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        warnings.warn(
+            f"{name} has compute capability {version}: the Triton kernels need 8.0 (Ampere), the torch backend is used",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _backend(backend: str, hidden: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    fits = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if backend == "auto":
+        return "triton" if fits and hidden.is_cuda and _has_triton(hidden.device) else "torch"
+    if backend == "triton":
+        if not fits:
+            raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {hidden.dtype}")
+        if not _has_triton(hidden.device):
+            raise ValueError(
+                "backend='triton' needs triton and an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and "
+                f"hidden is on {hidden.device}; backend='torch' runs there (TRITON_INTERPRET=1, set before the start, "
+                "executes the kernels on a CPU, slowly)"
+            )
+    return backend
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,18 +303,9 @@ class _TokenLogps(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _backend(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    return "torch" if backend == "auto" else backend
-
-
-def _workspace(workspace_bytes: int | None, device: torch.device) -> int:
-    if workspace_bytes is None:
-        return chunked.default_workspace(device)
-    if workspace_bytes <= 0:
+def _check_workspace(workspace_bytes: int | None) -> None:
+    if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes must be positive, not {workspace_bytes}")
-    return int(workspace_bytes)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:

@@ -1,0 +1,174 @@
+"""Hidden states through the head, a tile at a time: the matrix product whose results are never written as logits.
+
+A tile's logits stay in registers, fp32, as the tensor cores accumulated them. The epilogue makes of them
+
+- for every row, the peak over the tile and the sum of exp(logit − peak), the target left out: what the log-sum-exp is
+  merged from (``row_sums.py``);
+- where the backward pass is to follow, E = exp(logit − shift) in the operands' dtype, times the slope of the softcap.
+  The shift of a row is known beforehand: its target's logit, in the pass that nothing is recomputed after, or its
+  log-sum-exp, in one that recomputes.
+
+exp(logit − target's logit) overflows where the target is less likely than another token by a factor of e^88. A row
+that comes near that is found when the sums are merged, given its peak for a shift, and its tiles computed again: the
+second launch (``MOVED_ONLY``) ends at once in every other tile, so that no host has to look.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .head import Head
+from .launch import INTERPRETED, descriptor, dot_precision, matmul_step, rounded, tile
+
+GROUP = 16  # row tiles that run side by side: their hidden states stay in the cache while the head streams by
+
+
+@triton.jit
+def exponentials_kernel(
+    hidden,  # descriptor of (rows, H), tiles (ROWS, DEPTH)
+    weight,  # descriptor of (V, H), tiles (COLUMNS, DEPTH)
+    stored,  # descriptor of (stored rows, V), tiles (ROWS, COLUMNS): E; not touched without STORE
+    bias,  # (V,), or anything without BIAS
+    targets,  # (rows,) int64
+    target_logits,  # (rows,) float64
+    shift,  # (rows,) float32; not read with SUMS alone
+    target_values,  # (rows,) float32: what E has in the target's column; read with TARGET_VALUES
+    peaks,  # (column tiles, rows) float32; written with SUMS
+    sums,  # (column tiles, rows) float32; written with SUMS
+    rows,
+    stored_rows,
+    vocabulary,
+    first_token,  # of the vocabulary slice that weight is
+    logit_scale,
+    softcap,
+    temperature,
+    FEATURES: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SUMS: tl.constexpr,
+    STORE: tl.constexpr,
+    TARGET_VALUES: tl.constexpr,
+    MOVED_ONLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, ROWS)
+    column_tiles = tl.cdiv(vocabulary, COLUMNS)
+    first = program // (GROUP * column_tiles) * GROUP
+    side_by_side = min(row_tiles - first, GROUP)
+    within = program % (GROUP * column_tiles)
+    row_tile = first + within % side_by_side
+    column_tile = within // side_by_side
+
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = row < rows
+
+    if MOVED_ONLY:
+        own = tl.load(target_logits + row, mask=row < stored_rows, other=0.0).to(tl.float32)
+        if tl.max((tl.load(shift + row, mask=row < stored_rows, other=0.0) != own).to(tl.int32)) == 0:
+            return
+
+    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, FEATURES, DEPTH):
+        h = hidden.load([row_tile * ROWS, depth])
+        w = weight.load([column_tile * COLUMNS, depth])
+        logits = matmul_step(h, w.T, logits, PRECISION, INTERPRET)
+
+    if BIAS:
+        logits += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
+    logits *= logit_scale
+    if SOFTCAP:
+        tanh = 1 - 2 / (tl.exp(2 * logits / softcap) + 1)
+        slope = 1 - tanh * tanh
+        logits = softcap * tanh
+    logits /= temperature
+
+    # padding and the target weigh nothing: the target is added when the sums are merged, exactly
+    target = tl.load(targets + row, mask=inside, other=-1) - first_token
+    is_target = column[None, :] == target[:, None]
+    logits = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), logits)
+
+    if SUMS:
+        peak = tl.max(logits, 1)
+        base = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of the target alone
+        exponentials = tl.exp(logits - base[:, None])
+        at = column_tile.to(tl.int64) * rows + row
+        tl.store(peaks + at, peak, mask=inside)
+        tl.store(sums + at, tl.sum(exponentials, 1), mask=inside)
+        if STORE:
+            exponentials *= tl.exp(base - tl.load(shift + row, mask=inside, other=0.0))[:, None]
+    else:
+        exponentials = tl.exp(logits - tl.load(shift + row, mask=inside, other=0.0)[:, None])
+    if STORE:
+        if row_tile * ROWS < stored_rows:  # noqa: SIM102 (the outer condition is the compiler's)
+            if TARGET_VALUES:
+                value = tl.load(target_values + row, mask=inside, other=0.0)
+                exponentials = tl.where(is_target, value[:, None], exponentials)
+            if SOFTCAP:
+                exponentials *= slope
+            stored.store([row_tile * ROWS, column_tile * COLUMNS], rounded(exponentials, stored.dtype, INTERPRET))
+
+
+class PartialSums(NamedTuple):
+    """A row's log-sum-exp in pieces, the target left out."""
+
+    peaks: Tensor  # (column tiles, rows) float32
+    sums: Tensor  # (column tiles, rows) float32: Σ exp(logit − peak)
+
+
+def exponentials(
+    hidden: Tensor,  # (rows, H)
+    head: Head,  # or a slice of its vocabulary
+    targets: Tensor,  # (rows,) int64
+    target_logits: Tensor,  # (rows,) float64
+    *,
+    sums: bool = True,
+    shift: Tensor | None = None,  # (rows,) float32
+    store: Tensor | None = None,  # (stored rows ≤ rows, V): filled with E
+    target_values: Tensor | None = None,  # (rows,) float32; without them the target's column gets 0
+    first_token: int = 0,
+    moved_only: bool = False,
+) -> PartialSums | None:
+    """One pass of rows through the head. Everything is asynchronous.
+
+    ``sums`` asks for the log-sum-exp's pieces, ``store`` for E = slope·exp(logit − shift). ``moved_only`` fills E anew
+    in the tiles where a row's shift is not its target's logit, and does nothing elsewhere.
+    """
+    rows, features = hidden.shape
+    vocabulary = len(head.weight)
+    shape = tile("exponentials", hidden.dtype, hidden.device, (rows, vocabulary, features))
+    column_tiles = triton.cdiv(vocabulary, shape.columns)
+    partial = None
+    if sums:
+        pieces = torch.empty(2, column_tiles, rows, dtype=torch.float32, device=hidden.device)
+        partial = PartialSums(*pieces)
+    unused = target_logits
+    exponentials_kernel[(triton.cdiv(rows, shape.rows) * column_tiles,)](
+        descriptor(hidden, (shape.rows, shape.depth)),
+        descriptor(head.weight, (shape.columns, shape.depth)),
+        descriptor(hidden if store is None else store, (shape.rows, shape.columns)),
+        unused if head.bias is None else head.bias,
+        targets, target_logits,
+        unused if shift is None else shift,
+        unused if target_values is None else target_values,
+        *(partial or (unused, unused)),
+        rows, 0 if store is None else len(store), vocabulary, first_token,
+        head.logit_scale, head.softcap or 1.0, head.temperature,
+        FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+        SUMS=sums, STORE=store is not None, TARGET_VALUES=target_values is not None, MOVED_ONLY=moved_only,
+        ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
+        PRECISION=dot_precision(hidden.dtype), INTERPRET=INTERPRETED,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return partial

@@ -1,0 +1,520 @@
+"""The loss from Triton kernels and cuBLAS: which work happens when, in which memory.
+
+Floor, in matrix products of 2·N·H·V FLOP: logits of the policy and of the reference, dX and dW. On one H100 at 728
+TFLOP/s, N = 8192, H = 4096, V = 151936: 14 ms each. Bytes are few beside that: reading the head once a pass is 1.2 GB,
+0.4 ms; writing E and reading it twice, bf16, 7.5 GB, 2.5 ms; the exponentials take 0.7 ms of the special-function
+units. So the products decide, and each mode is a choice of which to repeat:
+
+- **fast**, four products. Chunks hold whole preference groups. A chunk's logits become E = exp(logit − target's logit)
+  as they leave the tensor cores; their sums give log-probs, margins and each response's coefficient c; and E is still
+  there for the two products of the backward pass. With s = Σ E and −(s − E[target]) written over E[target],
+
+      dX = −(c/s)·(E W)          dW += Eᵀ (−(c/s)·X)
+
+  where dX and, if one chunk is all, dW are plain cuBLAS products; over several chunks dW is carried (see
+  ``weight_gradient.py``). Workspace: E, 2·V bytes a row in bf16.
+- **lean**, five products. Log-probs first, from the forward alone; then the vocabulary slice by slice: logits again,
+  made into softmax minus one-hot, and the two products. Each slice of dW is written once; only dX is summed, in fp32.
+  Workspace: three times the hidden states.
+
+Scoring is the forward alone; per-token gradients (``token_gradients``) are lean's second half.
+
+Nothing waits for the device, and every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .bias_gradient import add_bias_gradient
+from .exponentials import exponentials
+from .groups import Group, Layout, chunks
+from .head import Anchor, Head
+from .launch import INTERPRETED, aligned, empty_rows
+from .row_sums import RowSums, merge, segment_sums
+from .target_logits import target_logits
+from .weight_gradient import add_weight_gradient, carry_for
+
+logger = logging.getLogger("onpo_fast")
+
+DEFAULT_WORKSPACE = 2**30  # bytes
+LEAN_WORKSPACE = 2**27  # bytes for a vocabulary slice of lean, or the hidden states' size where that is more
+SCORED_ROWS = 16384  # at a time: bounds what the pieces of the log-sum-exp take
+COLUMN_TILE = 128  # vocabulary entries of the narrowest tile; a wider one makes fewer pieces
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring, and gradients by recomputation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """(N, H), (N,) -> (N,) float64: the forward alone, O(N) memory."""
+    hidden, head = aligned(hidden), _aligned_head(head)
+    logps = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+    for start in range(0, len(hidden), SCORED_ROWS):
+        rows = slice(start, start + SCORED_ROWS)
+        logps[rows] = _softmax(hidden[rows], head, targets[rows])[1].logps
+    return logps
+
+
+def _softmax(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, RowSums]:
+    """The targets' logits, (n,) float64, and what the rows' softmax comes down to."""
+    own = target_logits(hidden, head, targets)
+    return own, merge(exponentials(hidden, head, targets, own), own)
+
+
+def token_gradients(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    targets: Tensor,  # (N,)
+    logps: Tensor,  # (N,) float64, from token_logps
+    upstream: Tensor,  # (N,)
+    wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+    workspace: int | None,  # bytes
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ upstream·logp by hidden, weight and bias: three products, the logits again among them."""
+    gradients = _Gradients(hidden, head, wanted)
+    if len(hidden):
+        _recompute(gradients, aligned(hidden), _aligned_head(head), targets, logps, upstream, workspace)
+    return gradients.finished()
+
+
+def _recompute(
+    gradients: _Gradients,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    logps: Tensor,
+    upstream: Tensor,
+    workspace: int | None,
+) -> None:
+    """The vocabulary slice by slice. Every slice of the weight's gradient is complete when it is written."""
+    rows, features = hidden.shape
+    own = target_logits(hidden, head, targets)
+    shift = (own - logps).float()  # the log-sum-exp: E is then the softmax itself
+    target_values = logps.expm1().float()  # p − 1, without cancellation
+    scale = upstream.float() * -(head.logit_scale / head.temperature)
+    if hidden.dtype == torch.float16:  # fp16 could not hold a small coefficient on the rows of X
+        gradients.factor = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = scale / gradients.factor
+    scaled = _scaled_rows(hidden, scale, hidden.dtype) if gradients.weight is not None else None
+    total = None
+    if gradients.hidden is not None:
+        total = torch.zeros(rows, features, dtype=torch.float32, device=hidden.device)
+
+    width = lean_width(rows, features, len(head.weight), hidden.element_size(), workspace)
+    buffer = empty_rows(rows, width, hidden.dtype, hidden.device)
+    for start in range(0, len(head.weight), width):
+        tokens = slice(start, min(start + width, len(head.weight)))
+        part = head._replace(
+            weight=head.weight[tokens], bias=None if head.bias is None else head.bias[tokens].contiguous()
+        )
+        e = buffer[:, : len(part.weight)]
+        exponentials(
+            hidden, part, targets, own, sums=False, shift=shift, store=e, target_values=target_values,
+            first_token=start,
+        )  # fmt: skip
+        if total is not None:
+            _add_product(total, e, part.weight)
+        if scaled is not None:
+            _product(e.T, scaled, gradients.weight[tokens])
+        if gradients.bias is not None:
+            add_bias_gradient(gradients.bias[tokens], e, scale)
+    if total is not None:
+        torch.mul(total, scale[:, None], out=gradients.hidden[:rows])
+
+
+def lean_width(rows: int, features: int, vocabulary: int, itemsize: int, workspace: int | None) -> int:
+    """Vocabulary entries a slice. Wide slices pay: each reads and writes the fp32 sum of dX once."""
+    if workspace is None:
+        room = max(LEAN_WORKSPACE, rows * features * itemsize)
+    else:
+        room = workspace - rows * features * (4 + itemsize)
+    width = room // max(rows * itemsize, 1) // 256 * 256
+    return max(min(width, vocabulary), min(256, vocabulary))
+
+
+def _aligned_head(head: Head) -> Head:
+    return head._replace(weight=aligned(head.weight), bias=None if head.bias is None else head.bias.contiguous())
+
+
+def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, H), (n,) -> (n, H), multiplied in fp32 and rounded once."""
+    out = empty_rows(*rows.shape, dtype, rows.device)
+    return torch.mul(rows, scale[:, None], out=out)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, summed in fp32."""
+    if not a.is_cuda:  # interpreted
+        out.copy_(a.float() @ b.float())
+    elif a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, in fp32."""
+    if not a.is_cuda:
+        out.addmm_(a.float(), b.float())
+    elif a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, each only if it is wanted.
+
+    bf16 for bf16 inputs, rounded once from fp32; fp32 for the others, fp16 among them, whose range a later loss scale
+    may need.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
+        device, features = hidden.device, hidden.shape[1]
+        dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+        vocabulary = len(head.weight)
+        want_hidden, want_weight, want_bias = wanted
+        self.hidden = empty_rows(len(hidden), features, dtype, device) if want_hidden else None
+        self.weight = empty_rows(vocabulary, features, dtype, device) if want_weight else None
+        self.bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if want_bias else None
+        self.factor: Tensor | None = None  # still to be multiplied with
+
+    def zero(self) -> None:
+        for gradient in (self.hidden, self.weight):
+            if gradient is not None:
+                gradient.zero_()
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradients = self.hidden, self.weight, self.bias
+        if self.factor is not None:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(self.factor)
+        return tuple(gradient if gradient is None else gradient.contiguous() for gradient in gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pairwise loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one evaluation of the loss runs."""
+
+    mode: str  # "fast" or "lean"
+    chunks: list[list[Group]]  # of the groups that have pairs
+    workspace: int  # bytes beside inputs and gradients, about
+    reason: str
+
+
+def plan(
+    groups: list[Group],  # that have pairs
+    shape: tuple[int, int],  # of the head: (V, H)
+    dtype: torch.dtype,
+    want_weight: bool,
+    mode: str,
+    workspace: int | None,  # bytes
+    free: int | None,  # bytes of device memory, where known
+) -> Plan:
+    """Chooses mode and chunks.
+
+    Raises:
+        ValueError: if ``mode`` is "fast" and the largest group does not fit ``workspace``.
+    """
+    vocabulary, features = shape
+    tokens, largest = sum(g.tokens for g in groups), max((g.tokens for g in groups), default=0)
+    size = dtype.itemsize
+    # a row: E; X scaled and dX in fp32; the pieces of the log-sum-exp, for the reference's rows as well
+    row = size * vocabulary + (size + 4) * features + 16 * -(-vocabulary // COLUMN_TILE)
+    carry = vocabulary * features // 2 if want_weight and dtype == torch.bfloat16 else 0
+    width = lean_width(max(tokens, 1), features, vocabulary, size, workspace)
+    lean_bytes = tokens * (size * width + (size + 4) * features)
+
+    def lean(reason: str) -> Plan:
+        return Plan("lean", [groups], lean_bytes, reason)
+
+    if dtype == torch.float16:
+        return lean("fp16 has not the range for exponentials relative to the target")
+    if mode == "lean":
+        return lean("as asked")
+    needed = row * largest + (carry if largest < tokens else 0)
+    budget = workspace
+    if budget is None:
+        budget = DEFAULT_WORKSPACE if free is None else min(DEFAULT_WORKSPACE, free // 2)
+        if mode == "fast":
+            budget = max(budget, needed)
+    if row * tokens <= budget:
+        return Plan("fast", [groups] if groups else [], row * tokens, "everything fits one chunk")
+    if needed > budget:
+        text = f"the largest preference group, {largest} tokens, needs {needed} bytes of workspace, beyond {budget}"
+        if mode == "fast":
+            raise ValueError(f"mode='fast': {text} (workspace_bytes); mode='lean' or 'auto' would recompute")
+        return lean(text)
+    pieces = list(chunks(groups, (budget - carry) // row))
+    return Plan("fast", pieces, carry + row * max(sum(g.tokens for g in c) for c in pieces), "groups fit, in chunks")
+
+
+class _Order:
+    """Rows, responses and pairs numbered so that a chunk of groups is a range of each, groups with pairs first."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        groups = sorted(layout.groups, key=lambda group: not group.pairs)
+        responses = [r for group in groups for r in group.responses]
+        pairs = [p for group in groups for p in group.pairs]
+        lengths = [layout.edges[r + 1] - layout.edges[r] for r in responses]
+        number = {r: i for i, r in enumerate(responses)}
+        ends = [(number[winner], number[loser]) for winner, loser in layout.pairs[pairs].tolist()]
+        entries: list[list[tuple[int, int]]] = [[] for _ in responses]  # of a response: its pairs, with its sign
+        for pair, (winner, loser) in enumerate(ends):
+            entries[winner].append((pair, 1))
+            entries[loser].append((pair, -1))
+
+        self.groups, self.device = groups, device
+        self.edges = _running_sum(lengths)
+        self.entry_edges = _running_sum([len(e) for e in entries])
+        flat = [entry for e in entries for entry in e]
+        columns = {
+            "edges": self.edges, "entry_edges": self.entry_edges,
+            "winner": [winner for winner, _ in ends], "loser": [loser for _, loser in ends],
+            "entry_pair": [p for p, _ in flat], "entry_sign": [s for _, s in flat],
+            "responses": responses, "pairs": pairs,
+        }  # fmt: skip
+        # one copy to the device for all of them
+        joined = torch.tensor([x for column in columns.values() for x in column], dtype=torch.int64).to(device)
+        self.on_device = dict(zip(columns, joined.split([len(column) for column in columns.values()])))
+        self.responses_move = responses != list(range(len(responses)))
+        self.pairs_move = pairs != list(range(len(pairs)))
+        self.rows = None  # (N,) the permutation of the rows, None if they stay
+        if self.responses_move:
+            rows = [i for r in responses for i in range(layout.edges[r], layout.edges[r + 1])]
+            self.rows = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.response_of_row = torch.repeat_interleave(
+            torch.tensor(lengths, dtype=torch.int64), output_size=self.edges[-1]
+        ).to(device)
+
+    @classmethod
+    @lru_cache(maxsize=32)
+    def of(cls, layout: Layout, device: torch.device) -> _Order:
+        """Made once for a layout, which itself is: a CUDA graph can be captured after a call with the same one."""
+        return cls(layout, device)
+
+    def scattered(self, values: Tensor, name: str, moved: bool) -> Tensor:
+        """Values in this order, put back into the caller's."""
+        return torch.empty_like(values).index_copy_(0, self.on_device[name], values) if moved else values
+
+
+def _running_sum(sizes: list[int]) -> list[int]:
+    edges = [0]
+    for size in sizes:
+        edges.append(edges[-1] + size)
+    return edges
+
+
+class PairLoss:
+    """One evaluation of the loss with its gradients. ``run`` fills loss, logps, ref_logps, margins and gradients."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: Head,
+        targets: Tensor,  # (N,)
+        layout: Layout,
+        objective,
+        reference: Tensor | Anchor,  # (S,) float64 log-probs, or what they are made from
+        preference: Tensor,  # (P,) float64
+        pair_weight: Tensor,  # (P,) float64
+        wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+        mode: str,
+        workspace: int | None,  # bytes
+    ) -> None:
+        self.order = _Order.of(layout, hidden.device)
+        self.objective, self.wanted, self.workspace = objective, wanted, workspace
+        self.head = _aligned_head(head)
+        self.hidden, self.targets = aligned(self._ordered(hidden)), self._ordered(targets)
+        share = pair_weight / pair_weight.sum()
+        if self.order.pairs_move:
+            share, preference = share[self.order.on_device["pairs"]], preference[self.order.on_device["pairs"]]
+        self.share, self.preference = share, preference
+
+        # a reference that shares the head goes through it in the same product
+        self.stacked = None
+        rows = len(hidden)
+        if isinstance(reference, Tensor):
+            self.ref_logps = reference[self.order.on_device["responses"]] if self.order.responses_move else reference
+        elif reference.head is None:
+            self.stacked = aligned(self._ordered(reference.hidden))
+            self.ref_logps = torch.zeros(len(self.order.edges) - 1, dtype=torch.float64, device=hidden.device)
+        else:
+            self.ref_logps = self._sums(token_logps(self._ordered(reference.hidden), reference.head, self.targets))
+        self.rows_logps = torch.empty(rows, dtype=torch.float64, device=hidden.device)
+        self.ref_rows_logps = torch.empty_like(self.rows_logps) if self.stacked is not None else None
+        self.logps = torch.zeros(len(self.order.edges) - 1, dtype=torch.float64, device=hidden.device)
+        self.margins, self.losses, self.derivative = torch.zeros(
+            3, len(preference), dtype=torch.float64, device=hidden.device
+        )
+
+        paired = [group for group in self.order.groups if group.pairs]
+        self.paired_rows = sum(group.tokens for group in paired)
+        free = _free_memory(hidden.device) if mode == "auto" and workspace is None else None
+        self.plan = plan(paired, tuple(head.weight.shape), hidden.dtype, wanted[1], mode, workspace, free)
+        logger.debug("%s: %s, %d chunks, %d bytes of workspace", *self._description())
+
+    def _description(self) -> tuple[str, str, int, int]:
+        return self.plan.mode, self.plan.reason, len(self.plan.chunks), self.plan.workspace
+
+    def run(self) -> PairLoss:
+        gradients = _Gradients(self.hidden, self.head, self.wanted)
+        if not any(self.wanted):
+            self._score(slice(0, len(self.hidden)))
+            self._coefficients(0, len(self.order.edges) - 1, 0, len(self.share))
+        else:
+            if gradients.hidden is not None:
+                gradients.hidden[self.paired_rows :].zero_()  # responses without a pair
+            self._score(slice(self.paired_rows, len(self.hidden)))
+            if self.paired_rows == 0:
+                gradients.zero()
+                self._coefficients(0, len(self.order.edges) - 1, 0, len(self.share))
+            elif self.plan.mode == "fast":
+                self._fast(gradients)
+            else:
+                self._lean(gradients)
+        self.logps = self._sums(self.rows_logps)
+        if self.stacked is not None:
+            self.ref_logps = self._sums(self.ref_rows_logps)
+        self.loss = (self.losses * self.share).sum()
+        self._restore(gradients)
+        return self
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        return rows if self.order.rows is None else rows[self.order.rows]
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """(N,) -> (S,): log-probs of responses, nats."""
+        return segment_sums(rows, self.order.on_device["edges"])
+
+    def _restore(self, gradients: _Gradients) -> None:
+        """Results in the caller's order."""
+        order = self.order
+        self.gradients = gradients.finished()
+        if order.rows is not None and self.gradients[0] is not None:
+            own = self.gradients[0]
+            self.gradients = (torch.empty_like(own).index_copy_(0, order.rows, own), *self.gradients[1:])
+        self.logps = order.scattered(self.logps, "responses", order.responses_move)
+        self.ref_logps = order.scattered(self.ref_logps, "responses", order.responses_move)
+        self.margins = order.scattered(self.margins, "pairs", order.pairs_move)
+
+    def _score(self, rows: slice) -> None:
+        """Log-probs of these rows, and of the reference's where it shares the head."""
+        for start in range(rows.start, rows.stop, SCORED_ROWS):
+            part = slice(start, min(start + SCORED_ROWS, rows.stop))
+            self._keep(part, _softmax(*self._through_the_head(part))[1])
+
+    def _through_the_head(self, rows: slice) -> tuple[Tensor, Head, Tensor]:
+        hidden, targets = self.hidden[rows], self.targets[rows]
+        if self.stacked is None:
+            return hidden, self.head, targets
+        return torch.cat((hidden, self.stacked[rows])), self.head, targets.repeat(2)
+
+    def _keep(self, rows: slice, sums: RowSums) -> None:
+        count = rows.stop - rows.start
+        self.rows_logps[rows] = sums.logps[:count]
+        if self.stacked is not None:
+            self.ref_rows_logps[rows] = sums.logps[count:]
+
+    def _coefficients(self, first: int, stop: int, first_pair: int, stop_pair: int) -> Tensor:
+        """Margins and losses of a range of pairs; d loss / d log-prob of the range of responses they are among."""
+        on_device = self.order.on_device
+        edges = on_device["edges"][first : stop + 1]
+        self.logps[first:stop] = segment_sums(self.rows_logps, edges)
+        if self.stacked is not None:
+            self.ref_logps[first:stop] = segment_sums(self.ref_rows_logps, edges)
+        pairs = slice(first_pair, stop_pair)
+        ratio = self.logps - self.ref_logps
+        margins = ratio[on_device["winner"][pairs]] - ratio[on_device["loser"][pairs]]
+        self.margins[pairs] = margins
+        self.losses[pairs] = self.objective.loss(margins, self.preference[pairs])
+        self.derivative[pairs] = self.objective.derivative(margins, self.preference[pairs]) * self.share[pairs]
+        # a gather and a sum in order, where an index_add would let the order of additions float
+        signed = self.derivative[on_device["entry_pair"]] * on_device["entry_sign"]
+        return segment_sums(signed, on_device["entry_edges"][first : stop + 1])
+
+    def _row_coefficients(self, rows: slice, coefficients: Tensor, first: int) -> Tensor:
+        return coefficients[self.order.response_of_row[rows] - first]
+
+    def _fast(self, gradients: _Gradients) -> None:
+        capacity = max(sum(group.tokens for group in chunk) for chunk in self.plan.chunks)
+        vocabulary = len(self.head.weight)
+        buffer = empty_rows(capacity, vocabulary, self.hidden.dtype, self.hidden.device)
+        several = len(self.plan.chunks) > 1
+        carry = None
+        if several and gradients.weight is not None and gradients.weight.dtype == torch.bfloat16:
+            carry = carry_for(gradients.weight)
+        constant = -(self.head.logit_scale / self.head.temperature)
+        response = pair = row = 0
+        for number, chunk in enumerate(self.plan.chunks):
+            stop_response = response + sum(len(group.responses) for group in chunk)
+            stop_pair = pair + sum(len(group.pairs) for group in chunk)
+            rows = slice(row, row + sum(group.tokens for group in chunk))
+            count = rows.stop - rows.start
+            e, sums = self._exponentials(rows, buffer[:count])
+            self._keep(rows, sums)
+            coefficients = self._coefficients(response, stop_response, pair, stop_pair)
+            scale = self._row_coefficients(rows, coefficients, response).float() * constant / sums.total[:count]
+            hidden = self.hidden[rows]
+            if gradients.hidden is not None:
+                product = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+                _product(e, self.head.weight, product)
+                torch.mul(product, scale[:, None], out=gradients.hidden[rows])
+            if gradients.weight is not None:
+                scaled = _scaled_rows(hidden, scale, hidden.dtype)
+                if several:
+                    last = number == len(self.plan.chunks) - 1
+                    add_weight_gradient(gradients.weight, e, scaled, carry, first=number == 0, last=last)
+                else:
+                    _product(e.T, scaled, gradients.weight)
+            if gradients.bias is not None:
+                add_bias_gradient(gradients.bias, e, scale)
+            response, pair, row = stop_response, stop_pair, rows.stop
+
+    def _exponentials(self, rows: slice, e: Tensor) -> tuple[Tensor, RowSums]:
+        """E of a chunk, complete: −(the sum of the others) in the target's column."""
+        hidden, head, targets = self._through_the_head(rows)
+        own = target_logits(hidden, head, targets)
+        sums = merge(exponentials(hidden, head, targets, own, shift=own.float(), store=e), own)
+        hidden, targets, own = hidden[: len(e)], targets[: len(e)], own[: len(e)]
+        exponentials(
+            hidden, head, targets, own, sums=False, shift=sums.shift, store=e, moved_only=True
+        )
+        values = -sums.others[: len(e)]
+        if head.softcap is not None:
+            values = values * (1 - (own * (head.temperature / head.softcap)).square()).float()
+        e.scatter_(1, targets[:, None], values.to(e.dtype)[:, None])
+        return e, sums
+
+    def _lean(self, gradients: _Gradients) -> None:
+        rows = slice(0, self.paired_rows)
+        self._score(rows)
+        responses = sum(len(group.responses) for group in self.order.groups if group.pairs)
+        coefficients = self._coefficients(0, responses, 0, len(self.share))
+        upstream = self._row_coefficients(rows, coefficients, 0)
+        _recompute(
+            gradients, self.hidden[rows], self.head, self.targets[rows], self.rows_logps[rows], upstream,
+            self.workspace,
+        )  # fmt: skip
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that an allocation can have, where asking does not disturb the device."""
+    if INTERPRETED or torch.cuda.is_current_stream_capturing():
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

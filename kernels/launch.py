@@ -1,0 +1,118 @@
+"""What every Triton kernel here is launched with: tiles, tensor descriptors, and the dot product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy executes the kernels, on CPU tensors
+ALIGNMENT = 16  # bytes: what a tensor descriptor asks of its base and of its rows
+
+
+LEAST = (16, 32, 16)  # a dot takes 16 of everything; half the columns, a byte each, fill the 16 of a descriptor
+
+
+class Tile(NamedTuple):
+    """A block of a matrix product and how it is executed."""
+
+    rows: int
+    columns: int
+    depth: int  # of the dimension that is summed over, a step
+    warps: int
+    stages: int  # of the software pipeline
+
+    def cut_to(self, rows: int, columns: int, depth: int) -> Tile:
+        """The tile cut to a small problem, which a large one would mostly miss."""
+        need = (_power(size) for size in (rows, columns, depth))
+        fit = (max(least, min(size, n)) for least, size, n in zip(LEAST, self[:3], need))
+        return Tile(*fit, self.warps, self.stages)
+
+
+# (product, operand bytes) -> the tile of every architecture from that compute capability on. Fixed rather than
+# autotuned, so that results are the same bits from one run to the next. ``python -m bench compile`` shows what they
+# compile to.
+TILES: dict[tuple[str, int], dict[int, Tile]] = {
+    ("exponentials", 2): {
+        80: Tile(128, 128, 64, 8, 3),
+        86: Tile(128, 128, 32, 8, 3),  # 8.6 and 8.9 have 99 KiB of shared memory to 8.0's 163
+        90: Tile(128, 256, 64, 8, 3),
+        100: Tile(128, 256, 64, 8, 3),
+    },
+    ("weight_gradient", 2): {
+        80: Tile(128, 128, 64, 8, 3),
+        86: Tile(128, 128, 32, 8, 3),
+        90: Tile(128, 256, 64, 8, 3),
+        100: Tile(128, 256, 64, 8, 3),
+    },
+    ("exponentials", 4): {80: Tile(64, 128, 32, 8, 3), 86: Tile(64, 128, 32, 8, 2)},
+    ("weight_gradient", 4): {80: Tile(64, 128, 32, 8, 3), 86: Tile(64, 128, 32, 8, 2)},
+}
+for _product in ("exponentials", "weight_gradient"):
+    TILES[_product, 4][90] = TILES[_product, 4][100] = TILES[_product, 4][80]
+
+
+def tile(product: str, operand: torch.dtype, device: torch.device, problem: tuple[int, int, int]) -> Tile:
+    """The tile for a (rows, columns, depth) problem."""
+    if INTERPRETED:  # three tiles or more a dimension show every edge; large ones keep numpy busy
+        rows, columns, depth = (min(limit, _power(-(-size // 3))) for size, limit in zip(problem, (128, 2048, 512)))
+        return Tile(rows, columns, depth, 1, 1).cut_to(rows, columns, depth)
+    capability = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
+    by_architecture = TILES[product, operand.itemsize]
+    best = by_architecture[max(a for a in by_architecture if a <= capability)]
+    return best.cut_to(*problem)
+
+
+def dot_precision(operand: torch.dtype) -> str:
+    """How float32 operands are multiplied, as PyTorch is told to (``torch.set_float32_matmul_precision``).
+
+    "highest" is three TF32 products a product, which is float32 to its last bit or two; the others are one.
+    """
+    if operand == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "tf32x3"
+    return "tf32"
+
+
+def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """(n, H) as a tensor descriptor can read it: itself, or a copy whose rows are contiguous and padded with zeros."""
+    size = matrix.element_size()
+    if matrix.stride(1) == 1 and matrix.stride(0) * size % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0:
+        return matrix
+    copy = empty_rows(len(matrix), matrix.shape[1], matrix.dtype, matrix.device)
+    return copy.copy_(matrix)
+
+
+def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns), uninitialised, each row starting on an aligned address."""
+    step = ALIGNMENT // dtype.itemsize
+    return torch.empty(rows, -(-columns // step) * step, dtype=dtype, device=device)[:, :columns]
+
+
+def _power(size: int) -> int:
+    return triton.next_power_of_2(max(size, 1))
+
+
+@triton.jit
+def matmul_step(a, b, total, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """total + a b. The interpreter multiplies the bits of bf16 numbers unless they are converted first."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """float32 to ``dtype``, to nearest even. The interpreter truncates to bf16, the hardware rounds."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

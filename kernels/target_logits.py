@@ -1,0 +1,74 @@
+"""The logits of the targets alone, exactly.
+
+A response's log-prob is a sum over tokens: the rounding of the target's logit adds up where that of the log-sum-exp
+averages out. So the target's is taken apart from the others, one row of the head a token, summed in float64. It is
+known before the matrix product, which makes it the shift that exponentials are taken relative to.
+
+N·H products and reads of the head: 1/V of the matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .head import Head
+from .launch import INTERPRETED
+
+
+@triton.jit
+def target_logits_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    bias,  # (V,), or anything without BIAS
+    targets,  # (N,) int64
+    logits,  # (N,) float64
+    hidden_stride,
+    weight_stride,
+    logit_scale,
+    softcap,
+    temperature,
+    rows,
+    FEATURES: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    target = tl.load(targets + row, mask=inside, other=0)
+    total = tl.zeros((ROWS, BLOCK), tl.float64)
+    h_row = hidden + row.to(tl.int64)[:, None] * hidden_stride
+    w_row = weight + target[:, None] * weight_stride
+    for start in range(0, FEATURES, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        mask = inside[:, None] & (column < FEATURES)
+        h = tl.load(h_row + column, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+        w = tl.load(w_row + column, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+        total += h * w
+    logit = tl.sum(total, 1)
+    if BIAS:
+        logit += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    logit *= logit_scale
+    if SOFTCAP:
+        logit = softcap * (1 - 2 / (tl.exp(2 * logit / softcap) + 1))  # tanh
+    tl.store(logits + row, logit / temperature, mask=inside)
+
+
+def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """(N, H), (N,) -> (N,) float64."""
+    rows, features = hidden.shape
+    logits = torch.empty(rows, dtype=torch.float64, device=hidden.device)
+    if rows == 0:
+        return logits
+    block = 256 if INTERPRETED else 8  # rows
+    target_logits_kernel[(triton.cdiv(rows, block),)](
+        hidden, head.weight, logits if head.bias is None else head.bias, targets, logits,
+        hidden.stride(0), head.weight.stride(0), head.logit_scale, head.softcap or 1.0, head.temperature, rows,
+        FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+        ROWS=block, BLOCK=min(128, triton.next_power_of_2(max(features, 1))), num_warps=4,
+    )  # fmt: skip
+    return logits

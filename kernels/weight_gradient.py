@@ -1,0 +1,108 @@
+"""The weight's gradient, summed over chunks without a float32 copy of the head.
+
+    dW += Eᵀ X        E (n, V), X (n, H) with the row scales on it
+
+Within a chunk the tensor cores sum in fp32. Between chunks a bf16 gradient would lose what is smaller than 2⁻⁹ of the
+sum so far, and a float32 one beside it would cost twice the head. So the sum is carried with four more bits of mantissa
+than bf16 has, packed two to a byte: the upper 16 bits in the gradient itself, the four below in ``carry``, a quarter of
+the gradient's size. A chunk then rounds to 2⁻¹³, against the 2⁻⁹ of the final rounding, which the last chunk makes from
+fp32. Where the gradient is float32 no carry is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, descriptor, dot_precision, matmul_step, rounded, tile
+
+GROUP = 16  # tiles of X that run side by side with the same columns of E
+
+
+@triton.jit
+def weight_gradient_kernel(
+    exponentials,  # descriptor of (n, V), tiles (DEPTH, ROWS)
+    scaled,  # descriptor of (n, H), tiles (DEPTH, COLUMNS)
+    gradient,  # descriptor of (V, H), tiles (ROWS, COLUMNS)
+    carry,  # descriptor of (V, H / 2) uint8, tiles (ROWS, COLUMNS / 2); touched with CARRY
+    tokens,  # n
+    vocabulary,
+    features,
+    ADD: tl.constexpr,  # to what the gradient holds
+    CARRY_IN: tl.constexpr,
+    CARRY_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(vocabulary, ROWS)
+    column_tiles = tl.cdiv(features, COLUMNS)
+    first = program // (GROUP * row_tiles) * GROUP
+    side_by_side = min(column_tiles - first, GROUP)
+    within = program % (GROUP * row_tiles)
+    column = (first + within % side_by_side) * COLUMNS
+    row = within // side_by_side * ROWS
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, tokens, DEPTH):
+        e = exponentials.load([depth, row])
+        x = scaled.load([depth, column])
+        total = matmul_step(e.T, x, total, PRECISION, INTERPRET)
+
+    if ADD:
+        before = gradient.load([row, column])
+        if CARRY_IN:
+            packed = carry.load([row, column // 2]).to(tl.uint32)
+            low = tl.reshape(tl.join(packed & 15, packed >> 4), (ROWS, COLUMNS))
+            high = before.to(tl.uint16, bitcast=True).to(tl.uint32)
+            total += ((high << 16) | (low << 12)).to(tl.float32, bitcast=True)
+        else:
+            total += before
+    if CARRY_OUT:
+        bits = total.to(tl.uint32, bitcast=True)
+        bits = tl.where(total == total, bits + 0x7FF + ((bits >> 12) & 1), 0x7FC00000)  # to nearest even; NaN stays
+        low = ((bits >> 12) & 15).to(tl.uint8)
+        even, odd = tl.split(tl.reshape(low, (ROWS, COLUMNS // 2, 2)))
+        carry.store([row, column // 2], even | (odd << 4))
+        gradient.store([row, column], (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True))
+    else:
+        gradient.store([row, column], rounded(total, gradient.dtype, INTERPRET))
+
+
+def carry_for(gradient: Tensor) -> Tensor:
+    """(V, H) -> uint8 scratch for the mantissa bits that a bf16 gradient has no room for between chunks."""
+    width = -(-gradient.shape[1] // 32) * 16  # bytes a row, aligned
+    return torch.empty(len(gradient), width, dtype=torch.uint8, device=gradient.device)
+
+
+def add_weight_gradient(
+    gradient: Tensor,  # (V, H) bf16 or fp32
+    exponentials: Tensor,  # (n, V)
+    scaled: Tensor,  # (n, H)
+    carry: Tensor | None,  # from carry_for; None for a float32 gradient
+    *,
+    first: bool,  # the gradient holds nothing yet
+    last: bool,  # and is complete afterwards
+) -> None:
+    """gradient (+)= exponentialsᵀ scaled."""
+    tokens, vocabulary = exponentials.shape
+    features = scaled.shape[1]
+    shape = tile("weight_gradient", scaled.dtype, scaled.device, (vocabulary, features, tokens))
+    carried = carry is not None
+    weight_gradient_kernel[(triton.cdiv(vocabulary, shape.rows) * triton.cdiv(features, shape.columns),)](
+        descriptor(exponentials, (shape.depth, shape.rows)),
+        descriptor(scaled, (shape.depth, shape.columns)),
+        descriptor(gradient, (shape.rows, shape.columns)),
+        descriptor(carry if carried else gradient, (shape.rows, shape.columns // (2 if carried else 1))),
+        tokens, vocabulary, features,
+        ADD=not first, CARRY_IN=carried and not first, CARRY_OUT=carried and not last,
+        ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
+        PRECISION=dot_precision(scaled.dtype), INTERPRET=INTERPRETED,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip

@@ -1,0 +1,230 @@
+"""The Triton backend against float64: every option, both modes, one chunk and several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import CASES, Case, relative_error
+
+from onpo_fast import fused_linear_pair_loss
+from onpo_fast.kernels import fused
+from onpo_fast.objectives import Onpo
+
+# mode and workspace: a roomy one is one chunk; in a small one each group is a chunk and dW is carried between them
+WAYS = {"one chunk": ("fast", None), "chunks": ("fast", "least"), "lean": ("lean", None), "lean, narrow": ("lean", 1)}
+
+
+def least_workspace(case: Case, dtype: torch.dtype) -> int:
+    """The bytes that the largest group of the case needs in fast mode."""
+    values = case.tensors(dtype)
+    layout = fused.Layout.of(values["cu_seqlens"], _pairs(case))
+    groups = [group for group in layout.groups if group.pairs]
+    low, high = 0, 2**30
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            fused.plan(groups, tuple(values["weight"].shape), dtype, True, "fast", middle, None)
+            high = middle
+        except ValueError:
+            low = middle
+    return high
+
+
+def _pairs(case: Case) -> torch.Tensor:
+    pairs = case.pairs or [(i, i + 1) for i in range(0, len(case.lengths), 2)]
+    return torch.tensor(pairs).view(-1, 2)
+
+
+def run(case: Case, way: str, dtype: torch.dtype, device: str, **overrides) -> dict[str, torch.Tensor]:
+    mode, workspace = WAYS[way]
+    if workspace == "least":
+        workspace = least_workspace(case, dtype)
+    return case.run(dtype, device, backend="triton", mode=mode, workspace_bytes=workspace, **overrides)
+
+
+def check(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in want.items():
+        if name in got:
+            assert relative_error(got[name], value) < tolerance, name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_fp32(name: str, way: str, device: str) -> None:
+    case = CASES[name]
+    got, want = run(case, way, torch.float32, device), case.exact(torch.float32)
+    if case.vocabulary == 1:
+        assert max(got[key].abs().max() for key in want if key != "loss") < 1e-6  # the only token is certain
+        return
+    check(got, want, 2e-5)
+    assert all(x.dtype == torch.float32 for x in got.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["pairs", "groups with all pairs", "arbitrary pairs", "one head for both", "everything",
+                                  "a prime vocabulary", "sure of most tokens"])  # fmt: skip
+def test_bf16(name: str, way: str, device: str) -> None:
+    """No further from float64 than 1.5 times what materialised PyTorch in bf16 is, on the same rounded inputs."""
+    case = CASES[name]
+    got, plain, want = run(case, way, torch.bfloat16, device), case.materialised(torch.bfloat16), case.exact(torch.bfloat16)
+    for key, value in want.items():
+        assert relative_error(got[key], value) <= 1.5 * relative_error(plain[key], value) + 1e-6, key
+    assert relative_error(got["logps"], want["logps"]) < 1e-6  # the log-probs are fp32's, not bf16's
+    assert got["hidden gradient"].dtype == got["weight gradient"].dtype == torch.bfloat16
+    assert got["logps"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["pairs", "everything"])
+def test_fp16(name: str, device: str) -> None:
+    case = CASES[name]
+    got, plain, want = run(case, "lean", torch.float16, device), case.materialised(torch.float16), case.exact(torch.float16)
+    for key, value in want.items():
+        assert relative_error(got[key], value) <= 1.5 * relative_error(plain[key], value) + 1e-6, key
+
+
+def test_fp16_gradients_survive_a_loss_scale(device: str) -> None:
+    """A small loss times 2¹⁶: what fp16 would round to 0 before the scale must be there after it."""
+    case = Case([5, 7, 3, 9], objective=Onpo(eta=2.0))
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float16).items()}
+    hidden = values["hidden"].requires_grad_()
+    loss = fused_linear_pair_loss(**values, objective=case.objective, backend="triton").loss
+    ((loss * 2.0**-30) * 2.0**30).backward()
+    assert relative_error(hidden.grad.cpu(), case.exact(torch.float16)["hidden gradient"]) < 2e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_targets_far_from_likely(way: str, dtype: torch.dtype, device: str) -> None:
+    """Targets 100 nats and more below the likeliest token: exponentials relative to them would overflow."""
+    case = Case([9, 8, 7, 6], spread=30.0, bias=True)
+    got, want = run(case, way, dtype, device), case.exact(dtype)
+    assert want["logps"].min() < -1000
+    check(got, want, 2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("asked", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids=" ".join)
+def test_gradients_only_where_asked(asked: tuple[str, ...], way: str, device: str) -> None:
+    case = CASES["everything"]
+    got = run(case, way, torch.float32, device, asked=asked)
+    check(got, case.exact(torch.float32), 2e-5)
+    assert {k for k in got if "gradient" in k} == {f"{k} gradient" for k in asked}
+
+
+def test_no_gradients(device: str) -> None:
+    case = CASES["groups with all pairs"]
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    output = fused_linear_pair_loss(**values, objective=case.objective, backend="triton")
+    assert not output.loss.requires_grad
+    check({k: x.cpu() for k, x in output._asdict().items()}, case.exact(torch.bfloat16), 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_every_time(way: str, device: str) -> None:
+    case = CASES["arbitrary pairs"]
+    first, second = (run(case, way, torch.bfloat16, device) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_modes_agree_on_log_probs(device: str) -> None:
+    """Both take them from the same sums."""
+    case = CASES["groups with all pairs"]
+    results = [run(case, way, torch.bfloat16, device) for way in WAYS]
+    assert all(torch.equal(r["logps"], results[0]["logps"]) for r in results)
+
+
+def test_many_chunks_lose_nothing(device: str) -> None:
+    """A bf16 gradient summed over 16 chunks is as exact as one that is rounded once."""
+    case = Case([3, 4] * 16, vocabulary=64, features=32)
+    want = case.exact(torch.bfloat16)["weight gradient"]
+    whole, carried = (
+        relative_error(run(case, way, torch.bfloat16, device)["weight gradient"], want) for way in ("one chunk", "chunks")
+    )
+    values = case.tensors(torch.bfloat16)
+    groups = fused.Layout.of(values["cu_seqlens"], _pairs(case)).groups
+    workspace = least_workspace(case, torch.bfloat16)
+    assert len(fused.plan(groups, (64, 32), torch.bfloat16, True, "fast", workspace, None).chunks) == 16
+    assert carried < 1.05 * whole
+
+
+def test_upstream_gradients_and_a_second_backward(device: str) -> None:
+    case = CASES["one head for both"]
+    want = case.exact(torch.float32)
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float32).items()}
+    hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
+    loss = fused_linear_pair_loss(**values, objective=case.objective, backend="triton").loss
+    (gradient,) = torch.autograd.grad(3 * loss, hidden, retain_graph=True)
+    assert relative_error(gradient.cpu(), 3 * want["hidden gradient"]) < 2e-5
+    (-loss).backward()
+    assert relative_error(weight.grad.cpu(), -want["weight gradient"]) < 2e-5
+
+
+def test_several_calls_alive_at_once(device: str) -> None:
+    cases = [CASES["pairs"], CASES["everything"], CASES["pairs"]]
+    losses, leaves = [], []
+    for case in cases:
+        values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float32).items()}
+        leaves.append(values["weight"].requires_grad_())
+        options = {"logit_scale": case.logit_scale, "softcap": case.softcap, "temperature": case.temperature}
+        losses.append(fused_linear_pair_loss(**values, objective=case.objective, backend="triton", **options).loss)
+    for loss in reversed(losses):
+        loss.backward()
+    for case, leaf in zip(cases, leaves):
+        assert relative_error(leaf.grad.cpu(), case.exact(torch.float32)["weight gradient"]) < 2e-5
+
+
+def test_non_contiguous_inputs(device: str) -> None:
+    case = CASES["pairs"]
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
+        values[name] = values[name].T.contiguous().T
+    wide = torch.zeros(len(values["hidden"]), 100, dtype=torch.bfloat16, device=device)
+    wide[:, 3:27] = values["hidden"]
+    values["hidden"] = wide[:, 3:27].requires_grad_()
+    output = fused_linear_pair_loss(**values, objective=case.objective, backend="triton")
+    output.loss.backward()
+    assert relative_error(output.loss.cpu(), case.exact(torch.bfloat16)["loss"]) < 1e-5
+
+
+def test_nothing_to_do(device: str) -> None:
+    empty = {"hidden": torch.zeros(0, 4, device=device, requires_grad=True), "weight": torch.randn(7, 4, device=device)}
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    for responses in (0, 2):
+        output = fused_linear_pair_loss(
+            **empty, targets=none, cu_seqlens=torch.zeros(responses + 1, dtype=torch.int32), objective=Onpo(eta=1.0),
+            ref_logps=torch.zeros(responses, device=device), backend="triton",
+        )  # fmt: skip
+        assert output.loss.item() == (0.25 if responses else 0)  # two empty responses: margin 0, target ½
+    output.loss.backward()
+    assert empty["hidden"].grad.shape == (0, 4)
+
+
+def test_nan_is_not_hidden(device: str) -> None:
+    case = CASES["pairs"]
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values["hidden"][3, 2] = float("nan")
+    weight = values["weight"].requires_grad_()
+    output = fused_linear_pair_loss(
+        **values, objective=case.objective, backend="triton", mode="fast",
+        workspace_bytes=least_workspace(case, torch.bfloat16),
+    )  # fmt: skip
+    output.loss.backward()
+    assert output.loss.isnan()
+    assert weight.grad.isnan().any()
+
+
+def test_a_group_that_does_not_fit(device: str) -> None:
+    case = CASES["pairs"]
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        case.run(device=device, backend="triton", mode="fast", workspace_bytes=1)
+    lean = case.run(device=device, backend="triton", mode="lean", workspace_bytes=1)
+    auto = case.run(device=device, backend="triton", mode="auto", workspace_bytes=1)
+    assert torch.equal(lean["weight gradient"], auto["weight gradient"])
+
+
+def test_it_says_what_it_chose(device: str, caplog) -> None:
+    with caplog.at_level("DEBUG", logger="onpo_fast"):
+        CASES["pairs"].run(device=device, backend="triton")
+        CASES["pairs"].run(device=device, backend="triton", workspace_bytes=1)
+    assert "fast: everything fits one chunk" in caplog.messages[0]
+    assert "lean: the largest preference group, 12 tokens, needs" in caplog.messages[1]
