@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The link onpo_fast/kernels serves a checkout and an editable install; package_dir serves wheels.
-    packages=["onpo_fast", "onpo_fast.kernels", "onpo_fast.prompts"],
+    packages=["onpo_fast", "onpo_fast.integrations", "onpo_fast.kernels", "onpo_fast.prompts"],
     package_dir={"onpo_fast.kernels": "kernels"},
     package_data={"onpo_fast": ["*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
     install_requires=[
@@ -38,7 +38,8 @@ setup(
         "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
         "trl": ["trl>=1.16,<2", "datasets"],
         "vllm": ["vllm"],
+        "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
         "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5"],
-        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels"],
+        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels", "peft", "hypothesis"],
     },
 )

@@ -245,6 +245,7 @@ class PairLoss:
         preference: Tensor,  # (P,) float64
         pair_weight: Tensor,  # (P,) float64
         wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+        dtypes: tuple[torch.dtype | None, ...],  # of the leaves; gradients come in the accumulation dtype all the same
         mode: str,
         workspace: int | None,  # bytes
     ) -> None:

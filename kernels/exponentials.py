@@ -23,16 +23,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import Head
-from .launch import INTERPRETED, descriptor, dot_precision, matmul_step, rounded, tile
+from .launch import (
+    INTERPRETED,
+    TRITON_DTYPES,
+    dot_precision,
+    load_tile,
+    matmul_step,
+    operand,
+    rounded,
+    store_tile,
+    tile,
+)
 
 GROUP = 16  # row tiles that run side by side: their hidden states stay in the cache while the head streams by
 
 
 @triton.jit
 def exponentials_kernel(
-    hidden,  # descriptor of (rows, H), tiles (ROWS, DEPTH)
-    weight,  # descriptor of (V, H), tiles (COLUMNS, DEPTH)
-    stored,  # descriptor of (stored rows, V), tiles (ROWS, COLUMNS): E; not touched without STORE
+    hidden,  # (rows, H), tiles (ROWS, DEPTH)
+    weight,  # (V, H), tiles (COLUMNS, DEPTH)
+    stored,  # (stored rows, V), tiles (ROWS, COLUMNS): E; not touched without STORE
     bias,  # (V,), or anything without BIAS
     targets,  # (rows,) int64
     target_logits,  # (rows,) float64
@@ -44,12 +54,15 @@ def exponentials_kernel(
     stored_rows,
     vocabulary,
     first_token,  # of the vocabulary slice that weight is
-    logit_scale,
-    softcap,
-    temperature,
+    inner,
+    outer,
+    hidden_stride,
+    weight_stride,
+    stored_stride,
     FEATURES: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
     SUMS: tl.constexpr,
     STORE: tl.constexpr,
     TARGET_VALUES: tl.constexpr,
@@ -58,7 +71,9 @@ def exponentials_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,  # of E
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -70,8 +85,9 @@ def exponentials_kernel(
     row_tile = first + within % side_by_side
     column_tile = within // side_by_side
 
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
+    row = first_row + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
     inside = row < rows
 
     if MOVED_ONLY:
@@ -81,43 +97,45 @@ def exponentials_kernel(
 
     logits = tl.zeros((ROWS, COLUMNS), tl.float32)
     for depth in range(0, FEATURES, DEPTH):
-        h = hidden.load([row_tile * ROWS, depth])
-        w = weight.load([column_tile * COLUMNS, depth])
+        h = load_tile(hidden, first_row, depth, rows, FEATURES, hidden_stride, ROWS, DEPTH, DESCRIPTORS)
+        w = load_tile(weight, first_column, depth, vocabulary, FEATURES, weight_stride, COLUMNS, DEPTH, DESCRIPTORS)
         logits = matmul_step(h, w.T, logits, PRECISION, INTERPRET)
 
     if BIAS:
         logits += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
-    logits *= logit_scale
     if SOFTCAP:
-        tanh = 1 - 2 / (tl.exp(2 * logits / softcap) + 1)
-        slope = 1 - tanh * tanh
-        logits = softcap * tanh
-    logits /= temperature
+        logits = 1 - 2 / (tl.exp(2 * inner * logits) + 1)  # tanh
+    if SCALED:
+        logits *= outer
 
     # padding and the target weigh nothing: the target is added when the sums are merged, exactly
-    target = tl.load(targets + row, mask=inside, other=-1) - first_token
+    target = (tl.load(targets + row, mask=inside, other=-1) - first_token).to(tl.int32)
     is_target = column[None, :] == target[:, None]
-    logits = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), logits)
+    others = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), logits)
 
     if SUMS:
-        peak = tl.max(logits, 1)
+        peak = tl.max(others, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of the target alone
-        exponentials = tl.exp(logits - base[:, None])
+        exponentials = tl.exp(others - base[:, None])
         at = column_tile.to(tl.int64) * rows + row
         tl.store(peaks + at, peak, mask=inside)
         tl.store(sums + at, tl.sum(exponentials, 1), mask=inside)
         if STORE:
             exponentials *= tl.exp(base - tl.load(shift + row, mask=inside, other=0.0))[:, None]
     else:
-        exponentials = tl.exp(logits - tl.load(shift + row, mask=inside, other=0.0)[:, None])
-    if STORE:
-        if row_tile * ROWS < stored_rows:  # noqa: SIM102 (the outer condition is the compiler's)
+        exponentials = tl.exp(others - tl.load(shift + row, mask=inside, other=0.0)[:, None])
+    if STORE:  # noqa: SIM102 (the condition is the compiler's)
+        if first_row < stored_rows:
             if TARGET_VALUES:
                 value = tl.load(target_values + row, mask=inside, other=0.0)
                 exponentials = tl.where(is_target, value[:, None], exponentials)
             if SOFTCAP:
-                exponentials *= slope
-            stored.store([row_tile * ROWS, column_tile * COLUMNS], rounded(exponentials, stored.dtype, INTERPRET))
+                tanh = logits / outer
+                exponentials *= 1 - tanh * tanh
+            store_tile(
+                stored, rounded(exponentials, DTYPE, INTERPRET), first_row, first_column,
+                stored_rows, vocabulary, stored_stride, ROWS, COLUMNS, DESCRIPTORS,
+            )  # fmt: skip
 
 
 class PartialSums(NamedTuple):
@@ -147,28 +165,33 @@ def exponentials(
     """
     rows, features = hidden.shape
     vocabulary = len(head.weight)
-    shape = tile("exponentials", hidden.dtype, hidden.device, (rows, vocabulary, features))
+    shape = tile(hidden.dtype, (rows, vocabulary, features))
+    if head.softcap is not None and shape.columns > 128:  # the cap's slope wants as many registers as the logits
+        shape = shape._replace(columns=128)
     column_tiles = triton.cdiv(vocabulary, shape.columns)
     partial = None
     if sums:
         pieces = torch.empty(2, column_tiles, rows, dtype=torch.float32, device=hidden.device)
         partial = PartialSums(*pieces)
+    inner, outer = head.factors
     unused = target_logits
+    hidden_operand = operand(hidden, (shape.rows, shape.depth))
     exponentials_kernel[(triton.cdiv(rows, shape.rows) * column_tiles,)](
-        descriptor(hidden, (shape.rows, shape.depth)),
-        descriptor(head.weight, (shape.columns, shape.depth)),
-        descriptor(hidden if store is None else store, (shape.rows, shape.columns)),
+        hidden_operand,
+        operand(head.weight, (shape.columns, shape.depth)),
+        operand(hidden if store is None else store, (shape.rows, shape.columns)),
         unused if head.bias is None else head.bias,
         targets, target_logits,
         unused if shift is None else shift,
         unused if target_values is None else target_values,
         *(partial or (unused, unused)),
         rows, 0 if store is None else len(store), vocabulary, first_token,
-        head.logit_scale, head.softcap or 1.0, head.temperature,
-        FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+        inner, outer, hidden.stride(0), head.weight.stride(0), 0 if store is None else store.stride(0),
+        FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None, SCALED=outer != 1,
         SUMS=sums, STORE=store is not None, TARGET_VALUES=target_values is not None, MOVED_ONLY=moved_only,
         ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
-        PRECISION=dot_precision(hidden.dtype), INTERPRET=INTERPRETED,
+        DTYPE=TRITON_DTYPES[hidden.dtype], PRECISION=dot_precision(hidden.dtype),
+        DESCRIPTORS=not isinstance(hidden_operand, Tensor), INTERPRET=INTERPRETED,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return partial

@@ -35,7 +35,7 @@ from .bias_gradient import add_bias_gradient
 from .exponentials import exponentials
 from .groups import Group, Layout, chunks
 from .head import Anchor, Head
-from .launch import INTERPRETED, aligned, empty_rows
+from .launch import aligned, empty_rows
 from .row_sums import RowSums, merge, segment_sums
 from .target_logits import target_logits
 from .weight_gradient import add_weight_gradient, carry_for
@@ -76,12 +76,15 @@ def token_gradients(
     logps: Tensor,  # (N,) float64, from token_logps
     upstream: Tensor,  # (N,)
     wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+    dtypes: tuple[torch.dtype | None, ...],  # of the leaves
     workspace: int | None,  # bytes
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ upstream·logp by hidden, weight and bias: three products, the logits again among them."""
-    gradients = _Gradients(hidden, head, wanted)
+    gradients = _Gradients(hidden, head, wanted, dtypes)
     if len(hidden):
         _recompute(gradients, aligned(hidden), _aligned_head(head), targets, logps, upstream, workspace)
+    else:
+        gradients.zero()
     return gradients.finished()
 
 
@@ -170,21 +173,33 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised; the rows of a matrix start on aligned addresses."""
+    return torch.empty(shape, dtype=dtype, device=device) if len(shape) == 1 else empty_rows(*shape, dtype, device)
+
+
 class _Gradients:
     """Gradients of hidden states, weight and bias, each only if it is wanted.
 
-    bf16 for bf16 inputs, rounded once from fp32; fp32 for the others, fp16 among them, whose range a later loss scale
-    may need.
+    bf16 for bf16 leaves, rounded once from fp32; fp32 for the others: autocast's leaves are, and a later loss
+    scale may need the range that fp16 has not.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
-        device, features = hidden.device, hidden.shape[1]
-        dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-        vocabulary = len(head.weight)
-        want_hidden, want_weight, want_bias = wanted
-        self.hidden = empty_rows(len(hidden), features, dtype, device) if want_hidden else None
-        self.weight = empty_rows(vocabulary, features, dtype, device) if want_weight else None
-        self.bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if want_bias else None
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        wanted: tuple[bool, bool, bool],
+        dtypes: tuple[torch.dtype | None, ...],
+    ) -> None:
+        shapes = hidden.shape, head.weight.shape, (len(head.weight),)
+        own = (dtypes[0], dtypes[1], torch.float32)  # a bias is small
+        self.hidden, self.weight, self.bias = (
+            _empty(shape, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, hidden.device) if want else None
+            for shape, dtype, want in zip(shapes, own, wanted)
+        )
+        if self.bias is not None:
+            self.bias.zero_()
         self.factor: Tensor | None = None  # still to be multiplied with
 
     def zero(self) -> None:
@@ -220,7 +235,7 @@ def plan(
     groups: list[Group],  # that have pairs
     shape: tuple[int, int],  # of the head: (V, H)
     dtype: torch.dtype,
-    want_weight: bool,
+    carried: bool,  # a bf16 gradient of the weight is wanted
     mode: str,
     workspace: int | None,  # bytes
     free: int | None,  # bytes of device memory, where known
@@ -233,9 +248,9 @@ def plan(
     vocabulary, features = shape
     tokens, largest = sum(g.tokens for g in groups), max((g.tokens for g in groups), default=0)
     size = dtype.itemsize
-    # a row: E; X scaled and dX in fp32; the pieces of the log-sum-exp, for the reference's rows as well
+    # a row: E; X scaled and dX in fp32, or X beside the reference's; the pieces of both log-sum-exps
     row = size * vocabulary + (size + 4) * features + 16 * -(-vocabulary // COLUMN_TILE)
-    carry = vocabulary * features // 2 if want_weight and dtype == torch.bfloat16 else 0
+    carry = vocabulary * features // 2 if carried else 0
     width = lean_width(max(tokens, 1), features, vocabulary, size, workspace)
     lean_bytes = tokens * (size * width + (size + 4) * features)
 
@@ -333,11 +348,12 @@ class PairLoss:
         preference: Tensor,  # (P,) float64
         pair_weight: Tensor,  # (P,) float64
         wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
+        dtypes: tuple[torch.dtype | None, ...],  # of the leaves: the gradients' own
         mode: str,
         workspace: int | None,  # bytes
     ) -> None:
         self.order = _Order.of(layout, hidden.device)
-        self.objective, self.wanted, self.workspace = objective, wanted, workspace
+        self.objective, self.wanted, self.dtypes, self.workspace = objective, wanted, dtypes, workspace
         self.head = _aligned_head(head)
         self.hidden, self.targets = aligned(self._ordered(hidden)), self._ordered(targets)
         share = pair_weight / pair_weight.sum()
@@ -365,14 +381,15 @@ class PairLoss:
         paired = [group for group in self.order.groups if group.pairs]
         self.paired_rows = sum(group.tokens for group in paired)
         free = _free_memory(hidden.device) if mode == "auto" and workspace is None else None
-        self.plan = plan(paired, tuple(head.weight.shape), hidden.dtype, wanted[1], mode, workspace, free)
+        carried = wanted[1] and dtypes[1] == torch.bfloat16
+        self.plan = plan(paired, tuple(head.weight.shape), hidden.dtype, carried, mode, workspace, free)
         logger.debug("%s: %s, %d chunks, %d bytes of workspace", *self._description())
 
     def _description(self) -> tuple[str, str, int, int]:
         return self.plan.mode, self.plan.reason, len(self.plan.chunks), self.plan.workspace
 
     def run(self) -> PairLoss:
-        gradients = _Gradients(self.hidden, self.head, self.wanted)
+        gradients = _Gradients(self.hidden, self.head, self.wanted, self.dtypes)
         if not any(self.wanted):
             self._score(slice(0, len(self.hidden)))
             self._coefficients(0, len(self.order.edges) - 1, 0, len(self.share))
@@ -422,7 +439,7 @@ class PairLoss:
         hidden, targets = self.hidden[rows], self.targets[rows]
         if self.stacked is None:
             return hidden, self.head, targets
-        return torch.cat((hidden, self.stacked[rows])), self.head, targets.repeat(2)
+        return aligned(torch.cat((hidden, self.stacked[rows]))), self.head, targets.repeat(2)
 
     def _keep(self, rows: slice, sums: RowSums) -> None:
         count = rows.stop - rows.start
@@ -514,7 +531,7 @@ class PairLoss:
 
 def _free_memory(device: torch.device) -> int | None:
     """Bytes that an allocation can have, where asking does not disturb the device."""
-    if INTERPRETED or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached

@@ -20,6 +20,13 @@ class Head(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        """(inner, outer): logit = outer·tanh(inner·(h·w + b)), or without a softcap outer·(h·w + b)."""
+        if self.softcap is None:
+            return 1.0, self.logit_scale / self.temperature
+        return self.logit_scale / self.softcap, self.softcap / self.temperature
+
     def logits(self, hidden: Tensor) -> Tensor:
         """All the logits: (N, H) -> (N, V), in the dtype of the operands. Differentiable."""
         logits = hidden @ self.weight.T

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy executes the kernels, on CPU tensors
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 ALIGNMENT = 16  # bytes: what a tensor descriptor asks of its base and of its rows
 
 
@@ -33,38 +34,24 @@ class Tile(NamedTuple):
         return Tile(*fit, self.warps, self.stages)
 
 
-# (product, operand bytes) -> the tile of every architecture from that compute capability on. Fixed rather than
-# autotuned, so that results are the same bits from one run to the next. ``python -m bench compile`` shows what they
-# compile to.
-TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("exponentials", 2): {
-        80: Tile(128, 128, 64, 8, 3),
-        86: Tile(128, 128, 32, 8, 3),  # 8.6 and 8.9 have 99 KiB of shared memory to 8.0's 163
-        90: Tile(128, 256, 64, 8, 3),
-        100: Tile(128, 256, 64, 8, 3),
-    },
-    ("weight_gradient", 2): {
-        80: Tile(128, 128, 64, 8, 3),
-        86: Tile(128, 128, 32, 8, 3),
-        90: Tile(128, 256, 64, 8, 3),
-        100: Tile(128, 256, 64, 8, 3),
-    },
-    ("exponentials", 4): {80: Tile(64, 128, 32, 8, 3), 86: Tile(64, 128, 32, 8, 2)},
-    ("weight_gradient", 4): {80: Tile(64, 128, 32, 8, 3), 86: Tile(64, 128, 32, 8, 2)},
+# From a compute capability on: the tile of products of 2-byte and of 4-byte operands. Fixed rather than autotuned, so
+# that results are the same bits from one run to the next. ``python -m bench compile`` shows what they compile to.
+TILES: dict[int, dict[int, Tile]] = {
+    80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 128, 32, 8, 3)},
+    86: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 99 KiB of shared memory, to 8.0's 163
+    90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 128, 32, 8, 3)},
+    100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 128, 32, 8, 3)},
+    120: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)},
 }
-for _product in ("exponentials", "weight_gradient"):
-    TILES[_product, 4][90] = TILES[_product, 4][100] = TILES[_product, 4][80]
 
 
-def tile(product: str, operand: torch.dtype, device: torch.device, problem: tuple[int, int, int]) -> Tile:
-    """The tile for a (rows, columns, depth) problem."""
+def tile(operand: torch.dtype, problem: tuple[int, int, int]) -> Tile:
+    """The tile for a (rows, columns, depth) problem on the current device."""
     if INTERPRETED:  # three tiles or more a dimension show every edge; large ones keep numpy busy
         rows, columns, depth = (min(limit, _power(-(-size // 3))) for size, limit in zip(problem, (128, 2048, 512)))
         return Tile(rows, columns, depth, 1, 1).cut_to(rows, columns, depth)
-    capability = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
-    by_architecture = TILES[product, operand.itemsize]
-    best = by_architecture[max(a for a in by_architecture if a <= capability)]
-    return best.cut_to(*problem)
+    architecture = triton.runtime.driver.active.get_current_target().arch
+    return TILES[max(a for a in TILES if a <= architecture)][operand.itemsize].cut_to(*problem)
 
 
 def dot_precision(operand: torch.dtype) -> str:
@@ -77,8 +64,14 @@ def dot_precision(operand: torch.dtype) -> str:
     return "tf32"
 
 
-def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, list(block))
+def uses_descriptors() -> bool:
+    """Tiles come through the tensor memory accelerator where there is one, Hopper and later; pointers elsewhere."""
+    return INTERPRETED or triton.runtime.driver.active.get_current_target().arch >= 90
+
+
+def operand(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor | Tensor:
+    """(n, H) as ``load_tile`` and ``store_tile`` take it."""
+    return TensorDescriptor.from_tensor(matrix, list(tile)) if uses_descriptors() else matrix
 
 
 def aligned(matrix: Tensor) -> Tensor:
@@ -98,6 +91,37 @@ def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 
 def _power(size: int) -> int:
     return triton.next_power_of_2(max(size, 1))
+
+
+@triton.jit
+def load_tile(
+    matrix, row, column, rows, columns, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, column), zeros beyond (rows, columns). ``matrix`` is an ``operand``."""
+    if DESCRIPTORS:
+        value = matrix.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        at = r[:, None].to(tl.int64) * stride + c[None, :]
+        value = tl.load(matrix + at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
+    return value
+
+
+@triton.jit
+def store_tile(
+    matrix, value, row, column, rows, columns, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile at (row, column), and nothing beyond (rows, columns)."""
+    if DESCRIPTORS:
+        matrix.store([row, column], value)
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        at = r[:, None].to(tl.int64) * stride + c[None, :]
+        tl.store(matrix + at, value, mask=(r < rows)[:, None] & (c < columns)[None, :])
 
 
 @triton.jit

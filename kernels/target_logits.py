@@ -27,9 +27,8 @@ def target_logits_kernel(
     logits,  # (N,) float64
     hidden_stride,
     weight_stride,
-    logit_scale,
-    softcap,
-    temperature,
+    inner,
+    outer,
     rows,
     FEATURES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -52,10 +51,9 @@ def target_logits_kernel(
     logit = tl.sum(total, 1)
     if BIAS:
         logit += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
-    logit *= logit_scale
     if SOFTCAP:
-        logit = softcap * (1 - 2 / (tl.exp(2 * logit / softcap) + 1))  # tanh
-    tl.store(logits + row, logit / temperature, mask=inside)
+        logit = 1 - 2 / (tl.exp(2 * inner * logit) + 1)  # tanh
+    tl.store(logits + row, outer * logit, mask=inside)
 
 
 def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -67,7 +65,7 @@ def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     block = 256 if INTERPRETED else 8  # rows
     target_logits_kernel[(triton.cdiv(rows, block),)](
         hidden, head.weight, logits if head.bias is None else head.bias, targets, logits,
-        hidden.stride(0), head.weight.stride(0), head.logit_scale, head.softcap or 1.0, head.temperature, rows,
+        hidden.stride(0), head.weight.stride(0), *head.factors, rows,
         FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
         ROWS=block, BLOCK=min(128, triton.next_power_of_2(max(features, 1))), num_warps=4,
     )  # fmt: skip

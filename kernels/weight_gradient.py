@@ -16,20 +16,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, descriptor, dot_precision, matmul_step, rounded, tile
+from .launch import (
+    INTERPRETED,
+    TRITON_DTYPES,
+    dot_precision,
+    load_tile,
+    matmul_step,
+    operand,
+    rounded,
+    store_tile,
+    tile,
+)
 
 GROUP = 16  # tiles of X that run side by side with the same columns of E
 
 
 @triton.jit
 def weight_gradient_kernel(
-    exponentials,  # descriptor of (n, V), tiles (DEPTH, ROWS)
-    scaled,  # descriptor of (n, H), tiles (DEPTH, COLUMNS)
-    gradient,  # descriptor of (V, H), tiles (ROWS, COLUMNS)
-    carry,  # descriptor of (V, H / 2) uint8, tiles (ROWS, COLUMNS / 2); touched with CARRY
+    exponentials,  # (n, V), tiles (DEPTH, ROWS)
+    scaled,  # (n, H), tiles (DEPTH, COLUMNS)
+    gradient,  # (V, H), tiles (ROWS, COLUMNS)
+    carry,  # (V, H / 2) uint8, tiles (ROWS, COLUMNS / 2); touched with CARRY
     tokens,  # n
     vocabulary,
     features,
+    exponentials_stride,
+    scaled_stride,
+    gradient_stride,
+    carry_stride,
     ADD: tl.constexpr,  # to what the gradient holds
     CARRY_IN: tl.constexpr,
     CARRY_OUT: tl.constexpr,
@@ -37,7 +51,9 @@ def weight_gradient_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the gradient
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -51,14 +67,18 @@ def weight_gradient_kernel(
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for depth in range(0, tokens, DEPTH):
-        e = exponentials.load([depth, row])
-        x = scaled.load([depth, column])
+        e = load_tile(exponentials, depth, row, tokens, vocabulary, exponentials_stride, DEPTH, ROWS, DESCRIPTORS)
+        x = load_tile(scaled, depth, column, tokens, features, scaled_stride, DEPTH, COLUMNS, DESCRIPTORS)
         total = matmul_step(e.T, x, total, PRECISION, INTERPRET)
 
     if ADD:
-        before = gradient.load([row, column])
+        before = load_tile(
+            gradient, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS
+        )
         if CARRY_IN:
-            packed = carry.load([row, column // 2]).to(tl.uint32)
+            packed = load_tile(
+                carry, row, column // 2, vocabulary, carry_stride, carry_stride, ROWS, COLUMNS // 2, DESCRIPTORS
+            ).to(tl.uint32)
             low = tl.reshape(tl.join(packed & 15, packed >> 4), (ROWS, COLUMNS))
             high = before.to(tl.uint16, bitcast=True).to(tl.uint32)
             total += ((high << 16) | (low << 12)).to(tl.float32, bitcast=True)
@@ -69,10 +89,16 @@ def weight_gradient_kernel(
         bits = tl.where(total == total, bits + 0x7FF + ((bits >> 12) & 1), 0x7FC00000)  # to nearest even; NaN stays
         low = ((bits >> 12) & 15).to(tl.uint8)
         even, odd = tl.split(tl.reshape(low, (ROWS, COLUMNS // 2, 2)))
-        carry.store([row, column // 2], even | (odd << 4))
-        gradient.store([row, column], (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True))
+        store_tile(
+            carry, even | (odd << 4), row, column // 2, vocabulary, carry_stride, carry_stride, ROWS, COLUMNS // 2,
+            DESCRIPTORS,
+        )  # fmt: skip
+        value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        gradient.store([row, column], rounded(total, gradient.dtype, INTERPRET))
+        value = rounded(total, DTYPE, INTERPRET)
+    store_tile(
+        gradient, value, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS
+    )
 
 
 def carry_for(gradient: Tensor) -> Tensor:
@@ -93,16 +119,19 @@ def add_weight_gradient(
     """gradient (+)= exponentialsᵀ scaled."""
     tokens, vocabulary = exponentials.shape
     features = scaled.shape[1]
-    shape = tile("weight_gradient", scaled.dtype, scaled.device, (vocabulary, features, tokens))
+    shape = tile(scaled.dtype, (vocabulary, features, tokens))
     carried = carry is not None
+    factor = operand(exponentials, (shape.depth, shape.rows))
     weight_gradient_kernel[(triton.cdiv(vocabulary, shape.rows) * triton.cdiv(features, shape.columns),)](
-        descriptor(exponentials, (shape.depth, shape.rows)),
-        descriptor(scaled, (shape.depth, shape.columns)),
-        descriptor(gradient, (shape.rows, shape.columns)),
-        descriptor(carry if carried else gradient, (shape.rows, shape.columns // (2 if carried else 1))),
+        factor,
+        operand(scaled, (shape.depth, shape.columns)),
+        operand(gradient, (shape.rows, shape.columns)),
+        operand(carry if carried else gradient, (shape.rows, shape.columns // (2 if carried else 1))),
         tokens, vocabulary, features,
+        exponentials.stride(0), scaled.stride(0), gradient.stride(0), carry.stride(0) if carried else 0,
         ADD=not first, CARRY_IN=carried and not first, CARRY_OUT=carried and not last,
         ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
-        PRECISION=dot_precision(scaled.dtype), INTERPRET=INTERPRETED,
+        DTYPE=TRITON_DTYPES[gradient.dtype], PRECISION=dot_precision(scaled.dtype),
+        DESCRIPTORS=not isinstance(factor, Tensor), INTERPRET=INTERPRETED,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

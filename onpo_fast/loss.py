@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ class PairLossOutput(NamedTuple):
     margins: Tensor  # (P,) log-ratio of the winner minus that of the loser, nats
 
 
+@torch.compiler.disable  # a clean break in the graph: the work is planned on the host
 def linear_logprobs(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -54,15 +57,17 @@ def linear_logprobs(
     The backward pass computes the logits again, a workspace at a time, since the upstream gradient is arbitrary; where
     it is a pairwise loss, ``fused_linear_pair_loss`` does without. See there for the other arguments and errors.
     """
-    hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
-    _check_targets(hidden, head, targets, validate)
-    backend = _backend(backend, hidden)
-    if backend == "reference":
-        return _rounded(reference.token_logps(hidden, head, targets), hidden)
+    dtype = _check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    _check_targets(hidden, weight, targets, validate)
+    backend = _backend(backend, hidden.device, dtype)
     _check_workspace(workspace_bytes)
-    return _TokenLogps.apply(hidden, head.weight, head.bias, targets, head, backend, workspace_bytes)
+    options = Head(None, None, float(logit_scale), softcap, float(temperature))
+    if backend == "reference":
+        return _rounded(reference.token_logps(*_cast(dtype, hidden, weight, bias, options), targets), dtype)
+    return _TokenLogps.apply(hidden, weight, bias, targets, options, dtype, backend, workspace_bytes)
 
 
+@torch.compiler.disable
 def fused_linear_pair_loss(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -90,7 +95,8 @@ def fused_linear_pair_loss(
 
     Args:
         hidden: the hidden states that predict the response tokens, responses back to back.
-        weight: the LM head, in the dtype of ``hidden``.
+        weight: the LM head, in the dtype of ``hidden``. Under autocast the products are in its dtype, and gradients
+            come in the tensors' own, not rounded in between.
         targets: the response tokens.
         cu_seqlens: response boundaries in N, from 0 to N. Best kept on the CPU, with ``pairs``: the work is planned
             there, and a GPU tensor costs a wait for the device.
@@ -121,12 +127,12 @@ def fused_linear_pair_loss(
     Raises:
         ValueError: names the argument whose shape, dtype, device or value does not fit.
     """
-    hidden, head = _head(hidden, weight, bias, logit_scale, softcap, temperature)
-    backend = _backend(backend, hidden)
+    dtype = _check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    backend = _backend(backend, hidden.device, dtype)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     _check_workspace(workspace_bytes)
-    _check_targets(hidden, head, targets, validate)
+    _check_targets(hidden, weight, targets, validate)
     cu_seqlens = _check_boundaries(cu_seqlens, len(hidden))
     responses = len(cu_seqlens) - 1
     pairs = _check_pairs(pairs, responses)
@@ -142,55 +148,79 @@ def fused_linear_pair_loss(
         if ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias go with ref_hidden, not with ref_logps")
         _expect("ref_logps", ref_logps, (responses,), device)
-        anchor = ref_logps.detach().double()
+        if ref_logps.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"ref_logps must be float32 or float64, not {ref_logps.dtype}: they are long sums")
     else:
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the anchor's too")
         shared = ref_weight is None or (ref_weight is weight and ref_bias is bias)
-        ref_hidden, ref_head = _head(
-            ref_hidden, weight if shared else ref_weight, bias if shared else ref_bias,
-            logit_scale, softcap, temperature, prefix="ref_",
-        )  # fmt: skip
+        if shared:
+            ref_weight, ref_bias = weight, bias
+        ref_dtype = _check_head(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature, prefix="ref_")
         if len(ref_hidden) != len(hidden):
             raise ValueError(f"ref_hidden must have {len(hidden)} rows like hidden, not {len(ref_hidden)}")
         if ref_hidden.device != device:
             raise ValueError(f"ref_hidden is on {ref_hidden.device}, hidden on {device}")
-        if ref_hidden.dtype != hidden.dtype:
-            raise ValueError(f"ref_hidden is {ref_hidden.dtype}, hidden {hidden.dtype}: they must agree")
-        if len(ref_head.weight) != len(weight):
-            raise ValueError(f"ref_weight must have {len(weight)} rows like weight, not {len(ref_head.weight)}")
-        anchor = Anchor(ref_hidden.detach(), None if shared else ref_head)
+        if ref_dtype != dtype:
+            raise ValueError(f"ref_hidden is {ref_dtype}, hidden {dtype}: they must agree")
+        if len(ref_weight) != len(weight):
+            raise ValueError(f"ref_weight must have {len(weight)} rows like weight, not {len(ref_weight)}")
+
+    options = Head(None, None, float(logit_scale), softcap, float(temperature))
+    if ref_logps is not None:
+        anchor = ref_logps.detach().double()
+    else:
+        with torch.no_grad():
+            ref_hidden, ref_head = _cast(dtype, ref_hidden, ref_weight, ref_bias, options)
+        anchor = Anchor(ref_hidden, None if shared else ref_head)
 
     if backend == "reference":
         if ref_logps is None:
             with torch.no_grad():
-                ref_logps = reference.response_logps(reference.token_logps(ref_hidden, ref_head, targets), cu_seqlens)
-        logps = reference.response_logps(reference.token_logps(hidden, head, targets), cu_seqlens)
-        ref_logps = ref_logps.detach().double()
-        loss, margins = reference.pair_loss(logps, ref_logps, pairs.to(device), objective, preference, pair_weight)
-        return PairLossOutput(*(_rounded(x, hidden) for x in (loss, logps.detach(), ref_logps, margins.detach())))
+                anchor = reference.response_logps(reference.token_logps(ref_hidden, ref_head, targets), cu_seqlens)
+        logps = reference.response_logps(
+            reference.token_logps(*_cast(dtype, hidden, weight, bias, options), targets), cu_seqlens
+        )
+        loss, margins = reference.pair_loss(logps, anchor, pairs.to(device), objective, preference, pair_weight)
+        return PairLossOutput(*(_rounded(x, dtype) for x in (loss, logps.detach(), anchor, margins.detach())))
 
     layout = Layout.of(cu_seqlens, pairs)
-    options = head._replace(weight=None, bias=None)  # the graph keeps the tensors, and lets go of them
     kernels = chunked if backend == "torch" else _fused()
 
     def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted):
         nonlocal anchor
-        own = options._replace(weight=weight, bias=bias)
-        result = kernels.PairLoss(
-            hidden, own, targets, layout, objective, anchor, preference, pair_weight, wanted, mode, workspace_bytes
-        ).run()
+        dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
+        with _alone_on(hidden.device):
+            result = kernels.PairLoss(
+                *_cast(dtype, hidden, weight, bias, options), targets, layout, objective, anchor, preference,
+                pair_weight, wanted, dtypes, mode, workspace_bytes,
+            ).run()  # fmt: skip
         anchor = result.ref_logps  # all that a second evaluation needs of it
         return result
 
-    return PairLossOutput(*_PairLoss.apply(hidden, head.weight, head.bias, evaluate, torch.is_grad_enabled()))
+    return PairLossOutput(*_PairLoss.apply(hidden, weight, bias, evaluate, dtype, torch.is_grad_enabled()))
+
+
+def _cast(
+    dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Head
+) -> tuple[Tensor, Head]:
+    """Hidden states and head in the dtype of the products: under autocast that is not the tensors' own."""
+    return hidden.to(dtype), options._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+
+
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """Kernels launch on the tensors' device, and no autocast casts what they accumulate in."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        yield
 
 
 class _PairLoss(torch.autograd.Function):
     """The loss; its gradients are by-products, kept for the first backward pass, which gives them away."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, evaluate, gradients):
+    def forward(ctx, hidden, weight, bias, evaluate, dtype, gradients):
         wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[:3])
         result = evaluate(hidden, weight, bias, wanted)
         ctx.save_for_backward(hidden, weight, bias)
@@ -198,7 +228,7 @@ class _PairLoss(torch.autograd.Function):
         ctx.gradients = result.gradients
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         results = (result.loss, result.logps, result.ref_logps, result.margins)
-        outputs = tuple(_rounded(x, hidden) for x in results)
+        outputs = tuple(_rounded(x, dtype) for x in results)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -211,7 +241,7 @@ class _PairLoss(torch.autograd.Function):
         if gradients is None:
             gradients = ctx.evaluate(*ctx.saved_tensors, ctx.wanted).gradients
         scaled = [g if g is None else _scaled(g, grad_loss).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -221,34 +251,39 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if _has_triton(gradient.device):
         from .kernels.rescale import rescale
 
-        return rescale(gradient, factor)  # the kernel looks at the factor, so that the host need not wait
+        with _alone_on(gradient.device):
+            return rescale(gradient, factor)  # the kernel looks at the factor, so that the host need not wait
     return gradient.mul_(factor)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head, backend, workspace_bytes):
-        ctx.options, ctx.backend, ctx.workspace_bytes = head._replace(weight=None, bias=None), backend, workspace_bytes
-        head = head._replace(weight=weight, bias=bias)
-        if backend == "triton":
-            logps = _fused().token_logps(hidden, head, targets)
-        else:
-            logps = chunked.token_logps(hidden, head, targets, workspace_bytes)
+    def forward(ctx, hidden, weight, bias, targets, options, dtype, backend, workspace_bytes):
+        ctx.options, ctx.dtype, ctx.backend, ctx.workspace_bytes = options, dtype, backend, workspace_bytes
+        with _alone_on(hidden.device):
+            states, head = _cast(dtype, hidden, weight, bias, options)
+            if backend == "triton":
+                logps = _fused().token_logps(states, head, targets)
+            else:
+                logps = chunked.token_logps(states, head, targets, workspace_bytes)
         ctx.save_for_backward(hidden, weight, bias, targets, logps)
-        return _rounded(logps, hidden)
+        return _rounded(logps, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        hidden, weight, bias, targets, logps = ctx.saved_tensors
-        head = ctx.options._replace(weight=weight, bias=bias)
+        *leaves, targets, logps = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if ctx.backend == "triton":
-            gradients = _fused().token_gradients(hidden, head, targets, logps, upstream, wanted, ctx.workspace_bytes)
-        else:
-            gradients = chunked.token_gradients(hidden, head, targets, upstream, wanted, ctx.workspace_bytes)
-        inputs = (hidden, weight, bias)
-        return *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)), None, None, None, None
+        with _alone_on(upstream.device):
+            states, head = _cast(ctx.dtype, *leaves, ctx.options)
+            if ctx.backend == "triton":
+                dtypes = tuple(None if x is None else x.dtype for x in leaves)
+                gradients = _fused().token_gradients(
+                    states, head, targets, logps, upstream, wanted, dtypes, ctx.workspace_bytes
+                )
+            else:
+                gradients = chunked.token_gradients(states, head, targets, upstream, wanted, ctx.workspace_bytes)
+        return *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, leaves)), *[None] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +303,9 @@ def _has_triton(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type != "cuda":
-        return _fused().INTERPRETED
+        from .kernels.launch import INTERPRETED
+
+        return INTERPRETED
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
@@ -280,19 +317,19 @@ def _has_triton(device: torch.device) -> bool:
     return True
 
 
-def _backend(backend: str, hidden: Tensor) -> str:
+def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    fits = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fits = dtype in (torch.float32, torch.bfloat16, torch.float16)
     if backend == "auto":
-        return "triton" if fits and hidden.is_cuda and _has_triton(hidden.device) else "torch"
+        return "triton" if fits and device.type == "cuda" and _has_triton(device) else "torch"
     if backend == "triton":
         if not fits:
-            raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {hidden.dtype}")
-        if not _has_triton(hidden.device):
+            raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {dtype}")
+        if not _has_triton(device):
             raise ValueError(
                 "backend='triton' needs triton and an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and "
-                f"hidden is on {hidden.device}; backend='torch' runs there (TRITON_INTERPRET=1, set before the start, "
+                f"hidden is on {device}; backend='torch' runs there (TRITON_INTERPRET=1, set before the start, "
                 "executes the kernels on a CPU, slowly)"
             )
     return backend
@@ -317,11 +354,11 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: to
         raise ValueError(f"{name} is on {tensor.device}, expected on {device}")
 
 
-def _head(
+def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
     logit_scale: float, softcap: float | None, temperature: float, prefix: str = "",
-) -> tuple[Tensor, Head]:  # fmt: skip
-    """Hidden states and head, checked, and under autocast in its dtype (as a linear layer would have them)."""
+) -> torch.dtype:  # fmt: skip
+    """The dtype of the products: the tensors' own, or under autocast its dtype, as a linear layer would have it."""
     _expect(f"{prefix}hidden", hidden, (None, None), hidden.device)
     _expect(f"{prefix}weight", weight, (None, hidden.shape[1]), hidden.device)
     if len(weight) == 0:
@@ -334,28 +371,27 @@ def _head(
             continue
         if not math.isfinite(value) or (positive and value <= 0):
             raise ValueError(f"{name} must be a {'positive, ' if positive else ''}finite number, not {value!r}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{prefix}{name} must be floating point, not {tensor.dtype}")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if not hidden.is_floating_point():
-        raise ValueError(f"{prefix}hidden must be floating point, not {hidden.dtype}")
+        return torch.get_autocast_dtype(kind)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{prefix}{name} is {tensor.dtype}, {prefix}hidden {hidden.dtype}: they must agree")
-    return hidden, Head(weight, bias, float(logit_scale), softcap, float(temperature))
+    return hidden.dtype
 
 
 def _readable(tensor: Tensor, validate: bool) -> bool:
     return tensor.numel() > 0 and (validate or tensor.device.type == "cpu")
 
 
-def _check_targets(hidden: Tensor, head: Head, targets: Tensor, validate: bool) -> None:
+def _check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, validate: bool) -> None:
     _expect("targets", targets, (len(hidden),), hidden.device)
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, not {targets.dtype}")
-    vocabulary = len(head.weight)
+    vocabulary = len(weight)
     if _readable(targets, validate):
         outside = (targets < 0) | (targets >= vocabulary)
         if outside.any():
@@ -412,6 +448,6 @@ def _per_pair(
     return values
 
 
-def _rounded(values: Tensor, hidden: Tensor) -> Tensor:
-    """float64 sums in the dtype that callers see."""
-    return values.to(chunked.accumulation_dtype(hidden.dtype))
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 sums in the dtype that callers see, for products in ``dtype``."""
+    return values.to(chunked.accumulation_dtype(dtype))

@@ -7,7 +7,7 @@ import torch
 from loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss
-from onpo_fast.kernels import fused
+from onpo_fast.kernels import fused, launch
 from onpo_fast.objectives import Onpo
 
 # mode and workspace: a roomy one is one chunk; in a small one each group is a chunk and dW is carried between them
@@ -61,12 +61,16 @@ def test_fp32(name: str, way: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["pairs", "groups with all pairs", "arbitrary pairs", "one head for both", "everything",
-                                  "a prime vocabulary", "sure of most tokens"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["pairs", "groups with all pairs", "arbitrary pairs", "one head for both", "everything", "a prime vocabulary",
+     "sure of most tokens"],
+)  # fmt: skip
 def test_bf16(name: str, way: str, device: str) -> None:
     """No further from float64 than 1.5 times what materialised PyTorch in bf16 is, on the same rounded inputs."""
     case = CASES[name]
-    got, plain, want = run(case, way, torch.bfloat16, device), case.materialised(torch.bfloat16), case.exact(torch.bfloat16)
+    got = run(case, way, torch.bfloat16, device)
+    plain, want = case.materialised(torch.bfloat16), case.exact(torch.bfloat16)
     for key, value in want.items():
         assert relative_error(got[key], value) <= 1.5 * relative_error(plain[key], value) + 1e-6, key
     assert relative_error(got["logps"], want["logps"]) < 1e-6  # the log-probs are fp32's, not bf16's
@@ -77,9 +81,41 @@ def test_bf16(name: str, way: str, device: str) -> None:
 @pytest.mark.parametrize("name", ["pairs", "everything"])
 def test_fp16(name: str, device: str) -> None:
     case = CASES[name]
-    got, plain, want = run(case, "lean", torch.float16, device), case.materialised(torch.float16), case.exact(torch.float16)
+    got = run(case, "lean", torch.float16, device)
+    plain, want = case.materialised(torch.float16), case.exact(torch.float16)
     for key, value in want.items():
         assert relative_error(got[key], value) <= 1.5 * relative_error(plain[key], value) + 1e-6, key
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_tensor_descriptors(dtype: torch.dtype, way: str, device: str, monkeypatch) -> None:
+    """As on GPUs older than Hopper: the same numbers through pointers."""
+    case = CASES["everything"]
+    want = run(case, way, dtype, device)
+    monkeypatch.setattr(launch, "uses_descriptors", lambda: False)
+    got = run(case, way, dtype, device)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_autocast(device: str) -> None:
+    """Products in bf16, gradients in the leaves' fp32: closer to exact than bf16 gradients can be."""
+    case = CASES["groups with all pairs"]
+    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values = {k: x.float() if x is not None and x.is_floating_point() else x for k, x in values.items()}
+    hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = fused_linear_pair_loss(
+            **values, objective=case.objective, backend="triton", workspace_bytes=least_workspace(case, torch.bfloat16)
+        )
+    output.loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    want = case.exact(torch.bfloat16)
+    rounded = run(case, "one chunk", torch.bfloat16, device)
+    assert relative_error(output.logps.cpu(), want["logps"]) < 1e-6
+    for name, leaf in (("hidden", hidden), ("weight", weight)):
+        key = f"{name} gradient"
+        assert relative_error(leaf.grad.cpu(), want[key]) < relative_error(rounded[key], want[key])
 
 
 def test_fp16_gradients_survive_a_loss_scale(device: str) -> None:
@@ -138,7 +174,8 @@ def test_many_chunks_lose_nothing(device: str) -> None:
     case = Case([3, 4] * 16, vocabulary=64, features=32)
     want = case.exact(torch.bfloat16)["weight gradient"]
     whole, carried = (
-        relative_error(run(case, way, torch.bfloat16, device)["weight gradient"], want) for way in ("one chunk", "chunks")
+        relative_error(run(case, way, torch.bfloat16, device)["weight gradient"], want)
+        for way in ("one chunk", "chunks")
     )
     values = case.tensors(torch.bfloat16)
     groups = fused.Layout.of(values["cu_seqlens"], _pairs(case)).groups

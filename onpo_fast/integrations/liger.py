@@ -1,0 +1,251 @@
+"""Drop-in losses for ``liger_kernel.chunked_loss.LigerFusedLinearDPOLoss`` (0.8.5): swap the import, keep the call.
+
+    loss_function = FusedLinearONPOLoss(eta=100.0)
+    loss, (chosen_logps, rejected_logps, *_) = loss_function(
+        lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias
+    )
+
+Arguments, their order and what is returned are Liger's, and so is the loss of ``FusedLinearDPOLoss``; the rest is
+``fused_linear_pair_loss``. What a swap gives beside the objective: gradients accumulated in float32 (Liger's in the
+weight's dtype), exact fp32 log-probs, a pair of long responses without all of its logits, soft labels, softcaps. Liger
+need not be installed.
+
+Like Liger's, the loss must be called inside the ``forward`` of a model that DDP or FSDP wraps: outside of it, the
+head's gradient is not reduced (``docs/your-trainer.md`` shows how).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import fused_linear_pair_loss, linear_logprobs
+from ..objectives import Dpo, Ipo, Objective, Onpo
+from .stacked import Kept, mean_logits, with_beta
+
+States = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H) and the head they go through: weight, bias
+
+
+class FusedLinearPairLoss(nn.Module):
+    """What the losses of this file share: any objective, called as Liger's DPO loss is.
+
+    Args:
+        objective: ``onpo_fast.objectives.Onpo(eta=…)`` or another.
+        beta: unit of the rewards that are returned, beta·(log-prob − reference log-prob). The loss has its own.
+        ignore_index: label of the positions that do not count.
+        alpha: weight of the NLL, where there is one.
+        compute_nll_loss: add alpha·(mean NLL of the chosen tokens, nats).
+        use_ref_model: measure margins from the reference; without, from 0, and ``ref_input`` is not read.
+        average_log_prob: take the mean log-prob of a response for its sum. Without a label it is 0 (Liger: NaN).
+        logit_scale, softcap: as ``onpo_fast.heads.logit_options(config)`` gives them; Liger knows neither.
+        compiled, chunk_size: Liger's knobs for speed. Accepted and not needed: nothing is compiled, and chunks are as
+            large as the workspace allows.
+        loss_type, label_smoothing, discopop_tau: refused unless they are left alone, since the class says which loss
+            it is; ``preference`` of the call takes soft labels.
+
+    ``compute_nll_loss`` and ``average_log_prob`` ask for more of a response than its sum: they go through
+    ``linear_logprobs``, which takes the logits twice (four products with the head for three).
+
+    Raises:
+        ValueError: names what is refused, or the argument of the call that does not fit.
+    """
+
+    liger_loss_type: ClassVar[str | None] = None  # Liger's name for it, where Liger has it
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        beta: float,
+        ignore_index: int = -100,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        compiled: bool = True,
+        chunk_size: int = 1,
+        loss_type: str | None = None,
+        label_smoothing: float = 0.0,
+        discopop_tau: float | None = None,
+    ) -> None:
+        super().__init__()
+        if loss_type not in (None, self.liger_loss_type):
+            raise ValueError(f"loss_type={loss_type!r}: {type(self).__name__} is a loss of its own; leave it out")
+        if label_smoothing:
+            raise ValueError(f"label_smoothing={label_smoothing}: call with preference={1 - label_smoothing} instead")
+        if discopop_tau is not None:
+            raise ValueError(f"discopop_tau={discopop_tau}: there is no DiscoPOP loss here; leave it out")
+        self.objective, self.beta = objective, beta
+        self.ignore_index, self.alpha, self.compute_nll_loss = ignore_index, alpha, compute_nll_loss
+        self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
+        self.logit_scale, self.softcap = logit_scale, softcap
+
+    def extra_repr(self) -> str:
+        return repr(self.objective)
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, H)
+        _input: Tensor,  # (2P, T, H)
+        target: Tensor,  # (2P, T) int64
+        bias: Tensor | None = None,  # (V,)
+        ref_input: Tensor | None = None,  # (2P, T, H_ref)
+        ref_weight: Tensor | None = None,  # (V, H_ref)
+        ref_bias: Tensor | None = None,  # (V,)
+        preference: Tensor | float | None = None,  # (P,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mean loss of P pairs.
+
+        Args:
+            lin_weight, bias: the LM head.
+            _input: hidden states, P chosen responses stacked on their P rejected ones.
+            target: the token that each hidden state predicts (not shifted here), or ``ignore_index``. On a GPU it
+                costs one wait for the device; a copy that stayed on the CPU costs none.
+            ref_input, ref_weight, ref_bias: the same of the reference; without ``ref_weight``, under the policy's head.
+            preference: P(chosen ≻ rejected) in [0, 1]; default 1. Liger has no such argument.
+
+        Returns:
+            loss, (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean, rejected_logits_mean, nll_loss,
+            chosen_rewards (P,), rejected_rewards (P,)): fp32 (float64 for float64 inputs), nats; the rest scalars. Only
+            the loss carries a gradient. As in Liger, the means of the logits are over all T positions, labelled or
+            not, here before a softcap; nll_loss is 0 without ``compute_nll_loss``.
+
+        Raises:
+            ValueError: names the argument whose shape, dtype, device or value does not fit.
+        """
+        if isinstance(preference, (int, float)):
+            preference = torch.full((len(_input) // 2,), float(preference), device=_input.device)
+        self._check(lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, preference)
+        kept = Kept.of(target, self.ignore_index, _input.device)
+        targets = kept.take(target.to(_input.device))
+        policy = (kept.take(_input), lin_weight, bias)
+        reference = (kept.take(ref_input), ref_weight, ref_bias) if self.use_ref_model else None
+        by_token = self.compute_nll_loss or self.average_log_prob
+        compute = self._by_token if by_token else self._by_response
+        loss, logps, ref_logps, nll = compute(kept, targets, policy, reference, preference)
+        means = (
+            mean_logits(half.detach().mean((0, 1), dtype=loss.dtype), lin_weight, bias, self.logit_scale)
+            for half in _input.chunk(2)
+        )
+        rewards = self.beta * (logps - ref_logps)
+        return loss, (*logps.view(-1, 2).unbind(1), *means, nll, *rewards.view(-1, 2).unbind(1))
+
+    def _by_response(
+        self, kept: Kept, targets: Tensor, policy: States, reference: States | None, preference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, log-probs and reference log-probs (2P,) pair by pair, NLL: fused, a response is its summed log-prob."""
+        hidden, weight, bias = policy
+        if reference is None:
+            anchor = {"ref_logps": hidden.new_zeros(len(kept.lengths), dtype=torch.float32)}
+        else:
+            anchor = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), reference))
+        output = fused_linear_pair_loss(
+            hidden, weight, targets, kept.cu_seqlens, objective=self.objective, preference=preference, bias=bias,
+            logit_scale=self.logit_scale, softcap=self.softcap, **anchor,
+        )  # fmt: skip
+        return output.loss, output.logps, output.ref_logps, torch.zeros_like(output.loss)
+
+    def _by_token(
+        self, kept: Kept, targets: Tensor, policy: States, reference: States | None, preference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from token log-probs, for what needs the number of tokens."""
+
+        def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            options = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+            return kept.sums(linear_logprobs(hidden, weight, targets, **options))
+
+        summed = sums(*policy)
+        lengths = torch.tensor(kept.lengths, device=summed.device)
+        count = lengths.clamp(min=1) if self.average_log_prob else 1
+        logps, ref_logps = summed / count, torch.zeros_like(summed)
+        if reference is not None:
+            ref_hidden, *ref_head = reference
+            with torch.no_grad():
+                ref_logps = sums(ref_hidden, *(policy[1:] if ref_head[0] is None else ref_head)) / count
+        chosen, rejected = (logps - ref_logps).view(-1, 2).unbind(1)
+        label = torch.ones_like(chosen) if preference is None else preference.to(chosen)
+        loss = self.objective.loss(chosen - rejected, label).mean()
+        nll = torch.zeros_like(loss)
+        if self.compute_nll_loss:
+            nll = -summed[::2].sum() / max(1, sum(kept.lengths[::2]))
+            loss = loss + self.alpha * nll
+        dtype = torch.promote_types(policy[0].dtype, torch.float32)
+        return loss.to(dtype), *(x.detach().to(dtype) for x in (logps, ref_logps, nll))
+
+    def _check(self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, preference) -> None:
+        """In the names of this call; dtypes and targets are checked by the loss."""
+        if _input.dim() != 3 or len(_input) % 2 or not len(_input):
+            raise ValueError(
+                f"_input must have shape (2P, T, H), chosen stacked on rejected, not {tuple(_input.shape)}"
+            )
+        rows, length, features = _input.shape
+        device = _input.device
+        _expect("target", target, (rows, length), target.device)
+        _expect("lin_weight", lin_weight, (None, features), device)
+        _expect("bias", bias, (len(lin_weight),), device)
+        _expect("preference", preference, (rows // 2,), device)
+        if preference is not None and device.type == "cpu" and not ((preference >= 0) & (preference <= 1)).all():
+            raise ValueError(f"preference must be in [0, 1], not {preference.tolist()[:8]}")
+        if not self.use_ref_model:
+            return
+        if ref_input is None:
+            raise ValueError("ref_input is needed, or use_ref_model=False")
+        if ref_weight is None and ref_bias is not None:
+            raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the reference's too")
+        own_head = ref_weight is not None
+        _expect("ref_input", ref_input, (rows, length, None if own_head else features), device)
+        _expect("ref_weight", ref_weight, (len(lin_weight), ref_input.shape[2]), device)
+        _expect("ref_bias", ref_bias, (len(lin_weight),), device)
+
+
+class FusedLinearONPOLoss(FusedLinearPairLoss):
+    """(g − η/2)², soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
+
+    ``eta`` is the step size; ``beta`` says the same as 1/eta, for 1/η is to ONPO what β is to DPO: the weight of the
+    KL to the reference. Give either (default beta=0.1, as Liger's). The rewards of a pair that is where the loss wants
+    it differ by ½. ``options`` are those of ``FusedLinearPairLoss``. With ``average_log_prob`` it is no longer the
+    paper's loss, which is derived for sums.
+    """
+
+    def __init__(self, *, eta: float | None = None, beta: float | None = None, **options: Any) -> None:
+        eta = with_beta("eta", eta, beta, lambda x: 1 / x)
+        super().__init__(Onpo(eta), beta=1 / eta, **options)
+
+
+class FusedLinearIPOLoss(FusedLinearPairLoss):
+    """(g − 1/(2τ))² on summed log-probs, soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17.
+
+    ``tau`` or ``beta``, as TRL calls it: the same number, 0.1 by default. TRL's ``loss_type="ipo"`` divides each
+    log-prob by its number of tokens; ``average_log_prob=True`` is that. Liger refuses both. ``options`` are those of
+    ``FusedLinearPairLoss``.
+    """
+
+    def __init__(self, *, tau: float | None = None, beta: float | None = None, **options: Any) -> None:
+        tau = with_beta("tau", tau, beta, lambda x: x)
+        super().__init__(Ipo(tau), beta=tau, **options)
+
+
+class FusedLinearDPOLoss(FusedLinearPairLoss):
+    """−log σ(βg): what ``LigerFusedLinearDPOLoss`` computes by default. arXiv 2305.18290, equation 7.
+
+    ``options`` are those of ``FusedLinearPairLoss``.
+    """
+
+    liger_loss_type = "sigmoid"
+
+    def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
+        super().__init__(Dpo(beta), beta=beta, **options)
+
+
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], device: torch.device | None) -> None:
+    if tensor is None:
+        return
+    if tensor.dim() != len(shape) or any(b not in (None, a) for a, b in zip(tensor.shape, shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, _input on {device}")

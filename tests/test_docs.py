@@ -1,0 +1,44 @@
+"""What docs/your-trainer.md tells people to paste runs as it stands, on the shallow model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = (Path(__file__).parent.parent / "docs" / "your-trainer.md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)}
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("title", [title for title, text in SECTIONS.items() if snippets(text) and title[0] != "#"])
+def test_your_trainer(title: str, shallow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the trainers write
+    torch.manual_seed(0)
+    (preamble,) = snippets(PAGE.partition("\n## ")[0])
+    preamble, replaced = re.subn(r'^MODEL = ".*"$', f"MODEL = {str(shallow_model)!r}", preamble, flags=re.MULTILINE)
+    assert replaced == 1
+    (snippet,) = snippets(SECTIONS[title])
+    names: dict = {"__name__": "__main__"}
+    exec(preamble + snippet, names)
+
+    if "trainer" in names:
+        losses = [entry["train_loss"] for entry in names["trainer"].state.log_history if "train_loss" in entry]
+        labels = [1.0, 1.0] if "preference" not in snippet and "TRL" not in title else [0.9, 0.7]
+        assert losses == [pytest.approx(sum(100 * (p - 0.5) ** 2 for p in labels) / 2, rel=1e-3)]
+    elif "out" in names:
+        assert names["out"].loss < 100 * (0.4**2 + 0.2**2) / 2  # which it starts at
+    else:
+        assert names["loss"].item() == pytest.approx(25.0)  # η²/4: the policy is its reference
+        assert names["model"].lm_head.weight.grad.isfinite().all()
+
+
+def test_every_section_is_linked_and_run() -> None:
+    assert len(snippets(PAGE)) == 1 + 4
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "docs/your-trainer.md" in readme

@@ -1,0 +1,83 @@
+"""Scoring, and per-token log-probs as other losses use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import CASES, Case, relative_error
+
+from onpo_fast import linear_logprobs
+
+
+def run(case: Case, dtype: torch.dtype, device: str, backend: str, upstream: torch.Tensor, **options):
+    values = case.tensors(dtype)
+    names = ("hidden", "weight", "bias")
+    leaves = {k: None if values[k] is None else values[k].to(device).requires_grad_() for k in names}
+    if backend == "reference":
+        leaves = {k: None if x is None else x.detach().double().requires_grad_() for k, x in leaves.items()}
+    logps = linear_logprobs(
+        **leaves, targets=values["targets"].to(device), backend=backend, logit_scale=case.logit_scale,
+        softcap=case.softcap, temperature=case.temperature, **options,
+    )  # fmt: skip
+    logps.backward(upstream.to(logps))
+    return [logps.detach().cpu(), *(x.grad.cpu() for x in leaves.values() if x is not None)]
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("name", ["pairs", "everything", "a prime vocabulary", "sure of most tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients(name: str, dtype: torch.dtype, workspace: int | None, device: str) -> None:
+    case = CASES[name]
+    upstream = torch.randn(sum(case.lengths), generator=torch.Generator().manual_seed(0))
+    got = run(case, dtype, device, "triton", upstream, workspace_bytes=workspace)
+    want = run(case, dtype, "cpu", "reference", upstream)
+    assert got[0].dtype == torch.float32
+    assert relative_error(got[0], want[0]) < 1e-5  # log-probs are fp32's whatever the inputs are
+    plain = [torch.zeros(())] * len(got) if dtype == torch.float32 else _materialised(case, dtype, upstream)
+    for mine, exact, theirs in zip(got[1:], want[1:], plain[1:]):
+        limit = 2e-5 if dtype == torch.float32 else 1.5 * relative_error(theirs, exact) + 1e-6
+        assert relative_error(mine, exact) < limit
+
+
+def _materialised(case: Case, dtype: torch.dtype, upstream: torch.Tensor) -> list[torch.Tensor]:
+    values = case.tensors(dtype)
+    leaves = [values[k].requires_grad_() for k in ("hidden", "weight", "bias") if values[k] is not None]
+    logits = torch.nn.functional.linear(*leaves) * case.logit_scale
+    if case.softcap is not None:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
+    logps = (logits / case.temperature).log_softmax(-1).gather(1, values["targets"][:, None])[:, 0]
+    logps.backward(upstream.to(dtype))
+    return [logps.detach(), *(x.grad for x in leaves)]
+
+
+def test_more_rows_than_a_grid_dimension_holds(device: str) -> None:
+    rows = 66_000
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    targets = torch.randint(40, (rows,), generator=generator)
+    got = linear_logprobs(hidden.to(device), weight.to(device), targets.to(device), backend="triton").cpu()
+    want = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert relative_error(got, want) < 1e-6
+
+
+def test_a_sure_token_keeps_its_small_logp(device: str) -> None:
+    """log p near 0 would be all rounding if it were taken as logit − logsumexp."""
+    hidden, weight = torch.tensor([[1.0]], device=device), torch.tensor([[30.0], [5.0], [4.0]], device=device)
+    exact = torch.log_softmax(torch.tensor([30.0, 5.0, 4.0], dtype=torch.float64), 0)[0]
+    got = linear_logprobs(hidden, weight, torch.tensor([0], device=device), backend="triton")
+    assert relative_error(got[0].cpu(), exact) < 1e-6
+
+
+def test_no_rows(device: str) -> None:
+    hidden = torch.zeros(0, 8, device=device, requires_grad=True)
+    weight = torch.randn(5, 8, device=device, requires_grad=True)
+    logps = linear_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64, device=device), backend="triton")
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert weight.grad.abs().sum() == 0
+
+
+def test_float64_is_refused(device: str) -> None:
+    hidden, weight = torch.zeros(2, 8, device=device).double(), torch.zeros(3, 8, device=device).double()
+    with pytest.raises(ValueError, match="backend='triton' takes float32"):
+        linear_logprobs(hidden, weight, torch.zeros(2, dtype=torch.int64, device=device), backend="triton")
