@@ -76,6 +76,11 @@ class Config:
     """Where ONPO's fits start: from their anchor, so that every margin starts at 0, or from π_t. The direct second fit
     goes on from π′_{t+1}; the baselines start from π_t."""
 
+    anchor: Literal["cached", "live"] = "cached"
+    """What fits are measured from. "cached": the anchor's log-probs, scored before a fit; one model is in memory. "live":
+    the anchor itself stays in memory, frozen, and goes through the loss with the policy. The same weights but for
+    rounding. INPO's two anchors are only "cached"."""
+
     # Sampling
 
     max_new_tokens: int = 32
@@ -124,8 +129,10 @@ class Config:
     """"auto": flash-attention on a GPU where it is installed, else SDPA."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's kernels for the model's body. "auto": on a GPU, where installed and the model is supported."""
-    loss_backend: Literal["auto", "torch", "reference"] = "auto"
-    """Of fused_linear_pair_loss."""
+    loss_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Of fused_linear_pair_loss. "auto": the Triton kernels on a GPU."""
+    loss_mode: Literal["auto", "fast", "lean"] = "auto"
+    """Of fused_linear_pair_loss: "fast" keeps a chunk's exponentials, "lean" recomputes them in less memory."""
 
     def __post_init__(self) -> None:
         if self.eta is None:
@@ -156,7 +163,8 @@ class Config:
         for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        self.make_objective()
+        if self.anchor == "live" and 0 < self.make_objective().initial_share < 1:
+            raise UserError(f"--anchor live takes one anchor: --objective {self.objective} mixes two, use cached")
 
     def make_objective(self) -> Objective:
         """The objective with its parameters, which are the options of the same names."""

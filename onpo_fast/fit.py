@@ -1,4 +1,4 @@
-"""The minimal training loop: one argmin of an objective over an iteration's pairs, against cached anchor log-probs."""
+"""The minimal training loop: one argmin of an objective over an iteration's pairs, measured from an anchor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .packing import TokenGroup, microbatches, pack
 from .policy import Policy, token_group
 from .tracking import peak_memory_bytes
 
+Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
 Batch = dict[int, list[Pair]]  # one optimizer step: its groups, by index, with their pairs
 
 
@@ -48,7 +49,7 @@ def fit(
     policy: Policy,
     groups: Sequence[Group],
     batches: Sequence[Batch],
-    anchor: Sequence[Tensor],
+    anchor: Anchor,
     objective: Objective,
     config: Config,
     on_step: Callable[[dict[str, float | None]], None],
@@ -58,7 +59,7 @@ def fit(
     Args:
         groups: the iteration's preference groups.
         batches: the comparisons of every optimizer step, from ``plan``.
-        anchor: summed log-probs of the anchor, a (K,) tensor a group, nats.
+        anchor: its summed log-probs, cached; or the anchor itself, which must not be ``policy``.
         on_step: told the metrics of every optimizer step.
     """
     model = policy.model.train()
@@ -138,29 +139,40 @@ def _compare(
     policy: Policy,
     groups: Sequence[Group],
     batch: Batch,
-    anchor: Sequence[Tensor],
+    anchor: Anchor,
     objective: Objective,
     config: Config,
 ) -> _Compared:
     packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], policy.layout).to(policy.device)
-    indices, preference, ref_logps = [], [], []
+    indices, preference, compared = [], [], []
     for g, pairs in batch.items():
         used = _used(pairs)
-        row = {response: len(ref_logps) + i for i, response in enumerate(used)}
+        row = {response: len(compared) + i for i, response in enumerate(used)}
         indices += [(row[pair.winner], row[pair.loser]) for pair in pairs]
         preference += [pair.preference for pair in pairs]
-        ref_logps += anchor[g][used].tolist()
+        compared += [(g, response) for response in used]
     labels = torch.tensor(preference, dtype=torch.float64, device=policy.device)
     with policy.autocast():
+        reference: dict[str, Tensor | None]
+        if isinstance(anchor, Policy):
+            with torch.no_grad():
+                head = anchor.head
+                reference = {
+                    "ref_hidden": anchor.hidden_states(packed), "ref_weight": head["weight"], "ref_bias": head["bias"]
+                }  # fmt: skip
+        else:
+            cached = [float(anchor[g][response]) for g, response in compared]
+            reference = {"ref_logps": torch.tensor(cached, dtype=torch.float64, device=policy.device)}
         output = fused_linear_pair_loss(
             policy.hidden_states(packed),
             targets=packed.targets,
             cu_seqlens=packed.cu_seqlens,
             pairs=torch.tensor(indices),
             objective=objective,
-            ref_logps=torch.tensor(ref_logps, dtype=torch.float64, device=policy.device),
             preference=labels,
             backend=config.loss_backend,
+            mode=config.loss_mode,
+            **reference,
             **policy.head,
         )
     winner, loser = torch.tensor(indices, device=policy.device).T

@@ -92,6 +92,11 @@ class Policy:
         )
         return output.last_hidden_state.flatten(0, 1)[packed.rows]
 
+    def frozen(self) -> Policy:
+        """The same policy, without gradients: an anchor."""
+        self.model.eval().requires_grad_(False)
+        return self
+
     def save(self, directory: Path) -> None:
         """Writes weights (safetensors), configuration and tokenizer, atomically."""
 

@@ -8,8 +8,9 @@ and two least-squares fits take the optimistic mirror-descent step:
     π′_{t+1} = argmin_π E (D(π) − D(π′_t)     − η/2)²        D(π) = log π(y_w) − log π(y_l)
     π_{t+1}  = argmin_π E (D(π) − D(π′_{t+1}) − η/2)²        on the same pairs (y_w, y_l) from π_t
 
-One model is in memory at a time: an anchor is a column of numbers, one log-prob a response. Every stage writes its
-files whole before the next one starts. Left out: a value model, a reward model, a second resident policy.
+One model is in memory at a time: an anchor is a column of numbers, one log-prob a response (``--anchor live`` keeps the
+anchor itself instead). Every stage writes its files whole before the next one starts. Left out: a value model, a reward
+model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .data import (
 )
 from .errors import UserError, command
 from .evaluate import HELD_OUT, evaluate, initial_policy, summary
-from .fit import fit, plan
+from .fit import Anchor, fit, plan
 from .objectives import Objective
 from .pairing import pair
 from .policy import Policy, kl_estimate, load, score
@@ -48,7 +49,7 @@ from .report import write_report
 from .sampling import make_sampler
 from .tracking import Tracker, console, environment, peak_memory_bytes, progress
 
-Anchor = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
+Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
 
 
@@ -175,14 +176,17 @@ class Run:
         return pairs
 
     def anchor(self, t: int, objective: Objective, source: Source, groups: list[Group]) -> Anchor:
-        """The anchor's log-probs: of the policy that is updated, folded with π_1's where the objective says so.
+        """What the margins of a fit are measured from: the policy that is updated, or π_1, or INPO's mixture of both.
 
-        All responses are scored, also those in no pair: KL estimates need the ones that the oracle did not choose.
+        Cached, its log-probs of all responses, also those in no pair: KL estimates need the ones that the oracle did
+        not choose. Live, the policy itself.
         """
         if "kl_to_initial" not in self.numbers:  # once an iteration
             self.initial_logps = self._score(t, self.initial, groups)
             self.numbers["kl_to_initial"] = kl_estimate(groups, self.initial_logps)
         share = objective.initial_share
+        if self.config.anchor == "live":
+            return load(self.initial if share == 1 else source, self.config).frozen()
         known = source == self.initial or share == 1
         current = self.initial_logps if known else self._score(t, source, groups)
         anchor = [share * first + (1 - share) * now for first, now in zip(self.initial_logps, current)]
@@ -219,11 +223,13 @@ class Run:
         stages, self.seconds = self.seconds, {}
         names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
         numbers = {name: self.numbers.get(name) for name in names}
+        to_anchor = numbers["kl_to_anchor"]  # known where the anchor was scored
         self.tracker.log("iteration", t, seconds=sum(stages.values()), stage_seconds=stages, **numbers)
         losses = ", ".join(f"{k} {v:.3f}" for k, v in self.numbers.items() if k.startswith("loss "))
         console.print(
-            f"iteration {t}: {losses} (normalised), KL to π_1 {numbers['kl_to_initial']:.2f} and to the anchor "
-            f"{numbers['kl_to_anchor']:.2f} nats, {numbers['response_tokens_mean']:.0f} tokens a response, "
+            f"iteration {t}: {losses} (normalised), KL to π_1 {numbers['kl_to_initial']:.2f} nats"
+            f"{'' if to_anchor is None else f' and to the anchor {to_anchor:.2f}'}, "
+            f"{numbers['response_tokens_mean']:.0f} tokens a response, "
             f"{sum(stages.values()):.0f} s"
         )
 
@@ -254,7 +260,7 @@ class Run:
         config = self.config
         return prompts_of_iteration(self.prompts, t, config.iterations, config.prompts_per_iteration)
 
-    def _score(self, t: int, source: Source, groups: list[Group]) -> Anchor:
+    def _score(self, t: int, source: Source, groups: list[Group]) -> Scores:
         name = "initial" if source == self.initial else Path(source).name  # or auxiliary, or policy
         policy = self.load(source)
         start = time.perf_counter()

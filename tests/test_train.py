@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from onpo_fast import evaluate
 from onpo_fast import train as module
 from onpo_fast.config import Config
+from onpo_fast.errors import UserError
 from onpo_fast.objectives import Onpo
 
 PROMPTS = [
@@ -62,6 +63,18 @@ def run_directory(tmp_path_factory, model_directory) -> Path:
 def metrics(directory: Path, stage: str) -> list[dict]:
     records = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [record for record in records if record["stage"] == stage]
+
+
+def test_a_live_anchor(shallow_model, tmp_path) -> None:
+    """The whole loop with the anchor in memory: the losses of the loop with cached log-probs."""
+    losses = []
+    for anchor in ("cached", "live"):
+        out = tmp_path / anchor
+        module.train(Config(model=str(shallow_model), out=str(out), anchor=anchor, iterations=1, **TINY))
+        losses.append([record["loss"] for record in metrics(out, "fit")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    with pytest.raises(UserError, match="--anchor live takes one anchor"):
+        Config(objective="inpo", anchor="live")
 
 
 def test_the_run_directory(run_directory: Path) -> None:
