@@ -40,6 +40,6 @@ setup(
         "vllm": ["vllm"],
         "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
         "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5"],
-        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels", "peft", "hypothesis"],
+        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels", "peft", "hypothesis", "triton>=3.6"],
     },
 )

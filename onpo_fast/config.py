@@ -77,9 +77,9 @@ class Config:
     goes on from π′_{t+1}; the baselines start from π_t."""
 
     anchor: Literal["cached", "live"] = "cached"
-    """What fits are measured from. "cached": the anchor's log-probs, scored before a fit; one model is in memory. "live":
-    the anchor itself stays in memory, frozen, and goes through the loss with the policy. The same weights but for
-    rounding. INPO's two anchors are only "cached"."""
+    """What fits are measured from. "cached": the anchor's log-probs, scored before a fit; one model is in memory.
+    "live": the anchor itself stays in memory, frozen, and goes through the loss with the policy. The same weights but
+    for rounding. INPO's two anchors are only "cached"."""
 
     # Sampling
 
