@@ -5,7 +5,9 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: train test bench lint clean
+WHEELS ?= wheels
+
+.PHONY: train test bench gpu-check wheels clean
 
 train: .venv/.train
 	.venv/bin/python -m onpo_fast.train --config configs/cpu-demo.yaml $(ARGS)
@@ -15,7 +17,16 @@ test: .venv/.test
 	.venv/bin/python -m pytest $(ARGS)
 
 bench: .venv/.test
-	.venv/bin/python -m bench $(or $(ARGS),loss)
+	.venv/bin/python -m bench $(or $(ARGS),kernels)
+
+# On a machine with a GPU, its own torch and perhaps no network: no .venv. bench/gpu_check.py says what it does.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
+
+# What that machine may lack, fetched where there is a network:
+#   make wheels ARGS="--python-version 3.12 --platform manylinux2014_x86_64 --only-binary=:all:"
+wheels:
+	$(PYTHON) -m pip download --no-deps --dest $(WHEELS) --requirement bench/wheels.txt $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

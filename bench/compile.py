@@ -1,13 +1,14 @@
-"""What the Triton kernels compile to, for GPUs that need not be there.
+"""What the Triton kernels compile to, for GPUs that need not be there: registers, stack, shared memory, instructions.
 
-python -m bench compile        registers, stack, shared memory and matrix instructions of every kernel and architecture
+    python -m bench compile [80 90 …]
 
-The kernels are compiled as the host code launches them: it runs here on CPU tensors, with a driver in place of the
+Fails if a kernel spills, wants more shared memory than there is, or misses the matrix units. The kernels are compiled as the host code launches them: it runs here on CPU tensors, with a driver in place of the
 GPU's that says which architecture is to be compiled for and launches nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
@@ -157,14 +158,21 @@ def _dump(option: str, file: str) -> str:
     return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
 
 
-def compile_table(architectures: tuple[int, ...] = ARCHITECTURES) -> bool:
-    """Prints the table. True if nothing spills, overflows shared memory or misses the matrix units."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "architectures", type=int, nargs="*", default=ARCHITECTURES, choices=sorted(SHARED_MEMORY),
+        help="compute capabilities without the point, such as 90",
+    )  # fmt: skip
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the table; the exit status is 1 if a kernel has a fault."""
     table = Table("kernel", "sm", "dtype", "options", "tile", "warps×stages", "registers", "stack", "shared", "matrix",
                   "fault")  # fmt: skip
     good = True
-    for architecture in architectures:
+    for architecture in options.architectures:
         for c in compile_everything(architecture):
-            flags = " ".join(name for name, value in c.options.items() if value is True)
+            flags = " ".join(name for name, value in c.options.items() if value is True and name != "DESCRIPTORS")
             tile = "×".join(str(c.options[n]) for n in ("ROWS", "COLUMNS", "DEPTH") if n in c.options)
             good &= c.fault is None
             table.add_row(
@@ -173,4 +181,4 @@ def compile_table(architectures: tuple[int, ...] = ARCHITECTURES) -> bool:
                 f"{SHARED_MEMORY[architecture] >> 10} KiB", " ".join(c.matrix_instructions), c.fault or "",
             )  # fmt: skip
     Console(width=200).print(table)
-    return good
+    return 0 if good else 1

@@ -1,8 +1,8 @@
-"""Peak extra memory of one call, in a process of its own.
+"""Peak memory of one forward and backward pass above its inputs, in bytes.
 
-    python -m bench.memory PEER SHAPE
+On a GPU, what PyTorch's allocator handed out. On a CPU, the resident set of a process of its own:
 
-prints the bytes by which the resident set rose above the inputs: gradients and everything in between.
+    python -m bench.memory METHOD TASK SHAPE
 """
 
 from __future__ import annotations
@@ -10,17 +10,33 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .peers import PEERS
+from .peers import METHODS, TASKS, Method, Task, run
 from .problems import SHAPES, Problem, Shape
 
 
-def peak_extra_bytes(peer: str, shape: str) -> int:
-    command = [sys.executable, "-m", "bench.memory", peer, shape]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peak_bytes(method: Method, task: Task, problem: Problem) -> int:
+    """The gradients included. The method must have run before, so that what only a first call allocates is there."""
+    if problem.device.type != "cuda":
+        command = [sys.executable, "-m", "bench.memory", method.name, task.name, problem.shape.name]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+        return int(done.stdout.split()[-1])
+    torch.cuda.synchronize(problem.device)
+    before = torch.cuda.memory_allocated(problem.device)
+    torch.cuda.reset_peak_memory_stats(problem.device)
+    run(method, task, problem)
+    torch.cuda.synchronize(problem.device)
+    return torch.cuda.max_memory_allocated(problem.device) - before
+
+
+def gradient_bytes(task: Task, problem: Problem) -> int:
+    """Of the gradients that the caller asked for."""
+    wanted = [(task.hidden, problem.hidden), (task.weight, problem.weight)]
+    return sum(x.numel() * x.element_size() for want, x in wanted if want)
 
 
 def _resident(field: str) -> int:
@@ -28,13 +44,18 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
-def main(peer: str, shape: str) -> None:
-    PEERS[peer](Problem.make(Shape("warm-up", 1, 8, 16, 64)))  # what only the first call allocates
-    problem = Problem.make(SHAPES[shape])
+def main(method_name: str, task_name: str, shape_name: str) -> None:
+    method = next(m for m in METHODS if m.name == method_name)
+    task = next(t for t in TASKS if t.name == task_name)
+    warm_up = Problem.make(Shape("warm-up", 1, 2, 8, features=16, vocabulary=64))
+    run(method, task, warm_up)
+    # random inputs: loading the real model would leave memory behind that the method could use unseen
+    problem = Problem.make(replace(SHAPES[shape_name], text=False))
+    problem.ref_logps = torch.zeros(len(problem.cu_seqlens) - 1, dtype=torch.float64)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     before = _resident("VmRSS")
-    result = PEERS[peer](problem)
-    assert torch.isfinite(result[0])
+    result = run(method, task, problem)
+    assert torch.isfinite(result.logps).all()
     print(_resident("VmHWM") - before)
 
 

@@ -1,76 +1,298 @@
-"""The same loss and gradients, computed in different ways: ours, and what a user would pick instead.
+"""The same loss, computed in different ways: ours, and what a user would pick instead.
 
-Each takes a problem and returns (loss, d loss / d hidden, d loss / d weight).
+A method knows one or more tasks. It is given the problem, the task, and hidden states and head that ask for the
+gradients of the task; it returns the loss, for ``backward``, and the responses' summed log-probs. Peers that stop at
+per-token log-probs carry the pairwise loss through autograd on top of them, as their users must.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onpo_fast import fused_linear_pair_loss
-from onpo_fast.objectives import Onpo
+from onpo_fast import fused_linear_pair_loss, linear_logprobs
+from onpo_fast.objectives import Objective
 
-from .problems import ETA, Problem, squared_margin_loss
+from .problems import DPO, ONPO, Problem
 
-Result = tuple[Tensor, Tensor, Tensor]
-
-
-def ours(problem: Problem) -> Result:
-    """onpo_fast, backend "torch", reference in the same call."""
-    hidden, weight = problem.leaves()
-    loss = fused_linear_pair_loss(
-        hidden, weight, problem.targets, problem.cu_seqlens, objective=Onpo(eta=ETA),
-        ref_hidden=problem.ref_hidden, ref_weight=problem.ref_weight, backend="torch",
-    ).loss  # fmt: skip
-    loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+TRL_CHUNK = 32768  # vocabulary entries in a tile: what TRL's trainers pass
 
 
-def materialised(problem: Problem) -> Result:
-    """PyTorch as one writes it first: all the logits, log_softmax, gather."""
+@dataclass(frozen=True)
+class Task:
+    """What is computed, and the products through the head that it takes if nothing is computed twice."""
 
-    def token_logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.log_softmax(hidden @ weight.T, dim=-1).gather(1, problem.targets[:, None])[:, 0]
+    name: str
+    logits: int  # X Wᵀ
+    hidden: int  # dX
+    weight: int  # dW
 
-    return _from_token_logps(problem, token_logps)
+    @property
+    def gemms(self) -> int:
+        return self.logits + self.hidden + self.weight
+
+    @property
+    def trains(self) -> bool:
+        return self.hidden + self.weight > 0
 
 
-def trl(problem: Problem) -> Result:
-    """TRL's chunked per-token function, with the pairwise loss on top."""
+FULL = Task("policy + reference", 2, 1, 1)
+CACHED = Task("cached reference", 1, 1, 1)
+FROZEN = Task("frozen head", 1, 1, 0)  # with a cached reference
+SCORING = Task("scoring", 1, 0, 0)  # log-probs of responses: the reference half
+TASKS = (FULL, CACHED, FROZEN, SCORING)
+
+
+class Outcome(NamedTuple):
+    loss: Tensor | None  # scalar with a graph; None when scoring
+    logps: Tensor  # (S,) nats, under the policy
+
+
+Forward = Callable[[Problem, Task, Tensor, Tensor], Outcome]  # hidden (N, H), weight (V, H)
+TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (N, H), (V, H), (N,) -> (N,) nats
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    forward: Forward
+    tasks: tuple[Task, ...] = TASKS
+    absent: Callable[[Problem], str | None] = lambda problem: None  # why it cannot run here
+    objective: Objective = ONPO
+
+
+class Result(NamedTuple):
+    """One forward and backward pass."""
+
+    loss: Tensor | None
+    logps: Tensor  # (S,)
+    hidden_gradient: Tensor | None  # (N, H)
+    weight_gradient: Tensor | None  # (V, H)
+
+
+class Step:
+    """A forward and a backward pass of a method, one after the other."""
+
+    def __init__(self, method: Method, task: Task, problem: Problem) -> None:
+        self.method, self.task, self.problem = method, task, problem
+        self.hidden = problem.hidden.detach().requires_grad_(task.hidden > 0)
+        self.weight = problem.weight.detach().requires_grad_(task.weight > 0)
+
+    def forward(self) -> None:
+        with torch.set_grad_enabled(self.task.trains):
+            self.outcome = self.method.forward(self.problem, self.task, self.hidden, self.weight)
+
+    def backward(self) -> None:
+        if self.outcome.loss is not None:
+            self.outcome.loss.backward()
+
+    @property
+    def result(self) -> Result:
+        loss, logps = self.outcome
+        return Result(loss if loss is None else loss.detach(), logps.detach(), self.hidden.grad, self.weight.grad)
+
+
+def run(method: Method, task: Task, problem: Problem, mark: Callable[[], None] = lambda: None) -> Result:
+    """``mark`` is called before the forward pass, between the passes and after the backward pass."""
+    step = Step(method, task, problem)
+    mark()
+    step.forward()
+    mark()
+    step.backward()
+    mark()
+    return step.result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ours(backend: str, mode: str | None = None) -> Forward:
+    options = {"backend": backend} if mode is None else {"backend": backend, "mode": mode}
+
+    def forward(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
+        if task is SCORING:
+            return Outcome(None, problem.sums(linear_logprobs(hidden, weight, problem.targets, backend=backend)))
+        if task is FULL:
+            anchor = {"ref_hidden": problem.ref_hidden, "ref_weight": problem.ref_weight}
+        else:
+            anchor = {"ref_logps": problem.ref_logps}
+        out = fused_linear_pair_loss(
+            hidden, weight, problem.targets, problem.cu_seqlens, problem.pairs, objective=ONPO, **anchor, **options
+        )
+        return Outcome(out.loss, out.logps)
+
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers that stop at per-token log-probs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def from_token_logps(token_logps: TokenLogps) -> Forward:
+    def forward(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
+        logps = problem.sums(token_logps(hidden, weight, problem.targets))
+        if task is SCORING:
+            return Outcome(None, logps)
+        ref_logps = problem.ref_logps
+        if task is FULL:
+            with torch.no_grad():
+                ref_logps = problem.sums(token_logps(problem.ref_hidden, problem.ref_weight, problem.targets))
+        return Outcome(problem.loss(logps, ref_logps), logps)
+
+    return forward
+
+
+def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch as one writes it first: all the logits, in float32 for the softmax as transformers has them."""
+    return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+def compiled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return _compiled()(hidden, weight, targets)
+
+
+@cache
+def _compiled() -> TokenLogps:
+    return torch.compile(materialised)  # for the first shape as it is, from the second on for any
+
+
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    def token_logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        # bias, targets, temperature, chunk size (TRL's default), softcap, logit scale, extra outputs
-        return ChunkedLogProbFunction.apply(hidden, weight, None, problem.targets, 1.0, 4096, None, 1.0, ())[0]
-
-    return _from_token_logps(problem, token_logps)
+    # bias, targets, temperature, chunk size, softcap, logit scale, extra outputs
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
 
 
-def _from_token_logps(problem: Problem, token_logps: Callable[[Tensor, Tensor], Tensor]) -> Result:
-    hidden, weight = problem.leaves()
-    with torch.no_grad():
-        reference = token_logps(problem.ref_hidden, problem.ref_weight)
-    loss = squared_margin_loss(token_logps(hidden, weight), reference, problem.shape)
-    loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+def liger_hopper(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
 
 
-def bare_gemms(problem: Problem) -> None:
-    """The floor: four products through the head in chunks, and nothing else. Not a loss."""
-    rows = 512
-    buffer = torch.empty(rows, problem.shape.vocabulary, dtype=problem.hidden.dtype)
-    gradient = torch.zeros_like(problem.weight)
-    for start in range(0, problem.shape.rows, rows):
-        part = slice(start, start + rows)
-        logits = buffer[: len(problem.hidden[part])]
-        torch.mm(problem.ref_hidden[part], problem.ref_weight.T, out=logits)
-        torch.mm(problem.hidden[part], problem.weight.T, out=logits)
-        torch.mm(logits, problem.weight)
-        gradient.addmm_(logits.T, problem.hidden[part])
+def cce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-PEERS = {"ours": ours, "materialised": materialised, "trl": trl}
+def cce_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """No gradient is skipped; versions that know the name accumulate in fp32 too."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    named = "accum_e_fp32" in inspect.signature(linear_cross_entropy).parameters
+    exact = {"impl": "cce_exact"} if named else {"filter_eps": None}
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none", **exact)
+
+
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Chunked: without options it materialises."""
+    chunked = torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=chunked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers with a loss of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def liger_dpo(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
+    """Pairs only, winners before losers: a response is there once for every pair that it is in. DPO's loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    order = problem.device_pairs.T.flatten()  # (2P,)
+
+    def stacked(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, problem.shape.tokens)).index_select(0, order)
+
+    # its default, but a CPU has no use for compiled chunks
+    loss = LigerFusedLinearDPOLoss(beta=DPO.beta, compiled=hidden.is_cuda)
+    value, (chosen, rejected, *_) = loss(
+        weight, stacked(hidden), stacked(problem.targets),
+        ref_input=stacked(problem.ref_hidden), ref_weight=problem.ref_weight,
+    )  # fmt: skip
+    by_pair = torch.cat([chosen, rejected]).detach().double()
+    logps = by_pair.new_zeros(len(problem.cu_seqlens) - 1)
+    logps[order] = by_pair
+    return Outcome(value, logps)
+
+
+def quack(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
+    """It reduces to one number, so one call a response."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    length = problem.shape.tokens
+    sums = [
+        -chunked_linear_cross_entropy(x, weight, t, reduction="sum")
+        for x, t in zip(hidden.split(length), problem.targets.split(length))
+    ]
+    return Outcome(None, torch.stack(sums).double())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def needs(
+    *modules: str, gpu: bool = False, bfloat16: bool = False, capability: tuple[int, int] | None = None
+) -> Callable[[Problem], str | None]:
+    """Why a method cannot run on a problem: no GPU, another one, another dtype, or a module that cannot be imported."""
+
+    def absent(problem: Problem) -> str | None:
+        if gpu and problem.device.type != "cuda":
+            return "needs a GPU"
+        if capability and torch.cuda.get_device_capability(problem.device) != capability:
+            own = torch.cuda.get_device_capability(problem.device)
+            return f"needs compute capability {'.'.join(map(str, capability))}, here it is {'.'.join(map(str, own))}"
+        if bfloat16 and problem.hidden.dtype != torch.bfloat16:
+            return "needs bfloat16"
+        return next(filter(None, map(_not_importable, modules)), None)
+
+    return absent
+
+
+@cache
+def _not_importable(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package built for another set of versions fails in any way
+        return f"import {module}: {type(error).__name__}: {error}".split("\n")[0]
+    return None
+
+
+def _no_linear_cross_entropy(problem: Problem) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none (2.13 has)"
+
+
+FAST = Method("onpo_fast fast", ours("triton", "fast"), absent=needs("triton", gpu=True))
+LEAN = Method("onpo_fast lean", ours("triton", "lean"), (FULL, CACHED), needs("triton", gpu=True))
+TORCH = Method("onpo_fast torch", ours("torch"))
+MATERIALISED = Method("PyTorch, materialised", from_token_logps(materialised))
+COMPILED = Method("torch.compile of it", from_token_logps(compiled))
+TRL = Method("TRL", from_token_logps(trl), absent=needs("trl.kernels", "trl.trainer.utils"))
+LIGER_DPO = Method("Liger FusedLinearDPO", liger_dpo, (FULL,), needs("liger_kernel.chunked_loss"), DPO)
+LIGER_HOPPER = Method(
+    "Liger Hopper CE", from_token_logps(liger_hopper),
+    absent=needs("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", gpu=True, bfloat16=True,
+                 capability=(9, 0)),
+)  # fmt: skip
+CCE = Method("CCE", from_token_logps(cce), absent=needs("cut_cross_entropy", gpu=True, bfloat16=True))
+CCE_EXACT = Method("CCE exact", from_token_logps(cce_exact), absent=CCE.absent)
+LINEAR_CE = Method("F.linear_cross_entropy", from_token_logps(torch_linear_cross_entropy),
+                   absent=_no_linear_cross_entropy)  # fmt: skip
+QUACK = Method("QuACK", quack, (SCORING,), needs("quack.linear_cross_entropy", gpu=True, bfloat16=True))
+
+OURS = (FAST, LEAN, TORCH)
+# the ones that the targets name come first, and those that compile for long come last
+METHODS = (*OURS, MATERIALISED, TRL, LIGER_DPO, COMPILED, LIGER_HOPPER, LINEAR_CE, CCE, CCE_EXACT, QUACK)

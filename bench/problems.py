@@ -1,78 +1,161 @@
-"""What is measured: a batch of response pairs, policy and reference heads, one forward and backward pass."""
+"""What is measured: a batch of preference groups through the heads of policy and reference, in real models' shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ETA = 1.0
+from onpo_fast import linear_logprobs
+from onpo_fast.objectives import Dpo, Objective, Onpo
+
+from .inputs import text_inputs
+
+ONPO = Onpo(eta=1.0)
+DPO = Dpo(beta=0.1)  # for the peer that has no squared loss
+
+MODELS = {  # H and V of the LM head
+    "smollm2": (576, 49152),  # SmolLM2-135M
+    "llama3-8b": (4096, 128256),
+    "qwen2.5-7b": (3584, 152064),
+    "qwen3-8b": (4096, 151936),
+    "gemma3-4b": (2560, 262208),
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Pairs of two responses of equal length through a head."""
+    """Groups of responses of one length through a head. A group of 2 is a pair; of more, all its pairs count."""
 
-    name: str
-    pairs: int
-    tokens: int  # of one response
+    model: str
+    groups: int
+    responses: int  # of a group
+    tokens: int  # of a response
     features: int  # H
     vocabulary: int  # V
+    text: bool = False  # hidden states and head of the real model on real text; otherwise random ones
+
+    @classmethod
+    def of(cls, model: str, groups: int, responses: int, tokens: int, text: bool = False) -> Shape:
+        return cls(model, groups, responses, tokens, *MODELS[model], text)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}{'-text' * self.text}-{self.groups}x{self.responses}x{self.tokens}"
 
     @property
     def rows(self) -> int:
-        return 2 * self.pairs * self.tokens
+        """N: response tokens in all."""
+        return self.groups * self.responses * self.tokens
 
     @property
     def gemm_flops(self) -> int:
-        """Of one product through the head: 2·N·H·V. Policy 3 (logits, dX, dW) and reference 1 is the floor."""
+        """FLOP of one product through the head: 2·N·H·V."""
         return 2 * self.rows * self.features * self.vocabulary
 
+    def pairs(self) -> Tensor:
+        """(P, 2) int64: every pair of every group, the earlier response the winner."""
+        within = list(combinations(range(self.responses), 2))
+        return torch.tensor([(g + w, g + x) for g in range(0, self.groups * self.responses, self.responses)
+                             for w, x in within])  # fmt: skip
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("smollm2-4x2x256", pairs=4, tokens=256, features=576, vocabulary=49152),
-        Shape("smollm2-1x2x1024", pairs=1, tokens=1024, features=576, vocabulary=49152),
-    )
-}
+
+TARGET = Shape.of("qwen3-8b", 4, 2, 1024)  # the shape that the targets are about
+
+# In the order in which they are measured: what time does not allow is at the end.
+GPU_SHAPES = (
+    TARGET,
+    Shape.of("smollm2", 4, 2, 1024, text=True),
+    Shape.of("llama3-8b", 4, 2, 1024),
+    Shape.of("llama3-8b", 1, 8, 1024),
+    Shape.of("gemma3-4b", 4, 2, 1024),
+    Shape.of("qwen2.5-7b", 4, 2, 1024),
+    Shape.of("llama3-8b", 2, 2, 512),
+    Shape.of("llama3-8b", 4, 2, 4096),
+    Shape.of("llama3-8b", 4, 2, 8192),
+    Shape.of("llama3-8b", 4, 2, 2048),
+)
+CPU_SHAPES = (
+    Shape.of("smollm2", 4, 2, 256, text=True),
+    Shape.of("smollm2", 1, 2, 1024),
+    Shape.of("smollm2", 1, 8, 256),
+    Shape.of("smollm2", 2, 2, 256),
+    Shape.of("smollm2", 4, 2, 512),
+)
+SHAPES = {shape.name: shape for shape in (*GPU_SHAPES, *CPU_SHAPES)}
 
 
 @dataclass
 class Problem:
-    """Seeded inputs. Hidden states have the scale of a final norm's output; logits then spread as a model's do."""
+    """Seeded inputs. The reference is near the policy, as an anchor is: else the margins are noise of 1000 nats."""
 
     shape: Shape
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
     ref_hidden: Tensor  # (N, H)
     ref_weight: Tensor  # (V, H)
-    targets: Tensor  # (N,)
-    cu_seqlens: Tensor  # (S+1,) int32
+    targets: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (S+1,) int32, on the CPU
+    pairs: Tensor  # (P, 2) int64, on the CPU
 
     @classmethod
-    def make(cls, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
+    def make(
+        cls, shape: Shape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0,
+        inputs: Path | None = None,
+    ) -> Problem:  # fmt: skip
+        """Draws in float32 and rounds to ``dtype``. ``inputs``: a file with the inputs of the text shapes.
+
+        Raises:
+            Unavailable: if the shape wants the real model, and it is not here.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(rows: int, scale: float) -> Tensor:
-            return (torch.randn(rows, shape.features, generator=generator) * scale).to(dtype)
+            return torch.randn(rows, shape.features, generator=generator, device=device) * scale
 
-        n, v = shape.rows, shape.vocabulary
-        scale = 2 / shape.features**0.5  # logits of standard deviation 2
-        hidden, weight = normal(n, 1), normal(v, scale)
-        # the reference is near the policy, as an anchor is: otherwise the margins are noise of a thousand nats
-        ref_hidden, ref_weight = hidden + normal(n, 0.02), weight + normal(v, 0.02 * scale)
-        targets = torch.randint(v, (n,), generator=generator)
-        cu_seqlens = torch.arange(0, n + 1, shape.tokens, dtype=torch.int32)
-        return cls(shape, hidden, weight, ref_hidden, ref_weight, targets, cu_seqlens)
+        if shape.text:
+            hidden, weight, targets = text_inputs(shape.rows, shape.tokens, device, inputs)
+        else:
+            # Hidden states have the scale of a final norm's output; logits then spread as a model's do, by 2.
+            hidden, weight = normal(shape.rows, 1), normal(shape.vocabulary, 2 / shape.features**0.5)
+            targets = torch.randint(shape.vocabulary, (shape.rows,), generator=generator, device=device)
+        ref_hidden = (hidden + normal(shape.rows, 0.02 * float(hidden.std()))).to(dtype)
+        hidden = hidden.to(dtype)
+        ref_weight = (weight + normal(shape.vocabulary, 0.02 * float(weight.std()))).to(dtype)
+        weight = weight.to(dtype)
+        cu_seqlens = torch.arange(0, shape.rows + 1, shape.tokens, dtype=torch.int32)
+        return cls(shape, hidden, weight, ref_hidden, ref_weight, targets, cu_seqlens, shape.pairs())
 
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and head that ask for gradients, sharing the problem's memory."""
-        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
 
+    @cached_property
+    def ref_logps(self) -> Tensor:
+        """(S,) float64: the anchor's summed log-probs, for those who cache them. Overwritten with exact ones."""
+        with torch.no_grad():
+            return self.sums(linear_logprobs(self.ref_hidden, self.ref_weight, self.targets, backend="torch"))
 
-def squared_margin_loss(token_logps: Tensor, ref_token_logps: Tensor, shape: Shape) -> Tensor:
-    """ONPO's loss from per-token log-probs, for the peers that stop there."""
-    ratio = (token_logps - ref_token_logps).view(-1, shape.tokens).sum(1)
-    return (ratio[0::2] - ratio[1::2] - ETA / 2).square().mean()
+    @cached_property
+    def device_pairs(self) -> Tensor:
+        """(P, 2) int64 where the inputs are."""
+        return self.pairs.to(self.device)
+
+    def sums(self, token_logps: Tensor) -> Tensor:
+        """Over responses: (N,) -> (S,) float64, nats."""
+        return token_logps.double().view(-1, self.shape.tokens).sum(1)
+
+    def margins(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """(S,), (S,) -> (P,) nats."""
+        ratio = logps - ref_logps
+        winner, loser = self.device_pairs.T
+        return ratio[winner] - ratio[loser]
+
+    def loss(self, logps: Tensor, ref_logps: Tensor, objective: Objective = ONPO) -> Tensor:
+        """The mean over pairs, for the peers that stop at log-probs: (S,), (S,) -> scalar."""
+        margins = self.margins(logps, ref_logps)
+        return objective.loss(margins, torch.ones_like(margins)).mean()

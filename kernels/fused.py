@@ -303,18 +303,18 @@ class _Order:
             "entry_pair": [p for p, _ in flat], "entry_sign": [s for _, s in flat],
             "responses": responses, "pairs": pairs,
         }  # fmt: skip
-        # one copy to the device for all of them
-        joined = torch.tensor([x for column in columns.values() for x in column], dtype=torch.int64).to(device)
-        self.on_device = dict(zip(columns, joined.split([len(column) for column in columns.values()])))
+        # one copy to the device for all of them, which nothing waits for
+        joined = torch.tensor([x for column in columns.values() for x in column], dtype=torch.int64)
+        parts = joined.to(device, non_blocking=True).split([len(column) for column in columns.values()])
+        self.on_device = dict(zip(columns, parts))
         self.responses_move = responses != list(range(len(responses)))
         self.pairs_move = pairs != list(range(len(pairs)))
         self.rows = None  # (N,) the permutation of the rows, None if they stay
         if self.responses_move:
             rows = [i for r in responses for i in range(layout.edges[r], layout.edges[r + 1])]
-            self.rows = torch.tensor(rows, dtype=torch.int64).to(device)
-        self.response_of_row = torch.repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64), output_size=self.edges[-1]
-        ).to(device)
+            self.rows = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        lengths = torch.tensor(lengths, dtype=torch.int64)
+        self.response_of_row = torch.repeat_interleave(lengths).to(device, non_blocking=True)
 
     @classmethod
     @lru_cache(maxsize=32)

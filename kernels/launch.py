@@ -76,8 +76,8 @@ def operand(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor | Tensor:
 
 def aligned(matrix: Tensor) -> Tensor:
     """(n, H) as a tensor descriptor can read it: itself, or a copy whose rows are contiguous and padded with zeros."""
-    size = matrix.element_size()
-    if matrix.stride(1) == 1 and matrix.stride(0) * size % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0:
+    rows_aligned = matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0 and matrix.stride(0) >= matrix.shape[1]
+    if matrix.stride(1) == 1 and rows_aligned and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
     copy = empty_rows(len(matrix), matrix.shape[1], matrix.dtype, matrix.device)
     return copy.copy_(matrix)

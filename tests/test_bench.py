@@ -1,31 +1,319 @@
-"""The benchmark compares like with like: every peer computes the same loss and gradients."""
+"""The benchmark compares like with like, says what it could not measure, and judges by the numbers alone."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.memory import peak_extra_bytes
-from bench.peers import PEERS, bare_gemms
-from bench.problems import SHAPES, Problem, Shape
+from bench import checks, gpu_check, inputs, kernels, peers, plots
+from bench.errors import Exact, relative_error
+from bench.memory import gradient_bytes, peak_bytes
+from bench.peers import (
+    CACHED,
+    COMPILED,
+    FAST,
+    FROZEN,
+    FULL,
+    LEAN,
+    LIGER_DPO,
+    MATERIALISED,
+    METHODS,
+    SCORING,
+    TORCH,
+    TRL,
+    Method,
+    Outcome,
+    run,
+)  # fmt: skip
+from bench.problems import DPO, ONPO, SHAPES, TARGET, Problem, Shape
+from bench.timing import Clock, Products, Spread
+from bench.verdicts import GIB, TARGETS, verdicts
+from onpo_fast import fused_linear_pair_loss
 
-TINY = Shape("tiny", pairs=3, tokens=9, features=16, vocabulary=77)
+PAIRS = Shape("tiny-pairs", 3, 2, 9, features=16, vocabulary=77)
+GROUP = Shape("tiny-group", 2, 4, 5, features=16, vocabulary=130)
+CPU = torch.device("cpu")
+
+# the compiled peer takes seconds to compile, and is the materialised one otherwise
+HERE = [(m, t) for m in METHODS for t in m.tasks if m is not COMPILED and m.absent(Problem.make(PAIRS)) is None]
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_peers_agree(peer: str) -> None:
-    problem = Problem.make(TINY)
-    for got, want in zip(PEERS[peer](problem), PEERS["materialised"](Problem.make(TINY, torch.float64))):
-        # the float64 problem is drawn in float32 too, so the inputs are the same
-        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5)
+@pytest.fixture(scope="module", params=[PAIRS, GROUP], ids=lambda shape: shape.model)
+def exact(request) -> Exact:
+    problem = Problem.make(request.param)
+    exact = Exact.of(problem, {ONPO, DPO})
+    problem.ref_logps = exact.ref_logps
+    return exact
 
 
-def test_the_floor_runs_on_every_shape_of_rows() -> None:
-    bare_gemms(Problem.make(Shape("odd", pairs=1, tokens=300, features=8, vocabulary=33)))
+@pytest.mark.parametrize("objective", [ONPO, DPO])
+def test_the_float64_reference_is_the_definition(exact: Exact, objective) -> None:
+    problem = exact.problem
+    hidden, weight = (x.double().requires_grad_() for x in (problem.hidden, problem.weight))
+    out = fused_linear_pair_loss(
+        hidden, weight, problem.targets, problem.cu_seqlens, problem.pairs, objective=objective, backend="reference",
+        ref_hidden=problem.ref_hidden.double(), ref_weight=problem.ref_weight.double(),
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(exact.logps, out.logps)
+    torch.testing.assert_close(exact.ref_logps, out.ref_logps)
+    torch.testing.assert_close(exact.problem.loss(exact.logps, exact.ref_logps, objective), out.loss.detach())
+    for got, want in zip(exact.gradients[objective], (hidden.grad, weight.grad)):
+        assert relative_error(got, want) < 1e-7
+
+
+@pytest.mark.parametrize(("method", "task"), HERE, ids=lambda x: x.name)
+def test_methods_agree(exact: Exact, method: Method, task) -> None:
+    result = run(method, task, exact.problem)
+    errors = exact.errors(result, method.objective)
+    assert errors.pop("logps_nats_max") < 0.02  # as if of 1000 tokens, where these have under ten
+    assert max(errors.values()) < 2e-3
+    assert (result.hidden_gradient is not None) == (task.hidden > 0)
+    assert (result.weight_gradient is not None) == (task.weight > 0)
+    if task.trains:
+        want = exact.problem.loss(exact.logps, exact.ref_logps, method.objective)
+        torch.testing.assert_close(result.loss.double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_peers_are_here_or_named_as_absent() -> None:
+    problem = Problem.make(PAIRS)
+    present = {method.name for method in METHODS if method.absent(problem) is None}
+    assert {TORCH.name, MATERIALISED.name, TRL.name, LIGER_DPO.name} <= present
+    assert FAST.absent(problem) == LEAN.absent(problem) == "needs a GPU"
+    assert "no_such_package" in peers.needs("no_such_package")(problem)
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    shape = SHAPES["smollm2-1x2x1024"]
-    logits = 4 * shape.rows * shape.vocabulary
-    gradient = 4 * shape.features * shape.vocabulary
-    assert gradient < peak_extra_bytes("ours", shape.name) < logits
+    problem = Problem.make(SHAPES["smollm2-1x2x1024"])
+    logits = 4 * problem.shape.rows * problem.shape.vocabulary
+    extra = peak_bytes(TORCH, FULL, problem) - gradient_bytes(FULL, problem)
+    assert 0 < extra < logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_warms_up_and_keeps_to_its_rounds() -> None:
+    calls = 0
+
+    def call(mark) -> None:
+        nonlocal calls
+        calls += 1
+        mark()
+        time.sleep(0.002)
+        mark()
+        mark()
+
+    for seconds, fewest, most, rounds in ((0.0, 3, 9, 3), (10.0, 1, 4, 4)):
+        calls = 0
+        laps = Clock(CPU).block(call, seconds, fewest, most)
+        assert (len(laps), calls) == (rounds, rounds + 1)
+        assert all(work > 0.0015 > rest for work, rest in laps)
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0]) == (3.0, 0.0, 3.0, 1)
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 1.0, 5)
+
+
+def test_the_bare_products_are_the_products() -> None:
+    problem = Problem.make(PAIRS)
+    bare = Products(problem.hidden, problem.weight)
+    bare.parts = [slice(0, 20), slice(20, 40), slice(40, 60)]  # as if the memory were small
+    logits = problem.hidden @ problem.weight.T
+    for part in bare.parts:
+        bare.buffer[: len(logits[part])] = logits[part]
+    whole = Products(problem.hidden, problem.weight)
+    assert len(Clock(CPU).laps(whole.all)) == 3
+    torch.testing.assert_close(whole.buffer, logits)
+    torch.testing.assert_close(whole.hidden_gradient, logits @ problem.weight)
+    torch.testing.assert_close(whole.weight_gradient, logits.T @ problem.hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _broken(error: Exception) -> peers.Forward:
+    def forward(*_) -> Outcome:
+        raise error
+
+    return forward
+
+
+NO_MEMORY = Method("too large", _broken(torch.OutOfMemoryError("it wanted more")), (FULL,))
+NO_LUCK = Method("broken", _broken(RuntimeError("no such kernel\nmore")), (FULL,))
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> kernels.Bench:
+    monkeypatch.setattr(kernels, "peak_bytes", lambda *_: 10**6)
+    monkeypatch.setitem(plots.STYLES, NO_MEMORY.name, {})
+    report = kernels.Report.open(tmp_path / "kernels-cpu.json", CPU, resume=False)
+    return kernels.Bench(report, CPU, None, time.monotonic() + 60, block_seconds=0.0)
+
+
+def test_a_run(bench: kernels.Bench, capsys) -> None:
+    methods = [TORCH, MATERIALISED, TRL, FAST, NO_MEMORY, NO_LUCK]
+    bench.shape(PAIRS, methods, thorough=False)
+    bench.shape(GROUP, [MATERIALISED], thorough=True)
+    bench.report.finish()
+    printed = capsys.readouterr().out
+    data = json.loads(bench.report.path.read_text())
+    assert {"device", "torch", "triton", "trl", "commit", "quack-kernels"} <= data["environment"].keys()
+    pairs, group = data["shapes"]
+    assert pairs["floor_seconds"].keys() == {"logits", "hidden", "weight"}
+    status = {(row["method"], row["task"]): row["status"] for row in pairs["rows"]}
+    assert status == {
+        **{(TORCH.name, task.name): "measured" for task in TORCH.tasks},
+        **{(FAST.name, task.name): "absent" for task in FAST.tasks},
+        (MATERIALISED.name, FULL.name): "measured", (TRL.name, FULL.name): "measured",
+        (NO_MEMORY.name, FULL.name): "out of memory", (NO_LUCK.name, FULL.name): "failed",
+    }  # fmt: skip
+    assert {row["task"] for row in group["rows"]} == {task.name for task in (FULL, CACHED, FROZEN, SCORING)}
+    for row in (row for record in data["shapes"] for row in record["rows"] if row["status"] == "measured"):
+        assert row["seconds"]["both"].keys() == {"median", "iqr", "least", "rounds"}
+        assert row["seconds"]["both"]["rounds"] == 6  # two blocks of three
+        assert row["seconds"]["forward"]["median"] <= row["seconds"]["both"]["median"]
+        assert min(row["over_floor"], row["tflops_per_second"]) > 0
+        assert {"first_call_seconds", "peak_extra_bytes", "gradient_bytes"} <= row.keys()
+        assert 0 <= row["error"]["logps_nats_rms"] <= row["error"]["logps_nats_max"] < 0.02
+    assert "absent: onpo_fast fast: needs a GPU" in printed
+    assert "out of memory at tiny-pairs-3x2x9: too large: OutOfMemoryError: it wanted more" in printed
+    assert "failed at tiny-pairs-3x2x9: broken: RuntimeError: no such kernel\n" in printed
+    assert printed.count("not measured") == len(TARGETS)
+    assert "<svg" in bench.report.path.with_suffix(".svg").read_text()
+
+
+def test_a_run_goes_on_where_it_stopped(bench: kernels.Bench) -> None:
+    record = bench.report.shape(PAIRS, torch.float32)
+    bench.report.begin(record, MATERIALISED, FULL)  # and there the process ended
+    again = kernels.Report.open(bench.report.path, CPU, resume=True)
+    bench.report = again
+    bench.shape(PAIRS, [MATERIALISED, TORCH], thorough=False)
+    status = {row["method"]: row["status"] for row in again.data["shapes"][0]["rows"] if row["task"] == FULL.name}
+    assert status == {MATERIALISED.name: kernels.DID_NOT_RETURN, TORCH.name: "measured"}
+
+
+def test_no_time_and_no_inputs_are_said(bench: kernels.Bench, tmp_path, capsys) -> None:
+    bench.inputs = tmp_path / "few.npz"
+    inputs.save(bench.inputs, torch.randn(4, 576), torch.randn(7, 576), torch.arange(4))
+    bench.shape(SHAPES["smollm2-text-4x2x256"], [TORCH], thorough=True)
+    bench.deadline = time.monotonic() + 5
+    bench.shape(PAIRS, [TORCH], thorough=True)
+    bench.report.finish()
+    printed = capsys.readouterr().out
+    assert "few.npz has 4 tokens, 2048 are needed" in printed
+    assert "tiny-pairs-3x2x9: not measured: no time left" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _row(method: Method, task, seconds: float, extra_gib: float = 0, nats: float = 1, gradient: float = 1) -> dict:
+    return {
+        "method": method.name, "task": task.name, "status": "measured",
+        "seconds": {"both": {"median": seconds}}, "peak_extra_bytes": extra_gib * GIB,
+        "error": {"logps_nats_max": nats, "logps_nats_rms": nats / 2, "hidden_gradient": gradient,
+                  "weight_gradient": gradient},
+    }  # fmt: skip
+
+
+def test_verdicts_are_computed() -> None:
+    rows = [
+        _row(FAST, FULL, 4.5, extra_gib=0.9, nats=0.009, gradient=0.9),
+        _row(FAST, CACHED, 3.5),
+        _row(FAST, SCORING, 1.05),
+        _row(LEAN, FULL, 5.5, extra_gib=0.4),
+        _row(TRL, FULL, 5.0, nats=0.9),
+        _row(LIGER_DPO, FULL, 12.0),
+        _row(MATERIALISED, FULL, 9.0, gradient=0.8),
+    ]
+    record = {"shape": TARGET.name, "floor_seconds": {"logits": 1.0, "hidden": 1.0, "weight": 1.0}, "rows": rows}
+    found = verdicts([record])
+    assert [v["measured"] for v in found] == pytest.approx(
+        [4.5 / 4, 4.5 / 5, 4.5 / 12, 0.9, 5.5 / 5, 0.4, 3.5 / 3, 1.05, 0.009, 100, 9 / 8, 9 / 8]
+    )
+    words = "met missed met met met missed missed met met met missed missed"
+    assert [v["verdict"] for v in found] == words.split()
+    rows[0]["error"]["logps_nats_max"] = float("nan")
+    rows[4]["status"] = "out of memory"
+    words = "met|not measured|met|met|met|missed|missed|met|missed|not measured|missed|missed"
+    assert [v["verdict"] for v in verdicts([record])] == words.split("|")
+    assert {v["verdict"] for v in verdicts([{**record, "shape": "another"}])} == {"not measured"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_real_models_inputs(policy, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("onpo_fast.policy.load", lambda *_: policy)
+    hidden, weight, targets = inputs.text_inputs(60, 30, "cpu")
+    assert (hidden.shape, weight.shape, targets.shape) == ((60, 576), (49152, 576), (60,))
+    assert hidden.abs().sum(1).min() > 0
+    assert weight.abs().sum(1).min() > 0
+    logps = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None])
+    assert logps.mean() > -6  # nats a token; a guess among the vocabulary is at −10.8
+    inputs.save(tmp_path / "inputs", hidden, weight, targets)
+    for got, want in zip(inputs.text_inputs(50, 25, "cpu", tmp_path / "inputs"), (hidden, weight, targets)):
+        torch.testing.assert_close(got, want[: len(got)], rtol=2**-8, atol=0)
+
+
+def test_random_inputs_are_the_same_in_every_dtype() -> None:
+    single, half = Problem.make(PAIRS), Problem.make(PAIRS, torch.bfloat16)
+    assert torch.equal(single.weight.bfloat16(), half.weight)
+    assert Problem.make(GROUP).pairs.tolist()[:7] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3], [4, 5]]
+
+
+def test_checks_catch_what_they_are_for(exact: Exact) -> None:
+    assert checks.faults_of(TORCH, FULL, exact.problem, exact) == []
+    calls = iter(range(100))
+
+    def spoiled(by) -> Method:
+        def forward(problem, task, hidden, weight) -> Outcome:
+            loss, logps = TORCH.forward(problem, task, hidden, weight)
+            return Outcome(loss, logps.double() + by())
+
+        return replace(TORCH, forward=forward)
+
+    racing, unwritten, wrong = (
+        checks.faults_of(spoiled(by), FULL, exact.problem, exact)
+        for by in (lambda: 1e-9 * next(calls), lambda: float("nan"), lambda: 1.0)
+    )
+    assert racing == ["logps differs between runs"]
+    assert "logps is not finite" in unwritten
+    assert wrong[0].startswith("error of logps_nats_max")
+    assert checks.faults_of(NO_LUCK, FULL, exact.problem, exact) == ["RuntimeError: no such kernel"]
+
+
+def test_steps_of_the_gpu_check(tmp_path, capsys) -> None:
+    runner = gpu_check.Runner(tmp_path, budget=60)
+    assert "fine" in runner.step("good", [sys.executable, "-c", "print('fine')"], 30)
+    runner.step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
+    runner.step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    results = {"environment": {"device": "x"}, "shapes": [], "verdicts": []}
+    (tmp_path / "kernels-gpu.json").write_text(json.dumps(results))
+    assert gpu_check.summary(runner) == 1
+    outcomes = [step.outcome for step in runner.steps]
+    assert outcomes == ["ok", "FAILED: exit status 3", "FAILED: out of time"]
+    assert "fine" in (tmp_path / "gpu-check.log").read_text()
+    assert "slow: FAILED" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_commands() -> None:
+    usage = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2
+    assert "kernels" in usage.stdout

@@ -1,0 +1,105 @@
+"""Races and unwritten outputs: every way through the loss, several times, with poisoned memory before each.
+
+Repeated runs must give the same bits, all of them finite, and be as near to float64 as PyTorch's materialised form. The
+poison is 0xFF in memory that the allocator hands out next: NaN as a float, −1 as an integer.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from . import errors
+from .peers import MATERIALISED, OURS, Method, Result, Task, run
+from .problems import TARGET, Problem, Shape
+
+RUNS = 4
+ROOM = 60 * 2**30  # bytes that the largest shape takes, PyTorch's materialised form and float64 included
+MOST_SECONDS = 20.0  # for the float64 reference of a shape
+SLACK = 2.0  # times the error of PyTorch's materialised form; PyTorch's own kernels differ by as much among versions
+FLOOR = {"logps_nats_max": 1e-2, "hidden_gradient": 1e-6, "weight_gradient": 1e-6}  # errors that are none
+
+TINY = Shape("tiny", 2, 2, 40, features=64, vocabulary=520)
+SHAPES = (
+    TINY,
+    Shape("odd", 3, 3, 37, features=72, vocabulary=1031),
+    Shape("one-token", 2, 2, 1, features=128, vocabulary=4099),
+    Shape("long-pair", 1, 2, 3000, features=256, vocabulary=32003),
+    Shape("groups", 3, 8, 129, features=512, vocabulary=50257),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape, once: for a sanitizer")
+
+
+def main(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    if options.tiny:
+        shapes, runs = (TINY,), 1
+    else:
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > ROOM
+        shapes, runs = (*SHAPES, TARGET) if roomy else SHAPES if device.type == "cuda" else SHAPES[:2], RUNS
+    faults = 0
+    for shape in shapes:
+        problem = Problem.make(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        if errors.seconds(problem, 1) > MOST_SECONDS:
+            print(f"{shape.name}: left out: float64 is too slow here", flush=True)
+            continue
+        exact = errors.Exact.of(problem, {method.objective for method in OURS})
+        problem.ref_logps = exact.ref_logps
+        for method in OURS:
+            if reason := method.absent(problem):
+                print(f"{shape.name}: {method.name}: absent: {reason}")
+                continue
+            for task in method.tasks:
+                found = faults_of(method, task, problem, exact, runs)
+                faults += len(found)
+                print(f"{shape.name}: {method.name}, {task.name}: {'; '.join(found) or 'ok'}", flush=True)
+    print(f"{faults} faults")
+    return 1 if faults else 0
+
+
+def faults_of(method: Method, task: Task, problem: Problem, exact: errors.Exact, runs: int = RUNS) -> list[str]:
+    """What is wrong with a method at a task; nothing, if all is well."""
+    try:
+        first = _poisoned(method, task, problem)
+        found = [
+            f"{name} is not finite" for name, x in first._asdict().items() if x is not None and not x.isfinite().all()
+        ]
+        for _ in range(runs - 1):
+            found += [f"{name} differs between runs" for name in differences(first, _poisoned(method, task, problem))]
+        own = exact.errors(first, method.objective)
+        allowed = exact.errors(run(MATERIALISED, task, problem), MATERIALISED.objective)
+    except torch.OutOfMemoryError:
+        return ["out of memory"]
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}".split("\n")[0]]
+    for name, floor in FLOOR.items():
+        # ``not <=``, since an error that is not a number is one too
+        if name in own and not own[name] <= max(SLACK * allowed[name], floor):
+            found.append(f"error of {name} {own[name]:.1e}, PyTorch's is {allowed[name]:.1e}")
+    return list(dict.fromkeys(found))
+
+
+def differences(a: Result, b: Result) -> list[str]:
+    """The parts that are not the same, bit for bit. Two NaNs are not the same."""
+    return [name for name in Result._fields if getattr(a, name) is not None
+            and not torch.equal(getattr(a, name), getattr(b, name))]  # fmt: skip
+
+
+def _poisoned(method: Method, task: Task, problem: Problem) -> Result:
+    if problem.device.type == "cuda":
+        poison(problem)
+    return run(method, task, problem)
+
+
+def poison(problem: Problem) -> None:
+    """Fills memory that the allocator hands out next: small blocks, large blocks, and one for the logits in flight."""
+    free, _ = torch.cuda.mem_get_info(problem.device)
+    large = min(free // 4, 2**32, 8 * problem.shape.rows * problem.shape.vocabulary)
+    sizes = [2**9] * 64 + [2**14] * 64 + [2**19] * 32 + [2**24] * 8 + [2**28] * 4 + [large]
+    held = [torch.full((size,), 0xFF, dtype=torch.uint8, device=problem.device) for size in sizes]
+    del held  # to the allocator's cache, contents and all

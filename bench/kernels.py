@@ -1,0 +1,386 @@
+"""python -m bench kernels: time, memory and error of the loss beside its peers and the bare products.
+
+For each shape: the bare products; then every method a first time, against float64, with its peak of memory and a block
+of timed calls; then a second block of each in reverse order, so that a drift of the machine shows in the spread. The
+results file is rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came
+back, because it took the process with it, is not tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.tracking import environment
+
+from . import errors, plots
+from .inputs import Unavailable
+from .memory import gradient_bytes, peak_bytes
+from .peers import MATERIALISED, METHODS, OURS, TASKS, TRL, Method, Task, run
+from .problems import CPU_SHAPES, GPU_SHAPES, SHAPES, Problem, Shape
+from .timing import Clock, Products, Spread
+from .verdicts import TARGET_DEVICE, verdicts
+
+RESULTS = Path(__file__).parent / "results"
+PEER_PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "datasets")
+PHASES = ("forward", "backward", "both")
+ERRORS = ("logps_nats_max", "hidden_gradient", "weight_gradient")
+LEAST_SECONDS = 15.0  # a shape is not begun with less time left
+ERROR_SECONDS = 60.0  # a float64 reference that would take longer is left out
+GPU_GONE = 75  # exit status: the GPU refuses work after a failure; a new process may go on with --resume
+
+DID_NOT_RETURN = "did not return"  # the status of a row while it is measured
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--methods", nargs="*", metavar="PART", help="those whose names contain one of these")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
+    parser.add_argument("--block", type=float, default=0.5, metavar="SECONDS", help="of timed calls; two a row")
+    parser.add_argument("--inputs", type=Path, help="text inputs, as `python -m bench inputs FILE` writes them")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results and plots")
+    parser.add_argument("--resume", action="store_true", help="go on with the results in that folder")
+
+
+def main(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    every = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    shapes = [SHAPES[name] for name in options.shapes] if options.shapes else every
+    wanted = [part.lower() for part in options.methods or [""]]
+    methods = [method for method in METHODS if any(part in method.name.lower() for part in wanted)]
+    report = Report.open(options.out / f"{slug(device)}.json", device, options.resume)
+    bench = Bench(report, device, options.inputs, time.monotonic() + options.budget, options.block)
+    for shape in shapes:
+        bench.shape(shape, methods, thorough=shape == shapes[0] and device.type == "cuda")
+    report.finish()
+
+
+def summarise(results: list[str]) -> None:
+    """What a run has left in its results files, though it did not come to its end: first shape, targets, plots."""
+    for path in results:
+        Report(Path(path), json.loads(Path(path).read_text(encoding="utf-8"))).finish(shapes=1)
+
+
+def slug(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return "kernels-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Measures shapes into a report until the deadline (seconds of the monotonic clock)."""
+
+    def __init__(
+        self, report: Report, device: torch.device, inputs: Path | None, deadline: float, block_seconds: float
+    ) -> None:
+        self.report, self.device, self.inputs, self.deadline = report, device, inputs, deadline
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.clock = Clock(device)
+        self.block = (block_seconds, 3, 30)  # seconds, and rounds at least and at most
+        torch._dynamo.config.recompile_limit = 64  # beyond it a compiled peer would run uncompiled, unsaid
+
+    def shape(self, shape: Shape, methods: list[Method], thorough: bool) -> None:
+        """Every method at the first of its tasks, ours at all; ``thorough``: two peers at all of them too."""
+        everywhere = (*OURS, MATERIALISED, TRL) if thorough else OURS
+        plan = [
+            (method, task) for task in TASKS for method in methods
+            if task in method.tasks and (task is method.tasks[0] or method in everywhere)
+        ]  # fmt: skip
+        record = self.report.shape(shape, self.dtype)
+        done = {(row["method"], row["task"]) for row in record["rows"]}
+        plan = [(method, task) for method, task in plan if (method.name, task.name) not in done]
+        if not plan or record.get("unavailable"):
+            return
+        if self.left() < LEAST_SECONDS:
+            record["unavailable"] = "no time left"
+            return self.report.save()
+        try:
+            problem = Problem.make(shape, self.dtype, self.device, inputs=self.inputs)
+        except (Unavailable, torch.OutOfMemoryError) as error:
+            record["unavailable"] = _reason(error)
+            self.release()
+            return self.report.save()
+        products: dict[str, list[float]] = {"logits": [], "hidden": [], "weight": []}
+        self.floor(problem, products, record)
+        exact = self.exact(problem, {method.objective for method, _ in plan}, record)
+        samples: dict[tuple[Method, Task], list[list[float]]] = {}
+        for method, task in plan:
+            row = self.report.begin(record, method, task)
+            if reason := method.absent(problem):
+                row |= {"status": "absent", "reason": reason}
+            elif self.left() <= 0:
+                row |= {"status": "skipped", "reason": "no time left"}
+            elif self.guarded(row, lambda: self.first(method, task, problem, exact, row)):  # noqa: B023
+                samples[method, task] = []
+                self.guarded(row, lambda: self.timed(method, task, problem, samples[method, task], row, record))  # noqa: B023
+            self.report.save()
+            print(f"{shape.name}: {method.name}, {task.name}: {_brief(row)}", file=sys.stderr, flush=True)
+        for method, task in reversed(samples):
+            row = self.report.row(record, method, task)
+            if self.left() > 0 and row["status"] == "measured":
+                self.guarded(row, lambda: self.timed(method, task, problem, samples[method, task], row, record))  # noqa: B023
+        if self.left() > 0:
+            self.floor(problem, products, record)
+        self.report.save()
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def floor(self, problem: Problem, samples: dict[str, list[float]], record: dict[str, Any]) -> None:
+        """Times each product; over what the record has so far."""
+        try:
+            bare = Products(problem.hidden, problem.weight)
+            for laps in self.clock.block(bare.all, *self.block):
+                for name, lap in zip(samples, laps):
+                    samples[name].append(lap)
+        except torch.OutOfMemoryError:
+            return
+        finally:
+            bare = None
+            self.release()
+        record["floor_seconds"] = {name: Spread.of(laps).median for name, laps in samples.items()}
+        for row in record["rows"]:
+            _over_floor(row, record)
+
+    def exact(self, problem: Problem, objectives: set, record: dict[str, Any]) -> errors.Exact | None:
+        """The float64 reference, if it is had in reasonable time and memory; otherwise the record says why not."""
+        needed = errors.seconds(problem, len(objectives))
+        if needed > min(ERROR_SECONDS, self.left() / 3):
+            record["no_errors"] = f"float64 would take {needed:.0f} s here"
+            return None
+        try:
+            exact = errors.Exact.of(problem, objectives)
+        except torch.OutOfMemoryError:
+            record["no_errors"] = "float64 does not fit the memory"
+            exact = None
+        else:
+            problem.ref_logps = exact.ref_logps
+        self.release()
+        return exact
+
+    def first(
+        self, method: Method, task: Task, problem: Problem, exact: errors.Exact | None, row: dict[str, Any]
+    ) -> None:
+        """The first call, which compiles: its result against float64. Then one call's memory."""
+        start = time.perf_counter()
+        result = run(method, task, problem)
+        finite = bool(torch.isfinite(result.logps).all())  # waits for the device
+        row["first_call_seconds"] = time.perf_counter() - start
+        if not finite:
+            raise ArithmeticError("log-probs that are not finite")
+        if exact is not None:
+            row["error"] = exact.errors(result, method.objective)
+        del result
+        self.release()
+        row["gradient_bytes"] = gradient_bytes(task, problem)
+        row["peak_extra_bytes"] = peak_bytes(method, task, problem) - row["gradient_bytes"]
+
+    def timed(
+        self, method: Method, task: Task, problem: Problem, samples: list[list[float]], row: dict[str, Any],
+        record: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Adds a block of calls to the samples; the row's figures are over all of them."""
+        samples += self.clock.block(lambda mark: run(method, task, problem, mark), *self.block)
+        forward, backward = ([laps[i] for laps in samples] for i in (0, 1))
+        both = [sum(laps) for laps in samples]
+        row["seconds"] = {phase: Spread.of(times)._asdict() for phase, times in zip(PHASES, (forward, backward, both))}
+        row["tflops_per_second"] = task.gemms * problem.shape.gemm_flops / row["seconds"]["both"]["median"] / 1e12
+        row["status"] = "measured"
+        _over_floor(row, record)
+
+    def guarded(self, row: dict[str, Any], measure: Callable[[], None]) -> bool:
+        """Whether it went well. What goes wrong is the row's status; a GPU that is lost ends the process."""
+        try:
+            measure()
+            return True
+        except torch.OutOfMemoryError as error:
+            row |= {"status": "out of memory", "reason": _reason(error)}
+        except Exception as error:
+            row |= {"status": "failed", "reason": _reason(error)}
+        finally:
+            self.release(row)
+        return False
+
+    def release(self, row: dict[str, Any] | None = None) -> None:
+        """Gives memory back, and finds out whether the GPU still answers."""
+        if self.device.type != "cuda":
+            return
+        gc.collect()
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except Exception as error:
+            if row is not None:
+                row |= {"status": "failed", "reason": _reason(error)}
+            self.report.save()
+            print(f"the GPU is lost to this process: {_reason(error)}", file=sys.stderr, flush=True)
+            os._exit(GPU_GONE)  # an ordinary exit would wait for the GPU
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+
+
+def _over_floor(row: dict[str, Any], record: dict[str, Any]) -> None:
+    """Time over the bare products of the row's task, nothing recomputed."""
+    if row["status"] == "measured" and (floor := record.get("floor_seconds")):
+        task = next(t for t in TASKS if t.name == row["task"])
+        products = task.logits * floor["logits"] + task.hidden * floor["hidden"] + task.weight * floor["weight"]
+        row["over_floor"] = row["seconds"]["both"]["median"] / products
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """The results file and its tables."""
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path, self.data = path, data
+
+    @classmethod
+    def open(cls, path: Path, device: torch.device, resume: bool) -> Report:
+        if resume and path.is_file():
+            return cls(path, json.loads(path.read_text(encoding="utf-8")))
+        return cls(path, {"command": " ".join(["python -m bench", *sys.argv[1:]]), "environment": surroundings(device),
+                          "shapes": [], "verdicts": []})  # fmt: skip
+
+    def shape(self, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+        """The record of a shape: what it has already, or an empty one."""
+        for record in self.data["shapes"]:
+            if record["shape"] == shape.name:
+                return record
+        record = {
+            "shape": shape.name, "model": shape.model, "inputs": "text" if shape.text else "random",
+            "dtype": str(dtype).removeprefix("torch."), "tokens": shape.rows, "groups": shape.groups,
+            "responses": shape.responses, "response_tokens": shape.tokens, "features": shape.features,
+            "vocabulary": shape.vocabulary, "gemm_flops": shape.gemm_flops, "rows": [],
+        }  # fmt: skip
+        self.data["shapes"].append(record)
+        return record
+
+    def begin(self, record: dict[str, Any], method: Method, task: Task) -> dict[str, Any]:
+        """A new row, on disk before it is measured."""
+        record["rows"].append({"method": method.name, "task": task.name, "status": DID_NOT_RETURN})
+        self.save()
+        return record["rows"][-1]
+
+    def row(self, record: dict[str, Any], method: Method, task: Task) -> dict[str, Any]:
+        return next(row for row in record["rows"] if (row["method"], row["task"]) == (method.name, task.name))
+
+    def save(self) -> None:
+        self.data["verdicts"] = verdicts(self.data["shapes"])
+        atomic_write_text(self.path, json.dumps(self.data, indent=1) + "\n")
+
+    def finish(self, shapes: int | None = None) -> None:
+        """Prints the tables, of so many shapes, and draws the plots."""
+        console = Console(width=160, highlight=False)
+        for record in self.data["shapes"][:shapes]:
+            if record.get("unavailable"):
+                console.print(f"{record['shape']}: not measured: {record['unavailable']}", markup=False)
+            else:
+                console.print(shape_table(record))
+        for line in absences(self.data["shapes"]):
+            console.print(line, markup=False)
+        on_target = TARGET_DEVICE in self.data["environment"]["device"]
+        remark = "" if on_target else f" (they are set for an {TARGET_DEVICE})"
+        console.print(verdict_table(self.data["verdicts"], remark))
+        try:
+            print(f"written: {self.path}, {plots.draw(self.path)}")
+        except Exception as error:  # the numbers matter more
+            print(f"written: {self.path}; no plots: {error}")
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Device, versions and commit. COMMIT in the environment names it where the checkout has no history."""
+    found = environment(device)
+    for package in PEER_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["commit"] = found["commit"] or os.environ.get("COMMIT")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cuda": torch.version.cuda, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
+        }  # fmt: skip
+    return found
+
+
+def shape_table(record: dict[str, Any]) -> Table:
+    floor = record.get("floor_seconds")
+    bare = "" if floor is None else "; bare products, ms: " + ", ".join(f"{n} {s * 1e3:.4g}" for n, s in floor.items())
+    title = (f"{record['shape']}: {record['tokens']} tokens, H {record['features']}, V {record['vocabulary']}, "
+             f"{record['dtype']}, {record['inputs']} inputs{bare}")  # fmt: skip
+    if record.get("no_errors"):
+        title += f"; no errors: {record['no_errors']}"
+    table = Table(
+        "", "task", "ms", "± iqr", "forward", "backward", "× floor", "TFLOP/s", "extra MB", "nats", "dX", "dW",
+        title=title, title_justify="left", title_style="bold",
+    )  # fmt: skip
+    for row in record["rows"]:
+        if row["status"] == "absent":
+            continue
+        if row["status"] != "measured":
+            table.add_row(row["method"], row["task"], row["status"])
+            continue
+        seconds, error = row["seconds"], row.get("error", {})
+        table.add_row(
+            row["method"], row["task"], *(f"{1e3 * seconds['both'][k]:.4g}" for k in ("median", "iqr")),
+            *(f"{1e3 * seconds[phase]['median']:.4g}" for phase in ("forward", "backward")),
+            f"{row['over_floor']:.2f}" if "over_floor" in row else "", f"{row['tflops_per_second']:.3g}",
+            f"{row['peak_extra_bytes'] / 1e6:.0f}",
+            *(f"{error[k]:.1e}" if k in error else "" for k in ERRORS),
+        )  # fmt: skip
+    return table
+
+
+def absences(shapes: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for each method that was absent, failed or did not fit somewhere, with the reason and the shapes."""
+    seen: dict[tuple[str, str, str], list[str]] = {}
+    for record in shapes:
+        for row in record["rows"]:
+            if row["status"] != "measured":
+                where = seen.setdefault((row["method"], row["status"], row.get("reason", "")), [])
+                if record["shape"] not in where:
+                    where.append(record["shape"])
+    for (method, status, reason), where in seen.items():
+        at = "" if status == "absent" else f" at {', '.join(where)}"
+        yield f"{status}{at}: {method}{': ' + reason if reason else ''}"
+
+
+def verdict_table(rows: list[dict[str, Any]], remark: str = "") -> Table:
+    table = Table("target", "limit", "measured", "", title=f"Targets{remark}", title_justify="left", title_style="bold")
+    for row in rows:
+        value = "" if row["measured"] is None else f"{row['measured']:.3g}"
+        table.add_row(row["claim"], row["limit"], value, row["verdict"])
+    return table
+
+
+def _brief(row: dict[str, Any]) -> str:
+    if row["status"] != "measured":
+        return row["status"]
+    return f"{1e3 * row['seconds']['both']['median']:.4g} ms"

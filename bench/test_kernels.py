@@ -1,0 +1,55 @@
+"""Time of the loss under pytest-benchmark: forward, backward and both, at one shape, ours and the peers.
+
+    pytest bench --benchmark-only [-k "TRL and both"]
+
+``python -m bench kernels`` has the other shapes, memory, errors, ratios to the bare products and the targets.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .peers import METHODS, OURS, TASKS, Method, Step, Task
+from .problems import CPU_SHAPES, TARGET, Problem
+
+ROUNDS = 5
+PHASES = {"forward": [Step.forward], "backward": [Step.backward], "both": [Step.forward, Step.backward]}
+CASES = [
+    pytest.param(method, task, phase, id=f"{method.name}-{task.name}-{phase}")
+    for task in TASKS for method in METHODS for phase in (PHASES if task.trains else ["forward"])
+    if task in method.tasks and (task is method.tasks[0] or method in OURS)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    if torch.cuda.is_available():
+        return Problem.make(TARGET, torch.bfloat16, "cuda")
+    return Problem.make(CPU_SHAPES[1])
+
+
+@pytest.mark.parametrize(("method", "task", "phase"), CASES)
+def test_time(benchmark, problem: Problem, method: Method, task: Task, phase: str) -> None:
+    if reason := method.absent(problem):
+        pytest.skip(f"absent: {reason}")
+    benchmark.group = f"{problem.shape.name}: {task.name}, {phase}"
+    benchmark.extra_info |= {"method": method.name, "gemms": task.gemms, "gemm_flops": problem.shape.gemm_flops}
+
+    def wait() -> None:
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def setup() -> tuple[tuple[Step], dict]:
+        step = Step(method, task, problem)
+        if phase == "backward":
+            step.forward()
+        wait()
+        return (step,), {}
+
+    def passes(step: Step) -> None:
+        for one in PHASES[phase]:
+            one(step)
+        wait()
+
+    benchmark.pedantic(passes, setup=setup, rounds=ROUNDS, warmup_rounds=1)
