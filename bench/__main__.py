@@ -13,7 +13,8 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = ("kernels", "compile", "checks", "plots", "inputs")  # each a module with ``arguments(parser)`` and ``main(options)``
+# each a module with ``arguments(parser)`` and ``main(options)``
+COMMANDS = ("kernels", "compile", "checks", "plots", "inputs")
 
 
 def main(argv: list[str]) -> int | None:

@@ -1,9 +1,10 @@
 """What the Triton kernels compile to, for GPUs that need not be there: registers, stack, shared memory, instructions.
 
-    python -m bench compile [80 90 …]
+    python -m bench compile [--architectures 90 …]
 
-Fails if a kernel spills, wants more shared memory than there is, or misses the matrix units. The kernels are compiled as the host code launches them: it runs here on CPU tensors, with a driver in place of the
-GPU's that says which architecture is to be compiled for and launches nothing.
+Fails if a kernel spills, wants more shared memory than there is, or misses the matrix units. The kernels are compiled
+as the host code launches them: it runs here on CPU tensors, with a driver in place of the GPU's that says which
+architecture is to be compiled for and launches nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _dump(option: str, file: str) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "architectures", type=int, nargs="*", default=ARCHITECTURES, choices=sorted(SHARED_MEMORY),
+        "--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_MEMORY),
         help="compute capabilities without the point, such as 90",
     )  # fmt: skip
 

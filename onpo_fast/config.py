@@ -163,7 +163,8 @@ class Config:
         for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.anchor == "live" and 0 < self.make_objective().initial_share < 1:
+        share = self.make_objective().initial_share
+        if self.anchor == "live" and 0 < share < 1:
             raise UserError(f"--anchor live takes one anchor: --objective {self.objective} mixes two, use cached")
 
     def make_objective(self) -> Objective:
