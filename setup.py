@@ -15,13 +15,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The link onpo_fast/kernels serves a checkout and an editable install; package_dir serves wheels.
-    packages=["onpo_fast", "onpo_fast.integrations", "onpo_fast.kernels", "onpo_fast.prompts"],
+    packages=["onpo_fast", "onpo_fast.integrations", "onpo_fast.kernels", "onpo_fast.oracles", "onpo_fast.prompts"],
     package_dir={"onpo_fast.kernels": "kernels"},
     package_data={"onpo_fast": ["*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
         "safetensors",
+        "filelock",
         "gguf",  # the embedded model is a GGUF file, which
         "accelerate",  # transformers loads with this
         "jsonargparse>=4.40",
@@ -35,11 +36,28 @@ setup(
         "jinja2",
     ],
     extras_require={
+        "data": ["datasets>=4"],  # parquet, saved datasets, datasets of the hub, the export of pairs
+        "wandb": ["wandb>=0.20"],
         "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
+        "judge": ["openai>=3,<4", "tenacity>=9"],
         "trl": ["trl>=1.16,<2", "datasets"],
         "vllm": ["vllm"],
         "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
         "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5"],
-        "dev": ["pytest", "pytest-benchmark", "ruff", "datasets", "kernels", "peft", "hypothesis", "triton>=3.6"],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            "datasets",
+            "kernels",
+            "peft",
+            "hypothesis",
+            "triton>=3.6",
+            "wandb>=0.20",
+            "openai>=3,<4",
+            "tenacity>=9",
+            "fastapi",
+            "uvicorn",  # the judge, and `transformers serve` to test it on
+        ],
     },
 )

@@ -4,6 +4,7 @@ kernels     time, memory and error of the loss beside its peers: results, tables
 compile     registers, stack and shared memory of every Triton kernel, compiled for GPUs that need not be here
 checks      the same bits from repeated runs, whatever lay in the memory before
 plots       draws a results file again
+drill       runs killed and resumed, runs with damaged files: do they end with the same bits?
 inputs      puts the real model's hidden states and head in a file, for machines without the model
 """
 
@@ -14,7 +15,7 @@ import sys
 from importlib import import_module
 
 # each a module with ``arguments(parser)`` and ``main(options)``
-COMMANDS = ("kernels", "compile", "checks", "plots", "inputs")
+COMMANDS = ("kernels", "compile", "checks", "plots", "inputs", "drill")
 
 
 def main(argv: list[str]) -> int | None:

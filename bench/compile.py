@@ -29,13 +29,13 @@ from triton.runtime.jit import JITFunction
 
 from onpo_fast.kernels import fused
 from onpo_fast.kernels.groups import Layout
-from onpo_fast.kernels.head import Anchor, Head
+from onpo_fast.kernels.head import Head
 from onpo_fast.kernels.rescale import rescale
 from onpo_fast.objectives import Onpo
 
 # bytes of shared memory a block may have (CUDA C++ programming guide, technical specifications per compute capability)
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
 
 
@@ -100,7 +100,11 @@ def _compiling_for(architecture: int) -> Iterator[list[tuple[JITFunction, dict, 
 
 
 def launch_everything(dtype: torch.dtype) -> None:
-    """Every launch that the host code makes for this dtype, on a problem that fills the tiles."""
+    """The launches that the host code makes for this dtype, on a problem that fills the tiles.
+
+    Each option of the kernels is on and off: mode, chunks, bias, softcap, leaves in float32 (as under autocast). Tiles
+    that are cut to a small problem are not tried.
+    """
     vocabulary, features, length, responses = 1024, 4096, 64, 8
     rows = length * responses
     hidden, reference = (torch.zeros(rows, features, dtype=dtype) for _ in range(2))
@@ -111,8 +115,9 @@ def launch_everything(dtype: torch.dtype) -> None:
     for head in (Head(weight), Head(weight, bias), Head(weight, bias, softcap=30.0)):
         everything = (True, True, head.bias is not None)
         for mode, workspace in (("fast", None), ("fast", _workspace_for_chunks(layout, weight)), ("lean", None)):
-            loss = fused.PairLoss(hidden, head, targets, layout, Onpo(eta=1.0), Anchor(reference, None), ones, ones,
-                                  everything, (dtype,) * 3, mode, workspace).run()  # fmt: skip
+            for leaves in {(dtype,) * 3, (torch.float32,) * 3}:
+                loss = fused.PairLoss(hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything,
+                                      leaves, mode, workspace).run()  # fmt: skip
         logps = fused.token_logps(hidden, head, targets)
         fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
     rescale(loss.gradients[1], torch.ones(()))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group, Layout, Rows, chunks
-from .head import Anchor, Head
+from .head import Head
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CPU_COLUMNS = 4096  # vocabulary entries that a CPU multiplies, or converts from bf16, at a time
@@ -224,7 +224,13 @@ class _Gradients:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def response_logps(logps: Tensor, lengths: Tensor) -> Tensor:
+def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None) -> Tensor:
+    """(N, H), (N,) -> (S,) float64: summed over responses."""
+    lengths = layout.lengths(list(range(len(layout.edges) - 1)), hidden.device)
+    return _sums(token_logps(hidden, head, targets, workspace), lengths)
+
+
+def _sums(logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums over consecutive rows: (n,), (S,) -> (S,) float64. An empty response sums to 0."""
     if len(lengths) == 0:
         return logps.new_zeros(0, dtype=torch.float64)
@@ -241,7 +247,7 @@ class PairLoss:
         targets: Tensor,  # (N,)
         layout: Layout,
         objective,
-        reference: Tensor | Anchor,  # (S,) float64 log-probs, or what they are made from
+        reference: Tensor,  # (S,) float64 log-probs, or the (N, H) hidden states that go through the policy's head
         preference: Tensor,  # (P,) float64
         pair_weight: Tensor,  # (P,) float64
         wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
@@ -253,11 +259,9 @@ class PairLoss:
         self.objective, self.preference = objective, preference
         self.pair_share = pair_weight / pair_weight.sum()
         self.wanted, self.workspace = wanted, workspace or default_workspace(hidden.device, mode)
-        if isinstance(reference, Anchor):
-            per_token = token_logps(reference.hidden, reference.head or head, targets, self.workspace)
-            lengths = layout.lengths(list(range(len(layout.edges) - 1)), hidden.device)
-            reference = response_logps(per_token, lengths)
         self.ref_logps = reference
+        if reference.dim() == 2:
+            self.ref_logps = response_logps(reference, head, targets, layout, self.workspace)
         self.pairs = layout.pairs.to(hidden.device)
         self.sums = _Gradients(hidden, head, wanted)
         self.logps = torch.zeros(len(layout.edges) - 1, dtype=torch.float64, device=hidden.device)
@@ -290,7 +294,7 @@ class PairLoss:
         rows = self.layout.rows(responses, self.hidden.device)
         lengths = self.layout.lengths(responses, self.hidden.device)
         logps = token_logps(self.hidden[rows], self.head, self.targets[rows], self.workspace)
-        self.logps[responses] = response_logps(logps, lengths)
+        self.logps[responses] = _sums(logps, lengths)
 
     def _coefficients(self, pairs: list[int]) -> Tensor:
         """Margins and loss of these pairs; (S,) d loss / d log-prob of every response, from these pairs alone."""
@@ -309,7 +313,7 @@ class PairLoss:
         rows = self.layout.rows(responses, self.hidden.device)
         lengths = self.layout.lengths(responses, self.hidden.device)
         block = _Block(self.hidden[rows], self.head, self.targets[rows], self.buffer, gradients=True)
-        self.logps[responses] = response_logps(block.logps, lengths)
+        self.logps[responses] = _sums(block.logps, lengths)
         coefficients = self._coefficients([p for group in chunk for p in group.pairs])[responses]
         per_row = coefficients.to(self.sums.dtype).repeat_interleave(lengths, output_size=len(block.logps))
         self.sums.add(block, rows, per_row[:, None])
@@ -349,7 +353,7 @@ class PairLoss:
             if apart is not None:
                 apart.add_head(block, block.row_scale(signs[block_rows]))
 
-        self.logps[group.responses] = response_logps(logps, lengths)
+        self.logps[group.responses] = _sums(logps, lengths)
         coefficients = self._coefficients(group.pairs)
         per_row = coefficients[group.responses].to(dtype).repeat_interleave(lengths, output_size=len(hidden))[:, None]
         if unscaled is not None:

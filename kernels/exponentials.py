@@ -121,7 +121,7 @@ def exponentials_kernel(
         tl.store(peaks + at, peak, mask=inside)
         tl.store(sums + at, tl.sum(exponentials, 1), mask=inside)
         if STORE:
-            exponentials *= tl.exp(base - tl.load(shift + row, mask=inside, other=0.0))[:, None]
+            exponentials *= tl.exp(peak - tl.load(shift + row, mask=inside, other=0.0))[:, None]
     else:
         exponentials = tl.exp(others - tl.load(shift + row, mask=inside, other=0.0)[:, None])
     if STORE:  # noqa: SIM102 (the condition is the compiler's)

@@ -15,7 +15,7 @@ units. So the products decide, and each mode is a choice of which to repeat:
   ``weight_gradient.py``). Workspace: E, 2·V bytes a row in bf16.
 - **lean**, five products. Log-probs first, from the forward alone; then the vocabulary slice by slice: logits again,
   made into softmax minus one-hot, and the two products. Each slice of dW is written once; only dX is summed, in fp32.
-  Workspace: three times the hidden states.
+  Workspace: a slice, X scaled and dX in fp32: about 10·H bytes a token in bf16, and no less than 6·H.
 
 Scoring is the forward alone; per-token gradients (``token_gradients``) are lean's second half.
 
@@ -25,8 +25,10 @@ Nothing waits for the device, and every sum has a fixed order.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from torch import Tensor
 from .bias_gradient import add_bias_gradient
 from .exponentials import exponentials
 from .groups import Group, Layout, chunks
-from .head import Anchor, Head
+from .head import Head
 from .launch import aligned, empty_rows
 from .row_sums import RowSums, merge, segment_sums
 from .target_logits import target_logits
@@ -44,7 +46,9 @@ logger = logging.getLogger("onpo_fast")
 
 DEFAULT_WORKSPACE = 2**30  # bytes
 LEAN_WORKSPACE = 2**27  # bytes for a vocabulary slice of lean, or the hidden states' size where that is more
-SCORED_ROWS = 16384  # at a time: bounds what the pieces of the log-sum-exp take
+SCORED_ROWS = 8192  # at a time: bounds what the pieces of the log-sum-exp take
+FEW_ROWS = 512  # in a chunk: the head would be read, and dW read and written, too often for the work between
+FP16_SCALE = 2.0**14  # of probabilities: 1 and the smallest that count are both in fp16's range
 COLUMN_TILE = 128  # vocabulary entries of the narrowest tile; a wider one makes fewer pieces
 
 
@@ -67,6 +71,12 @@ def _softmax(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, RowSu
     """The targets' logits, (n,) float64, and what the rows' softmax comes down to."""
     own = target_logits(hidden, head, targets)
     return own, merge(exponentials(hidden, head, targets, own), own)
+
+
+def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None) -> Tensor:
+    """(N, H), (N,) -> (S,) float64: summed over responses."""
+    edges = torch.tensor(layout.edges, dtype=torch.int64)
+    return segment_sums(token_logps(hidden, head, targets), to_device(edges, hidden.device))
 
 
 def token_gradients(
@@ -103,9 +113,10 @@ def _recompute(
     shift = (own - logps).float()  # the log-sum-exp: E is then the softmax itself
     target_values = logps.expm1().float()  # p − 1, without cancellation
     scale = upstream.float() * -(head.logit_scale / head.temperature)
-    if hidden.dtype == torch.float16:  # fp16 could not hold a small coefficient on the rows of X
-        gradients.factor = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        scale = scale / gradients.factor
+    if hidden.dtype == torch.float16:  # which could hold neither small probabilities nor small coefficients on X's rows
+        shift, target_values = shift - math.log(FP16_SCALE), target_values * FP16_SCALE
+        largest = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        scale, gradients.factor = scale / largest, largest / FP16_SCALE
     scaled = _scaled_rows(hidden, scale, hidden.dtype) if gradients.weight is not None else None
     total = None
     if gradients.hidden is not None:
@@ -154,7 +165,7 @@ def _scaled_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, summed in fp32."""
+    """out = a b, summed in fp32 (but for what cuBLAS may do between the parts of a long sum, where PyTorch lets it)."""
     if not a.is_cuda:  # interpreted
         out.copy_(a.float() @ b.float())
     elif a.dtype == out.dtype:
@@ -268,18 +279,25 @@ def plan(
         if mode == "fast":
             budget = max(budget, needed)
     if row * tokens <= budget:
-        return Plan("fast", [groups] if groups else [], row * tokens, "everything fits one chunk")
+        return Plan("fast", [groups], row * tokens, "everything fits one chunk")
     if needed > budget:
         text = f"the largest preference group, {largest} tokens, needs {needed} bytes of workspace, beyond {budget}"
         if mode == "fast":
             raise ValueError(f"mode='fast': {text} (workspace_bytes); mode='lean' or 'auto' would recompute")
-        return lean(text)
+        if lean_bytes < needed:
+            return lean(text)
+        budget = needed  # nothing is saved by recomputing
     pieces = list(chunks(groups, (budget - carry) // row))
-    return Plan("fast", pieces, carry + row * max(sum(g.tokens for g in c) for c in pieces), "groups fit, in chunks")
+    sizes = [sum(group.tokens for group in piece) for piece in pieces]
+    if mode == "auto" and tokens / len(pieces) < FEW_ROWS and lean_bytes <= budget:
+        return lean(f"{len(pieces)} chunks of at most {max(sizes)} tokens would be too small")
+    return Plan("fast", pieces, carry + row * max(sizes), "groups fit, in chunks")
 
 
 class _Order:
     """Rows, responses and pairs numbered so that a chunk of groups is a range of each, groups with pairs first."""
+
+    captured: ClassVar[set[_Order]] = set()
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         groups = sorted(layout.groups, key=lambda group: not group.pairs)
@@ -303,28 +321,38 @@ class _Order:
             "entry_pair": [p for p, _ in flat], "entry_sign": [s for _, s in flat],
             "responses": responses, "pairs": pairs,
         }  # fmt: skip
-        # one copy to the device for all of them, which nothing waits for
         joined = torch.tensor([x for column in columns.values() for x in column], dtype=torch.int64)
-        parts = joined.to(device, non_blocking=True).split([len(column) for column in columns.values()])
+        parts = to_device(joined, device).split([len(column) for column in columns.values()])
         self.on_device = dict(zip(columns, parts))
         self.responses_move = responses != list(range(len(responses)))
         self.pairs_move = pairs != list(range(len(pairs)))
         self.rows = None  # (N,) the permutation of the rows, None if they stay
         if self.responses_move:
             rows = [i for r in responses for i in range(layout.edges[r], layout.edges[r + 1])]
-            self.rows = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        lengths = torch.tensor(lengths, dtype=torch.int64)
-        self.response_of_row = torch.repeat_interleave(lengths).to(device, non_blocking=True)
+            self.rows = to_device(torch.tensor(rows, dtype=torch.int64), device)
+        self.response_of_row = to_device(torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)), device)
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> _Order:
+        """Made once for a layout, which itself is: a CUDA graph can be captured after a call with the same one."""
+        order = cls._of(layout, device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            cls.captured.add(order)  # a graph reads these tensors whenever it is replayed
+        return order
 
     @classmethod
     @lru_cache(maxsize=32)
-    def of(cls, layout: Layout, device: torch.device) -> _Order:
-        """Made once for a layout, which itself is: a CUDA graph can be captured after a call with the same one."""
+    def _of(cls, layout: Layout, device: torch.device) -> _Order:
         return cls(layout, device)
 
     def scattered(self, values: Tensor, name: str, moved: bool) -> Tensor:
         """Values in this order, put back into the caller's."""
         return torch.empty_like(values).index_copy_(0, self.on_device[name], values) if moved else values
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for: neither this process for the device, nor the other way round."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _running_sum(sizes: list[int]) -> list[int]:
@@ -344,7 +372,7 @@ class PairLoss:
         targets: Tensor,  # (N,)
         layout: Layout,
         objective,
-        reference: Tensor | Anchor,  # (S,) float64 log-probs, or what they are made from
+        reference: Tensor,  # (S,) float64 log-probs, or the (N, H) hidden states that go through the policy's head
         preference: Tensor,  # (P,) float64
         pair_weight: Tensor,  # (P,) float64
         wanted: tuple[bool, bool, bool],  # gradients for hidden, weight, bias
@@ -363,53 +391,54 @@ class PairLoss:
 
         # a reference that shares the head goes through it in the same product
         self.stacked = None
-        rows = len(hidden)
-        if isinstance(reference, Tensor):
-            self.ref_logps = reference[self.order.on_device["responses"]] if self.order.responses_move else reference
-        elif reference.head is None:
-            self.stacked = aligned(self._ordered(reference.hidden))
-            self.ref_logps = torch.zeros(len(self.order.edges) - 1, dtype=torch.float64, device=hidden.device)
+        responses = len(self.order.edges) - 1
+        if reference.dim() == 2:
+            self.stacked = aligned(self._ordered(reference))
+            self.ref_logps = torch.zeros(responses, dtype=torch.float64, device=hidden.device)
         else:
-            self.ref_logps = self._sums(token_logps(self._ordered(reference.hidden), reference.head, self.targets))
-        self.rows_logps = torch.empty(rows, dtype=torch.float64, device=hidden.device)
+            self.ref_logps = reference[self.order.on_device["responses"]] if self.order.responses_move else reference
+        self.rows_logps = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
         self.ref_rows_logps = torch.empty_like(self.rows_logps) if self.stacked is not None else None
-        self.logps = torch.zeros(len(self.order.edges) - 1, dtype=torch.float64, device=hidden.device)
+        self.logps = torch.zeros(responses, dtype=torch.float64, device=hidden.device)
         self.margins, self.losses, self.derivative = torch.zeros(
             3, len(preference), dtype=torch.float64, device=hidden.device
         )
 
-        paired = [group for group in self.order.groups if group.pairs]
-        self.paired_rows = sum(group.tokens for group in paired)
-        free = _free_memory(hidden.device) if mode == "auto" and workspace is None else None
-        carried = wanted[1] and dtypes[1] == torch.bfloat16
-        self.plan = plan(paired, tuple(head.weight.shape), hidden.dtype, carried, mode, workspace, free)
-        logger.debug("%s: %s, %d chunks, %d bytes of workspace", *self._description())
-
-    def _description(self) -> tuple[str, str, int, int]:
-        return self.plan.mode, self.plan.reason, len(self.plan.chunks), self.plan.workspace
+        self.mode = mode
 
     def run(self) -> PairLoss:
         gradients = _Gradients(self.hidden, self.head, self.wanted, self.dtypes)
-        if not any(self.wanted):
+        paired = [group for group in self.order.groups if group.pairs]
+        rows = sum(group.tokens for group in paired)
+        if not any(self.wanted) or rows == 0:
+            gradients.zero()
             self._score(slice(0, len(self.hidden)))
-            self._coefficients(0, len(self.order.edges) - 1, 0, len(self.share))
+            self._coefficients(0, len(self.logps), 0, len(self.share))
         else:
             if gradients.hidden is not None:
-                gradients.hidden[self.paired_rows :].zero_()  # responses without a pair
-            self._score(slice(self.paired_rows, len(self.hidden)))
-            if self.paired_rows == 0:
-                gradients.zero()
-                self._coefficients(0, len(self.order.edges) - 1, 0, len(self.share))
-            elif self.plan.mode == "fast":
-                self._fast(gradients)
+                gradients.hidden[rows:].zero_()  # responses without a pair
+            self._score(slice(rows, len(self.hidden)))
+            plan = self._plan(paired)
+            if plan.mode == "fast":
+                self._fast(gradients, plan.chunks)
             else:
-                self._lean(gradients)
+                self._lean(gradients, slice(0, rows), sum(len(group.responses) for group in paired))
         self.logps = self._sums(self.rows_logps)
         if self.stacked is not None:
             self.ref_logps = self._sums(self.ref_rows_logps)
         self.loss = (self.losses * self.share).sum()
         self._restore(gradients)
         return self
+
+    def _plan(self, paired: list[Group]) -> Plan:
+        free = _free_memory(self.hidden.device) if self.mode == "auto" and self.workspace is None else None
+        carried = self.wanted[1] and self.dtypes[1] == torch.bfloat16
+        shape = tuple(self.head.weight.shape)
+        chosen = plan(paired, shape, self.hidden.dtype, carried, self.mode, self.workspace, free)
+        logger.debug(
+            "%s: %s; chunks: %d, workspace: %d bytes", chosen.mode, chosen.reason, len(chosen.chunks), chosen.workspace
+        )
+        return chosen
 
     def _ordered(self, rows: Tensor) -> Tensor:
         return rows if self.order.rows is None else rows[self.order.rows]
@@ -431,8 +460,9 @@ class PairLoss:
 
     def _score(self, rows: slice) -> None:
         """Log-probs of these rows, and of the reference's where it shares the head."""
-        for start in range(rows.start, rows.stop, SCORED_ROWS):
-            part = slice(start, min(start + SCORED_ROWS, rows.stop))
+        step = SCORED_ROWS if self.stacked is None else SCORED_ROWS // 2
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
             self._keep(part, _softmax(*self._through_the_head(part))[1])
 
     def _through_the_head(self, rows: slice) -> tuple[Tensor, Head, Tensor]:
@@ -467,60 +497,60 @@ class PairLoss:
     def _row_coefficients(self, rows: slice, coefficients: Tensor, first: int) -> Tensor:
         return coefficients[self.order.response_of_row[rows] - first]
 
-    def _fast(self, gradients: _Gradients) -> None:
-        capacity = max(sum(group.tokens for group in chunk) for chunk in self.plan.chunks)
-        vocabulary = len(self.head.weight)
-        buffer = empty_rows(capacity, vocabulary, self.hidden.dtype, self.hidden.device)
-        several = len(self.plan.chunks) > 1
+    def _fast(self, gradients: _Gradients, pieces: list[list[Group]]) -> None:
+        capacity = max(sum(group.tokens for group in piece) for piece in pieces)
+        buffer = empty_rows(capacity, len(self.head.weight), self.hidden.dtype, self.hidden.device)
         carry = None
-        if several and gradients.weight is not None and gradients.weight.dtype == torch.bfloat16:
+        if len(pieces) > 1 and gradients.weight is not None and gradients.weight.dtype == torch.bfloat16:
             carry = carry_for(gradients.weight)
-        constant = -(self.head.logit_scale / self.head.temperature)
         response = pair = row = 0
-        for number, chunk in enumerate(self.plan.chunks):
-            stop_response = response + sum(len(group.responses) for group in chunk)
-            stop_pair = pair + sum(len(group.pairs) for group in chunk)
-            rows = slice(row, row + sum(group.tokens for group in chunk))
-            count = rows.stop - rows.start
-            e, sums = self._exponentials(rows, buffer[:count])
-            self._keep(rows, sums)
+        for number, piece in enumerate(pieces):
+            stop_response = response + sum(len(group.responses) for group in piece)
+            stop_pair = pair + sum(len(group.pairs) for group in piece)
+            rows = slice(row, row + sum(group.tokens for group in piece))
+            e, total = self._exponentials(rows, buffer[: rows.stop - rows.start])
             coefficients = self._coefficients(response, stop_response, pair, stop_pair)
-            scale = self._row_coefficients(rows, coefficients, response).float() * constant / sums.total[:count]
-            hidden = self.hidden[rows]
-            if gradients.hidden is not None:
-                product = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-                _product(e, self.head.weight, product)
-                torch.mul(product, scale[:, None], out=gradients.hidden[rows])
-            if gradients.weight is not None:
-                scaled = _scaled_rows(hidden, scale, hidden.dtype)
-                if several:
-                    last = number == len(self.plan.chunks) - 1
-                    add_weight_gradient(gradients.weight, e, scaled, carry, first=number == 0, last=last)
-                else:
-                    _product(e.T, scaled, gradients.weight)
-            if gradients.bias is not None:
-                add_bias_gradient(gradients.bias, e, scale)
+            scale = self._row_coefficients(rows, coefficients, response).float() / total
+            scale *= -(self.head.logit_scale / self.head.temperature)
+            self._add_products(gradients, rows, e, scale, carry, first=number == 0, last=number == len(pieces) - 1)
             response, pair, row = stop_response, stop_pair, rows.stop
 
-    def _exponentials(self, rows: slice, e: Tensor) -> tuple[Tensor, RowSums]:
-        """E of a chunk, complete: −(the sum of the others) in the target's column."""
+    def _add_products(
+        self, gradients: _Gradients, rows: slice, e: Tensor, scale: Tensor, carry: Tensor | None, first: bool,
+        last: bool,
+    ) -> None:  # fmt: skip
+        """A chunk's share of the gradients, from its E and the scales −c·κ/s of its rows."""
+        hidden = self.hidden[rows]
+        if gradients.hidden is not None:
+            product = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+            _product(e, self.head.weight, product)
+            torch.mul(product, scale[:, None], out=gradients.hidden[rows])
+            del product
+        if gradients.weight is not None:
+            scaled = _scaled_rows(hidden, scale, hidden.dtype)
+            if first and last:
+                _product(e.T, scaled, gradients.weight)
+            else:
+                add_weight_gradient(gradients.weight, e, scaled, carry, first=first, last=last)
+        if gradients.bias is not None:
+            add_bias_gradient(gradients.bias, e, scale)
+
+    def _exponentials(self, rows: slice, e: Tensor) -> tuple[Tensor, Tensor]:
+        """E of a chunk, complete, −(the sum of the others) in the target's column; and its rows' sums (n,)."""
         hidden, head, targets = self._through_the_head(rows)
         own = target_logits(hidden, head, targets)
         sums = merge(exponentials(hidden, head, targets, own, shift=own.float(), store=e), own)
         hidden, targets, own = hidden[: len(e)], targets[: len(e)], own[: len(e)]
-        exponentials(
-            hidden, head, targets, own, sums=False, shift=sums.shift, store=e, moved_only=True
-        )
+        exponentials(hidden, head, targets, own, sums=False, shift=sums.shift, store=e, moved_only=True)
         values = -sums.others[: len(e)]
         if head.softcap is not None:
             values = values * (1 - (own * (head.temperature / head.softcap)).square()).float()
         e.scatter_(1, targets[:, None], values.to(e.dtype)[:, None])
-        return e, sums
+        self._keep(rows, sums)
+        return e, sums.total[: len(e)]
 
-    def _lean(self, gradients: _Gradients) -> None:
-        rows = slice(0, self.paired_rows)
+    def _lean(self, gradients: _Gradients, rows: slice, responses: int) -> None:
         self._score(rows)
-        responses = sum(len(group.responses) for group in self.order.groups if group.pairs)
         coefficients = self._coefficients(0, responses, 0, len(self.share))
         upstream = self._row_coefficients(rows, coefficients, 0)
         _recompute(

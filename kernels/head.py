@@ -36,10 +36,3 @@ class Head(NamedTuple):
         if self.softcap is not None:
             logits = self.softcap * (logits / self.softcap).tanh()
         return logits / self.temperature
-
-
-class Anchor(NamedTuple):
-    """A reference that goes through its head with the policy."""
-
-    hidden: Tensor  # (N, H)
-    head: Head | None  # None: the policy's

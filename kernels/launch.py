@@ -75,7 +75,7 @@ def operand(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor | Tensor:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """(n, H) as a tensor descriptor can read it: itself, or a copy whose rows are contiguous and padded with zeros."""
+    """(n, H) as a tensor descriptor can read it: itself, or a copy with contiguous rows on aligned addresses."""
     rows_aligned = matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0 and matrix.stride(0) >= matrix.shape[1]
     if matrix.stride(1) == 1 and rows_aligned and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
@@ -85,7 +85,7 @@ def aligned(matrix: Tensor) -> Tensor:
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, columns), uninitialised, each row starting on an aligned address."""
-    step = ALIGNMENT // dtype.itemsize
+    step = 16  # elements: more than a descriptor needs, and what Triton knows a stride to be divisible by
     return torch.empty(rows, -(-columns // step) * step, dtype=dtype, device=device)[:, :columns]
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .groups import Layout
 from .head import Head
 
 
@@ -16,10 +17,12 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return double.logits(hidden.double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def response_logps(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums over responses: (N,), (S+1,) -> (S,). An empty response sums to 0."""
-    edges = cu_seqlens.tolist()
-    sums = [logps[a:b].sum() for a, b in pairwise(edges)]
+def response_logps(
+    hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None = None
+) -> Tensor:
+    """(N, H), (N,) -> (S,) float64: summed over responses. An empty one sums to 0. Takes all the memory it wants."""
+    logps = token_logps(hidden, head, targets)
+    sums = [logps[a:b].sum() for a, b in pairwise(layout.edges)]
     return torch.stack(sums) if sums else logps.new_zeros(0)
 
 

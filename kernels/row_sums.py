@@ -51,7 +51,7 @@ def merge_kernel(
     target = tl.load(target_logits + row, mask=inside, other=0.0)
     near = target.to(tl.float32)
     origin = tl.where(peak - near > FAR, peak, near)
-    rest = whole.to(tl.float64) * tl.exp(base.to(tl.float64) - origin.to(tl.float64))  # without the target
+    rest = whole.to(tl.float64) * tl.exp(peak.to(tl.float64) - origin.to(tl.float64))  # without the target
     above = target - origin.to(tl.float64)
     everything = rest + tl.exp(above)
     tl.store(logps + row, above - tl.log(everything), mask=inside)  # −log(1 + rest) where the origin is the target

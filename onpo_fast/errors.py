@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
     """Bad input. The message names the file, line, field or flag and says what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean …?" with the known name that this one comes nearest to, or nothing.
+
+    >>> nearest("itarations", ["iterations", "epochs"])
+    '; did you mean iterations?'
+    >>> nearest("colour", ["iterations", "epochs"])
+    ''
+    """
+    known = list(known)
+    near = [one for one in known if one.startswith(name)] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near and name.strip("-") else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line, whose errors are ``UserError``s. It has ``--debug``, which ``command`` takes care of."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_args(self, *arguments, **options) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(*arguments, **options)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            what = "there is no option" if flag.startswith("-") else "one argument too many:"
+            raise UserError(f"{what} {flag}{nearest(flag, self._option_string_actions)} (see --help)")
+        return values
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def _in_words(error: UserError | OSError) -> str | None:
+    """None for an error of the system that is nobody's input."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "a file"
+        return f"no space left for {where}: free some; what was done is there, and --resume goes on"
+    return None
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -19,10 +64,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         argv = sys.argv[1:] if argv is None else argv
         try:
             main([argument for argument in argv if argument != "--debug"])
-        except UserError as error:
-            if "--debug" in argv:
+        except (UserError, OSError) as error:
+            if "--debug" in argv or not (message := _in_words(error)):
                 raise
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            print("error: " + " ".join(message.split()), file=sys.stderr)
             raise SystemExit(2) from None
 
     return run

@@ -10,7 +10,6 @@ against it, max_s J(π_s, π_t) − min_s J(π_t, π_s) = 2·max_s J(π_s, π_t)
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from . import oracles
 from .checkpoint import atomic_write_text, write_jsonl
 from .config import Config
 from .data import Group, Messages, read_prompts
-from .errors import UserError, command
+from .errors import CommandParser, UserError, command
 from .policy import kl_estimate, load, score
 from .sampling import make_sampler
 from .tracking import Tracker, console, progress
@@ -52,8 +51,11 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
     later = list(samples.values())[1:]
     kl = [0.0, *(kl_estimate(groups, score(initial, groups, config.tokens_per_microbatch)) for groups in later)]
 
+    del initial  # at most one model is in memory, and the oracle may be one
+
     names = list(sources)
-    matrices = _judge(samples, prompts, config)
+    oracle = oracles.load(config.oracle, config, directory)
+    matrices = _judge(samples, prompts, oracle, config)
     wins = np.stack([_blocks(matrix, len(names)) for matrix in matrices])  # (prompts, policies, policies)
     result = {
         "policies": names,
@@ -71,7 +73,7 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
     write_jsonl(directory / "evaluation_responses.jsonl", _response_records(samples, prompts, matrices, config))
     atomic_write_text(directory / "evaluation.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if tracker is not None:
-        tracker.log("evaluate", 0, seconds=time.perf_counter() - start)
+        tracker.log("evaluate", 0, seconds=time.perf_counter() - start, **oracles.take_counters(oracle))
     return result
 
 
@@ -107,14 +109,16 @@ def _sample(name: str, source: str | Path, prompts: Sequence[Messages], seed: li
         return sampler(prompts, config.eval_samples, seed, done)
 
 
-def _judge(samples: dict[str, list[Group]], prompts: Sequence[Messages], config: Config) -> list[np.ndarray]:
+def _judge(
+    samples: dict[str, list[Group]], prompts: Sequence[Messages], oracle: oracles.Oracle, config: Config
+) -> list[np.ndarray]:
     """A matrix a prompt over the responses of all policies, policy by policy."""
     joined = [
         Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
         for p, prompt in enumerate(prompts)
     ]
     with progress("evaluate: judge", len(joined)) as done:
-        return oracles.judge(oracles.load(config.oracle), joined, config.oracle, done)
+        return oracles.judge(oracle, joined, config.oracle, done)
 
 
 def _blocks(matrix: np.ndarray, policies: int) -> np.ndarray:
@@ -149,9 +153,8 @@ def _response_records(
 
 @command
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.")
+    parser = CommandParser(prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.")
     parser.add_argument("directory", type=Path, help="the run's output directory")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     directory = parser.parse_args(argv).directory
     console.print(summary(evaluate(directory, configuration.read(directory))))
 

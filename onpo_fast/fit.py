@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from . import stopping
+from .checkpoint import Checkpoints
 from .config import Config
 from .data import Group, Pair
 from .errors import UserError
@@ -53,6 +55,7 @@ def fit(
     objective: Objective,
     config: Config,
     on_step: Callable[[dict[str, float | None]], None],
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
 
@@ -61,12 +64,22 @@ def fit(
         batches: the comparisons of every optimizer step, from ``plan``.
         anchor: its summed log-probs, cached; or the anchor itself, which must not be ``policy``.
         on_step: told the metrics of every optimizer step.
+        checkpoints: where the fit goes on from, if there is one; saved as often as they say, and when a signal asks.
+
+    Raises:
+        UserError: if ``config.max_skipped_steps`` steps in a row had a loss or a gradient that is not finite. Such a
+            step leaves the weights as they are.
+        Stopped: if a signal asked for it, after the step, with its state saved.
     """
     model = policy.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = _cosine_with_warmup(optimizer, round(config.warmup_ratio * len(batches)), len(batches))
+    done = skipped = 0  # steps; of them the last in a row without a finite gradient
+    if checkpoints and (state := checkpoints.restore(model, optimizer)):
+        done, skipped = state["step"], state["skipped"]
+        schedule.load_state_dict(state["schedule"])
 
-    for step, batch in enumerate(batches, 1):
+    for step, batch in enumerate(batches[done:], done + 1):
         start = time.perf_counter()
         metrics = _Metrics(objective)
         for part in _microbatches(policy, groups, batch, config):
@@ -75,13 +88,16 @@ def fit(
             (compared.output.loss * (_count(part) / _count(batch))).backward()
             metrics.add(compared)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not norm.isfinite():
-            raise UserError(
-                f"the gradient is not finite at step {step} of {len(batches)}: lower --learning_rate, or look for "
-                "log-probs that are not finite in the model"
-            )
         rate = schedule.get_last_lr()[0]
-        optimizer.step()
+        summary = metrics.summary()
+        skipped = 0 if norm.isfinite() and summary["loss"] is not None else skipped + 1
+        if skipped > config.max_skipped_steps:
+            raise UserError(
+                f"step {step} of {len(batches)}: no finite loss and gradient for {skipped} steps in a row "
+                "(--max_skipped_steps); lower --learning_rate, or look for log-probs that are not finite in the model"
+            )
+        if not skipped:
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -89,13 +105,25 @@ def fit(
             {
                 "step": step,
                 "steps": len(batches),
-                **metrics.summary(seconds),
-                "gradient_norm": float(norm),
+                **summary,
+                "tokens_per_second": metrics.tokens / seconds,
+                "pairs_per_second": _count(batch) / seconds,
+                "gradient_norm": _finite(float(norm)),
                 "learning_rate": rate,
+                "skipped": int(skipped > 0),
                 "peak_memory_bytes": peak_memory_bytes(policy.device),
                 "seconds": seconds,
             }
         )
+        if step < len(batches):  # after the last one the policy itself is saved
+            if checkpoints and (checkpoints.due(step) or stopping.asked()):
+                checkpoints.save(step, model, optimizer, {"skipped": skipped, "schedule": schedule.state_dict()})
+            stopping.stop_if_asked()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def _cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> SequentialLR:
@@ -205,13 +233,8 @@ class _Metrics:
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column.double())
 
-    def summary(self, seconds: float) -> dict[str, float | None]:
-        """Means over pairs (None where infinite, as DPO's target for a sure label is); the loss also normalised."""
-        joined = {name: torch.cat(columns) for name, columns in self.columns.items()}
-        means = {name: float(column.mean()) for name, column in joined.items()}
-        return {
-            "loss_normalised": means["loss"] / self.objective.normaliser,
-            **{name: mean if math.isfinite(mean) else None for name, mean in means.items()},
-            "tokens_per_second": self.tokens / seconds,
-            "pairs_per_second": len(joined["loss"]) / seconds,
-        }
+    def summary(self) -> dict[str, float | None]:
+        """Means over pairs (None where not finite, as DPO's target for a sure label is); the loss also normalised."""
+        means = {name: float(torch.cat(columns).mean()) for name, columns in self.columns.items()}
+        means["loss_normalised"] = means["loss"] / self.objective.normaliser
+        return {name: _finite(mean) for name, mean in means.items()}

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import chunked, reference
 from .kernels.groups import Layout
-from .kernels.head import Anchor, Head
+from .kernels.head import Head
 from .objectives import Objective
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -58,7 +58,7 @@ def linear_logprobs(
     it is a pairwise loss, ``fused_linear_pair_loss`` does without. See there for the other arguments and errors.
     """
     dtype = _check_head(hidden, weight, bias, logit_scale, softcap, temperature)
-    _check_targets(hidden, weight, targets, validate)
+    targets = _check_targets(hidden, weight, targets, validate)
     backend = _backend(backend, hidden.device, dtype)
     _check_workspace(workspace_bytes)
     options = Head(None, None, float(logit_scale), softcap, float(temperature))
@@ -114,11 +114,14 @@ def fused_linear_pair_loss(
             products are as exact as ``torch.set_float32_matmul_precision`` says: three TF32 products each ("highest",
             the default) or one.
         mode: "fast" computes every logit once and keeps a chunk of exponentials, "lean" computes them again and keeps
-            a slice; "auto" is fast where the largest preference group fits the workspace. The logger "onpo_fast" says
-            at level DEBUG which it was, and why. fp16 is always lean with "triton".
-        workspace_bytes: memory beside inputs and gradients, about. The default is 1 GiB on a GPU (fast; never more
-            than half of what is free), three times the hidden states there (lean), and 144 or 18 MiB on a CPU.
-        validate: check the values of GPU tensors too, which waits for the device.
+            a slice; "auto" is fast where the largest preference group fits the workspace, or lean would take as much.
+            The logger "onpo_fast" says at level DEBUG which it was, and why. With "triton", fp16 is always lean; with
+            "torch", a mode is only a default of ``workspace_bytes``, and what does not fit is computed again.
+        workspace_bytes: memory beside inputs and gradients, about. The default is 1 GiB for fast on a GPU (for auto no
+            more than half of what is free), about 10·H bytes a token for lean (in bf16; it never takes less than 6·H),
+            and 144 or 18 MiB on a CPU.
+        validate: check the values of GPU tensors too, which waits for the device. Unchecked, a target outside of the
+            vocabulary makes the loss NaN there.
 
     Returns:
         Loss, log-probs and margins, fp32 (float64 for float64 inputs). Gradients flow from the loss to hidden, weight
@@ -132,7 +135,7 @@ def fused_linear_pair_loss(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     _check_workspace(workspace_bytes)
-    _check_targets(hidden, weight, targets, validate)
+    targets = _check_targets(hidden, weight, targets, validate)
     cu_seqlens = _check_boundaries(cu_seqlens, len(hidden))
     responses = len(cu_seqlens) - 1
     pairs = _check_pairs(pairs, responses)
@@ -153,7 +156,7 @@ def fused_linear_pair_loss(
     else:
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the anchor's too")
-        shared = ref_weight is None or (ref_weight is weight and ref_bias is bias)
+        shared = ref_weight is None or (_same(ref_weight, weight) and _same(ref_bias, bias))
         if shared:
             ref_weight, ref_bias = weight, bias
         ref_dtype = _check_head(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature, prefix="ref_")
@@ -167,25 +170,23 @@ def fused_linear_pair_loss(
             raise ValueError(f"ref_weight must have {len(weight)} rows like weight, not {len(ref_weight)}")
 
     options = Head(None, None, float(logit_scale), softcap, float(temperature))
+    layout = Layout.of(cu_seqlens, pairs)
+    kernels = chunked if backend == "torch" else _fused() if backend == "triton" else reference
     if ref_logps is not None:
         anchor = ref_logps.detach().double()
+    elif shared and backend != "reference":
+        anchor = ref_hidden.detach().to(dtype)  # goes through the head with the policy
     else:
-        with torch.no_grad():
-            ref_hidden, ref_head = _cast(dtype, ref_hidden, ref_weight, ref_bias, options)
-        anchor = Anchor(ref_hidden, None if shared else ref_head)
+        with torch.no_grad(), _alone_on(device):
+            own = _cast(dtype, ref_hidden, ref_weight, ref_bias, options)
+            anchor = kernels.response_logps(*own, targets, layout, workspace_bytes)
+            del own  # a head's copy in another dtype has the head's size
 
     if backend == "reference":
-        if ref_logps is None:
-            with torch.no_grad():
-                anchor = reference.response_logps(reference.token_logps(ref_hidden, ref_head, targets), cu_seqlens)
-        logps = reference.response_logps(
-            reference.token_logps(*_cast(dtype, hidden, weight, bias, options), targets), cu_seqlens
-        )
+        own = _cast(dtype, hidden, weight, bias, options)
+        logps = reference.response_logps(*own, targets, layout, workspace_bytes)
         loss, margins = reference.pair_loss(logps, anchor, pairs.to(device), objective, preference, pair_weight)
         return PairLossOutput(*(_rounded(x, dtype) for x in (loss, logps.detach(), anchor, margins.detach())))
-
-    layout = Layout.of(cu_seqlens, pairs)
-    kernels = chunked if backend == "torch" else _fused()
 
     def evaluate(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted):
         nonlocal anchor
@@ -199,6 +200,13 @@ def fused_linear_pair_loss(
         return result
 
     return PairLossOutput(*_PairLoss.apply(hidden, weight, bias, evaluate, dtype, torch.is_grad_enabled()))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same memory, read the same way."""
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _cast(
@@ -306,6 +314,8 @@ def _has_triton(device: torch.device) -> bool:
         from .kernels.launch import INTERPRETED
 
         return INTERPRETED
+    if torch.version.hip is not None:
+        return False
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
@@ -375,7 +385,7 @@ def _check_head(
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{prefix}{name} must be floating point, not {tensor.dtype}")
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
@@ -387,7 +397,7 @@ def _readable(tensor: Tensor, validate: bool) -> bool:
     return tensor.numel() > 0 and (validate or tensor.device.type == "cpu")
 
 
-def _check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, validate: bool) -> None:
+def _check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, validate: bool) -> Tensor:
     _expect("targets", targets, (len(hidden),), hidden.device)
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, not {targets.dtype}")
@@ -397,6 +407,7 @@ def _check_targets(hidden: Tensor, weight: Tensor, targets: Tensor, validate: bo
         if outside.any():
             row = int(outside.nonzero()[0])
             raise ValueError(f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, {vocabulary})")
+    return targets.contiguous()
 
 
 def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> Tensor:

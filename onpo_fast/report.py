@@ -12,7 +12,6 @@ page only through that template, which escapes it.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -34,7 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from onpo_fast.checkpoint import atomic_write_text
-from onpo_fast.errors import UserError, command
+from onpo_fast.errors import CommandParser, UserError, command
 
 MOST_PROMPTS = 40  # shown side by side
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
@@ -356,9 +355,8 @@ def write_report(directory: Path) -> Path:
 
 @command
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onpo_fast.report", description="(Re)build a run's report.html.")
+    parser = CommandParser(prog="python -m onpo_fast.report", description="(Re)build a run's report.html.")
     parser.add_argument("directory", type=Path, help="the run's output directory")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     print(write_report(parser.parse_args(argv).directory))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import platform
 import re
 import resource
@@ -19,21 +21,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from . import stopping
+from .checkpoint import write_jsonl
+from .errors import UserError
+
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """One line with a bar and the time left; yields a function that is told how much was done."""
+def progress(description: str, total: int, stoppable: bool = True) -> Iterator[Callable[[int], None]]:
+    """One line with a bar and the time left; yields a function that is told how much was done.
+
+    ``stoppable``: it raises ``Stopped`` if a signal has asked for it, since what is under way can be done again.
+    """
     columns = (
         TextColumn("{task.description:<34}"), BarColumn(24), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(description, total=total)
-        yield lambda done: bars.advance(task, done)
+
+        def advance(done: int) -> None:
+            bars.advance(task, done)
+            if stoppable:
+                stopping.stop_if_asked()
+
+        yield advance
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -76,24 +91,136 @@ def _commit() -> str | None:
 
 
 class Tracker:
-    """Appends records to metrics.jsonl and their numbers to TensorBoard."""
+    """Appends records to metrics.jsonl and their numbers to TensorBoard. Goes on with those that are there.
 
-    def __init__(self, directory: Path) -> None:
-        self.file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self.board = SummaryWriter(directory / "tensorboard")
-        self.steps: dict[str, int] = {}  # x-axis of each TensorBoard series: records so far
+    Args:
+        report_to: where else numbers go, as ``Config`` has it.
+        options: the run's, for W&B.
+    """
+
+    def __init__(self, directory: Path, report_to: str = "tensorboard", options: dict | None = None) -> None:
+        self.path, self.logs = directory / "metrics.jsonl", directory / "tensorboard"
+        self.draws = report_to != "none"
+        self.part = ""
+        records = list(_whole_records(self.path))
+        self._start(records, rewrite=bool(records))
+        self.wandb = _Wandb(directory, options or {}, records) if report_to == "wandb" else None
+
+    def begin(self, part: str, keep: Callable[[dict], bool] = lambda record: False) -> None:
+        """What is logged from now on belongs to this part of the run; what an earlier attempt at it left is dropped.
+
+        ``keep`` says which of the earlier records still hold.
+        """
+        self.part = part
+        records = list(_whole_records(self.path))
+        held = [record for record in records if record.get("part") != part or keep(record)]
+        if len(held) < len(records):
+            self._stop()
+            self._start(held, rewrite=True)
 
     def log(self, stage: str, iteration: int, **values) -> None:
-        record = {"time": time.time(), "stage": stage, "iteration": iteration, **values}
+        record = {"time": time.time(), "stage": stage, "iteration": iteration, "part": self.part, **values}
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
-        series = "/".join([stage, *(str(values[key]) for key in ("fit", "model") if key in values)])
-        step = self.steps[series] = self.steps.get(series, 0) + 1
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{series}/{name}", value, step)
-        self.board.flush()
+        self._draw(record)
+        if self.board:
+            self.board.flush()
+        if self.wandb:
+            self.wandb.log(record)
 
     def close(self) -> None:
+        self._stop()
+        if self.wandb:
+            self.wandb.run.finish()
+
+    def _stop(self) -> None:
         self.file.close()
-        self.board.close()
+        if self.board:
+            self.board.close()
+
+    def _start(self, records: list[dict], rewrite: bool) -> None:
+        if rewrite:  # TensorBoard cannot take a record back: it is drawn again
+            write_jsonl(self.path, records)
+            shutil.rmtree(self.logs, ignore_errors=True)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.board = SummaryWriter(self.logs) if self.draws else None
+        self.steps: dict[str, int] = {}  # x-axis of each TensorBoard series: records so far
+        for record in records:
+            self._draw(record)
+        if self.board:
+            self.board.flush()
+
+    def _draw(self, record: dict) -> None:
+        if self.board:
+            series, numbers = _series(record)
+            step = self.steps[series] = self.steps.get(series, 0) + 1
+            for name, value in numbers.items():
+                self.board.add_scalar(f"{series}/{name}", value, step, walltime=record["time"])
+
+
+def _series(record: dict) -> tuple[str, dict[str, float]]:
+    """The name of a record's series, as fit/policy, and its numbers."""
+    series = "/".join([record["stage"], *(str(record[key]) for key in ("fit", "model") if key in record)])
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and name not in ("time", "iteration")
+    }
+    return series, numbers
+
+
+def check_reporter(report_to: str) -> None:
+    """Whether W&B, if it is asked for, is installed and knows who reports. Its key is only taken from the environment.
+
+    Raises:
+        UserError: if not; says what to do.
+    """
+    if report_to != "wandb":
+        return
+    try:
+        installed = hasattr(importlib.import_module("wandb"), "init")  # a folder ./wandb of earlier runs has none
+    except ImportError:
+        installed = False
+    if not installed:
+        raise UserError("--report_to wandb needs its package: pip install 'onpo_fast[wandb]'")
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not os.environ.get("WANDB_API_KEY"):
+        raise UserError("--report_to wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline")
+
+
+class _Wandb:
+    """The records as a W&B run, in the run directory unless WANDB_DIR says otherwise.
+
+    It takes no record back: what a resumed run does again is there twice.
+    """
+
+    def __init__(self, directory: Path, options: dict, records: list[dict]) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "onpo_fast"),
+            name=os.environ.get("WANDB_NAME", directory.name),
+            dir=os.environ.get("WANDB_DIR", directory),
+            config=options,
+            # neither the terminal's text nor a diff of the checkout: only what metrics.jsonl has
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+        )
+        self.steps: dict[str, int] = {}
+        for record in records:
+            self.log(record)
+
+    def log(self, record: dict) -> None:
+        series, numbers = _series(record)
+        if series not in self.steps:
+            self.run.define_metric(f"{series}/*", step_metric=f"{series}/record")
+        step = self.steps[series] = self.steps.get(series, 0) + 1
+        self.run.log({f"{series}/record": step, **{f"{series}/{name}": value for name, value in numbers.items()}})
+
+
+def _whole_records(path: Path) -> Iterator[dict]:
+    """The records of metrics.jsonl; a crash may have left half of one at the end."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return

@@ -1,6 +1,7 @@
 """Algorithm 1 of ONPO (arXiv 2502.16852), top to bottom.
 
     python -m onpo_fast.train --help
+    python -m onpo_fast.train --resume --out DIR
 
 A policy plays itself. In each iteration it answers prompts, an oracle says how likely each answer beats each other one,
 and two least-squares fits take the optimistic mirror-descent step:
@@ -9,53 +10,67 @@ and two least-squares fits take the optimistic mirror-descent step:
     π_{t+1}  = argmin_π E (D(π) − D(π′_{t+1}) − η/2)²        on the same pairs (y_w, y_l) from π_t
 
 One model is in memory at a time: an anchor is a column of numbers, one log-prob a response (``--anchor live`` keeps the
-anchor itself instead). Every stage writes its files whole before the next one starts. Left out: a value model, a reward
-model.
+anchor itself instead). Every stage reads files, writes its own whole, and is passed over when they are there: that is
+what resuming is. Left out: a value model, a reward model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from rich.table import Table
 
 from . import config as configuration
-from . import oracles
-from .checkpoint import atomic_write_text
+from . import oracles, stopping
+from .checkpoint import Checkpoints, Journal, atomic_write_text
 from .config import Config
 from .data import (
     Group,
     Messages,
     Pair,
+    Skipped,
     prompts_of_iteration,
+    read_groups,
+    read_pairs,
+    read_preferences,
+    read_scores,
     split_prompts,
     write_groups,
     write_pairs,
     write_preferences,
     write_prompts,
+    write_scores,
 )
 from .errors import UserError, command
 from .evaluate import HELD_OUT, evaluate, initial_policy, summary
-from .fit import Anchor, fit, plan
+from .fit import fit, plan
 from .objectives import Objective
-from .pairing import pair
+from .pairing import distinct, pair
 from .policy import Policy, kl_estimate, load, score
 from .report import write_report
 from .sampling import make_sampler
-from .tracking import Tracker, console, environment, peak_memory_bytes, progress
+from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
+Anchor = Scores | Source  # cached, or live
 
 
-def train(config: Config) -> dict:
-    """Runs Algorithm 1 and returns the evaluation. Every file is in ``config.out``, which must be new or empty."""
-    run = Run(config)
+def train(config: Config, resume: bool = False) -> dict:
+    """Runs Algorithm 1 and returns the evaluation. Every file is in ``config.out``, which must be new or empty.
+
+    With ``resume`` it goes on with the run that is there, to the end that it would have had, bit for bit where the
+    device computes the same bits twice (a CPU with as many threads does).
+    """
+    run = Run(config, resume)
     policy = auxiliary = run.initial  # π_1 = π′_1
     objective = config.make_objective()
 
@@ -89,33 +104,53 @@ def doubled(objective: Objective) -> Objective:
 class Run:
     """The stages of a run: each reads the last one's results, shows its progress, and leaves its files."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, resume: bool = False) -> None:
         self.config = config
         self.directory = Path(config.out)
         # everything that a typo can break, before anything is written
-        _check_unused(self.directory)
-        self.oracle = oracles.load(config.oracle)
-        self.prompts, held_out = split_prompts(config.prompts, config.eval_prompts, config.eval_fraction, config.seed)
+        if not resume:
+            _check_unused(self.directory)
+        self.oracle = oracles.load(config.oracle, config, self.directory)
+        check_reporter(config.report_to)
+        skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
+
+        def usable(prompts: list[Messages]) -> list[Messages]:
+            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped)
+
+        self.prompts, held_out = split_prompts(
+            config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
+            usable,
+        )  # fmt: skip
         policy = self.load(config.model)
-        for prompt in [*self.prompts, *held_out]:
-            policy.render(prompt, config.max_new_tokens)
-        _make(self.directory)
+        self.lock = _locked(self.directory)
+        if not resume:
+            _check_unused(self.directory)
+        self.journal = Journal(self.directory)
+        self._check_prompts(held_out)
+        atomic_write_text(self.directory / "config.yaml", config.to_yaml())
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
             self.initial = self.directory / "initial"
-            policy.save(self.initial)
+            if self.journal.note("initial") is None:
+                policy.save(self.initial)
+                self.journal.record("initial")
             self.resident = (self.initial, policy)
         write_prompts(self.directory / HELD_OUT, held_out)
-        atomic_write_text(self.directory / "config.yaml", config.to_yaml())
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
-        self.tracker = Tracker(self.directory)
-        self.seconds: dict[str, float] = {}
-        self.numbers: dict[str, float | None] = {}
+        self.tracker = Tracker(self.directory, config.report_to, asdict(config))
+        self.tracker.begin("prompts")
+        self.tracker.log(
+            "prompts", 0, train=len(self.prompts), held_out=len(held_out), skipped=skipped.count if skipped else 0
+        )
+        self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
+        self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
         console.print(
             f"{config.objective} on {config.model} ({self.device}), {len(self.prompts)} prompts to train on and "
             f"{len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
+        if skipped and skipped.count:
+            console.print(str(skipped))
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             console.print(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
@@ -132,64 +167,110 @@ class Run:
             self.resident = (source, load(source, self.config))
         return self.resident[1]
 
+    def made(self, name: str, keep: Callable[[dict], bool] = lambda record: False) -> bool:
+        """Whether this output is there from before. If not, its stage is to run, and logs anew but for ``keep``."""
+        stopping.stop_if_asked()
+        note = self.journal.note(name)
+        if note is None:
+            if self.journal.damaged(name):
+                console.print(f"{name} is not what it was: it is made again")
+            self.tracker.begin(name, keep)
+            return False
+        self.notes[name] = note
+        return True
+
+    def complete(self, name: str, file: bool = True, **note) -> None:
+        """The output is there, or an iteration has ended."""
+        self.journal.record(name, note, file)
+        self.notes[name] = note
+
     # Stages, in the order of an iteration ----------------------------------------------------------------------------
 
     def sample(self, t: int, source: Source) -> list[Group]:
+        self.notes, self.numbers = {}, {}
+        name = f"{self.name(t)}/responses.jsonl"
+        groups = list(read_groups(self.directory / name)) if self.made(name) else self._sample(t, source, name)
+        lengths = [len(response.tokens) for group in groups for response in group.responses]
+        self.numbers["response_tokens_mean"] = sum(lengths) / len(lengths)
+        return groups
+
+    def _sample(self, t: int, source: Source, name: str) -> list[Group]:
         config, prompts, policy = self.config, self.prompts_of(t), self.load(source)
         start = time.perf_counter()
         with progress(f"iteration {t}: sample", len(prompts) * config.responses_per_prompt) as done:
             groups = make_sampler(policy, config)(prompts, config.responses_per_prompt, [config.seed, 0, t], done)
-        write_groups(self.path(t) / "responses.jsonl", groups)
+        write_groups(self.directory / name, groups)
         responses = [response for group in groups for response in group.responses]
         tokens = sum(len(response.tokens) for response in responses)
-        self.numbers = {"response_tokens_mean": tokens / len(responses)}
-        seconds = self.spent("sample", start)
+        seconds = time.perf_counter() - start
         self.tracker.log(
             "sample", t, seconds=seconds, responses=len(responses), tokens=tokens,
             tokens_per_second=tokens / seconds, response_tokens_mean=tokens / len(responses),
             stopped_by_length=float(np.mean([r.stop_reason == "length" for r in responses])),
             peak_memory_bytes=peak_memory_bytes(self.device),
         )  # fmt: skip
+        self.complete(name, stage="sample", seconds=seconds)
         return groups
 
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
+        name = f"{self.name(t)}/preferences.jsonl"
+        path = self.directory / name
+        preferences = read_preferences(path) if self.made(name) else self._judge(t, groups, name)
+        cyclic, triples = oracles.cyclic_triples(preferences)
+        self.numbers["cyclic_triples"] = cyclic / triples if triples else None
+        return preferences
+
+    def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
         start = time.perf_counter()
+        if oracles.holds_model(self.oracle):
+            self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
             preferences = oracles.judge(self.oracle, groups, self.config.oracle, done)
-        write_preferences(self.path(t) / "preferences.jsonl", preferences)
+        write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
-        share = cyclic / triples if triples else None
-        self.numbers["cyclic_triples"] = share
+        seconds = time.perf_counter() - start
         self.tracker.log(
-            "judge", t, seconds=self.spent("judge", start), triples=triples, cyclic_triples=share,
-            comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences),
+            "judge", t, seconds=seconds, triples=triples, cyclic_triples=cyclic / triples if triples else None,
+            comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences), **oracles.take_counters(self.oracle),
         )  # fmt: skip
+        self.complete(name, stage="judge", seconds=seconds)
         return preferences
 
     def pair(self, t: int, groups: list[Group], preferences: list[np.ndarray]) -> list[Pair]:
-        pairs = pair(preferences, self.config.pairing, self.config.labels, [self.config.seed, 2, t])
-        write_pairs(self.path(t) / "pairs.jsonl", pairs, groups)
-        identical = sum(
-            groups[p.group].responses[p.winner].tokens == groups[p.group].responses[p.loser].tokens for p in pairs
-        )
-        self.tracker.log("pair", t, pairs=len(pairs), identical_pairs=identical)
+        name = f"{self.name(t)}/pairs.jsonl"
+        if self.made(name):
+            return read_pairs(self.directory / name)
+        chosen = pair(preferences, self.config.pairing, self.config.labels, [self.config.seed, 2, t])
+        pairs = distinct(chosen, groups)
+        if not pairs:
+            raise UserError(
+                f"iteration {t} has no pair to learn from: whatever was to be compared is the same response twice, for "
+                f"each of {len(groups)} prompts. What was done is in {self.directory}; a higher --temperature, more "
+                "--responses_per_prompt or a smaller step keep responses apart"
+            )
+        write_pairs(self.directory / name, pairs, groups)
+        self.tracker.log(
+            "pair", t, pairs=len(pairs), identical_pairs=len(chosen) - len(pairs),
+            prompts_without_pairs=len(groups) - len({p.group for p in pairs}),
+            empty_responses=sum(not response.text.strip() for group in groups for response in group.responses),
+        )  # fmt: skip
+        self.complete(name)
         return pairs
 
     def anchor(self, t: int, objective: Objective, source: Source, groups: list[Group]) -> Anchor:
         """What the margins of a fit are measured from: the policy that is updated, or π_1, or INPO's mixture of both.
 
         Cached, its log-probs of all responses, also those in no pair: KL estimates need the ones that the oracle did
-        not choose. Live, the policy itself.
+        not choose. Live, where the policy is: the fit loads it, and lets go of it.
         """
-        if "kl_to_initial" not in self.numbers:  # once an iteration
-            self.initial_logps = self._score(t, self.initial, groups)
-            self.numbers["kl_to_initial"] = kl_estimate(groups, self.initial_logps)
+        initial = self._score(t, self.initial, groups)
+        self.numbers.setdefault("kl_to_initial", kl_estimate(groups, initial))
         share = objective.initial_share
         if self.config.anchor == "live":
-            return load(self.initial if share == 1 else source, self.config).frozen()
+            return self.initial if share == 1 else source
         known = source == self.initial or share == 1
-        current = self.initial_logps if known else self._score(t, source, groups)
-        anchor = [share * first + (1 - share) * now for first, now in zip(self.initial_logps, current)]
+        current = initial if known else self._score(t, source, groups)
+        anchor = [share * first + (1 - share) * now for first, now in zip(initial, current)]
         self.numbers.setdefault("kl_to_anchor", kl_estimate(groups, anchor))
         return anchor
 
@@ -198,44 +279,65 @@ class Run:
         objective: Objective,
     ) -> Path:  # fmt: skip
         """One argmin over D_t; returns where the fitted policy is."""
-        config = self.config
+        config, output = self.config, f"{self.name(t)}/{name}"
+        target = self.directory / output
+        checkpoints = Checkpoints(
+            self.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
+        )
+        before = checkpoints.step()
+        if self.made(output, keep=lambda record: record["step"] <= before):
+            return target
         policy = self.load(source)
         start = time.perf_counter()
         self.resident = None  # its weights are about to change
         epochs = config.epochs_auxiliary if name == "auxiliary" else config.epochs_policy
         # the same seed for both fits of an iteration: they see the pairs in the same order
         batches = plan(pairs, epochs, config.batch_pairs, [config.seed, 3, t])
-        with progress(f"iteration {t}: fit {name}", len(batches)) as done:
+        with progress(f"iteration {t}: fit {name}", len(batches), stoppable=False) as done:
+            done(before)
+
+            last = {}
 
             def on_step(metrics: dict) -> None:
                 self.tracker.log("fit", t, fit=name, **metrics)
-                self.numbers[f"loss {name}"] = metrics["loss_normalised"]
+                last.update(metrics)
                 done(1)
 
-            fit(policy, groups, batches, anchor, objective, config, on_step)
-        target = self.path(t) / name
+            reference = anchor if isinstance(anchor, list) else load(anchor, config).frozen()
+            fit(policy, groups, batches, reference, objective, config, on_step, checkpoints)
         policy.save(target)
         self.resident = (target, policy)
-        self.spent(f"fit {name}", start)
+        seconds = time.perf_counter() - start
+        self.complete(output, stage=f"fit {name}", seconds=seconds, loss=last["loss_normalised"])
+        checkpoints.clear()
         return target
 
     def end_iteration(self, t: int) -> None:
-        stages, self.seconds = self.seconds, {}
+        if self.made(self.name(t)):
+            return
+        stages: dict[str, float] = {}
+        for note in self.notes.values():
+            if "stage" in note:
+                stages[note["stage"]] = stages.get(note["stage"], 0.0) + note["seconds"]
         names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
         numbers = {name: self.numbers.get(name) for name in names}
         to_anchor = numbers["kl_to_anchor"]  # known where the anchor was scored
         self.tracker.log("iteration", t, seconds=sum(stages.values()), stage_seconds=stages, **numbers)
-        losses = ", ".join(f"{k} {v:.3f}" for k, v in self.numbers.items() if k.startswith("loss "))
+        losses = ", ".join(
+            f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
+            for output, note in self.notes.items() if "loss" in note
+        )  # fmt: skip
         console.print(
             f"iteration {t}: {losses} (normalised), KL to π_1 {numbers['kl_to_initial']:.2f} nats"
             f"{'' if to_anchor is None else f' and to the anchor {to_anchor:.2f}'}, "
             f"{numbers['response_tokens_mean']:.0f} tokens a response, "
             f"{sum(stages.values()):.0f} s"
         )
+        self.complete(self.name(t), file=False)
 
     def finish(self) -> dict:
         self.resident = None
-        result = evaluate(self.directory, self.config, self.tracker)
+        result = self.evaluation()
         self.tracker.close()
         report = write_report(self.directory)
         table = Table("row against column", *result["policies"], title="Win rates on held-out prompts")
@@ -246,48 +348,88 @@ class Run:
         console.print(f"report: {report}")
         return result
 
+    def evaluation(self) -> dict:
+        """Every policy against every other."""
+        name, responses = "evaluation.json", "evaluation_responses.jsonl"
+        if self.made(name) and self.journal.note(responses) is not None:
+            result = json.loads((self.directory / name).read_text(encoding="utf-8"))
+            if len(result["policies"]) == self.config.iterations + 1:
+                return result
+        for old in (name, responses):  # also of a run that was shorter then
+            self.journal.forget(old)
+        self.tracker.begin(name)
+        result = evaluate(self.directory, self.config, self.tracker)
+        self.complete(responses)
+        self.complete(name)
+        return result
+
     # Shared by the stages -------------------------------------------------------------------------------------------
 
-    def path(self, t: int) -> Path:
-        return self.directory / f"iteration_{t:02d}"
-
-    def spent(self, stage: str, start: float) -> float:
-        seconds = time.perf_counter() - start
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        return seconds
+    def name(self, t: int) -> str:
+        """Of an iteration's folder in the run directory."""
+        return f"iteration_{t:02d}"
 
     def prompts_of(self, t: int) -> list[Messages]:
         config = self.config
         return prompts_of_iteration(self.prompts, t, config.iterations, config.prompts_per_iteration)
 
     def _score(self, t: int, source: Source, groups: list[Group]) -> Scores:
-        name = "initial" if source == self.initial else Path(source).name  # or auxiliary, or policy
+        model = "initial" if source == self.initial else Path(source).name  # or auxiliary, or policy
+        where = model if source == self.initial else f"{Path(source).parent.name}_{model}"
+        name = f"{self.name(t)}/logps_{where}.jsonl"
+        if self.made(name):
+            return read_scores(self.directory / name)
         policy = self.load(source)
         start = time.perf_counter()
-        with progress(f"iteration {t}: score {name}", len(groups)) as done:
+        with progress(f"iteration {t}: score {model}", len(groups)) as done:
             scores = score(policy, groups, self.config.tokens_per_microbatch, done)
-        seconds = self.spent("score", start)
+        write_scores(self.directory / name, scores)
+        seconds = time.perf_counter() - start
         tokens = sum(len(r.tokens) for group in groups for r in group.responses)
-        self.tracker.log("score", t, model=name, seconds=seconds, tokens_per_second=tokens / seconds)
+        self.tracker.log("score", t, model=model, seconds=seconds, tokens_per_second=tokens / seconds)
+        self.complete(name, stage="score", seconds=seconds)
         return scores
+
+    def _check_prompts(self, held_out: list[Messages]) -> None:
+        """A run goes on with the prompts that it began with."""
+        note = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
+        if (known := self.journal.note("prompts")) is None:
+            self.journal.record("prompts", note, file=False)
+        elif known != note:
+            raise UserError(f"the prompts are not those that {self.directory} began with: start a new run")
+
+
+LOCK = ".lock"
 
 
 def _check_unused(directory: Path) -> None:
     """A run directory that holds anything is somebody's."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--out {directory} is not empty: give a new directory")
+    if directory.exists() and (not directory.is_dir() or any(path.name != LOCK for path in directory.iterdir())):
+        raise UserError(f"--out {directory} is not empty: give a new directory, or --resume to go on with it")
 
 
-def _make(directory: Path) -> None:
+def _locked(directory: Path) -> FileLock:
+    """The run directory, made if need be, for this process alone. The lock goes with the process, however it ends."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {directory} is in use by another run") from None
     except OSError as error:
         raise UserError(f"--out {directory}: cannot make it ({error})") from None
+    return lock
 
 
 @command
 def main(argv: list[str]) -> None:
-    train(configuration.parse(argv))
+    config, resume = configuration.parse_run(argv)
+    stopping.listen()
+    try:
+        train(config, resume)
+    except stopping.Stopped as stopped:
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {config.out}")
+        raise SystemExit(stopped.exit_status) from None
 
 
 if __name__ == "__main__":

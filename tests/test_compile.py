@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile import ARCHITECTURES, Compiled, compile_everything
+from bench.compile import Compiled, compile_everything
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_launch_compiles(architecture: int) -> None:
     compiled = compile_everything(architecture)
     assert not [(c.kernel, c.options, c.fault) for c in compiled if c.fault]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -55,6 +56,60 @@ def test_files_without_prompts(tmp_path, write_lines) -> None:
         data.read_prompts(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="has no prompts"):
         data.read_prompts(write_lines("empty.jsonl"))
+
+
+TURNS = [user("Hi"), {"role": "assistant", "content": "Hello"}, user("Who?"), {"role": "assistant", "content": "Me."}]
+
+
+def test_a_last_turn_of_the_assistant_is_dropped(write_lines) -> None:
+    path = write_lines("p.jsonl", {"messages": TURNS}, {"messages": TURNS[:3]}, {"messages": "Hi"})
+    assert data.read_prompts(path, "messages") == [TURNS[:3], TURNS[:3], [user("Hi")]]
+
+
+def test_one_set_of_prompts_from_every_kind_of_source(tmp_path, write_lines) -> None:
+    """The same prompts, held out alike: neither depends on where they were."""
+    rows = [{"id": i, "messages": [user(f"prompt {i}"), TURNS[1]]} for i in range(10)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "p.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table, test=table.select([3])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    sources = [str(tmp_path / name) for name in ("p.json", "p.parquet", "saved", "splits", "splits:train")]
+    expected = data.split_prompts(str(write_lines("p.jsonl", *rows)), None, 0.2, 0, "messages")
+    for source in sources:
+        assert data.split_prompts(source, None, 0.2, 0, "messages") == expected, source
+    train, held_out = data.split_prompts(sources[0], str(tmp_path / "splits:test"), 0.2, 0, "messages")
+    assert (len(train), held_out) == (9, [[user("prompt 3")]])
+    for source, column, message in [
+        ("splits:tests", "messages", "has no split 'tests': it has train, test; did you mean test"),
+        ("saved:test", "messages", "has no splits: leave out ':test'"),
+        ("saved", "text", 'saved, row 1: expected an object with a "text" .it has id, messages; see --prompt_column'),
+        ("p.parquet", "id", 'p.parquet, row 1: "id" must be a string or a list of messages'),
+    ]:
+        with pytest.raises(UserError, match=message):
+            data.read_prompts(tmp_path / source, column)
+
+
+def test_without_the_extra(tmp_path, monkeypatch) -> None:
+    datasets.Dataset.from_list([{"prompt": "x"}]).save_to_disk(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # import finds nothing
+    with pytest.raises(UserError, match=r"needs the package datasets: pip install 'onpo_fast\[data\]'"):
+        data.read_prompts(tmp_path / "saved")
+
+
+def test_bad_prompts_are_counted_when_asked_for(write_lines) -> None:
+    path = write_lines("p.jsonl", {"prompt": "one"}, "{", {"text": "x"}, {"prompt": "two"}, {"prompt": [user("")]})
+    skipped = data.Skipped()
+    assert data.read_prompts(path, skipped=skipped) == [[user("one")], [user("two")]]
+    assert skipped.count == 3
+    assert "line 2: not JSON" in str(skipped)
+
+
+def test_prompts_that_a_model_cannot_take_are_gone_before_some_are_held_out(write_lines) -> None:
+    path = write_lines("p.jsonl", *({"prompt": f"prompt {i}"} for i in range(11)))
+    for seed in range(5):
+        train, held_out = data.split_prompts(path, None, 0.2, seed, usable=lambda prompts: prompts[:10])
+        assert (len(train), len(held_out)) == (8, 2)
 
 
 def test_the_bundled_prompts() -> None:

@@ -1,4 +1,4 @@
-"""What docs/your-trainer.md tells people to paste runs as it stands, on the shallow model."""
+"""What docs/your-trainer.md and docs/oracles.md tell people to paste runs as it stands, on the shallow model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from onpo_fast import oracles
+from onpo_fast.data import Group, Response
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your-trainer.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)}
@@ -42,3 +45,14 @@ def test_every_section_is_linked_and_run() -> None:
     assert len(snippets(PAGE)) == 1 + 4
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert "docs/your-trainer.md" in readme
+
+
+def test_oracles_of_ones_own() -> None:
+    """The two in docs/oracles.md, asked."""
+    names: dict = {}
+    for snippet in snippets((Path(__file__).parent.parent / "docs" / "oracles.md").read_text(encoding="utf-8")):
+        exec(snippet, names)
+    group = Group([{"role": "user", "content": "Hi"}], [1], [Response(t, [1], "eos", -1.0) for t in ("a", "bcd", "e")])
+    for oracle in (names["prefer"], names["shorter"]):
+        (matrix,) = oracles.judge(oracle, [group], "mine")
+        assert matrix.tolist() == [[0.5, 1, 0.5], [0, 0.5, 0], [0.5, 1, 0.5]]

@@ -118,15 +118,29 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
-    config = Config(model=str(shallow_model))
+    config = Config(model=str(shallow_model), max_skipped_steps=2)
     policy = load(shallow_model, config)
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     anchor[0][0] = float("nan")
     before = policy.model.lm_head.weight.detach().clone()
-    with pytest.raises(UserError, match="the gradient is not finite at step 1"):
-        fit(policy, groups, plan(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
+    records: list[dict] = []
+    with pytest.raises(UserError, match="step 3 of 4: no finite loss and gradient for 3 steps in a row"):
+        fit(policy, groups, plan(PAIRS, 4, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
     assert torch.equal(policy.model.lm_head.weight, before)
+    assert [(r["skipped"], r["loss"], r["gradient_norm"]) for r in records] == [(1, None, None)] * 2
+
+
+def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
+    config = Config(model=str(shallow_model))
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+    anchor[0][0] = float("nan")  # in one step of four
+    records: list[dict] = []
+    fit(policy, groups, plan(PAIRS, 1, 3, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    assert sorted(r["skipped"] for r in records) == [0, 0, 0, 1]
+    assert all(parameter.isfinite().all() for parameter in policy.model.parameters())
 
 
 def test_metrics_are_complete(fitted) -> None:

@@ -97,3 +97,80 @@ def test_bad_answers_name_the_oracle_and_the_prompt(oracle_module, body: str, me
 def test_oracles_that_cannot_be_had(name: str) -> None:
     with pytest.raises(UserError, match=f"--oracle {name}"):
         oracles.load(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels, and oracles that are asked about many groups at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONGER = (
+    "def prefer(prompt, responses):\n"
+    "    return [[1.0 * (len(a) > len(b)) if len(a) != len(b) else 0.5 for b in responses] for a in responses]\n"
+)
+
+
+def test_a_panel_is_the_weighted_mean(oracle_module) -> None:
+    name = oracle_module(LONGER)
+    texts = ["Daily.", "You will love your garden, dear friend!", "Water tomatoes deeply in summer."]
+    population = oracles.Population()(PROMPT, texts)
+    longer = np.array([[0.5, 0, 0], [1, 0.5, 1], [1, 0, 0.5]])
+    done: list[int] = []
+    for expression in (f"0.7*population+0.3*{name}", f" 7 * population + 3*{name} "):  # weights are made to sum to 1
+        matrices = oracles.judge(oracles.load(expression), [group(*texts)] * 3, expression, done.append)
+        np.testing.assert_allclose(matrices[2], 0.7 * population + 0.3 * longer, rtol=1e-12)
+    assert sum(done) == 6
+    (half,) = oracles.judge(oracles.load(f"population+{name}"), [group(*texts)], "panel")
+    np.testing.assert_allclose(half, (population + longer) / 2)
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("0*population+1*population", "positive and finite, not 0"),
+        ("-1*population+2*population", "positive and finite, not -1"),
+        ("nan*population", "positive and finite, not nan"),
+        ("x*population", "the weight 'x' is not a number"),
+        ("0.5*population+", "expected WEIGHT"),
+        ("0.5*population+0.5*nobody", 'expected population, pair-model, reward-model, judge or "module:function"'),
+        ("population=x", "expected population"),
+        ("judge", "--oracle judge needs --judge_url"),
+    ],
+)
+def test_panels_that_cannot_be(expression: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        oracles.load(expression)
+
+
+def test_a_member_that_errs_is_named(oracle_module) -> None:
+    name = oracle_module("def prefer(prompt, responses):\n    return [[0.5, 2], [-1, 0.5]]\n")
+    with pytest.raises(UserError, match=f"--oracle panel, member {name}, prompt 0 .* is 2.0, not a probability"):
+        oracles.judge(oracles.load(f"population+{name}"), [group("a", "b")], "panel")
+
+
+class Batched(oracles.BatchOracle):
+    """One of a user's own: prefers the first, and counts."""
+
+    def __init__(self, answers: int | None = None) -> None:
+        self.answers, self.released = answers, 0
+
+    def many(self, groups, progress=lambda n: None):
+        progress(len(groups))
+        return [np.triu(np.ones((len(t), len(t)))) for _, t in groups][: self.answers]
+
+    def release(self) -> None:
+        self.released += 1
+
+    def take_counters(self) -> dict[str, int]:
+        return {"asked": 2}
+
+
+def test_a_batch_oracle() -> None:
+    oracle = Batched()
+    first, second = oracles.judge(oracle, [group("a", "b"), group("a", "b", "c")], "mine")
+    np.testing.assert_array_equal(first, [[0.5, 1], [0, 0.5]])
+    assert second.shape == (3, 3)
+    assert oracle.released == 1
+    panel = oracles.Panel([(1, "a", oracle), (1, "b", oracle), (1, "c", oracles.Population())])
+    assert oracles.take_counters(panel) == {"asked": 4}
+    with pytest.raises(UserError, match="--oracle mine: it gave 1 matrices for 2 prompts"):
+        oracles.judge(Batched(1), [group("a", "b")] * 2, "mine")

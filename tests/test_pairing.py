@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onpo_fast.pairing import PAIRINGS, pair
+from onpo_fast.data import Group, Pair, Response
+from onpo_fast.pairing import PAIRINGS, distinct, pair
 
 
 def preferences(k: int, seed: int = 0) -> np.ndarray:
@@ -61,6 +62,15 @@ def test_ties_fall_both_ways() -> None:
     tie = np.full((4, 4), 0.5)
     for pairing in ("best_worst", "knockout"):
         assert len({(p.winner, p.loser) for p in pair([tie] * 50, pairing, "soft", [0])}) > 6
+
+
+def test_the_same_response_twice_is_no_pair() -> None:
+    """The same tokens, that is: an empty response, or the same text said in other tokens, is compared."""
+    tokens = [[5, 6, 2], [5, 6, 2], [7, 2], [2], [2]]
+    texts = ["ab", "ab", "ab", "", ""]
+    groups = [Group([], [1], [Response(*said, "eos", 0.0) for said in zip(texts, tokens)])]
+    pairs = [Pair(0, i, j, 0.5) for i, j in ((0, 1), (0, 2), (0, 3), (3, 4))]
+    assert distinct(pairs, groups) == pairs[1:3]
 
 
 def test_seeded() -> None:

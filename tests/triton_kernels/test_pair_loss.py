@@ -7,8 +7,10 @@ import torch
 from loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss
-from onpo_fast.kernels import fused, launch
-from onpo_fast.objectives import Onpo
+from onpo_fast.kernels import exponentials, fused, launch, weight_gradient
+from onpo_fast.kernels import groups as groups_module
+from onpo_fast.kernels.rescale import rescale
+from onpo_fast.objectives import Dpo, Onpo
 
 # mode and workspace: a roomy one is one chunk; in a small one each group is a chunk and dW is carried between them
 WAYS = {"one chunk": ("fast", None), "chunks": ("fast", "least"), "lean": ("lean", None), "lean, narrow": ("lean", 1)}
@@ -101,7 +103,7 @@ def test_without_tensor_descriptors(dtype: torch.dtype, way: str, device: str, m
 def test_autocast(device: str) -> None:
     """Products in bf16, gradients in the leaves' fp32: closer to exact than bf16 gradients can be."""
     case = CASES["groups with all pairs"]
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values = on_device(case, torch.bfloat16, device)
     values = {k: x.float() if x is not None and x.is_floating_point() else x for k, x in values.items()}
     hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -119,13 +121,15 @@ def test_autocast(device: str) -> None:
 
 
 def test_fp16_gradients_survive_a_loss_scale(device: str) -> None:
-    """A small loss times 2¹⁶: what fp16 would round to 0 before the scale must be there after it."""
-    case = Case([5, 7, 3, 9], objective=Onpo(eta=2.0))
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float16).items()}
-    hidden = values["hidden"].requires_grad_()
+    """A loss with small gradients times 2¹⁴: what fp16 would lose before the scale must be there after it."""
+    case = Case([5, 7, 3, 9], objective=Dpo(beta=1e-5), vocabulary=3000, spread=0.05)
+    values = on_device(case, torch.float16, device)
+    hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
     loss = fused_linear_pair_loss(**values, objective=case.objective, backend="triton").loss
-    ((loss * 2.0**-30) * 2.0**30).backward()
-    assert relative_error(hidden.grad.cpu(), case.exact(torch.float16)["hidden gradient"]) < 2e-3
+    (loss * 2.0**14).backward()
+    want = case.exact(torch.float16)
+    for name, leaf in (("hidden", hidden), ("weight", weight)):
+        assert relative_error(leaf.grad.cpu(), 2.0**14 * want[f"{name} gradient"]) < 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -149,7 +153,7 @@ def test_gradients_only_where_asked(asked: tuple[str, ...], way: str, device: st
 
 def test_no_gradients(device: str) -> None:
     case = CASES["groups with all pairs"]
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values = on_device(case, torch.bfloat16, device)
     output = fused_linear_pair_loss(**values, objective=case.objective, backend="triton")
     assert not output.loss.requires_grad
     check({k: x.cpu() for k, x in output._asdict().items()}, case.exact(torch.bfloat16), 1e-5)
@@ -187,7 +191,7 @@ def test_many_chunks_lose_nothing(device: str) -> None:
 def test_upstream_gradients_and_a_second_backward(device: str) -> None:
     case = CASES["one head for both"]
     want = case.exact(torch.float32)
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float32).items()}
+    values = on_device(case, torch.float32, device)
     hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
     loss = fused_linear_pair_loss(**values, objective=case.objective, backend="triton").loss
     (gradient,) = torch.autograd.grad(3 * loss, hidden, retain_graph=True)
@@ -200,7 +204,7 @@ def test_several_calls_alive_at_once(device: str) -> None:
     cases = [CASES["pairs"], CASES["everything"], CASES["pairs"]]
     losses, leaves = [], []
     for case in cases:
-        values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.float32).items()}
+        values = on_device(case, torch.float32, device)
         leaves.append(values["weight"].requires_grad_())
         options = {"logit_scale": case.logit_scale, "softcap": case.softcap, "temperature": case.temperature}
         losses.append(fused_linear_pair_loss(**values, objective=case.objective, backend="triton", **options).loss)
@@ -212,7 +216,7 @@ def test_several_calls_alive_at_once(device: str) -> None:
 
 def test_non_contiguous_inputs(device: str) -> None:
     case = CASES["pairs"]
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values = on_device(case, torch.bfloat16, device)
     for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
         values[name] = values[name].T.contiguous().T
     wide = torch.zeros(len(values["hidden"]), 100, dtype=torch.bfloat16, device=device)
@@ -238,7 +242,7 @@ def test_nothing_to_do(device: str) -> None:
 
 def test_nan_is_not_hidden(device: str) -> None:
     case = CASES["pairs"]
-    values = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(torch.bfloat16).items()}
+    values = on_device(case, torch.bfloat16, device)
     values["hidden"][3, 2] = float("nan")
     weight = values["weight"].requires_grad_()
     output = fused_linear_pair_loss(
@@ -250,18 +254,158 @@ def test_nan_is_not_hidden(device: str) -> None:
     assert weight.grad.isnan().any()
 
 
+LONG_PAIR = Case([40, 50])  # of which recomputing takes less than keeping
+
+
 def test_a_group_that_does_not_fit(device: str) -> None:
-    case = CASES["pairs"]
     with pytest.raises(ValueError, match="workspace_bytes"):
-        case.run(device=device, backend="triton", mode="fast", workspace_bytes=1)
-    lean = case.run(device=device, backend="triton", mode="lean", workspace_bytes=1)
-    auto = case.run(device=device, backend="triton", mode="auto", workspace_bytes=1)
+        LONG_PAIR.run(device=device, backend="triton", mode="fast", workspace_bytes=1)
+    lean = LONG_PAIR.run(device=device, backend="triton", mode="lean", workspace_bytes=1)
+    auto = LONG_PAIR.run(device=device, backend="triton", mode="auto", workspace_bytes=1)
     assert torch.equal(lean["weight gradient"], auto["weight gradient"])
 
 
 def test_it_says_what_it_chose(device: str, caplog) -> None:
     with caplog.at_level("DEBUG", logger="onpo_fast"):
-        CASES["pairs"].run(device=device, backend="triton")
-        CASES["pairs"].run(device=device, backend="triton", workspace_bytes=1)
+        LONG_PAIR.run(device=device, backend="triton")
+        LONG_PAIR.run(device=device, backend="triton", workspace_bytes=1)
     assert "fast: everything fits one chunk" in caplog.messages[0]
-    assert "lean: the largest preference group, 12 tokens, needs" in caplog.messages[1]
+    assert "lean: the largest preference group, 90 tokens, needs" in caplog.messages[1]
+
+
+def test_scoring_plans_nothing(device: str) -> None:
+    """Without gradients nothing is kept, so that nothing can be too much."""
+    values = on_device(CASES["pairs"], torch.bfloat16, device)
+    with torch.no_grad():
+        out = fused_linear_pair_loss(
+            **values, objective=Onpo(eta=2.0), backend="triton", mode="fast", workspace_bytes=1
+        )
+    assert relative_error(out.logps.cpu(), CASES["pairs"].exact(torch.bfloat16)["logps"]) < 1e-6
+
+
+class TestPlan:
+    """Of pairs of 2×``length`` tokens, head of Qwen3-8B, bf16."""
+
+    @staticmethod
+    def plan(pairs: int, length: int, mode: str = "auto", workspace: int | None = None, free: int | None = None):
+        groups = [groups_module.Group([2 * i, 2 * i + 1], [i], 2 * length) for i in range(pairs)]
+        return fused.plan(groups, (151936, 4096), torch.bfloat16, True, mode, workspace, free)
+
+    def test_a_chunk_for_each_pair_of_2048_tokens(self) -> None:
+        plan = self.plan(4, 1024)
+        assert (plan.mode, len(plan.chunks)) == ("fast", 4)
+        assert 0.9 * 2**30 < plan.workspace < 2**30
+
+    def test_free_memory_limits_it(self) -> None:
+        assert self.plan(4, 1024, free=2**40).mode == "fast"
+        plan = self.plan(4, 1024, free=2**30)
+        assert plan.mode == "lean"
+        assert plan.workspace < 0.35 * 2**30
+
+    def test_lean_only_where_it_takes_less(self) -> None:
+        assert self.plan(1, 8192).mode == "lean"
+        assert self.plan(16, 2048).mode == "fast"  # 65536 tokens: lean's slices and dX alone take more than a chunk
+
+    def test_no_chunks_of_a_few_rows(self) -> None:
+        assert self.plan(128, 32, workspace=400 * 2**20).mode == "lean"
+        assert self.plan(128, 32, "fast", workspace=400 * 2**20).mode == "fast"
+
+
+class TestManyTiles:
+    """Tiles as small as a dot allows: as many of them as a GPU has of large ones, and every edge."""
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch, device: str) -> None:
+        def small(dtype: torch.dtype, problem: tuple[int, int, int]) -> launch.Tile:
+            return launch.Tile(16, 32, 16, 1 if device == "cpu" else 4, 1)
+
+        for module in (exponentials, weight_gradient):
+            monkeypatch.setattr(module, "tile", small)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case([9, 8], vocabulary=2600, features=16, bias=True),  # more column tiles than are merged at a time
+            Case([140, 150], vocabulary=40, features=16),  # more row tiles than run side by side
+            Case([9, 8, 5, 4], vocabulary=40, features=600),  # of the weight's gradient too
+            Case([1500, 30], vocabulary=20, features=16),  # a response longer than a block of its sum
+        ],
+        ids=["vocabulary", "rows", "features", "a long response"],
+    )
+    def test_fp32(self, case: Case, way: str, device: str) -> None:
+        check(run(case, way, torch.float32, device), case.exact(torch.float32), 3e-5)
+
+    def test_scoring_in_pieces(self, device: str, monkeypatch) -> None:
+        monkeypatch.setattr(fused, "SCORED_ROWS", 16)
+        case = CASES["one head for both"]
+        check(run(case, "lean", torch.float32, device), case.exact(torch.float32), 2e-5)
+
+
+def on_device(case: Case, dtype: torch.dtype, device: str) -> dict:
+    return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.tensors(dtype).items()}
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_a_vocabulary_that_is_masked(mode: str, device: str) -> None:
+    """Logits of −∞ in whole tiles, with a target far below 0: nothing is 0·∞."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = 5000
+    hidden, weight = torch.randn(12, 16, generator=generator), torch.randn(vocabulary, 16, generator=generator)
+    bias = torch.full((vocabulary,), float("-inf"))
+    bias[:40] = -900.0
+    targets = torch.randint(40, (12,), generator=generator)
+    edges = torch.tensor([0, 5, 12], dtype=torch.int32)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        out = fused_linear_pair_loss(
+            *leaves, targets.to(device), edges, objective=Onpo(eta=1.0), ref_logps=torch.zeros(2, device=device),
+            bias=bias.to(device, dtype), backend=backend, mode=mode,
+        )  # fmt: skip
+        out.loss.backward()
+        results.append([out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    for got, want in zip(*results):
+        assert relative_error(got, want) < 2e-5
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_a_token_without_alternatives(mode: str, device: str) -> None:
+    """One token in the vocabulary, with a logit that no exponential could hold."""
+    hidden = torch.full((4, 8), -30.0, device=device, requires_grad=True)
+    weight = torch.full((1, 8), 10.0, device=device, requires_grad=True)
+    out = fused_linear_pair_loss(
+        hidden, weight, torch.zeros(4, dtype=torch.int64, device=device), torch.tensor([0, 2, 4], dtype=torch.int32),
+        objective=Onpo(eta=1.0), ref_logps=torch.zeros(2, device=device), backend="triton", mode=mode,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.item() == 0.25
+    assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
+
+
+def test_strided_targets(device: str) -> None:
+    case = CASES["one head for both"]
+    values = on_device(case, torch.float32, device)
+    values["targets"] = torch.stack([values["targets"], torch.zeros_like(values["targets"])], 1)[:, 0]
+    hidden = values["hidden"].requires_grad_()
+    for mode in ("fast", "lean"):
+        hidden.grad = None
+        fused_linear_pair_loss(**values, objective=case.objective, backend="triton", mode=mode).loss.backward()
+        assert relative_error(hidden.grad.cpu(), case.exact(torch.float32)["hidden gradient"]) < 2e-5
+
+
+def test_the_same_head_given_twice_is_stacked(device: str) -> None:
+    case = CASES["one head for both"]
+    values = on_device(case, torch.float32, device)
+    want = fused_linear_pair_loss(**values, objective=case.objective, backend="triton")
+    values |= {"ref_weight": values["weight"].detach(), "ref_bias": values["bias"].view(-1)}
+    got = fused_linear_pair_loss(**values, objective=case.objective, backend="triton")
+    assert torch.equal(got.margins, want.margins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rescale(dtype: torch.dtype, device: str) -> None:
+    values = torch.randn(10_000, dtype=dtype, device=device)
+    for factor in (1.0, -0.25):
+        got = rescale(values.clone(), torch.tensor(factor, device=device))
+        assert torch.equal(got, values * factor)

@@ -1,0 +1,92 @@
+"""What is wrong with a command line or its YAML file, in one line: the option, or the file and line, and what fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+import yaml
+
+from .errors import UserError, nearest
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def check_flags(argv: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses a flag that is none of the known ones (``--name``); abbreviations too: a new option would change them."""
+    known = list(known)
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.partition(".")[0] not in known:  # a dictionary's keys are its own
+            raise UserError(f"there is no option {flag}{nearest(flag, known) or ' (see --help)'}")
+
+
+def switches(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    """``--name`` without a value, where the option is true or false, is ``--name=true``."""
+    flags = {f"--{name}" for name in names}
+    after = [*argv[1:], "--"]
+    return [f"{one}=true" if one in flags and next_one.startswith("--") else one for one, next_one in zip(argv, after)]
+
+
+def check_file(path: str, known: Iterable[str]) -> dict[str, int]:
+    """The line of every option in a YAML file.
+
+    Raises:
+        UserError: if it is not YAML (of the safe kind), holds what is no option, or an option twice; names the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot read it ({error})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not YAML ({error.problem})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML ({error})") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f'{path} must hold options as "name: value"')
+    lines: dict[str, int] = {}
+    for key, _ in root.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name not in known:
+            raise UserError(f"{path}, line {line}: there is no option {name}{nearest(name, known) or ' (see --help)'}")
+        if name in lines:
+            raise UserError(f"{path}, line {line}: {name} is there twice, first in line {lines[name]}")
+        lines[name] = line
+    return lines
+
+
+def explain(
+    error: Exception, argv: Sequence[str], files: Mapping[str, Mapping[str, int]], hints: Mapping[str, object]
+) -> str:
+    """A parser's complaint about a value, in words.
+
+    Args:
+        error: what jsonargparse raised.
+        argv: the command line.
+        files: the line of every option in every YAML file, from ``check_file``.
+        hints: the type of every option.
+    """
+    text = " ".join(str(error).split())
+    key = re.search(r'[Kk]ey "(\w+)"', text)
+    if not key or (name := key[1]) not in hints:
+        return f"{text} (see --help)"
+    value = re.search(r"(?:Got|Given) value: (.*)", text)
+    said = value[1] if value else "that"
+    where = f"--{name}"
+    if f"{where}={said}" not in argv and (where, said) not in pairwise(argv):
+        where = next((f"{path}, line {of[name]}: {name}" for path, of in files.items() if name in of), where)
+    return f"{where} must be {_kind(hints[name])}, not {said}"
+
+
+def _kind(hint: object) -> str:
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, options))}"
+    return " or ".join(map(_kind, options)) if options else KINDS.get(hint, str(hint))

@@ -1,0 +1,124 @@
+"""A pairwise preference model, asked as the paper's is (RLHFlow/pair-preference-model-LLaMA3-8B).
+
+The model reads the conversation and two responses in one user message and says "A" or "B"; P is the softmax, at
+temperature 1, over these two tokens' logits where the assistant speaks. Both orders are asked and averaged, which makes
+P(i ≻ j) + P(j ≻ i) = 1. Nothing makes such preferences transitive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ..config import Config
+from ..data import Messages
+from ..errors import UserError
+from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
+from .models import ModelOracle
+
+QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
+PROBE = QUESTION.format(context="x", response_A="y", response_B="z")
+
+
+def context(prompt: Messages) -> str:
+    r"""The conversation as the model was trained to read it.
+
+    It knows two roles. What a system message says is put before the first user's words.
+
+    >>> context([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+    ...          {"role": "user", "content": "Bye"}])
+    '\n\n\n<turn> user\n Hi\n\n<turn> assistant\n Yes?\n\n<turn> user\n Bye\n\n\n'
+    """
+    if prompt[0]["role"] == "system":
+        system, first, *rest = prompt
+        prompt = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    turns = (f"\n\n<turn> {message['role']}\n {message['content']}" for message in prompt)
+    return "\n" + "".join(turns) + "\n\n\n"
+
+
+def question(prompt: Messages, first: str, second: str) -> str:
+    """The user message that asks whether the first response or the second is better."""
+    return QUESTION.format(context=context(prompt), response_A=first, response_B=second)
+
+
+class PairModel(ModelOracle):
+    """P(i ≻ j) of a model that compares two responses. K responses take K(K − 1) questions."""
+
+    kind = "pair-model"
+    auto_class = AutoModelForCausalLM
+
+    def __init__(self, source: str | None, config: Config) -> None:
+        super().__init__(source, config)
+        self.verdicts = [self._single_token(letter) for letter in "AB"]
+        self.bos = self._own_bos()
+        self._check_header()
+
+    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        different = [without_repeats(texts) for _, texts in groups]
+        for g, (prompt, _) in enumerate(groups):  # what is too long is so before hours of work; most are by length
+            texts = sorted(different[g][0], key=len)[-2:]
+            if len(texts) == 2:
+                self.tokens(prompt, *texts, where(g, prompt))
+        shown = [np.full((len(texts), len(texts)), 0.5) for texts, _ in different]
+        steps = Steps(progress, len(groups), sum(matrix.size - len(matrix) for matrix in shown))
+
+        def questions() -> Iterator[tuple[tuple[int, int, int], list[int]]]:
+            for g, (prompt, _) in enumerate(groups):
+                texts, here = different[g][0], where(g, prompt)
+                for i, j in np.argwhere(~np.eye(len(texts), dtype=bool)).tolist():
+                    yield (g, i, j), self.tokens(prompt, texts[i], texts[j], here)
+
+        for (g, i, j), value in self.in_batches(questions(), self.prefers_first):
+            shown[g][i, j] = value
+            steps()
+        steps.finish()
+        return [spread(both_orders(matrix), indices) for matrix, (_, indices) in zip(shown, different)]
+
+    def tokens(self, prompt: Messages, first: str, second: str, where: str = "the prompt") -> list[int]:
+        """A question as the model reads it: through its chat template, without a beginning-of-sequence token.
+
+        Raises:
+            UserError: if it is longer than --oracle_max_tokens.
+        """
+        return self.encode(self._through_template(question(prompt, first, second)), where)
+
+    def prefers_first(self, rows: list[list[int]]) -> Tensor:
+        """(len(rows),) probabilities of A against B after these tokens."""
+        model = self.loaded()
+        batch = self.padded(rows, "left")  # so that all end at the last position, the only one whose logits are made
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1, self.verdicts]
+        return logits.float().softmax(-1)[:, 0]
+
+    def _through_template(self, content: str) -> str:
+        text = self.render([{"role": "user", "content": content}], generate=True)
+        return text[len(self.bos) :] if text.startswith(self.bos) else text
+
+    def _own_bos(self) -> str:
+        """The beginning-of-sequence token if it is nothing else: where it opens every turn (ChatML), it stays."""
+        bos = self.tokenizer.bos_token or ""
+        text = self.render([{"role": "user", "content": PROBE}], generate=True)
+        return bos if text.startswith(bos) and text.count(bos) == 1 else ""
+
+    def _single_token(self, letter: str) -> int:
+        tokens = self.tokenizer.encode(letter, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise UserError(f"{self.source} cannot be a pair-model: {letter!r} is {len(tokens)} tokens, not one")
+        return tokens[0]
+
+    def _check_header(self) -> None:
+        """What is asked must end where the assistant's word comes, and that word must be the token that is read."""
+        asked = self._through_template(PROBE)
+        tokens = self.encode(asked, "the probe")
+        for letter, verdict in zip("AB", self.verdicts):
+            messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": letter}]
+            said = self.render(messages, generate=False).partition(asked)[2]
+            read = self.tokenizer.encode(asked + letter, add_special_tokens=False)
+            if not said.startswith(letter) or read != [*tokens, verdict]:
+                raise UserError(
+                    f"{self.source} cannot be a pair-model: through its chat template a question does not end with the "
+                    f"header after which the assistant says {letter}"
+                )

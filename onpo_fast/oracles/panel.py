@@ -1,0 +1,65 @@
+"""A weighted panel of oracles: P = Σ weight·P_member, as a population of annotators with different tastes prefers.
+
+A mean of transitive preferences need not be transitive: three scores that rank three responses in a circle make one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import UserError
+from .interface import Asked, BatchOracle, Oracle, Progress, Steps, holds_model, judge_texts, take_counters
+
+
+def terms(expression: str) -> list[tuple[float | None, str]]:
+    """The members of "0.7*population+0.3*module:function", with None where no weight is given.
+
+    >>> terms("0.7*population + 0.3*module:function")
+    [(0.7, 'population'), (0.3, 'module:function')]
+    >>> terms("population")
+    [(None, 'population')]
+
+    Raises:
+        UserError: if a weight is not positive and finite, or a name is missing.
+    """
+    members: list[tuple[float | None, str]] = []
+    for term in expression.split("+"):
+        weight, star, name = term.rpartition("*")
+        name = name.strip()
+        if not name:
+            raise UserError(f"--oracle {expression}: expected WEIGHT*NAME, or several joined by +")
+        try:
+            value = float(weight) if star else None
+        except ValueError:
+            raise UserError(f"--oracle {expression}: the weight {weight.strip()!r} is not a number") from None
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--oracle {expression}: a weight must be positive and finite, not {weight.strip()}")
+        members.append((value, name))
+    return members
+
+
+class Panel(BatchOracle):
+    """Asks its members one after the other, so that at most one of them has a model in memory.
+
+    Weights are shares of a population and are made to sum to 1: 7*a+3*b is 0.7*a+0.3*b.
+    """
+
+    def __init__(self, members: Sequence[tuple[float, str, Oracle]]) -> None:
+        total = math.fsum(weight for weight, _, _ in members)
+        self.members = [(weight / total, name, oracle) for weight, name, oracle in members]
+        self.holds_model = any(holds_model(oracle) for _, _, oracle in members)
+
+    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        steps = Steps(progress, len(groups), len(groups) * len(self.members))
+        sums = [np.zeros((len(texts), len(texts))) for _, texts in groups]
+        for weight, name, oracle in self.members:
+            for total, matrix in zip(sums, judge_texts(oracle, groups, f"member {name}", steps)):
+                total += weight * matrix
+        return [np.clip(total, 0, 1) for total in sums]  # weights sum to 1 but for rounding
+
+    def take_counters(self) -> dict[str, int]:
+        return dict(sum((Counter(take_counters(oracle)) for _, _, oracle in self.members), Counter()))

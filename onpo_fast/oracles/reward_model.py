@@ -1,0 +1,72 @@
+"""A reward model: one score a response, and Bradley-Terry on top, P(i ≻ j) = σ(r_i − r_j).
+
+Preferences from scores are transitive: whoever beats the winner beats the loser too. No cycle can come out, so a run
+under this oracle aligns to a reward, and the Nash policy is the one that maximises it. One score is the cheapest
+question: K a prompt, not K(K − 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from ..errors import UserError
+from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
+from .models import ModelOracle
+
+
+class RewardModel(ModelOracle):
+    """σ(r_i − r_j) of a sequence-classification model with one label, the reward r."""
+
+    kind = "reward-model"
+    auto_class = AutoModelForSequenceClassification
+
+    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        different = [without_repeats(texts) for _, texts in groups]
+        for g, (prompt, _) in enumerate(groups):  # what is too long is so before hours of work
+            self.tokens(prompt, max(different[g][0], key=len, default=""), where(g, prompt))
+        rewards = [np.zeros(len(texts)) for texts, _ in different]
+        steps = Steps(progress, len(groups), sum(map(len, rewards)))
+
+        def questions() -> Iterator[tuple[tuple[int, int], list[int]]]:
+            for g, (prompt, _) in enumerate(groups):
+                for i, text in enumerate(different[g][0]):
+                    yield (g, i), self.tokens(prompt, text, where(g, prompt))
+
+        for (g, i), value in self.in_batches(questions(), self.scores):
+            rewards[g][i] = value
+            steps()
+        steps.finish()
+        return [spread(bradley_terry(r), indices) for r, (_, indices) in zip(rewards, different)]
+
+    def tokens(self, prompt: list[dict[str, str]], text: str, where: str = "the prompt") -> list[int]:
+        """The conversation with the response, through the model's chat template.
+
+        Raises:
+            UserError: if it is longer than --oracle_max_tokens.
+        """
+        messages = [*prompt, {"role": "assistant", "content": text}]
+        return self.encode(self.render(messages, generate=False), where)
+
+    def scores(self, rows: list[list[int]]) -> Tensor:
+        """(len(rows),) rewards."""
+        return self.loaded()(**self.padded(rows, "right"), use_cache=False).logits[:, 0].float()
+
+    def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
+        super().check_loaded(model, report)
+        if model.config.num_labels != 1:
+            raise UserError(
+                f"{self.source} is no reward-model: it has {model.config.num_labels} labels, a reward is one number"
+            )
+        # it finds the last token of a row by what is not padding
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+
+
+def bradley_terry(rewards: np.ndarray) -> np.ndarray:
+    """(K,) -> (K, K): σ(r_i − r_j)."""
+    with np.errstate(invalid="ignore"):  # infinities and NaN are reported as what they make
+        difference = np.clip(rewards[:, None] - rewards[None, :], -500, 500)
+    return both_orders(1 / (1 + np.exp(-difference)))

@@ -1,0 +1,128 @@
+"""Records from where people keep them: JSON lines, JSON, parquet, a saved dataset, a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from .errors import UserError, nearest
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = (".jsonl", ".json", ".parquet")
+
+
+def records(source: str | Path, column: str | None = None) -> Iterator[tuple[str, object]]:
+    """(where it stands, what it says) of every record of a source.
+
+    Args:
+        source: a file (``.parquet``, ``.json`` with a list, otherwise JSON lines, whose blank lines are passed over), a
+            directory that ``datasets.save_to_disk`` wrote, or a dataset of the hub. The latter two may name a split,
+            ``org/name:test``; default ``train``.
+        column: the only one that is wanted; tables read no other if they have it.
+
+    Yields:
+        A line that is not JSON as a ``UserError``, for the reader to raise or to count.
+
+    Raises:
+        UserError: naming the source, and the line of a JSON file that is broken as a whole.
+    """
+    path, name = Path(source), str(source)
+    where, split = (name, "") if path.exists() else name.partition(":")[::2]
+    if path.is_file():
+        if path.suffix == ".parquet":
+            yield from _parquet(path, column)
+        else:
+            yield from _json(path)
+    elif Path(where).is_dir():
+        yield from _rows(name, _saved(where, split), column)
+    elif HUB_ID.fullmatch(where) and not where.endswith(FILES):
+        yield from _rows(name, _hub(where, split), column)
+    else:
+        raise UserError(f"cannot read {name}: there is no such file")
+
+
+def library(package: str, purpose: str) -> ModuleType:
+    """A package of the extra ``data``.
+
+    Raises:
+        UserError: if it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{purpose} needs the package datasets: pip install 'onpo_fast[data]'") from None
+
+
+def _json(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            listed = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{path}: nested too deeply") from None
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(listed, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", _line(line, f"{path}, line {number}")
+
+
+def _line(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return UserError(f"{where}: not JSON ({error})")
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, object]]:
+    parquet = library("pyarrow.parquet", f"the parquet file {path}")
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _rows(name: str, data, column: str | None) -> Iterator[tuple[str, object]]:
+    if column in data.column_names:
+        data = data.select_columns([column])
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
+
+
+def _saved(directory: str, split: str):
+    datasets = library("datasets", f"the saved dataset {directory}")
+    try:
+        data = datasets.load_from_disk(directory)
+    except Exception as error:  # what is in the directory is the user's: anything may be wrong with it
+        raise UserError(f"cannot read {directory} as a directory that datasets.save_to_disk wrote: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        wanted = split or "train"
+        if wanted not in data:
+            raise UserError(f"{directory} has no split {wanted!r}: it has {', '.join(data)}{nearest(wanted, data)}")
+        return data[wanted]
+    if split:
+        raise UserError(f"{directory} has no splits: leave out ':{split}'")
+    return data
+
+
+def _hub(name: str, split: str):
+    datasets = library("datasets", f"{name}, which is no file here, so a dataset of the hub,")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub, the network, a cache, and data that others wrote
+        raise UserError(f"cannot read {name}: it is no file or directory here, and as a dataset: {error}") from error

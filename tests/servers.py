@@ -1,0 +1,137 @@
+"""Local servers that speak like OpenAI's: a scripted one with faults, and one around a real model with log-probs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Error:
+    """A reply with a status of failure."""
+
+    status: int
+    message: str = "scripted"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Server:
+    """Answers each chat request with what ``reply(body)`` returns.
+
+    That is a text; a dict, sent as the JSON of the whole reply; bytes, sent as they are; an ``Error``; or a function of
+    the handler, which does what it likes.
+    """
+
+    def __init__(self, reply: Callable[[dict], object]) -> None:
+        self.reply = reply
+        self.bodies: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.busy = self.busiest = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+        with self.lock:
+            self.bodies.append(body)
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
+            self.busy += 1
+            self.busiest = max(self.busiest, self.busy)
+        try:
+            answer = self.reply(body)
+        finally:
+            with self.lock:
+                self.busy -= 1
+        if callable(answer):
+            answer(handler)
+        elif isinstance(answer, Error):
+            _send(handler, answer.status, json.dumps({"error": {"message": answer.message}}).encode(), answer.headers)
+        elif isinstance(answer, bytes):
+            _send(handler, 200, answer, {})
+        else:
+            _send(handler, 200, json.dumps(completion(answer) if isinstance(answer, str) else answer).encode(), {})
+
+
+def completion(text: str | None, top: list[tuple[str, float]] | None = None) -> dict:
+    """A chat completion of one token with these likely tokens, or of a text without log-probs."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    if top is not None:
+        likely = [{"token": token, "logprob": p, "bytes": None} for token, p in top]
+        choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "bytes": None, "top_logprobs": likely}]}
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+def _send(handler: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict[str, str]) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+@contextmanager
+def serving(reply: Callable[[dict], object]) -> Iterator[Server]:
+    server = Server(reply)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            server.handle(self)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, address: object) -> None:
+            pass  # clients that hang up are part of the test
+
+    http = Quiet(("127.0.0.1", 0), Handler)
+    server.port = http.server_port
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def hang_up(handler: BaseHTTPRequestHandler) -> None:
+    """The connection ends before a word is said."""
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def break_off(handler: BaseHTTPRequestHandler) -> None:
+    """The connection ends in the middle of the reply."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def trickle(handler: BaseHTTPRequestHandler) -> None:
+    """A byte now and then, for ever: no single wait is long."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(100):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.1)

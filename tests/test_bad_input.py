@@ -1,0 +1,269 @@
+"""What a user did that cannot work: one line on stderr, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from onpo_fast import evaluate, export, report, train
+from onpo_fast.config import Config
+from onpo_fast.errors import UserError
+
+GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
+FILES = {
+    "good.jsonl": GOOD,
+    "empty.jsonl": "\n\n",
+    "broken.jsonl": GOOD + '{"prompt": "x"\n',
+    "missing.jsonl": GOOD + '{"text": "x"}\n',
+    "blank.jsonl": GOOD + '{"prompt": " "}\n',
+    "roles.jsonl": GOOD + '{"prompt": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}\n',
+    "robot.jsonl": GOOD + '{"prompt": [{"role": "robot", "content": "x"}]}\n',
+    "all_bad.jsonl": '{"prompt": ""}\n{"prompt": 3}\n',
+    "broken.json": '[{"prompt": "x"},\n {"prompt" "y"}]',
+    "broken.parquet": "PAR1",
+    "typo.yaml": "# a run\nseed: 1\nitarations: 3\n",
+    "broken.yaml": "eta: [3\nseed: 1\n",
+    "list.yaml": "- seed\n",
+    "twice.yaml": "seed: 1\neta: 2.0\nseed: 2\n",
+    "value.yaml": "seed: 1\n\niterations: two\n",
+    "code.yaml": 'seed: !!python/object/apply:os.system ["touch owned"]\n',
+    "nothing/readme.txt": "no dataset",
+}
+
+
+def one_line(main: Callable, arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What the command says on stderr, after its "error: "."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        # options
+        ("--respones_per_prompt 2", "there is no option --respones_per_prompt; did you mean --responses_per_prompt?"),
+        ("--iter=2", "there is no option --iter; did you mean --iterations?"),
+        ("--xyzzy 1", "there is no option --xyzzy (see --help)"),
+        ("--iterations 0", "--iterations must be at least 1, not 0"),
+        ("--iterations 2.5", "--iterations must be a whole number, not 2.5"),
+        ("--iterations", "argument --iterations: expected one argument (see --help)"),
+        ("--responses_per_prompt 1", "--responses_per_prompt must be at least 2, not 1"),
+        ("--eta -1", "--objective onpo: eta must be a positive, finite number, not -1.0"),
+        ("--eta 0", "--objective onpo: eta must be a positive, finite number, not 0.0"),
+        ("--eta .nan", "--objective onpo: eta must be a positive, finite number, not nan"),
+        ("--eta nan", "--eta must be a number, not nan"),
+        ("--labels hard", "--labels must be one of soft, bits, not hard"),
+        ("--pairing random", "--pairing must be one of iid, all_pairs, best_worst, knockout, not 'random'"),
+        ("--skip_bad_prompts perhaps", "--skip_bad_prompts must be true or false, not perhaps"),
+        ("--oracle nowhere:f", "--oracle nowhere:f: cannot import it (ModuleNotFoundError: No module named 'nowhere')"),
+        ("--report_to wandb", "--report_to wandb needs"),
+        # YAML files
+        ("--config typo.yaml", "typo.yaml, line 3: there is no option itarations; did you mean iterations?"),
+        ("--config broken.yaml", "broken.yaml, line 2: not YAML"),
+        ("--config list.yaml", 'list.yaml must hold options as "name: value"'),
+        ("--config twice.yaml", "twice.yaml, line 3: seed is there twice, first in line 1"),
+        ("--config value.yaml", "value.yaml, line 3: iterations must be a whole number, not two"),
+        ("--config value.yaml --iterations 3", "value.yaml, line 3: iterations must be a whole number, not two"),
+        ("--config code.yaml", "code.yaml, line 1: not YAML (could not determine a constructor"),
+        ("--config gone.yaml", "--config gone.yaml: cannot read it"),
+        # prompts
+        ("--prompts gone.jsonl", "cannot read gone.jsonl: there is no such file"),
+        ("--prompts empty.jsonl", 'empty.jsonl has no prompts: each record needs a "prompt"'),
+        ("--prompts broken.jsonl", "broken.jsonl, line 7: not JSON"),
+        ("--prompts missing.jsonl", 'missing.jsonl, line 7: expected an object with a "prompt" (it has text;'),
+        ("--prompts good.jsonl --prompt_column text", 'good.jsonl, line 1: expected an object with a "text"'),
+        ("--prompts blank.jsonl", "blank.jsonl, line 7: a message is empty"),
+        ("--prompts roles.jsonl", "roles.jsonl, line 7: after an optional system message, user and assistant must"),
+        ("--prompts robot.jsonl", "robot.jsonl, line 7: the role 'robot' is not one of system, user, assistant"),
+        ("--prompts broken.json", "broken.json, line 2: not JSON"),
+        ("--prompts broken.parquet", "cannot read broken.parquet: "),
+        ("--prompts nothing", "cannot read nothing as a directory that datasets.save_to_disk wrote"),
+        ("--prompts org/name", "cannot read org/name: it is no file or directory here, and as a dataset: "),
+        ("--prompts all_bad.jsonl --skip_bad_prompts", "all_bad.jsonl has no prompts: 2 bad prompts passed over, the"),
+        # models
+        ("--model org/name", "cannot load the tokenizer of org/name: it is no directory here, and as a hub's id: "),
+        ("--model ./gone", "cannot load the model ./gone: there is no such directory"),
+        ("--model good.jsonl", "cannot load the model good.jsonl: it is a file, where a model is a directory"),
+        ("--model nothing", "nothing is no model's directory: it has no config.json"),
+        ("--device gpu", "--device gpu is not a device"),
+    ],
+)
+def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    before = sorted(here.rglob("*"))
+    said = one_line(train.main, [*line.split(), "--out", "out"], capsys)
+    assert said.startswith(message), said
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "message"),
+    [
+        (evaluate.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
+        (evaluate.main, "nothing --out x", "there is no option --out"),
+        (report.main, "", "the following arguments are required: directory"),
+        (report.main, "nothing more", "one argument too many: more"),
+        (export.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
+        (export.main, "nothing --iteration 2", "there is no option --iteration; did you mean --iterations?"),
+    ],
+)
+def test_other_commands(here: Path, main: Callable, line: str, message: str, capsys) -> None:
+    assert one_line(main, line.split(), capsys).startswith(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model directories
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def adapter(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def truncated(directory: Path) -> None:
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").unlink()  # a link
+    (directory / "model.safetensors").write_bytes(data[:100_000])
+
+
+def configured(directory: Path, **values) -> None:
+    old = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").unlink()
+    (directory / "config.json").write_text(json.dumps({**old, **values}))
+
+
+def narrow(directory: Path, rows: int = 1000) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:rows].clone()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def small_vocabulary(directory: Path) -> None:
+    narrow(directory)
+    configured(directory, vocab_size=1000)
+
+
+def own_code(directory: Path) -> None:
+    configured(directory, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
+    (directory / "mine.py").write_text("open('owned', 'w').close()\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("model.safetensors"), "broken has no weights: expected model.safetensors"),
+        (without("chat_template.jinja"), "the tokenizer of broken has no chat template"),
+        (without("tokenizer.json"), "cannot load the tokenizer of broken: "),
+        (without("config.json"), "broken is no model's directory: it has no config.json"),
+        (pickled, "broken has its weights in pytorch_model.bin: only safetensors are read"),
+        (adapter, "broken is an adapter: merge it into its model first"),
+        (truncated, "cannot load the model broken: "),
+        (lambda directory: configured(directory, num_hidden_layers=3), "broken lacks 9 of the weights that its config"),
+        (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (1000, 576) where it"),
+        (small_vocabulary, "the tokenizer of broken does not fit its model: it has tokens up to 49151, and the "),
+        (own_code, "cannot load the model broken: it comes with Python code"),
+    ],
+    ids=["weights", "template", "tokenizer", "config", "pickle", "adapter", "truncated", "layers", "shapes", "rows",
+         "code"],
+)  # fmt: skip
+def test_model_directories(here: Path, shallow_model: Path, change: Callable, message: str, capsys) -> None:
+    shutil.copytree(shallow_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))
+    change(here / "broken")
+    before = sorted(here.rglob("*"))
+    said = one_line(train.main, ["--model", "broken", "--out", "out"], capsys)
+    assert said.startswith(message), said
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_prompt_longer_than_the_context(here: Path, shallow_model: Path, capsys) -> None:
+    (here / "long.jsonl").write_text(GOOD + json.dumps({"prompt": "long " * 9000}) + "\n" + '{"prompt": ""}\n')
+    arguments = ["--model", str(shallow_model), "--prompts", "long.jsonl", "--out", "out", "--iterations", "1",
+                 "--max_new_tokens", "2", "--responses_per_prompt", "2", "--eval_samples", "1"]  # fmt: skip
+    (here / "long_only.jsonl").write_text((here / "long.jsonl").read_text().replace('{"prompt": ""}\n', ""))
+    said = one_line(train.main, [*arguments, "--prompts", "long_only.jsonl"], capsys)
+    assert "it exceeds the model's context of 8192 tokens" in said
+    assert not (here / "out").exists()
+    train.main([*arguments, "--skip_bad_prompts"])
+    assert "2 bad prompts passed over, the first: long.jsonl, line 8: a message is empty" in capsys.readouterr().out
+    records = [json.loads(line) for line in (here / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (prompts,) = [record for record in records if record["stage"] == "prompts"]
+    assert (prompts["train"] + prompts["held_out"], prompts["skipped"]) == (6, 2)
+
+
+def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys) -> None:
+    """A policy that says one thing leaves nothing to compare: a clean stop, with the responses there to look at."""
+    said = one_line(
+        train.main,
+        ["--model", str(shallow_model), "--prompts", "good.jsonl", "--out", "out", "--max_new_tokens", "3",
+         "--temperature", "1e-6", "--prompts_per_iteration", "2"],
+        capsys,
+    )  # fmt: skip
+    assert said.startswith("iteration 1 has no pair to learn from")
+    assert (here / "out/iteration_01/responses.jsonl").exists()
+    assert not (here / "out/iteration_01/pairs.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--no_such_flag 1", "error: there is no option --no_such_flag (see --help)"),
+        ("--model nothing", "error: nothing is no model's directory"),
+    ],
+)
+def test_a_process(here: Path, line: str, message: str) -> None:
+    command = [sys.executable, "-m", "onpo_fast.train", *line.split(), "--out", "out"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not (here / "out").exists()
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    with pytest.raises(UserError):
+        train.main(["--eta", "0", "--debug"])
+
+
+def test_switches_need_no_value() -> None:
+    from onpo_fast.config import parse
+
+    config = parse(["--skip_bad_prompts", "--trust_remote_code", "--seed", "1", "--gradient_checkpointing"])
+    assert (config.skip_bad_prompts, config.trust_remote_code, config.gradient_checkpointing) == (True, True, True)
+    assert not parse(["--gradient_checkpointing", "false"]).gradient_checkpointing
+    assert not Config().trust_remote_code

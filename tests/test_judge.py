@@ -1,0 +1,485 @@
+"""The judge on real local servers, on one that misbehaves, and on its own cache."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from servers import Error, Server, break_off, completion, hang_up, serving, trickle
+
+from onpo_fast import oracles, stopping
+from onpo_fast import train as module
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Response
+from onpo_fast.errors import UserError
+from onpo_fast.oracles import chat_judge
+
+PROMPT = [{"role": "user", "content": "Name a colour."}]
+TEXTS = ["Blue.", "I like red most of all, and you?", "Red.", "Blue."]
+
+
+def groups(*texts: str, count: int = 1) -> list[Group]:
+    """``count`` groups whose prompts differ."""
+    responses = [Response(text, [1], "eos", -1.0) for text in texts]
+    return [Group([{"role": "user", "content": f"Question {i}?"}], [1], responses) for i in range(count)]
+
+
+def asked(body: dict) -> tuple[str, str]:
+    """The two responses that a request shows."""
+    _, _, rest = body["messages"][0]["content"].partition("[Response A]\n")
+    first, _, rest = rest.partition("\n\n[Response B]\n")
+    return first, rest.partition("\n\n[Question]")[0]
+
+
+def shorter(body: dict) -> str:
+    first, second = asked(body)
+    return "A" if len(first) < len(second) else "B"
+
+
+SHORTER = np.array([[0.5, 1], [0, 0.5]])  # of "a" and "bcd"
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """Makes a judge that asks a server, with waits of milliseconds."""
+    monkeypatch.setattr(chat_judge, "FIRST_WAIT", 0.002)
+
+    def make(server: Server | str, **options) -> chat_judge.ChatJudge:
+        url = server if isinstance(server, str) else server.url
+        return oracles.load("judge", Config(judge_url=url, judge_model="m", **options), tmp_path)
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real servers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers_serve(model_directory) -> str:
+    """``transformers serve`` with the real small model; the URL. Its endpoint ignores log-probs."""
+    pytest.importorskip("fastapi")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = [str(Path(sys.executable).parent / "transformers"), "serve", str(model_directory), "--device", "cpu",
+            "--host", "127.0.0.1", "--port", str(port), "--default-seed", "0"]  # fmt: skip
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, "transformers serve ended"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_real_server_is_asked_once(transformers_serve: str, model_directory, tmp_path) -> None:
+    """The same matrix again with zero requests, and each order as the model itself answers it."""
+    config = Config(judge_url=transformers_serve, judge_model=str(model_directory), judge_concurrency=2,
+                    judge_max_tokens=4)  # fmt: skip
+    first = oracles.load("judge", config, tmp_path)
+    (matrix,) = oracles.judge(first, groups(*TEXTS), "judge")
+    spent = first.take_counters()
+    assert spent["requests"] == 6 + spent["nonsense"]  # four texts, two of them equal; what says nothing is asked again
+    assert (spent["answered"], spent["cached"], spent["failures"]) == (6, 0, 0)
+    assert spent["prompt_tokens"] > 6 * 100
+    again = oracles.load("judge", config, tmp_path)
+    (same,) = oracles.judge(again, groups(*TEXTS), "judge")
+    np.testing.assert_array_equal(same, matrix)
+    zero = {"requests": 0, "failures": 0, "prompt_tokens": 0, "completion_tokens": 0, "answered": 0}
+    assert again.take_counters() == {**zero, "cached": 6, "nonsense": spent["nonsense"]}
+    np.testing.assert_array_equal(matrix + matrix.T, np.ones((4, 4)))
+    assert matrix[0, 3] == 0.5
+
+
+def test_log_probs_of_a_real_model(policy, judge) -> None:
+    """Served with log-probs: a probability, not a letter; not ½, and the same again without a request."""
+
+    def reply(body: dict) -> dict:
+        assert body["logprobs"] is True
+        with torch.no_grad():
+            ids = torch.tensor([policy.render(body["messages"])])
+            logps = policy.model(ids).logits[0, -1].log_softmax(-1)
+        values, tokens = logps.topk(body["top_logprobs"])
+        likely = [(policy.tokenizer.decode([t]), p) for t, p in zip(tokens.tolist(), values.tolist())]
+        return completion(likely[0][0], likely)
+
+    with serving(reply) as server:
+        (matrix,) = oracles.judge(judge(server, judge_concurrency=1), groups(*TEXTS[:2]), "judge")
+        requests = len(server.bodies)
+        (same,) = oracles.judge(judge(server), groups(*TEXTS[:2]), "judge")
+        assert len(server.bodies) == requests == 2
+    assert 0 < matrix[0, 1] < 1
+    assert matrix[0, 1] != 0.5
+    np.testing.assert_array_equal(matrix, same)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked, and how an answer is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_both_orders_are_asked_and_averaged(judge) -> None:
+    with serving(lambda body: "A") as server:  # whoever comes first
+        (matrix,) = oracles.judge(judge(server), groups("a", "b"), "judge")
+        assert sorted(map(asked, server.bodies)) == [("a", "b"), ("b", "a")]
+    np.testing.assert_array_equal(matrix, np.full((2, 2), 0.5))
+
+
+def test_log_probs_beat_the_letter(judge) -> None:
+    top = [("A", np.log(0.6)), (" A", np.log(0.1)), ("B", np.log(0.3)), ("x", -9.0)]
+    with serving(lambda body: completion("A", top if asked(body)[0] == "a" else [("A", 0.0)])) as server:
+        (matrix,) = oracles.judge(judge(server), groups("a", "b"), "judge")
+    assert matrix[0, 1] == pytest.approx((0.7 + 0) / 2)
+
+
+@pytest.mark.parametrize("bad", [[("A", float("nan"))], [("x", -0.1)], [("A", -5000.0)]])
+def test_log_probs_that_say_nothing_leave_the_letter(judge, bad: list) -> None:
+    with serving(lambda body: completion(shorter(body), bad)) as server:
+        (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
+    np.testing.assert_array_equal(matrix, SHORTER)
+
+
+def test_a_server_that_refuses_log_probs_is_asked_without(judge) -> None:
+    def reply(body: dict) -> object:
+        return Error(400, "logprobs are not supported") if "logprobs" in body else shorter(body)
+
+    with serving(reply) as server:
+        oracle = judge(server, judge_concurrency=1)
+        (matrix,) = oracles.judge(oracle, groups("a", "bcd"), "judge")
+        assert len(server.bodies) == 3
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], matrix)
+        assert len(server.bodies) == 3
+    np.testing.assert_array_equal(matrix, SHORTER)
+
+
+def test_a_prompt_of_the_users(judge, tmp_path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("{response_b}|{conversation}|{response_a}", encoding="utf-8")
+    with serving(lambda body: "B") as server:
+        oracles.judge(judge(server, judge_prompt=str(path)), groups("{conversation}", "é"), "judge")
+        assert {body["messages"][0]["content"] for body in server.bodies} == {
+            "é|User: Question 0?|{conversation}", "{conversation}|User: Question 0?|é"
+        }  # fmt: skip
+    path.write_text("{response_b}")
+    with pytest.raises(UserError, match=r"lacks \{conversation\} and \{response_a\}"):
+        judge("http://x/v1", judge_prompt=str(path))
+    with pytest.raises(UserError, match="cannot read --judge_prompt"):
+        judge("http://x/v1", judge_prompt="missing.txt")
+
+
+def test_more_of_a_request(judge) -> None:
+    with serving(lambda body: "A") as server:
+        oracles.judge(judge(server, judge_request={"max_tokens": None, "seed": 3}), groups("a", "b"), "judge")
+        assert all("max_tokens" not in body and body["seed"] == 3 for body in server.bodies)
+        assert server.bodies[0]["temperature"] == 0
+
+
+def test_the_page_shows_the_prompt() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "oracles.md").read_text(encoding="utf-8")
+    assert f"```\n{chat_judge.PROMPT}\n```" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A server that misbehaves
+# ---------------------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "429": Error(429),
+    "500": Error(500),
+    "503 with a wait": Error(503, headers={"Retry-After": "0.01"}),
+    "a wait that is a date": Error(429, headers={"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}),
+    "a wait that is nonsense": Error(429, headers={"Retry-After": "nan"}),
+    "hangs up": hang_up,
+    "breaks off": break_off,
+    "trickles": trickle,
+    "says nothing": lambda handler: time.sleep(1),
+    "no JSON": b"<html>Bad gateway</html>",
+    "half of JSON": b'{"choices": [{"mess',
+    "other JSON": {"hello": 1},
+    "no choices": {**completion("A"), "choices": []},
+    "null": b"null",
+    "a list": b"[]",
+    "content that is a number": {**completion("A"), "choices": [{"index": 0, "message": {"content": 7}}]},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_pass(judge, fault: str) -> None:
+    """Every question fails once, then is answered: the matrix is that of a faultless server."""
+    seen: set[tuple[str, str]] = set()
+
+    def reply(body: dict) -> object:
+        if asked(body) in seen:
+            return shorter(body)
+        seen.add(asked(body))
+        return FAULTS[fault]
+
+    with serving(reply) as server:
+        oracle = judge(server, judge_timeout=0.4)
+        (matrix,) = oracles.judge(oracle, groups("a", "bcd"), "judge")
+    np.testing.assert_array_equal(matrix, SHORTER)
+    spent = oracle.take_counters()
+    assert (spent["requests"], spent["failures"], spent["answered"], spent["nonsense"]) == (4, 2, 2, 0)
+
+
+@pytest.mark.parametrize("fault", ["500", "hangs up", "says nothing", "no JSON"])
+def test_a_judge_that_stays_down_stops_the_run_and_keeps_what_it_said(judge, fault: str) -> None:
+    down = threading.Event()
+
+    def reply(body: dict) -> object:
+        if "Question 5" in body["messages"][0]["content"]:
+            down.set()
+        return FAULTS[fault] if down.is_set() else shorter(body)
+
+    options = {"judge_retries": 2, "judge_timeout": 0.3, "judge_concurrency": 1}
+    with serving(reply) as server:
+        with pytest.raises(
+            UserError, match=r"--oracle judge, prompt 5 \(.*\): the judge at .* is down: 3 tries"
+        ) as error:
+            oracles.judge(judge(server, **options), groups("a", "bcd", count=8), "judge")
+        assert "judge.sqlite" in str(error.value)
+        assert len(server.bodies) == 2 * 5 + 3
+        server.reply = shorter  # it is back
+        oracle = judge(server, **options)
+        matrices = oracles.judge(oracle, groups("a", "bcd", count=8), "judge")
+        assert len(server.bodies) == 2 * 5 + 3 + 2 * 3
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix, SHORTER)
+    assert oracle.take_counters()["cached"] == 10
+
+
+def test_nobody_there(judge) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match="is down: 2 tries failed, the last with Connection error"):
+            oracles.judge(judge(url, judge_retries=1), groups("a", "b"), "judge")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413])
+def test_what_the_server_refuses_is_not_tried_again(judge, status: int) -> None:
+    with serving(lambda body: Error(status)) as server:
+        with pytest.raises(UserError, match=f"refused the question: .*{status}.*scripted") as error:
+            oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+        assert len(server.bodies) == 1
+    assert ("OPENAI_API_KEY" in str(error.value)) == (status in (401, 403))
+
+
+def test_nonsense_is_asked_again_once_then_counts_as_half(judge) -> None:
+    def reply(body: dict) -> str:
+        return "I'd rather talk about the weather." if "Question 0" in body["messages"][0]["content"] else shorter(body)
+
+    with serving(reply) as server:
+        oracle = judge(server)
+        silly, sane = oracles.judge(oracle, groups("a", "bcd", count=2), "judge")
+        assert len(server.bodies) == 2 * 2 + 2
+        np.testing.assert_array_equal(silly, np.full((2, 2), 0.5))
+        np.testing.assert_array_equal(sane, SHORTER)
+        assert oracle.take_counters()["nonsense"] == 2
+        oracles.judge(judge(server), groups("a", "bcd", count=2), "judge")
+        assert len(server.bodies) == 6
+
+
+def test_a_tie_is_a_half(judge) -> None:
+    with serving(lambda body: "Tie.") as server:
+        oracle = judge(server)
+        (matrix,) = oracles.judge(oracle, groups("a", "b"), "judge")
+    np.testing.assert_array_equal(matrix, np.full((2, 2), 0.5))
+    assert oracle.take_counters()["nonsense"] == 0
+
+
+def test_a_judge_without_verdicts_stops_the_run(judge) -> None:
+    """Whether after twenty answers or at the end; and its nonsense is not kept: mended, it is asked again."""
+    for count, answers in ((1, 2), (50, 20)):
+        with serving(lambda body: "Banana") as server:
+            with pytest.raises(UserError, match=rf"no verdict, A or B, in {answers} of {answers} .* last was 'Banana'"):
+                oracles.judge(judge(server, judge_concurrency=1), groups("a", "bcd", count=count), "judge")
+            server.reply = shorter
+            (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
+        np.testing.assert_array_equal(matrix, SHORTER)
+    with serving(lambda body: "") as server:
+        oracles.judge(judge(server, judge_max_nonsense=1.0), groups("c", "d"), "judge")
+
+
+def test_concurrency_is_limited_and_used(judge) -> None:
+    def reply(body: dict) -> str:
+        time.sleep(0.05)
+        return "A"
+
+    done: list[int] = []
+    with serving(reply) as server:
+        oracles.judge(judge(server, judge_concurrency=3), groups("a", "b", count=10), "judge", done.append)
+        assert server.busiest == 3
+        assert len(server.bodies) == 20
+    assert sum(done) == 10
+    assert len(done) == 10
+
+
+def test_a_question_that_comes_twice_is_asked_once(judge) -> None:
+    def reply(body: dict) -> str:
+        time.sleep(0.05)
+        return shorter(body)
+
+    with serving(reply) as server:
+        matrices = oracles.judge(judge(server), groups("a", "bcd") * 3, "judge")
+        assert len(server.bodies) == 2
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix, SHORTER)
+
+
+def test_a_signal_stops_between_questions(judge, monkeypatch) -> None:
+    def reply(body: dict) -> str:
+        if len(server.bodies) == 4:
+            monkeypatch.setattr(stopping, "_asked_by", 15)
+        return "A"
+
+    with serving(reply) as server:
+        with pytest.raises(stopping.Stopped):
+            oracles.judge(judge(server, judge_concurrency=1), groups("a", "b", count=10), "judge")
+        assert len(server.bodies) == 4
+        monkeypatch.setattr(stopping, "_asked_by", None)
+        oracles.judge(judge(server), groups("a", "b", count=10), "judge")
+        assert len(server.bodies) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_kept_by_everything_that_shaped_them(judge, tmp_path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(chat_judge.PROMPT + " ", encoding="utf-8")
+    cache = str(tmp_path / "shared.sqlite")
+    changes = ({}, {"judge_max_tokens": 7}, {"judge_prompt": str(prompt)}, {"judge_request": {"seed": 1}})
+    with serving(shorter) as server:
+        for requests, change in enumerate(changes, 1):
+            for _ in range(2):
+                oracles.judge(judge(server, judge_cache=cache, **change), groups("a", "b"), "judge")
+                assert len(server.bodies) == 2 * requests
+        config = Config(judge_url=server.url + "/", judge_cache=cache)
+        oracles.judge(oracles.load("judge=m", config), groups("a", "b"), "judge")  # the same model and server
+        assert len(server.bodies) == 8
+        oracles.judge(oracles.load("judge=n", config), groups("a", "b"), "judge")
+        assert len(server.bodies) == 10
+        with serving(shorter) as other:
+            oracles.judge(judge(other, judge_cache=cache), groups("a", "b"), "judge")
+            assert len(other.bodies) == 2
+
+
+def test_two_judges_share_a_file(judge, tmp_path) -> None:
+    with serving(shorter) as server:
+        threads = [
+            threading.Thread(target=oracles.judge, args=(judge(server), groups("a", "bcd", count=10), "judge"))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        before = len(server.bodies)
+        oracles.judge(judge(server), groups("a", "bcd", count=10), "judge")
+        assert len(server.bodies) == before
+    assert sqlite3.connect(tmp_path / "judge.sqlite").execute("SELECT count(*) FROM answers").fetchone() == (20,)
+
+
+def test_a_file_that_is_no_cache(judge, tmp_path) -> None:
+    (tmp_path / "judge.sqlite").write_text("This is a letter. " * 100)
+    with pytest.raises(UserError, match=r"cannot use .*judge\.sqlite for the judge's answers"):
+        oracles.judge(judge("http://127.0.0.1:9/v1"), groups("a", "b"), "judge")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"judge_url": None}, "needs --judge_url"),
+        ({"judge_url": "http://x/v1", "judge_model": None}, "needs --judge_model"),
+        ({"judge_url": "localhost:8000"}, "must begin with http"),
+        ({"judge_url": "http://[x"}, "must begin with http"),
+        ({"judge_url": "http://x:port/v1"}, "must begin with http"),
+        ({"judge_url": "http://user:secret@x/v1"}, "must hold no user, password or query"),
+        ({"judge_url": "http://x/v1?key=secret"}, "must hold no user, password or query"),
+    ],
+)
+def test_judges_that_cannot_be_had(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        oracles.load("judge", Config(**{"judge_model": "m", **options}), Path("x"))
+    assert "secret" not in str(error.value)
+
+
+def test_its_libraries_are_named_where_they_lack(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    with pytest.raises(UserError, match=r"pip install 'onpo_fast\[judge\]'"):
+        oracles.load("judge", Config(judge_url="http://x/v1", judge_model="m"), Path("x"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_a_judge(shallow_model, tmp_path, monkeypatch, write_lines) -> None:
+    """Its counters are in the metrics, and the key is sent, and nowhere in the run directory though said back."""
+    monkeypatch.setenv("MY_KEY", "sk-do-not-tell\n")
+    monkeypatch.setattr(chat_judge, "FIRST_WAIT", 0.002)
+    faults = iter([Error(500), b"sk-do-not-tell", Error(429)])
+
+    def reply(body: dict) -> object:
+        return next(faults, f"{shorter(body)}. Your key is sk-do-not-tell")
+
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
+    sizes = {"iterations": 1, "prompts_per_iteration": 2, "responses_per_prompt": 2, "max_new_tokens": 4,
+             "eval_samples": 1, "batch_pairs": 2}  # fmt: skip
+    config = {"model": str(shallow_model), "prompts": str(prompts), "out": str(tmp_path / "out"), "oracle": "judge",
+              "judge_model": "m", "judge_key_variable": "MY_KEY", **sizes}  # fmt: skip
+    with serving(reply) as server:
+        module.train(Config(judge_url=server.url, **config))
+        assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-do-not-tell"}
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (judged,) = [record for record in records if record["stage"] == "judge"]
+    assert judged["requests"] == judged["answered"] + 3
+    assert judged["prompt_tokens"] == 100 * judged["answered"]
+    (evaluated,) = [record for record in records if record["stage"] == "evaluate"]
+    assert evaluated["answered"] > 0
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"sk-do-not-tell" not in path.read_bytes(), path
+
+
+def test_the_key_is_not_in_messages(judge, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-tell")
+    for status in (401, 500):
+        answer = Error(status, "Incorrect key: sk-do-not-tell")
+        with serving(lambda body, answer=answer: answer) as server, pytest.raises(UserError) as error:
+            oracles.judge(judge(server, judge_retries=0), groups("a", "b"), "judge")
+        assert "sk-do-not-tell" not in str(error.value)
+        assert "Incorrect key: [key]" in str(error.value)
+
+
+def test_where_an_event_loop_runs(judge) -> None:
+    """As in a notebook."""
+
+    async def cell() -> list[np.ndarray]:
+        return oracles.judge(judge(server), groups("a", "bcd"), "judge")
+
+    with serving(shorter) as server:
+        (matrix,) = asyncio.run(cell())
+    np.testing.assert_array_equal(matrix, SHORTER)

@@ -1,0 +1,252 @@
+"""Oracles that are models, on the real small one: what is asked, token for token, and answers no batch moves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from onpo_fast import oracles
+from onpo_fast import train as module
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Response
+from onpo_fast.errors import UserError
+from onpo_fast.oracles.pair_model import PairModel
+from onpo_fast.oracles.reward_model import RewardModel
+
+PROMPT = [
+    {"role": "user", "content": "Name a {colour}."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "Another?"},
+]
+TEXTS = ["Red.", "", "Red.", "No {context} \n [RESPONSE A]"]
+GROUPS = [(PROMPT, TEXTS), ([{"role": "user", "content": "Grüße mich. 你好"}], ["Hi!", "Guten Tag, guten Tag!"])]
+
+
+@pytest.fixture(scope="module")
+def pair_model(model_directory) -> PairModel:
+    return oracles.load("pair-model", Config(oracle_model=str(model_directory)))
+
+
+def test_the_question_token_for_token(pair_model: PairModel, model_directory) -> None:
+    """Spelled out by hand, from the conversation to the assistant's header."""
+    asked = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n[CONTEXT] \n\n\n<turn> user\n Name a {colour}.\n\n<turn> assistant\n Blue."
+        "\n\n<turn> user\n Another?\n\n\n [RESPONSE A] Red. [RESPONSE B] No {context} \n [RESPONSE A] \n<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    expected = AutoTokenizer.from_pretrained(model_directory).encode(asked, add_special_tokens=False)
+    assert pair_model.tokens(PROMPT, TEXTS[0], TEXTS[3]) == expected
+
+
+def test_a_beginning_of_its_own_is_stripped(model_directory, tmp_path) -> None:
+    """As the paper's Llama template: BOS once, a header for every turn. And a template that trims."""
+    shutil.copytree(model_directory, tmp_path / "model")
+    template = (
+        "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + "
+        "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    )
+    _edit(tmp_path / "model", bos_token="<|endoftext|>", template=template)
+    oracle = PairModel(str(tmp_path / "model"), Config())
+    text = oracle.tokenizer.decode(oracle.tokens(PROMPT[:1], "x", "y"))
+    assert text == (
+        "<|im_start|>user\n[CONTEXT] \n\n\n<turn> user\n Name a {colour}.\n\n\n [RESPONSE A] x [RESPONSE B] y<|im_end|>"
+        "<|im_start|>assistant\n"
+    )
+
+
+def _edit(directory: Path, template: str, **settings: str) -> None:
+    path = directory / "tokenizer_config.json"
+    record = {**json.loads(path.read_text(encoding="utf-8")), **settings}
+    record.pop("chat_template", None)
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def test_a_system_message_goes_before_the_first_turn(pair_model: PairModel) -> None:
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    joined = [{"role": "user", "content": "Be kind.\n\nHi"}]
+    assert pair_model.tokens(system, "a", "b") == pair_model.tokens(joined, "a", "b")
+
+
+@pytest.fixture(scope="module")
+def matrices(pair_model: PairModel) -> list[np.ndarray]:
+    """What the pair model says of ``GROUPS``, all in one batch."""
+    steps: list[int] = []
+    answers = pair_model.many(GROUPS, steps.append)
+    assert sum(steps) == len(GROUPS)
+    return answers
+
+
+def test_the_pair_model_says_what_its_logits_say(pair_model: PairModel, matrices, model_directory) -> None:
+    """One question at a time through the plain model; both orders; one token each for A and B."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    letters = [pair_model.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+    assert [len(tokens) for tokens in letters] == [1, 1]
+    for (prompt, texts), matrix in zip(GROUPS, matrices):
+        i, j = 0, len(texts) - 1
+        first = []
+        for a, b in ((i, j), (j, i)):
+            ids = torch.tensor([pair_model.tokens(prompt, texts[a], texts[b])])
+            with torch.no_grad():
+                logits = model(ids).logits[0, -1]
+            first.append(float(logits[[letters[0][0], letters[1][0]]].double().softmax(-1)[0]))
+        assert matrix[i, j] == pytest.approx((first[0] + 1 - first[1]) / 2, abs=1e-5)
+        assert abs(matrix[i, j] - 0.5) > 1e-4
+    assert matrices[0][0, 2] == 0.5  # the same words
+
+
+def test_neither_batches_nor_order_move_the_answers(pair_model: PairModel, matrices, model_directory) -> None:
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix + matrix.T, np.ones_like(matrix))
+    alone = PairModel(str(model_directory), Config(oracle_batch_tokens=1))
+    alone.model = pair_model.loaded()
+    for a, b in zip(alone.many(GROUPS), matrices):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    turned = pair_model(PROMPT, TEXTS[::-1])
+    np.testing.assert_allclose(turned[::-1, ::-1], matrices[0], atol=1e-5)
+
+
+def test_a_question_that_is_too_long_is_an_error(model_directory) -> None:
+    """It names the prompt, its number of tokens and the limit, before the weights are even loaded."""
+    oracle = oracles.load("pair-model", Config(oracle_model=str(model_directory)))
+    long = ([{"role": "user", "content": "Count!"}], ["one two three " * 1100, "no"])
+    groups = [Group(p, [1], [Response(t, [1], "eos", -1.0) for t in texts]) for p, texts in (GROUPS[1], long)]
+    with pytest.raises(UserError, match=r"--oracle X, prompt 1 \('Count!'\): a question of 33\d\d tokens, .* 3072"):
+        oracles.judge(oracle, groups, "X")
+    assert oracle.model is None
+    higher = PairModel(str(model_directory), Config(oracle_max_tokens=4000))
+    assert len(higher.tokens(long[0], *long[1])) > 3072
+
+
+def test_the_memory_comes_back(pair_model: PairModel) -> None:
+    pair_model.loaded()
+    group = Group(PROMPT, [1], [Response(t, [1], "eos", -1.0) for t in ("a", "b")])
+    oracles.judge(pair_model, [group], "pair-model")
+    assert pair_model.model is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        # a header that nothing opens
+        ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}",
+         "does not end with the header after which the assistant says A"),
+        # the word comes with a space before it, and that is another token
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}",
+         "does not end with the header after which the assistant says A"),
+        ("{{ raise_exception('never') }}", "refuses the conversation: never"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_asked(shallow_model, tmp_path, template: str, message: str) -> None:
+    shutil.copytree(shallow_model, tmp_path / "model")
+    _edit(tmp_path / "model", template)
+    with pytest.raises(UserError, match=message):
+        PairModel(str(tmp_path / "model"), Config())
+
+
+def test_models_that_cannot_be_had(shallow_model, tmp_path) -> None:
+    with pytest.raises(UserError, match="--oracle pair-model needs --oracle_model"):
+        oracles.load("pair-model")
+    with pytest.raises(UserError, match="cannot load the model no/such"):
+        oracles.load("reward-model=no/such")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(shallow_model, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights in safetensors format"):
+        oracles.load("pair-model", Config(oracle_model=str(pickled)))
+
+
+def test_a_models_own_code_is_not_run(shallow_model, tmp_path) -> None:
+    """Unless asked for with --trust_remote_code."""
+    directory = tmp_path / "model"
+    shutil.copytree(shallow_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.M"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(UserError, match="cannot load the model"):
+        oracles.load("pair-model", Config(oracle_model=str(directory)))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_directory(shallow_model, tmp_path_factory) -> Path:
+    """The small model's body with a head of random weights for one score."""
+    directory = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(shallow_model, num_labels=1, dtype=torch.float32)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(shallow_model).save_pretrained(directory)
+    return directory
+
+
+def test_a_reward_model_is_bradley_terry(reward_directory) -> None:
+    oracle = oracles.load(f"reward-model={reward_directory}")
+    model = AutoModelForSequenceClassification.from_pretrained(reward_directory, dtype=torch.float32)
+    model.config.pad_token_id = None  # the last token is then the last token
+    rewards = []
+    for text in TEXTS:
+        messages = [*PROMPT, {"role": "assistant", "content": text}]
+        ids = oracle.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            rewards.append(float(model(ids).logits))
+    r = np.array(rewards)
+    assert r.std() > 1e-2
+    matrix, other = oracle.many(GROUPS)
+    np.testing.assert_allclose(matrix, 1 / (1 + np.exp(r[None, :] - r[:, None])), atol=1e-5)
+    np.testing.assert_array_equal(matrix + matrix.T, np.ones_like(matrix))
+    assert oracles.cyclic_triples([matrix])[0] == 0
+    one_by_one = RewardModel(str(reward_directory), Config(oracle_batch_tokens=1)).many(GROUPS)
+    np.testing.assert_allclose(one_by_one[0], matrix, atol=1e-5)
+    np.testing.assert_allclose(one_by_one[1], other, atol=1e-5)
+
+
+def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"is no reward-model: it lacks the weights score\.weight"):
+        oracles.load(f"reward-model={shallow_model}")(PROMPT, ["a", "b"])
+    AutoModelForSequenceClassification.from_pretrained(
+        reward_directory, num_labels=3, ignore_mismatched_sizes=True
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reward_directory).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="it has 3 labels"):
+        oracles.load(f"reward-model={tmp_path}")(PROMPT, ["a", "b"])
+
+
+def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:
+    """A panel of both kinds: the policy makes room for each, and the options are those of the run."""
+    residents = []
+    loaded = PairModel.loaded
+
+    def watched(self: PairModel) -> torch.nn.Module:
+        residents.append(runs[0].resident)
+        return loaded(self)
+
+    runs: list[module.Run] = []
+    init = module.Run.__init__
+    monkeypatch.setattr(module.Run, "__init__", lambda self, *a, **k: (runs.append(self), init(self, *a, **k))[1])
+    monkeypatch.setattr(PairModel, "loaded", watched)
+    oracle = f"3*pair-model + reward-model={reward_directory}"
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
+    sizes = {"iterations": 1, "prompts_per_iteration": 2, "responses_per_prompt": 2, "max_new_tokens": 4,
+             "eval_samples": 1, "batch_pairs": 2}  # fmt: skip
+    config = Config(model=str(shallow_model), prompts=str(prompts), out=str(tmp_path / "out"), oracle=oracle,
+                    oracle_model=str(shallow_model), **sizes)  # fmt: skip
+    result = module.train(config)
+    assert residents
+    assert not any(residents)
+    assert result["oracle"] == oracle

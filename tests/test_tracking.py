@@ -1,0 +1,45 @@
+"""Where a run's numbers go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onpo_fast.tracking import Tracker
+
+KEY = "0123456789abcdef" * 2 + "01234567"  # of the length that W&B takes
+
+
+def log(directory: Path, report_to: str) -> None:
+    directory.mkdir()
+    tracker = Tracker(directory, report_to, {"eta": 20.0})
+    tracker.begin("fit")
+    tracker.log("fit", 1, fit="policy", step=1, loss=0.5, target=None)
+    tracker.log("fit", 1, fit="policy", step=2, loss=0.25, target=None)
+    tracker.close()
+
+
+@pytest.mark.parametrize(("report_to", "board"), [("tensorboard", True), ("none", False)])
+def test_metrics_are_always_written(tmp_path: Path, report_to: str, board: bool) -> None:
+    log(tmp_path / "run", report_to)
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0.5, 0.25]
+    assert (tmp_path / "run/tensorboard").exists() == board
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: all the numbers are in W&B's own file, and the key is in none."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    log(tmp_path / "run", "wandb")
+    assert wandb.run is None
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()  # protocol buffers one after the other, not compressed
+    assert all(text in content for text in (b"onpo_fast", b"loss", b"fit/policy/record", b"0.25"))
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
