@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .head import Head
 from .launch import (
+    GROUP,
     INTERPRETED,
     TRITON_DTYPES,
     dot_precision,
@@ -33,9 +34,8 @@ from .launch import (
     rounded,
     store_tile,
     tile,
+    tile_of,
 )
-
-GROUP = 16  # row tiles that run side by side: their hidden states stay in the cache while the head streams by
 
 
 @triton.jit
@@ -76,15 +76,8 @@ def exponentials_kernel(
     DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(rows, ROWS)
-    column_tiles = tl.cdiv(vocabulary, COLUMNS)
-    first = program // (GROUP * column_tiles) * GROUP
-    side_by_side = min(row_tiles - first, GROUP)
-    within = program % (GROUP * column_tiles)
-    row_tile = first + within % side_by_side
-    column_tile = within // side_by_side
-
+    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS)
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP)
     first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)

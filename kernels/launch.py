@@ -93,6 +93,19 @@ def _power(size: int) -> int:
     return triton.next_power_of_2(max(size, 1))
 
 
+GROUP = 16  # tiles that run side by side
+
+
+@triton.jit
+def tile_of(program, near_tiles, far_tiles, GROUP: tl.constexpr):
+    """(near, far): the tile of a program. Those of one far tile and ``GROUP`` near ones are neighbours in time, so that
+    the near operand stays in the cache while the far one streams by."""
+    first = program // (GROUP * far_tiles) * GROUP
+    side_by_side = min(near_tiles - first, GROUP)
+    within = program % (GROUP * far_tiles)
+    return first + within % side_by_side, within // side_by_side
+
+
 @triton.jit
 def load_tile(
     matrix, row, column, rows, columns, stride,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
+    GROUP,
     INTERPRETED,
     TRITON_DTYPES,
     dot_precision,
@@ -26,9 +27,8 @@ from .launch import (
     rounded,
     store_tile,
     tile,
+    tile_of,
 )
-
-GROUP = 16  # tiles of X that run side by side with the same columns of E
 
 
 @triton.jit
@@ -56,14 +56,9 @@ def weight_gradient_kernel(
     DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(vocabulary, ROWS)
-    column_tiles = tl.cdiv(features, COLUMNS)
-    first = program // (GROUP * row_tiles) * GROUP
-    side_by_side = min(column_tiles - first, GROUP)
-    within = program % (GROUP * row_tiles)
-    column = (first + within % side_by_side) * COLUMNS
-    row = within // side_by_side * ROWS
+    row_tiles, column_tiles = tl.cdiv(vocabulary, ROWS), tl.cdiv(features, COLUMNS)
+    column_tile, row_tile = tile_of(tl.program_id(0), column_tiles, row_tiles, GROUP)
+    row, column = row_tile * ROWS, column_tile * COLUMNS
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for depth in range(0, tokens, DEPTH):
