@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -37,6 +38,7 @@ from onpo_fast.errors import CommandParser, UserError, command
 
 MOST_PROMPTS = 40  # shown side by side
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
+JUDGE = ("requests", "failures", "prompt_tokens", "completion_tokens", "answered", "cached", "nonsense")
 INK = "#0a0b0c"  # stands for the page's text colour, which the SVG takes over as currentColor
 COLOURS = ["#3d85c8", "#cf6d1f", "#2f9464", "#b35ca8", "#857a2b", "#d0524a", "#7f7f7f"]  # ≥ 3:1 on white and on black
 STAGES = ("fit policy", "fit auxiliary", "sample", "judge", "score", "pair")
@@ -60,12 +62,17 @@ class Fit(NamedTuple):
     start: int  # steps of the fits before it
     rows: list[dict[str, Any]]  # by step
 
+    @property
+    def skipped(self) -> list[int]:
+        """The steps that left the weights as they were, their loss or gradient not being finite."""
+        return [row["step"] for row in self.rows if row.get("skipped")]
+
 
 @dataclass(frozen=True)
 class Run:
     """What a run's directory holds; what is missing is empty."""
 
-    name: str
+    directory: Path
     config: dict[str, Any]
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -78,7 +85,7 @@ class Run:
         if not config.is_file():
             raise UserError(f"{directory} is not a run: it has no config.yaml")
         return cls(
-            name=directory.resolve().name,
+            directory=directory,
             config=yaml.safe_load(config.read_text(encoding="utf-8")) or {},
             environment=_read_json(directory / "environment.json"),
             metrics=_read_lines(directory / "metrics.jsonl"),
@@ -86,12 +93,42 @@ class Run:
             responses=_read_lines(directory / "evaluation_responses.jsonl"),
         )
 
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+    @property
+    def finished(self) -> bool:
+        """Whether all policies, from the start's to the last iteration's, have been evaluated."""
+        return len(self.evaluation.get("policies", [])) > self.config.get("iterations", 0)
+
+    @property
+    def resume_command(self) -> str:
+        return f"python -m onpo_fast.train --resume --out {shlex.quote(str(self.directory))}"
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The last record of what was done; the prompts are read anew, and recorded last, whenever a run goes on."""
+        return max(self.metrics[::-1], key=lambda row: row["stage"] != "prompts", default=None)
+
     def iterations(self, stage: str) -> dict[int, dict[str, Any]]:
         """The row of a stage in each iteration: the last one, since a resumed run repeats some."""
         return dict(sorted({row["iteration"]: row for row in self.metrics if row["stage"] == stage}.items()))
 
     def column(self, stage: str, name: str) -> dict[int, float | None]:
         return {iteration: row.get(name) for iteration, row in self.iterations(stage).items()}
+
+    def total(self, stage: str, name: str) -> float:
+        return sum(value or 0 for value in self.column(stage, name).values())
+
+    def judge_counters(self) -> dict[str, dict[str, int]]:
+        """What the judge was asked in each iteration, in the evaluation and in all; empty if nothing was counted."""
+        rows = {f"iteration {t}": row for t, row in self.iterations("judge").items()}
+        rows["evaluation"] = self.iterations("evaluate").get(0, {})
+        rows = {at: row for at, row in rows.items() if row.keys() & set(JUDGE)}
+        counters = {at: {name: row.get(name, 0) for name in JUDGE} for at, row in rows.items()}
+        total = {name: sum(some[name] for some in counters.values()) for name in JUDGE}
+        return counters | {"in all": total} if counters else {}
 
     def by_stage(self, name: str, reduce: Callable[[list[float]], Any]) -> dict[str, dict[int, float]]:
         """Stage, each fit being one → iteration → a column of the stage's rows, reduced to one value."""
@@ -139,6 +176,11 @@ def _short(name: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _grouped(number: float | None) -> str:
+    """1234567 → 1,234,567."""
+    return "–" if number is None else f"{number:,.0f}"
 
 
 def _duration(seconds: float) -> str:
@@ -200,14 +242,15 @@ def _draw_fits(axes: Axes, run: Run, column: str, label: str = "", reduce: Any =
     said = {}
     for fit in run.fits():
         steps, values = (np.array([row.get(name) for row in fit.rows], dtype=float) for name in ("step", column))
-        finite, name = values[np.isfinite(values)], label or fit.name  # null is NaN, which leaves a gap
-        if len(finite):
+        known, name = np.isfinite(values), label or fit.name  # null is NaN; the line goes on over it
+        steps, values = steps[known], values[known]
+        if len(values):
             parts = np.array_split(np.arange(len(values)), min(len(values), MOST_POINTS))
             x, y = [fit.start + steps[part].mean() for part in parts], [reduce(values[part]) for part in parts]
-            marker = "o" if len(finite) == 1 else ""  # one point makes no line
+            marker = "o" if len(values) == 1 else ""  # one point makes no line
             look = {"color": STAGE_COLOURS[f"fit {fit.name}"], "linewidth": 1.4} | style
             axes.plot(x, y, label=name, marker=marker, markersize=4, **look)
-            said[name] = f"iteration {fit.iteration}, {name}: from {finite[0]:.3g} to {finite[-1]:.3g}"
+            said[name] = f"iteration {fit.iteration}, {name}: from {values[0]:.3g} to {values[-1]:.3g}"
     return list(said.values())
 
 
@@ -220,7 +263,9 @@ def _draw_iterations(axes: Axes, series: dict[str, dict[int, float | None]]) -> 
             axes.plot(points.keys(), points.values(), marker=marker, markersize=4, color=colour, label=label)
             said.append(f"{label}: " + ", ".join(f"{value:.3g}" for value in points.values()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # an estimated KL may be negative
+    low, high = axes.get_ylim()
+    low = min(0, low)  # an estimated KL may be negative
+    axes.set_ylim(low, high + 0.04 * (high - low))
     return said
 
 
@@ -252,6 +297,11 @@ def loss(run: Run) -> Plot | None:
     untrained = math.log(2) if run.config.get("objective") == "dpo" else 0.25
     axes.axhline(untrained, color=INK, linestyle="--", linewidth=0.9)
     said = _draw_fits(axes, run, "loss_normalised")
+    for fit in run.fits():
+        if fit.skipped:
+            steps = fit.start + np.array(fit.skipped)[:: math.ceil(len(fit.skipped) / MOST_POINTS)]
+            axes.plot(steps, 0 * steps, "x", color=INK, markersize=5, clip_on=False, label="skipped steps")
+            said.append(f"iteration {fit.iteration}, {fit.name}: {len(fit.skipped)} steps skipped")
     axes.set_ylim(bottom=0)
     return _plot(figure, said)
 
@@ -343,7 +393,7 @@ def write_report(directory: Path) -> Path:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"short": _short, "percent": _percent, "duration": _duration, "date": _date}
-    environment.filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
+    environment.filters |= {"grouped": _grouped, "json": partial(json.dumps, ensure_ascii=False, default=str)}
     with matplotlib.rc_context(STYLE):
         plots = {plot.__name__: plot(run) for plot in PLOTS}
     html = environment.get_template("report.html.jinja").render(run=run, plots=plots, most_prompts=MOST_PROMPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,11 +26,12 @@ def fit_row(iteration: int, fit: str, step: int, steps: int = 40) -> dict:
         "logp_winner": -80.0, "logp_loser": -82.0, "log_ratio_winner": 0.2 * progress,
         "log_ratio_loser": -0.3 * progress, "gradient_norm": 3.0 - 2 * progress, "learning_rate": 1e-5,
         "tokens_per_second": 21000.0, "pairs_per_second": 30.0, "peak_memory_bytes": 9 << 30, "seconds": 0.5,
+        "skipped": 0,
     }
 
 
-def metrics(iterations: int = 3) -> list[dict]:
-    rows = []
+def metrics(iterations: int = 2) -> list[dict]:
+    rows = [{"time": 1.7e9, "stage": "prompts", "iteration": 0, "train": 1200, "held_out": 80, "skipped": 0}]
     for t in range(1, iterations + 1):
         at = {"time": 1.7e9 + 100 * t, "iteration": t}
         stages = {"sample": 12.0, "judge": 3.0, "pair": 0.1, "score": 4.0, "fit auxiliary": 20.0, "fit policy": 20.0}
@@ -37,7 +39,8 @@ def metrics(iterations: int = 3) -> list[dict]:
             {**at, "stage": "sample", "seconds": 12.0, "responses": 600, "tokens": 48000, "tokens_per_second": 4000.0}
             | {"response_tokens_mean": 80.0 + t, "stopped_by_length": 0.05, "peak_memory_bytes": 5 << 30},
             {**at, "stage": "judge", "seconds": 3.0, "comparisons": 900, "triples": 300, "cyclic_triples": 0.1},
-            {**at, "stage": "pair", "pairs": 300, "identical_pairs": 2},
+            {**at, "stage": "pair", "pairs": 300, "identical_pairs": 2, "prompts_without_pairs": 0}
+            | {"empty_responses": 1},
             {**at, "stage": "score", "model": "auxiliary", "seconds": 4.0, "tokens_per_second": 60000.0},
             *(fit_row(t, fit, step) for fit in ("auxiliary", "policy") for step in range(1, 41)),
             {**at, "stage": "iteration", "seconds": 60.0, "stage_seconds": stages, "kl_to_initial": 1.5 * (t - 1)}
@@ -69,7 +72,7 @@ def unfinished(tmp_path: Path) -> Path:
     """A run that was killed in the second iteration, in the middle of a line."""
     directory = tmp_path / "run"
     directory.mkdir()
-    (directory / "config.yaml").write_text("objective: onpo\neta: 1.4\niterations: 3\nmodel: <tiny & model>\n")
+    (directory / "config.yaml").write_text("objective: onpo\neta: 1.4\niterations: 2\nmodel: <tiny & model>\n")
     write_lines(directory / "metrics.jsonl", [*metrics(1)[:-1], fit_row(2, "auxiliary", 1)])
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "fit", "iteration": 2, "fit": "auxil')
@@ -118,13 +121,18 @@ def test_finished_run(finished: Path) -> None:
     assert path == finished / "report.html"
     assert "Yes: π₃ wins 68.0 % of comparisons with π₁" in page.text
     assert "(95 % interval 61.0 % to 75.0 %; the interval excludes ½)." in page.text
-    assert "3 of 3 iterations done, evaluated" in page.text
+    assert "2 of 2 iterations done, evaluated. Last record: evaluate," in page.text
     assert page.count("svg") == 13
     assert "Not recorded" not in page.text
     assert page.count("article") == 40
     assert "first 40 of 50 held-out prompts" in page.text
     assert "prefers π₃’s response with probability 73.1 %" in page.text
-    assert "3 min 00 s for 3 finished iterations, and 30.0 s for the evaluation" in page.text
+    assert "2 min 00 s for 2 finished iterations, and 30.0 s for the evaluation" in page.text
+    assert "No optimizer step skipped: loss and gradient were finite in all 160." in page.text
+    assert "1,200 prompts to train on and 80 held out; no bad ones passed over." in page.text
+    assert "600 pairs to learn from. Pairs of identical responses, left out: 4. Empty responses: 2." in page.text
+    assert "unfinished" not in page.text
+    assert "The judge" not in page.text
     assert "<tiny & model>" in page.text
     assert "2.9.0" in page.text
     assert "H100" in page.text
@@ -176,10 +184,60 @@ def test_text_of_a_model_is_escaped(finished: Path) -> None:
 def test_unfinished_run(unfinished: Path) -> None:
     page = Page(write_report(unfinished))
     assert "Not known yet: the run has not been evaluated." in page.text
-    assert "1 of 3 iterations done, not evaluated. Last record: fit auxiliary, step 1 of 40" in page.text
+    assert "1 of 2 iterations done, not evaluated. Last record: fit auxiliary, step 1 of 40" in page.text
     assert "Not recorded: responses to held-out prompts." in page.text
     assert "Not recorded: versions, device and commit." in page.text
     assert page.count("svg") == 11
+
+
+def test_unfinished_run_says_how_to_go_on(unfinished: Path) -> None:
+    directory = unfinished.rename(unfinished.with_name("a run"))
+    command = f"python -m onpo_fast.train --resume --out {shlex.quote(str(directory))}"
+    assert f"The run is unfinished. If nothing is working on it, this goes on with it: {command} " in (
+        Page(write_report(directory)).text
+    )
+
+
+def test_run_that_goes_on_with_more_iterations(finished: Path) -> None:
+    """What was evaluated is not the whole run; the prompts, which are recorded anew, are not its progress."""
+    config = (finished / "config.yaml").read_text()
+    (finished / "config.yaml").write_text(config.replace("iterations: 2", "iterations: 4"))
+    write_lines(finished / "metrics.jsonl", [*metrics()[1:], metrics()[0] | {"time": 1.8e9}])
+    page = Page(write_report(finished))
+    assert "2 of 4 iterations done, evaluated up to π₃. Last record: evaluate," in page.text
+    assert "The run is unfinished." in page.text
+
+
+def test_skipped_steps_are_named(finished: Path) -> None:
+    rows = metrics()
+    for row in rows:
+        if row["stage"] == "fit" and row["fit"] == "policy" and (row["iteration"] == 2 or row["step"] == 9):
+            row |= {"skipped": 1, "loss": None, "loss_normalised": None, "margin": None, "gradient_norm": None}
+    write_lines(finished / "metrics.jsonl", rows)
+    page = Page(write_report(finished))
+    assert (
+        "41 of 160 optimizer steps skipped , their loss or gradient not being finite: "
+        "iteration 1, policy: 1 (step 9); iteration 2, policy: 40 (step 1, 2, 3, 4, 5, …)."
+    ) in page.text
+    (loss,) = (a["aria-label"] for _, a in page.tags if (a.get("aria-label") or "").startswith("Plot. Normalised loss"))
+    assert loss == (
+        "Plot. Normalised loss. iteration 2, auxiliary: from 0.246 to 0.1; iteration 1, policy: from 0.246 to 0.1; "
+        "iteration 1, policy: 1 steps skipped; iteration 2, policy: 40 steps skipped."
+    )
+
+
+def test_judge_and_prompts_are_counted(finished: Path) -> None:
+    counters = {"requests": 1000, "failures": 3, "prompt_tokens": 70_000, "completion_tokens": 900}
+    counters |= {"answered": 997, "cached": 5, "nonsense": 2}
+    rows = metrics()
+    rows[0]["skipped"] = 7
+    rows = [row | counters if row["stage"] in ("judge", "evaluate") else row for row in rows]
+    write_lines(finished / "metrics.jsonl", rows)
+    page = Page(write_report(finished))
+    assert "80 held out; 7 bad ones passed over." in page.text
+    assert "The judge gave 2,991 answers, and 15 more came from its cache; 6 of them without a verdict." in page.text
+    assert "3,000 requests, 9 of which failed; 210,000 tokens in, 2,700 out." in page.text
+    assert "evaluation 1,000 3 70,000 900 997 5 2 in all 3,000 9 210,000 2,700 2,991 15 6" in page.text
 
 
 def test_run_that_has_only_started(unfinished: Path) -> None:
@@ -199,7 +257,7 @@ def test_resumed_run_counts_a_repeated_step_once(unfinished: Path) -> None:
     assert Page(write_report(unfinished)).text == before
 
 
-def test_missing_values_leave_gaps(finished: Path) -> None:
+def test_missing_values_are_passed_over(finished: Path) -> None:
     """On a CPU there is no peak memory; DPO with hard labels has no target; a run may diverge."""
     rows = [row | {"peak_memory_bytes": None, "target": None} for row in metrics()]
     rows[-3] |= {"loss_normalised": float("nan"), "gradient_norm": float("inf")}
