@@ -28,7 +28,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +75,13 @@ def _softmax(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, RowSu
 
 def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None) -> Tensor:
     """(N, H), (N,) -> (S,) float64: summed over responses."""
-    edges = torch.tensor(layout.edges, dtype=torch.int64)
-    return segment_sums(token_logps(hidden, head, targets), to_device(edges, hidden.device))
+    edges = kept_for_graphs(_edges_on(layout, hidden.device), hidden.device)
+    return segment_sums(token_logps(hidden, head, targets), edges)
+
+
+@lru_cache(maxsize=32)
+def _edges_on(layout: Layout, device: torch.device) -> Tensor:
+    return to_device(torch.tensor(layout.edges, dtype=torch.int64), device)
 
 
 def token_gradients(
@@ -297,8 +302,6 @@ def plan(
 class _Order:
     """Rows, responses and pairs numbered so that a chunk of groups is a range of each, groups with pairs first."""
 
-    captured: ClassVar[set[_Order]] = set()
-
     def __init__(self, layout: Layout, device: torch.device) -> None:
         groups = sorted(layout.groups, key=lambda group: not group.pairs)
         responses = [r for group in groups for r in group.responses]
@@ -335,10 +338,7 @@ class _Order:
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> _Order:
         """Made once for a layout, which itself is: a CUDA graph can be captured after a call with the same one."""
-        order = cls._of(layout, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            cls.captured.add(order)  # a graph reads these tensors whenever it is replayed
-        return order
+        return kept_for_graphs(cls._of(layout, device), device)
 
     @classmethod
     @lru_cache(maxsize=32)
@@ -348,6 +348,16 @@ class _Order:
     def scattered(self, values: Tensor, name: str, moved: bool) -> Tensor:
         """Values in this order, put back into the caller's."""
         return torch.empty_like(values).index_copy_(0, self.on_device[name], values) if moved else values
+
+
+_in_graphs: list[object] = []
+
+
+def kept_for_graphs(cached: Any, device: torch.device) -> Any:
+    """What a cache holds, for ever if a CUDA graph is being captured: it reads this memory whenever it is replayed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _in_graphs.append(cached)
+    return cached
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

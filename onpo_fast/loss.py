@@ -256,7 +256,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, and not at all where the factor is 1: a pass over a [V, H] tensor is time."""
     if gradient.device.type == "cpu":
         return gradient if factor == 1 else gradient.mul_(factor)
-    if _has_triton(gradient.device):
+    if gradient.dtype != torch.float64 and _has_triton(gradient.device):  # the kernel multiplies in float32
         from .kernels.rescale import rescale
 
         with _alone_on(gradient.device):
