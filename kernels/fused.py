@@ -391,7 +391,8 @@ class PairLoss:
         workspace: int | None,  # bytes
     ) -> None:
         self.order = _Order.of(layout, hidden.device)
-        self.objective, self.wanted, self.dtypes, self.workspace = objective, wanted, dtypes, workspace
+        self.objective, self.wanted, self.dtypes = objective, wanted, dtypes
+        self.mode, self.workspace = mode, workspace
         self.head = _aligned_head(head)
         self.hidden, self.targets = aligned(self._ordered(hidden)), self._ordered(targets)
         share = pair_weight / pair_weight.sum()
@@ -413,8 +414,6 @@ class PairLoss:
         self.margins, self.losses, self.derivative = torch.zeros(
             3, len(preference), dtype=torch.float64, device=hidden.device
         )
-
-        self.mode = mode
 
     def run(self) -> PairLoss:
         gradients = _Gradients(self.hidden, self.head, self.wanted, self.dtypes)
