@@ -12,10 +12,8 @@ page only through that template, which escapes it.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,36 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import matplotlib
 import numpy as np
 import yaml
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from onpo_fast.checkpoint import atomic_write_text
-from onpo_fast.errors import CommandParser, UserError, command
+from .errors import CommandParser, UserError, command
+from .page import COLOURS, INK, STYLE, Plot, new_axes, plot, render
 
 MOST_PROMPTS = 40  # shown side by side
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
 JUDGE = ("requests", "failures", "prompt_tokens", "completion_tokens", "answered", "cached", "nonsense")
-INK = "#0a0b0c"  # stands for the page's text colour, which the SVG takes over as currentColor
-COLOURS = ["#3d85c8", "#cf6d1f", "#2f9464", "#b35ca8", "#857a2b", "#d0524a", "#7f7f7f"]  # ≥ 3:1 on white and on black
 STAGES = ("fit policy", "fit auxiliary", "sample", "judge", "score", "pair")
 STAGE_COLOURS = dict(zip(STAGES, COLOURS))  # the same in every plot
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
-    "font.size": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.12,
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's colour
-}
 
 
 class Fit(NamedTuple):
@@ -195,37 +178,9 @@ def _date(time: float) -> str:
 # --- Plots: each a function of the run --------------------------------------------------------------------------------
 
 
-class Plot(NamedTuple):
-    svg: Markup
-    said: str  # its values in words, to be read out
-
-
-def _axes(x: str, y: str, height: float = 2.6) -> tuple[Figure, Axes]:
-    """An empty plot, 4.2 inches wide so that its text stays legible on a phone."""
-    figure = Figure(figsize=(4.2, height), layout="constrained")
-    return figure, figure.add_subplot(xlabel=x, ylabel=y)
-
-
-def _plot(figure: Figure, said: list[str]) -> Plot | None:
-    """Finish a figure as inline SVG in the page's text colour; None if there was no value to draw."""
-    if not said:
-        return None
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(legend := dict(zip(labels, handles))) > 1:
-        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=3)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": " ".join(said)}):  # ids that never change, and differ between plots
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every plot, and nothing refers to them
-    return Plot(Markup(svg), "; ".join(said))
-
-
 def _fit_axes(run: Run, y: str) -> tuple[Figure, Axes]:
     """Axes for all fits in a row, with a mark where an iteration starts."""
-    figure, axes = _axes("fit step, all fits in a row", y)
+    figure, axes = new_axes("fit step, all fits in a row", y)
     starts = {fit.iteration: fit.start for fit in reversed(run.fits())}
     for iteration, start in starts.items():
         axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.7)
@@ -274,7 +229,7 @@ def win_rates(run: Run) -> Plot | None:
     names = [_short(name) for name in run.evaluation.get("policies", [])]
     if len(names) < 2:
         return None
-    figure, axes = _axes("the policy that it is compared with", "policy", height=1 + 0.36 * min(len(names), 8))
+    figure, axes = new_axes("the policy that it is compared with", "policy", height=1 + 0.36 * min(len(names), 8))
     axes.pcolormesh(rates, cmap="PuOr", vmin=0, vmax=1)  # pale at ½; told apart by the colour-blind
     for (row, column), rate in np.ndenumerate(rates if len(names) <= 10 else np.empty((0, 0))):
         colour = "white" if abs(rate - 0.5) > 0.35 else "black"
@@ -282,14 +237,14 @@ def win_rates(run: Run) -> Plot | None:
     ticks = np.arange(len(names)) + 0.5
     axes.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, ylim=(len(names), 0))
     axes.grid(visible=False)
-    return _plot(figure, [f"{names[-1]} against {name}: {_percent(rate)}" for name, rate in zip(names[:-1], rates[-1])])
+    return plot(figure, [f"{names[-1]} against {name}: {_percent(rate)}" for name, rate in zip(names[:-1], rates[-1])])
 
 
 def duality_gap(run: Run) -> Plot | None:
-    figure, axes = _axes("policy", "restricted duality gap")
+    figure, axes = new_axes("policy", "restricted duality gap")
     gaps = dict(zip(map(_short, run.evaluation.get("policies", [])), run.evaluation.get("duality_gap", [])))
     axes.bar(list(gaps), list(gaps.values()), color=COLOURS[0], width=0.6)
-    return _plot(figure, [f"{name}: {gap:.3g}" for name, gap in gaps.items()])
+    return plot(figure, [f"{name}: {gap:.3g}" for name, gap in gaps.items()])
 
 
 def loss(run: Run) -> Plot | None:
@@ -303,56 +258,56 @@ def loss(run: Run) -> Plot | None:
             axes.plot(steps, 0 * steps, "x", color=INK, markersize=5, clip_on=False, label="skipped steps")
             said.append(f"iteration {fit.iteration}, {fit.name}: {len(fit.skipped)} steps skipped")
     axes.set_ylim(bottom=0)
-    return _plot(figure, said)
+    return plot(figure, said)
 
 
 def margin(run: Run) -> Plot | None:
     figure, axes = _fit_axes(run, "nats")
     said = _draw_fits(axes, run, "margin")
-    return _plot(figure, said + _draw_fits(axes, run, "target", "target", color=INK, linestyle="--", linewidth=0.9))
+    return plot(figure, said + _draw_fits(axes, run, "target", "target", color=INK, linestyle="--", linewidth=0.9))
 
 
 def pair_accuracy(run: Run) -> Plot | None:
     figure, axes = _fit_axes(run, "share of pairs")
     axes.axhline(0.5, color=INK, linestyle="--", linewidth=0.9)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    return _plot(figure, _draw_fits(axes, run, "pair_accuracy"))
+    return plot(figure, _draw_fits(axes, run, "pair_accuracy"))
 
 
 def log_ratios(run: Run) -> Plot | None:
     figure, axes = _fit_axes(run, "nats")
     said = _draw_fits(axes, run, "log_ratio_winner", "preferred", color=COLOURS[2])
-    return _plot(figure, said + _draw_fits(axes, run, "log_ratio_loser", "other", color=COLOURS[3]))
+    return plot(figure, said + _draw_fits(axes, run, "log_ratio_loser", "other", color=COLOURS[3]))
 
 
 def gradient_norm(run: Run) -> Plot | None:
     figure, axes = _fit_axes(run, "gradient norm")
-    return _plot(figure, _draw_fits(axes, run, "gradient_norm", reduce=np.max))  # a mean would hide a spike
+    return plot(figure, _draw_fits(axes, run, "gradient_norm", reduce=np.max))  # a mean would hide a spike
 
 
 def divergence(run: Run) -> Plot | None:
-    figure, axes = _axes("t of the policy π_t", "nats a response")
+    figure, axes = new_axes("t of the policy π_t", "nats a response")
     initial, anchor = run.column("iteration", "kl_to_initial"), run.column("iteration", "kl_to_anchor")
     series = {"to π₁": initial, "to the anchor": anchor, "to π₁, held out": run.evaluated("kl_to_initial")}
-    return _plot(figure, _draw_iterations(axes, series))
+    return plot(figure, _draw_iterations(axes, series))
 
 
 def response_length(run: Run) -> Plot | None:
-    figure, axes = _axes("t of the policy π_t", "tokens a response")
+    figure, axes = new_axes("t of the policy π_t", "tokens a response")
     training, held_out = run.column("sample", "response_tokens_mean"), run.evaluated("response_tokens_mean")
-    return _plot(figure, _draw_iterations(axes, {"training": training, "held out": held_out}))
+    return plot(figure, _draw_iterations(axes, {"training": training, "held out": held_out}))
 
 
 def shares(run: Run) -> Plot | None:
-    figure, axes = _axes("iteration", "share")
+    figure, axes = new_axes("iteration", "share")
     cyclic, cut = run.column("judge", "cyclic_triples"), run.column("sample", "stopped_by_length")
     said = _draw_iterations(axes, {"cyclic triples": cyclic, "responses cut off": cut})
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    return _plot(figure, said)
+    return plot(figure, said)
 
 
 def stage_seconds(run: Run) -> Plot | None:
-    figure, axes = _axes("iteration", "seconds", height=3)
+    figure, axes = new_axes("iteration", "seconds", height=3)
     rows = run.iterations("iteration")
     stages = dict.fromkeys(stage for row in rows.values() for stage in row["stage_seconds"])
     heights = {stage: np.array([row["stage_seconds"].get(stage, 0.0) for row in rows.values()]) for stage in stages}
@@ -361,18 +316,18 @@ def stage_seconds(run: Run) -> Plot | None:
         axes.bar(list(rows), height, bottom=bottom, width=0.6, color=STAGE_COLOURS.get(stage), label=stage)
         bottom = bottom + height
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _plot(figure, [f"{stage}: {_duration(height.sum())}" for stage, height in heights.items()])
+    return plot(figure, [f"{stage}: {_duration(height.sum())}" for stage, height in heights.items()])
 
 
 def peak_memory(run: Run) -> Plot | None:
-    figure, axes = _axes("iteration", "GiB", height=3)
-    return _plot(figure, _draw_iterations(axes, run.by_stage("peak_memory_bytes", lambda some: max(some) / 2**30)))
+    figure, axes = new_axes("iteration", "GiB", height=3)
+    return plot(figure, _draw_iterations(axes, run.by_stage("peak_memory_bytes", lambda some: max(some) / 2**30)))
 
 
 def throughput(run: Run) -> Plot | None:
-    figure, axes = _axes("iteration", "tokens a second", height=3)
+    figure, axes = new_axes("iteration", "tokens a second", height=3)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    return _plot(figure, _draw_iterations(axes, run.by_stage("tokens_per_second", np.median)))
+    return plot(figure, _draw_iterations(axes, run.by_stage("tokens_per_second", np.median)))
 
 
 PLOTS = [
@@ -388,19 +343,12 @@ PLOTS = [
 def write_report(directory: Path) -> Path:
     """(Re)build ``directory``/report.html and return its path; ``UserError`` if there is no config.yaml."""
     run = Run.read(Path(directory))
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"short": _short, "percent": _percent, "duration": _duration, "date": _date}
-    environment.filters |= {"grouped": _grouped, "json": partial(json.dumps, ensure_ascii=False, default=str)}
+    filters = {"short": _short, "percent": _percent, "duration": _duration, "date": _date, "grouped": _grouped}
+    filters["json"] = partial(json.dumps, ensure_ascii=False, default=str)
     with matplotlib.rc_context(STYLE):
-        plots = {plot.__name__: plot(run) for plot in PLOTS}
-    html = environment.get_template("report.html.jinja").render(run=run, plots=plots, most_prompts=MOST_PROMPTS)
+        plots = {draw.__name__: draw(run) for draw in PLOTS}
     path = Path(directory) / "report.html"
-    # A model may emit half of a surrogate pair, which JSON can hold and UTF-8 cannot.
-    atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
-    return path
+    return render("report.html.jinja", path, filters, run=run, plots=plots, most_prompts=MOST_PROMPTS)
 
 
 @command

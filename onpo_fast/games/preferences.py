@@ -1,0 +1,172 @@
+"""Preference games small enough to write down: P[i, j] = P(action i ≻ action j), with P + Pᵀ = 1.
+
+A function of ``GAMES`` makes ``count`` games of ``actions`` actions as one array (count, actions, actions), float64; a
+batch goes through every algorithm in one call. To add a game: write it here and name it in ``GAMES``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Game = Callable[[int, int, np.random.Generator], np.ndarray]
+
+TOLERANCE = 1e-8  # of P + Pᵀ = 1 and of a policy's sum: what a file's decimals and float64 arithmetic leave
+
+
+def random(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Every pair's probability uniform in [0, 1], independent of the others: no order behind it."""
+    upper = np.triu(rng.random((count, actions, actions)), 1)
+    return _complete(upper)
+
+
+def bradley_terry(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """σ(s_i − s_j) with standard normal scores: transitive, so its Nash policy is the best action."""
+    return _bradley_terry(rng.standard_normal((count, actions)))
+
+
+def rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Action 0 beats 1, 1 beats 2, 2 beats 0, for sure. Nash: (⅓, ⅓, ⅓)."""
+    return np.repeat(three_cycle(1, 1, 1)[None], _only(3, actions, count), axis=0)
+
+
+def weighted_rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """P01 = 0.9, P12 = 0.6, P20 = 0.7. Nash: (1/7, 2/7, 4/7)."""
+    return np.repeat(three_cycle(0.9, 0.6, 0.7)[None], _only(3, actions, count), axis=0)
+
+
+def one_beats_all(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Action 0 beats every other one for sure; the others tie. Nash: action 0."""
+    upper = np.full((count, actions, actions), 0.5)
+    upper[:, 0] = 1
+    return _complete(np.triu(upper, 1))
+
+
+def annotator_groups(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Three groups of annotators, each with a sharp taste of its own: together they may go in circles.
+
+    A group is Bradley-Terry with normal scores of standard deviation 4; P is the mean over groups by their
+    random shares, all near a third.
+    """
+    shares = rng.dirichlet(np.full(3, 20.0), count)
+    tastes = _bradley_terry(4 * rng.standard_normal((count, 3, actions)))
+    return np.einsum("bg,bgij->bij", shares, tastes)
+
+
+def cyclic(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Rock-paper-scissors with n actions on a circle: each beats the ⌊(n−1)/2⌋ after it and loses to as many before it.
+
+    The winning probability of a pair is uniform in [0.6, 1], so that the Nash policy is not the uniform one. With an
+    even number, opposite actions tie.
+    """
+    after = np.arange(actions)[None, :] - np.arange(actions)[:, None]
+    after = after % actions
+    half = (actions - 1) // 2
+    sure = rng.uniform(0.6, 1, (count, actions, actions))
+    wins = np.where((after >= 1) & (after <= half), sure, 0.5)
+    wins = np.where(after > actions - 1 - half, 1 - wins.swapaxes(1, 2), wins)
+    return _complete(np.triu(wins, 1))
+
+
+GAMES: dict[str, Game] = {
+    "random": random,
+    "bradley_terry": bradley_terry,
+    "rock_paper_scissors": rock_paper_scissors,
+    "weighted_rock_paper_scissors": weighted_rock_paper_scissors,
+    "one_beats_all": one_beats_all,
+    "annotator_groups": annotator_groups,
+    "cyclic": cyclic,
+}
+
+
+def three_cycle(p01: float, p12: float, p20: float) -> np.ndarray:
+    """(3, 3): action 0 beats 1, 1 beats 2 and 2 beats 0 with these probabilities.
+
+    With all above ½ its Nash policy is (p12 − ½, p20 − ½, p01 − ½), normalised.
+    """
+    return np.array([[0.5, p01, 1 - p20], [1 - p01, 0.5, p12], [p20, 1 - p12, 0.5]])
+
+
+def read(path: str | Path) -> np.ndarray:
+    """The game, or games, in a file: .npy (an array), .json (nested lists) or .csv (one game).
+
+    Raises:
+        ValueError: if it is none of these, or not a preference matrix; the message names the file.
+    """
+    path = Path(path)
+    readers = {".npy": _read_npy, ".json": _read_json, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: a game is a file of {', '.join(readers)}, not {path.suffix or 'without an ending'}")
+    try:
+        return check(readers[path.suffix](path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read it ({error.strerror or error})") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check(preferences: np.ndarray) -> np.ndarray:
+    """As float64, if it is a preference matrix (n, n) or a batch of them (B, n, n).
+
+    Raises:
+        ValueError: if it is not square, holds what is not in [0, 1], or P + Pᵀ is not 1; names the largest offender.
+    """
+    P = np.asarray(preferences)
+    if P.dtype.kind not in "fiub":
+        raise ValueError(f"P must be an array of numbers, not of {P.dtype}")
+    P = P.astype(np.float64)
+    if P.ndim not in (2, 3) or P.shape[-1] != P.shape[-2] or not P.size:
+        raise ValueError(f"P must be square, of shape (n, n) or (B, n, n), not {P.shape}")
+    outside = np.abs(P - 0.5)
+    if not (outside <= 0.5).all():
+        at = _worst(np.where(np.isnan(outside), np.inf, outside))
+        raise ValueError(f"P[{_index(at)}] = {P[at]:g} is not a probability in [0, 1]")
+    off = np.abs(P + P.swapaxes(-1, -2) - 1)
+    if not (off <= TOLERANCE).all():
+        at = _worst(off)
+        i, j = at[-2:]
+        mirror = (*at[:-2], j, i)
+        raise ValueError(
+            f"P + Pᵀ must be 1, and P[{_index(at)}] = {P[at]:.10g} with P[{_index(mirror)}] = {P[mirror]:.10g} is the "
+            f"farthest from it{' (an action against itself is ½)' if i == j else ''}; (P + 1 − Pᵀ)/2 would be a game"
+        )
+    return P
+
+
+def _worst(distance: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(distance.argmax(), distance.shape))
+
+
+def _index(at: tuple[int, ...]) -> str:
+    return ", ".join(map(str, at))
+
+
+def _complete(upper: np.ndarray) -> np.ndarray:
+    """The upper triangle, 1 minus it below, ½ on the diagonal."""
+    lower = np.tril(np.ones(upper.shape[-2:]), -1)
+    return upper + lower * (1 - upper.swapaxes(-1, -2)) + 0.5 * np.eye(upper.shape[-1])
+
+
+def _bradley_terry(scores: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh((scores[..., :, None] - scores[..., None, :]) / 2))
+
+
+def _only(wanted: int, actions: int, count: int) -> int:
+    if actions != wanted:
+        raise ValueError(f"rock-paper-scissors has {wanted} actions, not {actions}; cyclic has as many as you like")
+    return count
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
+
+
+def _read_json(path: Path) -> np.ndarray:
+    return np.array(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    return np.loadtxt(path, delimiter=",", ndmin=2)

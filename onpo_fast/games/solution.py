@@ -1,0 +1,74 @@
+"""What a preference game comes to: best responses, duality gaps, the Nash policy.
+
+``P`` is (n, n) or (B, n, n), a policy (n,) or (B, n); the results lose the last axis of the policy. J(π, π′) = πᵀPπ′ is
+the probability that π's action beats π′'s. float64 throughout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.special import logsumexp, rel_entr
+
+from .preferences import check
+
+
+def rewards(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
+    """r(y) = P(y ≻ π): how often each action beats the policy's. The shape of the policy."""
+    return (P @ policy[..., None])[..., 0]
+
+
+def best_response(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
+    """The action that beats the policy most often; the first of several. (…) int64."""
+    return rewards(P, policy).argmax(-1)
+
+
+def duality_gap(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
+    """max_μ J(μ, π) − min_μ J(π, μ) = 2·max_y P(y ≻ π) − 1, as J(π, μ) = 1 − J(μ, π). Zero at a Nash policy only."""
+    return gap_of_rewards(rewards(P, policy))
+
+
+def gap_of_rewards(reward: np.ndarray) -> np.ndarray:
+    """The duality gap of a policy from what every action gains against it."""
+    return 2 * reward.max(-1) - 1
+
+
+def regularised_gap(P: np.ndarray, policy: np.ndarray, reference: np.ndarray, tau: float) -> np.ndarray:
+    """The duality gap of J(π, π′) − τ·KL(π ‖ ref) + τ·KL(π′ ‖ ref), the game that INPO, Nash-MD and EGPO solve.
+
+    Its best response to π is ref·exp(r/τ), normalised, so the gap is 2·(τ·log Σ ref·exp(r/τ) + τ·KL(π ‖ ref)) − 1.
+    As in arXiv 2503.08942 (EGPO), whose β is τ. Infinite if π has an action that the reference has not.
+    With τ = 0 it is ``duality_gap``.
+    """
+    return regularised_gap_of_rewards(rewards(P, policy), policy, reference, tau)
+
+
+def regularised_gap_of_rewards(reward: np.ndarray, policy: np.ndarray, reference: np.ndarray, tau: float) -> np.ndarray:
+    if tau == 0:
+        return gap_of_rewards(reward)
+    best = tau * logsumexp(reward / tau, axis=-1, b=np.broadcast_to(reference, reward.shape))
+    return 2 * (best + tau * rel_entr(policy, reference).sum(-1)) - 1
+
+
+def nash(P: np.ndarray) -> np.ndarray:
+    """A Nash policy, by linear programming: the largest v with P(π ≻ y) ≥ v for every action y, where v = ½ is reached.
+
+    One of them, if there are several.
+    """
+    P = check(P)
+    if P.ndim == 3:
+        return np.stack([nash(game) for game in P])
+    n = len(P)
+    # minimise −v over (π, v) subject to v − (πᵀP)_y ≤ 0, Σπ = 1, π ≥ 0
+    solved = linprog(
+        c=np.append(np.zeros(n), -1.0),
+        A_ub=np.column_stack([-P.T, np.ones(n)]),
+        b_ub=np.zeros(n),
+        A_eq=np.append(np.ones(n), 0.0)[None],
+        b_eq=[1.0],
+        bounds=[(0, None)] * n + [(None, None)],
+    )
+    if not solved.success:  # every matrix game has a solution: this is the solver's failure
+        raise RuntimeError(f"the linear program was not solved: {solved.message}")
+    policy = np.maximum(solved.x[:n], 0)
+    return policy / policy.sum()
