@@ -52,7 +52,8 @@ def plot(figure: Figure, said: list[str]) -> Plot | None:
         return None
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(legend := dict(zip(labels, handles))) > 1:
-        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=3)
+        columns = 3 if max(map(len, legend)) < 15 else 2  # of what a phone shows
+        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=columns)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": " ".join(said)}):  # ids that never change, and differ between plots
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

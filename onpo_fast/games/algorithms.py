@@ -14,8 +14,6 @@ regularised gap.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from ..objectives import Dpo, Inpo, Ipo, Objective, Omd, Onpo
+from .arguments import at_least_zero, count, positive
 from .fits import Comparisons, Exact, Sampled, log_normalised, sppo_fit
 from .preferences import TOLERANCE, check
 from .solution import gap_of_rewards, regularised_gap_of_rewards, rewards
@@ -178,7 +177,7 @@ def run(
     single = P.ndim == 2
     P = P[None] if single else P
     play, objective_of = _named(algorithm)
-    eta, tau, T = _positive("eta", eta), _at_least_zero("tau", tau), _count("T", T)
+    eta, tau, T = positive("eta", eta), at_least_zero("tau", tau), count("T", T)
     if algorithm in PULLED and eta * tau > 1:
         raise ValueError(f"{algorithm} gives π_1 the weight eta·tau, which must be at most 1, not {eta * tau:g}")
     start = _distribution(init, P.shape[:2])
@@ -188,7 +187,7 @@ def run(
     elif mode == "sampled":
         if algorithm == "sppo":
             raise ValueError("sppo compares responses with a policy, not pairs: it has no mode='sampled'")
-        game = Sampled(P, objective, eta, tau, _count("groups", groups), _count("responses", responses, 2),
+        game = Sampled(P, objective, eta, tau, count("groups", groups), count("responses", responses, 2),
                        pairing, labels, seed)  # fmt: skip
     else:
         raise ValueError(f"mode must be 'exact' or 'sampled', not {mode!r}")
@@ -226,28 +225,6 @@ def _named(algorithm: str):
     if algorithm not in ALGORITHMS:
         raise ValueError(f"there is no algorithm {algorithm!r}; there are {', '.join(ALGORITHMS)}")
     return ALGORITHMS[algorithm]
-
-
-def _positive(name: str, value: float) -> float:
-    if not (np.isscalar(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
-    return float(value)
-
-
-def _at_least_zero(name: str, value: float) -> float:
-    if not (np.isscalar(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}")
-    return float(value)
-
-
-def _count(name: str, value: int, least: int = 1) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if count < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
-    return count
 
 
 def _distribution(init: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:

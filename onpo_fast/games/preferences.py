@@ -82,6 +82,24 @@ GAMES: dict[str, Game] = {
 }
 
 
+def make(source: str, actions: int | None = None, count: int = 1, seed: int = 0) -> np.ndarray:
+    """(B, n, n): games by name, ``count`` of them with ``actions`` actions (by default 10, or 3), or those in a file.
+
+    Raises:
+        ValueError: if there is no such game, or no such file, or what it holds is none.
+    """
+    if source not in GAMES and not Path(source).suffix:
+        raise ValueError(f"there is no game {source}; there are {', '.join(GAMES)}, and files of {', '.join(READERS)}")
+    if source not in GAMES:
+        P = read(source)
+        return P[None] if P.ndim == 2 else P
+    if actions is None:
+        actions = 3 if "rock_paper_scissors" in source else 10
+    if min(actions, count) < 1 or seed < 0:
+        raise ValueError(f"{source} needs at least one action and one game, and a seed of 0 or more")
+    return GAMES[source](actions, count, np.random.default_rng(seed))
+
+
 def three_cycle(p01: float, p12: float, p20: float) -> np.ndarray:
     """(3, 3): action 0 beats 1, 1 beats 2 and 2 beats 0 with these probabilities.
 
@@ -97,11 +115,10 @@ def read(path: str | Path) -> np.ndarray:
         ValueError: if it is none of these, or not a preference matrix; the message names the file.
     """
     path = Path(path)
-    readers = {".npy": _read_npy, ".json": _read_json, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: a game is a file of {', '.join(readers)}, not {path.suffix or 'without an ending'}")
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: a game is a file of {', '.join(READERS)}")
     try:
-        return check(readers[path.suffix](path))
+        return check(READERS[path.suffix](path))
     except OSError as error:
         raise ValueError(f"{path}: cannot read it ({error.strerror or error})") from None
     except (ValueError, TypeError) as error:
@@ -170,3 +187,6 @@ def _read_json(path: Path) -> np.ndarray:
 
 def _read_csv(path: Path) -> np.ndarray:
     return np.loadtxt(path, delimiter=",", ndmin=2)
+
+
+READERS = {".npy": _read_npy, ".json": _read_json, ".csv": _read_csv}
