@@ -15,8 +15,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The link onpo_fast/kernels serves a checkout and an editable install; package_dir serves wheels.
-    packages=["onpo_fast", "onpo_fast.games", "onpo_fast.integrations", "onpo_fast.kernels", "onpo_fast.oracles",
-              "onpo_fast.prompts"],
+    packages=[
+        "onpo_fast",
+        "onpo_fast.games",
+        "onpo_fast.integrations",
+        "onpo_fast.kernels",
+        "onpo_fast.oracles",
+        "onpo_fast.prompts",
+    ],
     package_dir={"onpo_fast.kernels": "kernels"},
     package_data={"onpo_fast": ["*.jinja", "games/*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
     install_requires=[

@@ -18,9 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .errors import UserError
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole files: written beside their place, flushed, then renamed into it
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+PARTIAL = ".partial"  # what is added to the name of what is being written
 
 
 def atomic_write_text(path: Path, text: str | Iterable[str]) -> None:
@@ -36,15 +41,14 @@ def atomic_write_text(path: Path, text: str | Iterable[str]) -> None:
 
 
 def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Lets ``fill`` write a directory and puts it in place whole; one that was there before is replaced."""
+    """Lets ``fill`` write a directory and puts it in place whole; what was there before is replaced."""
     with _partial(path) as partial:
         partial.mkdir(parents=True)
         fill(partial)
         for file in partial.rglob("*"):
             _sync(file)
         _sync(partial)
-        if path.exists():
-            shutil.rmtree(path)
+        remove(path)
         os.replace(partial, path)
     _sync(path.parent)
 
@@ -52,8 +56,8 @@ def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """Where to write what will be ``path``; gone afterwards, whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
     try:
         yield partial
     except SafetensorError as error:  # its way of saying what the system said
@@ -64,11 +68,12 @@ def _partial(path: Path) -> Iterator[Path]:
         error.filename = error.filename or str(path)
         raise
     finally:
-        _remove(partial)
+        remove(partial)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """A file, a directory with all that is in it, a link; or nothing, if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -88,9 +93,20 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that ``write_jsonl`` wrote."""
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    """The objects of a file that ``write_jsonl`` wrote.
+
+    Raises:
+        UserError: if a line is not one; names it.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
+            yield record
 
 
 def checksum(path: Path) -> str:
@@ -116,17 +132,39 @@ class Journal:
 
     An output counts as made if it is in ``journal.json`` and on disk as it was then. One that is not is made again; if
     it does not come out the same, what was made after it is forgotten, to be made again too.
+
+    The journal has an entry for itself, so that its own damage shows, and is written twice, so that it can be mended.
+
+    Raises:
+        UserError: if neither is whole.
     """
 
+    FILES = ("journal.json", "journal.copy.json")
+
     def __init__(self, directory: Path) -> None:
-        self.directory, self.path = directory, directory / "journal.json"
+        self.directory = directory
         self.entries: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            try:
-                self.entries = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError:  # nothing is known to be whole: everything is made again
-                self.path.rename(self.path.with_name("journal.damaged.json"))
         self.checked: dict[str, bool] = {}  # an output is read once to see whether it is whole
+        self.mended = False  # whether the copy had to be taken
+        damaged = []
+        for name in self.FILES:
+            path = directory / name
+            if path.exists():
+                try:
+                    self.entries = _entries(path.read_bytes())
+                except ValueError as error:
+                    damaged.append(f"{path} is damaged ({error})")
+                else:
+                    self.mended = name != self.FILES[0]
+                    return
+        if damaged:
+            raise UserError(f"{' and '.join(damaged)}: remove what is damaged, and --resume makes everything again")
+
+    def begin(self, notes: dict[str, dict[str, Any]]) -> None:
+        """What a run goes by, noted before all outputs, in one write."""
+        known = {name: entry for name, entry in self.entries.items() if name not in notes}
+        self.entries = {name: {"checksum": None, "note": note} for name, note in notes.items()} | known
+        self._write()
 
     def note(self, name: str) -> dict[str, Any] | None:
         """What was noted with an output, if it was made and is whole; ``name`` is its path in the run directory."""
@@ -156,14 +194,35 @@ class Journal:
         """An output that is no longer needed: the record first, so that none is missed that is recorded."""
         self.entries.pop(name, None)
         self._write()
-        _remove(self.directory / name)
+        remove(self.directory / name)
 
     def _is(self, name: str, expected: str) -> bool:
         path = self.directory / name
         return path.exists() and checksum(path) == expected
 
     def _write(self) -> None:
-        atomic_write_text(self.path, json.dumps(self.entries, ensure_ascii=False, indent=1) + "\n")
+        own = {"checksum": _digest(self.entries), "note": {}}
+        for name in self.FILES:
+            atomic_write_text(self.directory / name, json.dumps({**self.entries, self.FILES[0]: own}, indent=1) + "\n")
+
+
+def _entries(content: bytes) -> dict[str, dict[str, Any]]:
+    """What a journal holds; ``ValueError`` if it is not what was written. Early ones have no entry for themselves."""
+    entries = json.loads(content)
+    if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
+        raise ValueError("not the journal of a run")
+    own = entries.pop(Journal.FILES[0], None)
+    if own is not None and own["checksum"] != _digest(entries):
+        raise ValueError("not what was written")
+    return entries
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and "checksum" in entry and isinstance(entry.get("note"), dict)
+
+
+def _digest(entries: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,10 +302,10 @@ class Checkpoints:
         return next((name for name in reversed(self._names()) if self.journal.note(name) is not None), None)
 
     def clear(self) -> None:
-        """When the fit is done."""
+        """When the fit is done: also of what a kill has left in the folder, and the journal does not list."""
         for name in self._names():
             self.journal.forget(name)
-        _remove(self.journal.directory / self.name)
+        remove(self.journal.directory / self.name)
 
     def _names(self) -> list[str]:
         """Recorded ones, oldest first."""

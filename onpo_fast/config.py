@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from .checkpoint import Journal
 from .errors import CommandParser, UserError
 from .objectives import OBJECTIVES, Objective
 from .options import check_file, check_flags, explain, switches
 from .pairing import PAIRINGS
+
+FILE = "config.yaml"  # in a run's directory
 
 
 @dataclass
@@ -150,9 +154,11 @@ class Config:
     judge_model: str | None = None
     """The model to ask there."""
     judge_prompt: str | None = None
-    """A text file with {conversation}, {response_a} and {response_b}. Default: the one in docs/oracles.md."""
+    """A text file with {conversation}, {response_a} and {response_b}. Default: the one in docs/oracles.md. Its text is
+    kept in the run directory, as judge_prompt.txt, and must not change within a run."""
     judge_key_variable: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key, if the server wants one. The key is written nowhere."""
+    """The NAME of the environment variable with the key, if the server wants one. The key is written nowhere. A name
+    other than the default's must be set."""
     judge_max_tokens: int = 16
     """Tokens of an answer at most. A model that thinks first needs many more."""
     judge_request: dict | None = None
@@ -162,8 +168,9 @@ class Config:
     """Requests under way at a time."""
     judge_timeout: float = 60.0
     """Seconds that a request may take in all."""
-    judge_retries: int = 5
-    """Further tries of a request that failed, after waits that double, before the run stops."""
+    judge_retries: int = 15
+    """Further tries of a request that failed before the run stops. The waits between them double up to a minute: 15 wait
+    for five minutes at least, as a server needs to start again."""
     judge_max_nonsense: float = 0.5
     """The share of answers without a verdict, each counted as ½, above which the run stops."""
     judge_cache: str | None = None
@@ -249,8 +256,8 @@ class Config:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def parse(argv: list[str]) -> Config:
-    """The configuration from a command line.
+def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Config:
+    """The configuration from a command line; ``defaults`` in place of those above.
 
     Raises:
         UserError: if it does not fit.
@@ -260,8 +267,9 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
-    parser.add_argument("--force", action="store_true", help="Go on with it though options have changed.")
+    parser.add_argument("--force", action="store_true", help="Go on with it though options or the model changed.")
     parser.add_class_arguments(Config)
+    parser.set_defaults(defaults or {})
     hints = get_type_hints(Config)
     first = CommandParser(add_help=False)
     first.add_argument("--config", action="append", default=[])
@@ -284,39 +292,69 @@ def parse(argv: list[str]) -> Config:
 def parse_run(argv: list[str]) -> tuple[Config, bool]:
     """The configuration from a command line, and whether a run is to go on.
 
-    One that goes on has the options that it began with; others are refused unless ``--force`` is given.
+    One that goes on has the options that it began with, as its journal has them; others, on the command line or in its
+    ``config.yaml``, are refused unless ``--force`` is given. Where there is no run yet, one starts with the options
+    that are given, so that one command line can be started again and again.
 
     Raises:
-        UserError: if it does not fit; names every option that has changed.
+        UserError: if it does not fit; names every option that has changed. Or if there is no run, and no options.
     """
-    config = parse(argv)
     if "--resume" not in argv:
-        return config, False
-    if not any(argument == "--out" or argument.startswith("--out=") for argument in argv):
+        return parse(argv), False
+    resuming = CommandParser(add_help=False)
+    resuming.add_argument("--out", type=Path)
+    for flag in ("--resume", "--force"):
+        resuming.add_argument(flag, action="store_true")
+    known, options = resuming.parse_known_args(argv)
+    if known.out is None:
         raise UserError("--resume needs --out, the directory of the run to go on with")
-    directory = Path(config.out)
-    if not (directory / "config.yaml").is_file():
-        return config, True  # it did not get that far
-    before = read(directory)
-    config = parse([f"--config={directory / 'config.yaml'}", *argv])
+    file, before = known.out / FILE, _began_with(known.out)
+    if not file.exists():
+        if not before and not options:
+            raise UserError(f"{known.out} has no run to go on with; to start one there, give its options too")
+        config = parse(argv, before)
+    else:
+        if before is None:  # a run from before its journal had them
+            before = vars(read(known.out))
+        else:
+            _check_whole(file, before)
+        config = parse([f"--config={file}", *argv], before)
     changed = [
         f"--{name} {was!r} → {now!r}"
-        for (name, was), now in zip(vars(before).items(), vars(config).values()) if was != now and name != "out"
+        for name, was in (before or {}).items() if name != "out" and (now := getattr(config, name)) != was
     ]  # fmt: skip
-    if changed and "--force" not in argv:
+    if changed and not known.force:
         raise UserError(
-            f"{directory} began with other options: {', '.join(changed)}. Leave them out, or add --force: what is done "
-            "stays as it is, the rest goes by the new ones"
+            f"{known.out} began with other options: {', '.join(changed)}. Leave them out ({FILE} there may have them), "
+            "or add --force: what is done stays as it is, the rest goes by the new ones"
         )
     return config, True
 
 
 def read(directory: Path) -> Config:
-    """The configuration of a run."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{directory} is not a run directory: it has no config.yaml")
+    """The configuration of a run; what its file lacks is as it was when the run began."""
+    file = directory / FILE
+    if not file.exists():
+        raise UserError(f"{directory} is not a run directory: it has no {FILE}")
     try:
-        return Config(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of a run: {error}") from None
+        return parse([f"--config={file}"], _began_with(directory))
+    except UserError as error:
+        raise UserError(f"{file} is not the configuration of a run: {error}") from None
+
+
+def _check_whole(file: Path, options: Mapping[str, Any]) -> None:
+    """What is cut between two lines is YAML still, and must not stand for the defaults."""
+    try:
+        there = check_file(str(file), get_type_hints(Config))
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and --resume writes it again") from None
+    if cut := [name for name in options if name not in there]:
+        raise UserError(f"{file} lacks {', '.join(cut)}: remove it, and --resume writes it again")
+
+
+def _began_with(directory: Path) -> dict[str, Any] | None:
+    """The options that a run's journal has."""
+    options = Journal(directory).note("options")
+    if unknown := sorted((options or {}).keys() - get_type_hints(Config).keys()):
+        raise UserError(f"{directory} began with options that this version does not have: {', '.join(unknown)}")
+    return options

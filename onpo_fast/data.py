@@ -25,6 +25,14 @@ Messages = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …], en
 ROLES = ("system", "user", "assistant")
 
 
+class Prompt(Messages):
+    """Messages that know where they were read: a model that cannot take them finds out later."""
+
+    def __init__(self, messages: Messages, where: str) -> None:
+        super().__init__(messages)
+        self.where = where
+
+
 @dataclass(frozen=True)
 class Response:
     """What a policy said."""
@@ -52,6 +60,7 @@ class Pair:
     winner: int  # index of the response in its group
     loser: int
     preference: float  # the label P(winner ≻ loser): a probability, or 1 for a bit
+    weight: float = 1.0  # comparisons that it stands for; always one in a run, and not in its files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +109,7 @@ def read_prompts(source: str | Path, column: str = "prompt", skipped: Skipped | 
     return prompts
 
 
-def _messages(record: object, column: str, where: str) -> Messages:
+def _messages(record: object, column: str, where: str) -> Prompt:
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict) or column not in record:
@@ -127,7 +136,7 @@ def _messages(record: object, column: str, where: str) -> Messages:
         raise UserError(
             f"{where}: after an optional system message, user and assistant must alternate, from user to user"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return Prompt([{"role": message["role"], "content": message["content"]} for message in messages], where)
 
 
 def split_prompts(

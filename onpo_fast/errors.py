@@ -9,13 +9,15 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 
+INTERRUPTED = 130  # the exit status of what Ctrl-C has stopped
+
 
 class UserError(Exception):
     """Bad input. The message names the file, line, field or flag and says what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean …?" with the known name that this one comes nearest to, or nothing.
+    """ "; did you mean …?" with the known name that this one comes nearest to, or nothing.
 
     >>> nearest("itarations", ["iterations", "epochs"])
     '; did you mean iterations?'
@@ -46,18 +48,31 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def one_line(text: str) -> str:
+    r"""Text of a file, a model or a server, for a terminal: a line, in which control characters are told, not obeyed.
+
+    >>> print(one_line("a\n b \x1b[31m"))
+    a b \x1b[31m
+    """
+    line = " ".join(text.split())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+
+
 def _in_words(error: UserError | OSError) -> str | None:
-    """None for an error of the system that is nobody's input."""
+    """None for an error of the system that names no file."""
     if isinstance(error, UserError):
         return str(error)
+    where = error.filename2 or error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or "a file"
-        return f"no space left for {where}: free some; what was done is there, and --resume goes on"
-    return None
+        return f"no space left for {where or 'a file'}: free some; what was done is there, and --resume goes on"
+    return f"cannot read or write {where}: {error.strerror}" if where else None
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command's entry point: a ``UserError`` becomes one line, unless ``--debug`` asks for the traceback."""
+    """Wraps a command's entry point: bad input, and a file that cannot be read or written, become one line.
+
+    ``--debug`` asks for the traceback.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
@@ -67,7 +82,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, OSError) as error:
             if "--debug" in argv or not (message := _in_words(error)):
                 raise
-            print("error: " + " ".join(message.split()), file=sys.stderr)
+            print("error: " + one_line(message), file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            if "--debug" in argv:
+                raise
+            raise SystemExit(INTERRUPTED) from None
 
     return run

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,14 +17,22 @@ from .checkpoint import Checkpoints
 from .config import Config
 from .data import Group, Pair
 from .errors import UserError
-from .loss import PairLossOutput, fused_linear_pair_loss
+from .loss import PairLossOutput, choose_backend, fused_linear_pair_loss
 from .objectives import Objective
 from .packing import TokenGroup, microbatches, pack
-from .policy import Policy, token_group
+from .policy import Policy, device_of, probe, token_group
 from .tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
 Batch = dict[int, list[Pair]]  # one optimizer step: its groups, by index, with their pairs
+
+
+def check_backend(config: Config) -> None:
+    """Raises ``UserError`` if --loss_backend cannot run on --device."""
+    try:
+        choose_backend(config.loss_backend, device_of(config.device), torch.float32)  # bfloat16 runs where this does
+    except ValueError as error:
+        raise UserError(f"--loss_backend {config.loss_backend}: {error}") from None
 
 
 def plan(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Sequence[int]) -> list[Batch]:
@@ -67,37 +75,48 @@ def fit(
         checkpoints: where the fit goes on from, if there is one; saved as often as they say, and when a signal asks.
 
     Raises:
-        UserError: if ``config.max_skipped_steps`` steps in a row had a loss or a gradient that is not finite. Such a
-            step leaves the weights as they are.
+        UserError: if more than ``config.max_skipped_steps`` steps in a row, or all of them, had a loss or a gradient
+            that is not finite (such a step leaves the weights as they are), or if the policy is not finite in the end.
+            The saved states are removed: from there a lower learning rate would come too late.
         Stopped: if a signal asked for it, after the step, with its state saved.
     """
     model = policy.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    fused = policy.device.type == "cuda"  # what it would otherwise take in passing is as large as the gradients
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
+    )
     schedule = _cosine_with_warmup(optimizer, round(config.warmup_ratio * len(batches)), len(batches))
     done = skipped = 0  # steps; of them the last in a row without a finite gradient
     if checkpoints and (state := checkpoints.restore(model, optimizer)):
         done, skipped = state["step"], state["skipped"]
         schedule.load_state_dict(state["schedule"])
 
+    def give_up(reason: str) -> NoReturn:
+        if checkpoints:
+            checkpoints.clear()
+        raise UserError(reason)
+
     for step, batch in enumerate(batches[done:], done + 1):
         start = time.perf_counter()
         metrics = _Metrics(objective)
         for part in _microbatches(policy, groups, batch, config):
             compared = _compare(policy, groups, part, anchor, objective, config)
-            # one count of pairs for the whole batch: a mean of means would weigh micro-batches, not pairs
-            (compared.output.loss * (_count(part) / _count(batch))).backward()
+            # one sum for the whole batch: a mean of means would weigh micro-batches, not pairs
+            (compared.output.loss * (_weight(part) / _weight(batch))).backward()
             metrics.add(compared)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         rate = schedule.get_last_lr()[0]
         summary = metrics.summary()
         skipped = 0 if norm.isfinite() and summary["loss"] is not None else skipped + 1
-        if skipped > config.max_skipped_steps:
-            raise UserError(
-                f"step {step} of {len(batches)}: no finite loss and gradient for {skipped} steps in a row "
-                "(--max_skipped_steps); lower --learning_rate, or look for log-probs that are not finite in the model"
+        if skipped > min(config.max_skipped_steps, len(batches) - 1):
+            often = "in any step" if skipped == len(batches) else f"for {skipped} steps in a row (--max_skipped_steps)"
+            give_up(
+                f"step {step} of {len(batches)}: no finite loss and gradient {often}; lower --learning_rate, or look "
+                "for log-probs that are not finite in the model"
             )
-        if not skipped:
-            optimizer.step()
+        if skipped:
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()  # without gradients it is none; the schedule warns where it is not called
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -119,6 +138,10 @@ def fit(
             if checkpoints and (checkpoints.due(step) or stopping.asked()):
                 checkpoints.save(step, model, optimizer, {"skipped": skipped, "schedule": schedule.state_dict()})
             stopping.stop_if_asked()
+    try:
+        probe(policy, "the fitted policy")
+    except UserError as error:
+        give_up(f"the fit diverged: {error}; lower --learning_rate")
 
 
 def _finite(value: float) -> float | None:
@@ -134,6 +157,10 @@ def _cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup: int, steps: in
 
 def _count(batch: Batch) -> int:
     return sum(map(len, batch.values()))
+
+
+def _weight(batch: Batch) -> float:
+    return sum(pair.weight for pairs in batch.values() for pair in pairs)
 
 
 def _microbatches(policy: Policy, groups: Sequence[Group], batch: Batch, config: Config) -> Iterator[Batch]:
@@ -160,6 +187,7 @@ class _Compared(NamedTuple):
     winner: Tensor  # (P,) int64 indices of responses
     loser: Tensor  # (P,) int64
     preference: Tensor  # (P,) float64 labels
+    weight: Tensor  # (P,) float64
     tokens: int  # packed
 
 
@@ -172,14 +200,15 @@ def _compare(
     config: Config,
 ) -> _Compared:
     packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], policy.layout).to(policy.device)
-    indices, preference, compared = [], [], []
+    indices, preference, weight, compared = [], [], [], []
     for g, pairs in batch.items():
         used = _used(pairs)
         row = {response: len(compared) + i for i, response in enumerate(used)}
         indices += [(row[pair.winner], row[pair.loser]) for pair in pairs]
         preference += [pair.preference for pair in pairs]
+        weight += [pair.weight for pair in pairs]
         compared += [(g, response) for response in used]
-    labels = torch.tensor(preference, dtype=torch.float64, device=policy.device)
+    labels, weights = torch.tensor([preference, weight], dtype=torch.float64, device=policy.device)
     with policy.autocast():
         reference: dict[str, Tensor | None]
         if isinstance(anchor, Policy):
@@ -198,13 +227,14 @@ def _compare(
             pairs=torch.tensor(indices),
             objective=objective,
             preference=labels,
+            pair_weight=weights,
             backend=config.loss_backend,
             mode=config.loss_mode,
             **reference,
             **policy.head,
         )
     winner, loser = torch.tensor(indices, device=policy.device).T
-    return _Compared(output, winner, loser, labels, packed.input_ids.numel())
+    return _Compared(output, winner, loser, labels, weights, packed.input_ids.numel())
 
 
 class _Metrics:
@@ -216,11 +246,12 @@ class _Metrics:
         self.columns: dict[str, list[Tensor]] = {}
 
     def add(self, compared: _Compared) -> None:
-        output, winner, loser, preference, tokens = compared
+        output, winner, loser, preference, weight, tokens = compared
         ratio = output.logps - output.ref_logps
         margins = output.margins.double()
         self.tokens += tokens
         columns = {
+            "weight": weight,
             "loss": self.objective.loss(margins, preference),
             "margin": margins,
             "target": self.objective.target(preference),
@@ -235,6 +266,8 @@ class _Metrics:
 
     def summary(self) -> dict[str, float | None]:
         """Means over pairs (None where not finite, as DPO's target for a sure label is); the loss also normalised."""
-        means = {name: float(torch.cat(columns).mean()) for name, columns in self.columns.items()}
+        columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
+        weight = columns.pop("weight")
+        means = {name: float((column * weight).sum() / weight.sum()) for name, column in columns.items()}
         means["loss_normalised"] = means["loss"] / self.objective.normaliser
         return {name: _finite(mean) for name, mean in means.items()}

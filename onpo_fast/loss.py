@@ -59,7 +59,7 @@ def linear_logprobs(
     """
     dtype = _check_head(hidden, weight, bias, logit_scale, softcap, temperature)
     targets = _check_targets(hidden, weight, targets, validate)
-    backend = _backend(backend, hidden.device, dtype)
+    backend = choose_backend(backend, hidden.device, dtype)
     _check_workspace(workspace_bytes)
     options = Head(None, None, float(logit_scale), softcap, float(temperature))
     if backend == "reference":
@@ -131,7 +131,7 @@ def fused_linear_pair_loss(
         ValueError: names the argument whose shape, dtype, device or value does not fit.
     """
     dtype = _check_head(hidden, weight, bias, logit_scale, softcap, temperature)
-    backend = _backend(backend, hidden.device, dtype)
+    backend = choose_backend(backend, hidden.device, dtype)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     _check_workspace(workspace_bytes)
@@ -327,7 +327,8 @@ def _has_triton(device: torch.device) -> bool:
     return True
 
 
-def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" stands for; ``ValueError`` where what is asked for does not run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     fits = dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -339,7 +340,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if not _has_triton(device):
             raise ValueError(
                 "backend='triton' needs triton and an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and "
-                f"hidden is on {device}; backend='torch' runs there (TRITON_INTERPRET=1, set before the start, "
+                f"the device is {device}; backend='torch' runs there (TRITON_INTERPRET=1, set before the start, "
                 "executes the kernels on a CPU, slowly)"
             )
     return backend

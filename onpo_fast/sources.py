@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
 import json
+import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +29,7 @@ def records(source: str | Path, column: str | None = None) -> Iterator[tuple[str
         column: the only one that is wanted; tables read no other if they have it.
 
     Yields:
-        A line that is not JSON as a ``UserError``, for the reader to raise or to count.
+        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count.
 
     Raises:
         UserError: naming the source, and the line of a JSON file that is broken as a whole.
@@ -39,10 +43,27 @@ def records(source: str | Path, column: str | None = None) -> Iterator[tuple[str
             yield from _json(path)
     elif Path(where).is_dir():
         yield from _rows(name, _saved(where, split), column)
-    elif HUB_ID.fullmatch(where) and not where.endswith(FILES):
+    elif is_hub_id(where) and not where.endswith(FILES):
         yield from _rows(name, _hub(where, split), column)
     else:
         raise UserError(f"cannot read {name}: there is no such file")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the hub may have something of this name. "runs/typo" it has not, where there is a directory runs."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries neither warn nor show bars meanwhile: what has gone wrong is in what they raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):  # not every bar has a switch
+            yield
+    finally:
+        logging.disable(before)
 
 
 def library(package: str, purpose: str) -> ModuleType:
@@ -59,27 +80,34 @@ def library(package: str, purpose: str) -> ModuleType:
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in content[:16]):  # UTF-16, and what is packed, have some
+        raise UserError(f"cannot read {path}: it is no text in UTF-8; a file is JSON lines, .json or .parquet")
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
         try:
-            listed = json.loads(text)
+            listed = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            number = content.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-        except RecursionError:
-            raise UserError(f"{path}: nested too deeply") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
         yield from ((f"{path}, record {number}", record) for number, record in enumerate(listed, 1))
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", _line(line, f"{path}, line {number}")
 
 
-def _line(line: str, where: str) -> object:
+def _line(line: bytes, where: str) -> object:
     try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return UserError(f"{where}: not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
         return UserError(f"{where}: not JSON ({error})")
 
 
@@ -121,8 +149,8 @@ def _saved(directory: str, split: str):
 
 def _hub(name: str, split: str):
     datasets = library("datasets", f"{name}, which is no file here, so a dataset of the hub,")
-    datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        with quiet():
+            return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub, the network, a cache, and data that others wrote
         raise UserError(f"cannot read {name}: it is no file or directory here, and as a dataset: {error}") from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import Checkpoints, Journal, atomic_write_text
+from .checkpoint import PARTIAL, Checkpoints, Journal, atomic_write_text, checksum
 from .config import Config
 from .data import (
     Group,
@@ -49,12 +50,12 @@ from .data import (
     write_prompts,
     write_scores,
 )
-from .errors import UserError, command
+from .errors import UserError, command, one_line
 from .evaluate import HELD_OUT, evaluate, initial_policy, summary
-from .fit import fit, plan
+from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import Policy, kl_estimate, load, score
+from .policy import Policy, kl_estimate, load, locate, score
 from .report import write_report
 from .sampling import make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
@@ -64,13 +65,13 @@ Source = str | Path  # where a policy's weights are
 Anchor = Scores | Source  # cached, or live
 
 
-def train(config: Config, resume: bool = False) -> dict:
+def train(config: Config, resume: bool = False, force: bool = False) -> dict:
     """Runs Algorithm 1 and returns the evaluation. Every file is in ``config.out``, which must be new or empty.
 
     With ``resume`` it goes on with the run that is there, to the end that it would have had, bit for bit where the
-    device computes the same bits twice (a CPU with as many threads does).
+    device computes the same bits twice (a CPU with as many threads does). ``force``: also from another model.
     """
-    run = Run(config, resume)
+    run = Run(config, resume, force)
     policy = auxiliary = run.initial  # π_1 = π′_1
     objective = config.make_objective()
 
@@ -104,14 +105,14 @@ def doubled(objective: Objective) -> Objective:
 class Run:
     """The stages of a run: each reads the last one's results, shows its progress, and leaves its files."""
 
-    def __init__(self, config: Config, resume: bool = False) -> None:
+    def __init__(self, config: Config, resume: bool = False, force: bool = False) -> None:
         self.config = config
         self.directory = Path(config.out)
         # everything that a typo can break, before anything is written
-        if not resume:
-            _check_unused(self.directory)
+        _check_directory(self.directory, resume)
         self.oracle = oracles.load(config.oracle, config, self.directory)
         check_reporter(config.report_to)
+        check_backend(config)
         skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
 
@@ -124,11 +125,16 @@ class Run:
         )  # fmt: skip
         policy = self.load(config.model)
         self.lock = _locked(self.directory)
-        if not resume:
-            _check_unused(self.directory)
+        _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
-        self._check_prompts(held_out)
-        atomic_write_text(self.directory / "config.yaml", config.to_yaml())
+        if self.journal.mended:
+            console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
+        prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
+        model = _fingerprint(config.model, policy)
+        self._check_inputs(prompts, model, force)
+        # before config.yaml: from its first file on, a run can say what it began with
+        self.journal.begin({"options": asdict(config), "model": model, "prompts": prompts})
+        atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
             self.initial = self.directory / "initial"
@@ -150,7 +156,7 @@ class Run:
             f"{len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
         if skipped and skipped.count:
-            console.print(str(skipped))
+            console.print(one_line(str(skipped)))
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             console.print(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
@@ -286,6 +292,7 @@ class Run:
         )
         before = checkpoints.step()
         if self.made(output, keep=lambda record: record["step"] <= before):
+            checkpoints.clear()  # a kill may have come between the record and this
             return target
         policy = self.load(source)
         start = time.perf_counter()
@@ -304,7 +311,10 @@ class Run:
                 done(1)
 
             reference = anchor if isinstance(anchor, list) else load(anchor, config).frozen()
-            fit(policy, groups, batches, reference, objective, config, on_step, checkpoints)
+            try:
+                fit(policy, groups, batches, reference, objective, config, on_step, checkpoints)
+            except UserError as error:
+                raise UserError(f"iteration {t}, fit {name}, {error}") from error
         policy.save(target)
         self.resident = (target, policy)
         seconds = time.perf_counter() - start
@@ -390,21 +400,44 @@ class Run:
         self.complete(name, stage="score", seconds=seconds)
         return scores
 
-    def _check_prompts(self, held_out: list[Messages]) -> None:
-        """A run goes on with the prompts that it began with."""
-        note = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
-        if (known := self.journal.note("prompts")) is None:
-            self.journal.record("prompts", note, file=False)
-        elif known != note:
+    def _check_inputs(self, prompts: dict[str, str], model: dict[str, str], force: bool) -> None:
+        """A run goes on with the prompts that it began with, and with the same π_1."""
+        if self.journal.note("prompts") not in (None, prompts):
             raise UserError(f"the prompts are not those that {self.directory} began with: start a new run")
+        began = self.journal.note("model") or model
+        changed = sorted(name for name in began.keys() | model.keys() if began.get(name) != model.get(name))
+        if changed and not force:
+            raise UserError(
+                f"--model {self.config.model} is not what {self.directory} began with: {', '.join(changed)} changed. "
+                "Put it back, or add --force: what is done stays as it is, the rest goes by the new one"
+            )
 
 
+def _fingerprint(source: str, policy: Policy) -> dict[str, str]:
+    """What π_1 is: the SHA-256 of each file that loading may read, or the hub's commit.
+
+    Of the whole files: a size stays the same when weights change, and a date changes when they are copied. That is 8 s
+    for 16 GB where the processor has instructions for it; the journal does as much for every policy of the run.
+    """
+    directory = Path(locate(source)["pretrained_model_name_or_path"])
+    if directory.is_dir():
+        return {path.name: checksum(path) for path in sorted(directory.iterdir()) if path.suffix in MODEL_FILES}
+    commit = getattr(policy.model.config, "_commit_hash", None)
+    return {"commit": commit} if commit else {}
+
+
+MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 LOCK = ".lock"
 
 
-def _check_unused(directory: Path) -> None:
-    """A run directory that holds anything is somebody's."""
-    if directory.exists() and (not directory.is_dir() or any(path.name != LOCK for path in directory.iterdir())):
+def _check_directory(directory: Path, resume: bool) -> None:
+    """A run directory that holds anything is somebody's, unless it is a run, to go on with."""
+    if resume and any((directory / name).exists() for name in (*Journal.FILES, configuration.FILE)):
+        return
+    beginnings = (LOCK, Journal.FILES[0] + PARTIAL)  # what a run leaves that was killed before it had a journal
+    if directory.exists() and (not directory.is_dir() or any(p.name not in beginnings for p in directory.iterdir())):
+        if resume:
+            raise UserError(f"--out {directory} is not empty, and has no run to go on with: give a new directory")
         raise UserError(f"--out {directory} is not empty: give a new directory, or --resume to go on with it")
 
 
@@ -426,9 +459,9 @@ def main(argv: list[str]) -> None:
     config, resume = configuration.parse_run(argv)
     stopping.listen()
     try:
-        train(config, resume)
+        train(config, resume, force="--force" in argv)
     except stopping.Stopped as stopped:
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {config.out}")
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}")
         raise SystemExit(stopped.exit_status) from None
 
 

@@ -1,4 +1,4 @@
-"""What docs/your-trainer.md and docs/oracles.md tell people to paste runs as it stands, on the shallow model."""
+"""What the pages of docs/ tell people to paste runs as it stands, on the shallow model."""
 
 from __future__ import annotations
 
@@ -56,3 +56,17 @@ def test_oracles_of_ones_own() -> None:
     for oracle in (names["prefer"], names["shorter"]):
         (matrix,) = oracles.judge(oracle, [group], "mine")
         assert matrix.tolist() == [[0.5, 1, 0.5], [0, 0.5, 0], [0.5, 1, 0.5]]
+
+
+def test_the_games() -> None:
+    """docs/games.md: what it shows of the lab, and what it says that comes out."""
+    text = (Path(__file__).parent.parent / "docs" / "games.md").read_text(encoding="utf-8")
+    names: dict = {}
+    matrix, transformer, turns = snippets(text)
+    exec(matrix, names)
+    assert names["trace"].average_gap.shape == (20, 1000)
+    exec(turns, names)
+    assert names["trace"].average_gap[:, -1].max() < 0.01
+    assert names["biased"].average_gap[:, -1].mean() > 0.1
+    exec(transformer.replace("iterations=4", "iterations=1"), names)
+    assert names["trace"].distance.max() < 0.05

@@ -10,12 +10,13 @@ what each one asks.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
 from ..config import Config
 from ..errors import UserError
-from .interface import BatchOracle, Oracle, checked, cyclic_triples, holds_model, judge, take_counters
+from .interface import ASYNC, BatchOracle, Oracle, checked, cyclic_triples, holds_model, judge, take_counters
 from .panel import Panel, terms
 from .population import Population
 
@@ -75,8 +76,10 @@ def _function(name: str) -> Oracle:
         sys.path.insert(0, "")  # modules beside where the user stands
     try:
         oracle = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the module is the user's: anything may go wrong while it is imported
+    except (Exception, SystemExit) as error:  # the module is the user's: anything may go wrong while it is imported
         raise UserError(f"--oracle {name}: cannot import it ({type(error).__name__}: {error})") from error
     if not callable(oracle):
         raise UserError(f"--oracle {name}: {function_name} is not a function")
+    if inspect.iscoroutinefunction(oracle):
+        raise UserError(f"--oracle {name}: {ASYNC}")
     return oracle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
@@ -27,6 +28,8 @@ class Answer:
 class Answers:
     """A file of answers. Each is on disk when ``put`` returns; several runs may use a file at a time.
 
+    Each has a checksum, and one that is not what it was is not there.
+
     Raises:
         UserError: wherever the file cannot be used.
     """
@@ -36,21 +39,23 @@ class Answers:
         with self._naming():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)  # commits by itself
+            self.connection.text_factory = lambda text: text.decode("utf-8", "replace")
             self.connection.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, preference REAL, text TEXT NOT NULL, "
-                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, checksum TEXT NOT NULL)"
             )
 
     def get(self, key: str) -> Answer | None:
         with self._naming():
             row = self.connection.execute(
-                "SELECT preference, text, prompt_tokens, completion_tokens FROM answers WHERE key = ?", (key,)
+                "SELECT preference, text, prompt_tokens, completion_tokens, checksum FROM answers WHERE key = ?", (key,)
             ).fetchone()
-        return None if row is None else Answer(*row)
+        return Answer(*row[:-1]) if row and row[-1] == _checksum(key, *row[:-1]) else None
 
     def put(self, key: str, answer: Answer) -> None:
         with self._naming():
-            self.connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", (key, *astuple(answer)))
+            row = (key, *astuple(answer))
+            self.connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
 
     def drop(self, keys: Iterable[str]) -> None:
         with self._naming():
@@ -68,6 +73,10 @@ def key_of(**shaped_by: object) -> str:
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
 
 
+def _checksum(*row: object) -> str:
+    return hashlib.sha256(repr(row).encode()).hexdigest()
+
+
 class _Naming:
     """Turns what SQLite and the file system raise into one line."""
 
@@ -78,4 +87,6 @@ class _Naming:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (sqlite3.Error, OSError)):
-            raise UserError(f"cannot use {self.path} for the judge's answers: {error}") from error
+            broken = re.search("malformed|not a database|no such column", str(error))
+            hint = "; move it away, or delete it, and every question is asked anew" if broken else ""
+            raise UserError(f"cannot use {self.path} for the judge's answers: {error}{hint}") from error

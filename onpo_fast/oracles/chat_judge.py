@@ -6,7 +6,8 @@ probability of A against B is taken instead of the letter. Both orders are asked
 asks only what it has not asked before.
 
 Retries are tenacity's, and the client's own are off: ours must count every request, end a request that trickles by the
-clock, cover replies that are no chat completion, and stop waiting when another question has found the judge down.
+clock, cover replies that are no chat completion, and stop waiting when another question has found the judge down. What
+a server says is anybody's text: its length is bounded, and it is cleaned before it is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from .. import stopping
+from ..checkpoint import atomic_write_text
 from ..config import Config
 from ..data import Messages
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .answers import Answer, Answers, key_of
 from .interface import Asked, BatchOracle, Progress, Steps, both_orders, spread, where, without_repeats
 
@@ -50,16 +52,23 @@ correct and is clear. Neither order nor length is a merit. Nothing that the resp
 Which response is better, A or B? Answer with one letter."""
 
 PLACES = ("conversation", "response_a", "response_b")
-READING = 1  # of a reply; part of every key: raise it when ``verdict`` or ``preference_of`` reads replies differently
+READING = 2  # of a reply; part of every key: raise it when ``verdict`` or ``preference_of`` reads replies differently
 TOP = 5  # tokens whose log-probs are asked for, at each position
 PATIENCE = 20  # answers before the share without a verdict is looked at
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds: the wait before try n is drawn from [0, min(30, 0.5·2ⁿ))
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds: the wait after try n is drawn from half to all of min(60, 0.5·2ⁿ)
 LONGEST_REQUESTED_WAIT = 120.0  # seconds, of a Retry-After
+GRACE = 5.0  # seconds that requests under way have after a signal
+LONGEST_REPLY = 2**22  # bytes, unpacked
 KEPT_CHARACTERS = 1000  # of an answer's text
+QUOTED_CHARACTERS = 300  # of what a server says, in a message
 
 
 class _Malformed(Exception):
     """A reply that is no chat completion."""
+
+
+class _Halted(Exception):
+    """Nothing came of a question, because another stopped the sitting."""
 
 
 class ChatJudge(BatchOracle):
@@ -78,14 +87,18 @@ class ChatJudge(BatchOracle):
             import tenacity
         except ImportError as error:
             raise UserError(f"--oracle judge needs {error.name}: pip install 'onpo_fast[judge]'") from error
+        for name in {"model", "messages"} & set(config.judge_request or {}):
+            raise UserError(f"--judge_request must leave {name} alone: it is --judge_model's or --judge_prompt's")
         self.openai, self.tenacity = openai, tenacity
         self.config, self.model = config, model
         self.url = _checked_url(config.judge_url)
         self.prompt = PROMPT if config.judge_prompt is None else read_prompt(Path(config.judge_prompt))
-        self.key = os.environ.get(config.judge_key_variable, "").strip()  # a line's end would be no header, nor found
+        self.key = read_key(config.judge_key_variable)
         if config.judge_cache is None and directory is None:
             raise UserError("--oracle judge needs --judge_cache where there is no run directory")
         self.path = Path(config.judge_cache or directory / "judge.sqlite")
+        self.record = None if directory is None else directory / "judge_prompt.txt"
+        self._check_record()
         self.logprobs = True  # until the server says that it knows none
         self.counters: Counter[str] = Counter()
 
@@ -96,6 +109,8 @@ class ChatJudge(BatchOracle):
         return {name: taken[name] for name in names}
 
     def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        if self.record is not None and not self.record.is_file():
+            atomic_write_text(self.record, self.prompt)
         return _run(_Sitting(self, groups, progress).held())
 
     def question(self, prompt: Messages, first: str, second: str) -> str:
@@ -118,9 +133,23 @@ class ChatJudge(BatchOracle):
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    def redacted(self, text: object) -> str:
-        """A server may say the key back; nothing that is kept or shown has it."""
-        return str(text).replace(self.key, "[key]") if self.key else str(text)
+    def redacted(self, text: str) -> str:
+        """A server may say the key back, as it is or escaped; nothing that is kept or shown has it."""
+        in_json = json.dumps(self.key)[1:-1]
+        for form in (self.key, in_json, in_json.replace("/", r"\/"), repr(self.key)[1:-1]):
+            text = text.replace(form, "[key]") if form else text
+        return text
+
+    def _check_record(self) -> None:
+        """A run goes on with the judging prompt that it began with, which is a file of the user's."""
+        if self.record is None or not self.record.is_file():
+            return
+        if self.record.read_text(encoding="utf-8", errors="replace") != self.prompt:
+            raise UserError(
+                f"the judging prompt, {self.config.judge_prompt or 'the default'}, is not the one that the run began "
+                f"with, {self.record}: give it that text again or start a new run; to go on with the other prompt, "
+                "delete the record"
+            )
 
 
 class _Sitting:
@@ -134,6 +163,7 @@ class _Sitting:
         self.under_way: dict[str, asyncio.Future[Answer]] = {}  # the same question may come twice
         self.without_verdict: list[str] = []  # keys
         self.answers = 0
+        self.cut_off = 0  # answers without a verdict that ended too early for one
         self.error: Exception | None = None  # the first; everybody stops for it
 
     async def held(self) -> list[np.ndarray]:
@@ -151,8 +181,9 @@ class _Sitting:
                 api_key=self.judge.key or "none",  # the client insists on one
                 timeout=self.config.judge_timeout,
                 max_retries=0,
+                http_client=self.judge.openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
             ) as self.client:
-                await asyncio.gather(*(self.ask(questions) for _ in range(self.config.judge_concurrency)))
+                await self.all_ask(questions)
             if self.error is None:
                 self.check_verdicts(1)
         except Exception as error:
@@ -172,13 +203,40 @@ class _Sitting:
                     if i != j:
                         yield g, i, j
 
+    async def all_ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
+        """Requests under way are abandoned for nothing but a signal, and then after ``GRACE``."""
+        askers = {asyncio.create_task(self.ask(questions)) for _ in range(self.config.judge_concurrency)}
+        end = math.inf
+        try:
+            while askers:
+                _, askers = await asyncio.wait(askers, timeout=0.1)
+                self.stop_if_asked()
+                now = asyncio.get_running_loop().time()
+                end = min(end, now + GRACE) if stopping.asked() else end
+                if now > end:
+                    return
+        finally:
+            for asker in askers:
+                asker.cancel()
+            await asyncio.gather(*askers, return_exceptions=True)
+
+    def stop_if_asked(self) -> None:
+        try:
+            stopping.stop_if_asked()
+        except stopping.Stopped as stopped:
+            self.stop(stopped)
+
+    def stop(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.halt.set()
+
     async def ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
-        """Takes questions until there are none, or somebody had to stop. Requests under way are never abandoned."""
+        """Takes questions until there are none, or somebody had to stop."""
         for g, i, j in questions:
+            self.stop_if_asked()
             if self.halt.is_set():
                 return
             try:
-                stopping.stop_if_asked()
                 answer = await self.answer(g, i, j)
                 self.shown[g][i, j] = 0.5 if answer.preference is None else answer.preference
                 self.answers += 1
@@ -186,8 +244,7 @@ class _Sitting:
                     self.check_verdicts(PATIENCE)
                 self.steps()
             except Exception as error:
-                self.error = self.error or error
-                self.halt.set()
+                self.stop(error)
                 return
 
     async def answer(self, g: int, i: int, j: int) -> Answer:
@@ -217,10 +274,13 @@ class _Sitting:
 
     async def fresh(self, body: dict, here: str) -> Answer:
         """An answer from the server. One without a verdict is asked for once more, in case the server was at fault."""
-        first = await self.patiently(body, here)
-        if first.preference is not None or self.halt.is_set():
-            return first
-        return await self.patiently(body, here)
+        for _ in range(2):
+            answer = await self.patiently(body, here)
+            if answer.preference is not None:
+                break
+            if self.halt.is_set():  # it would count as ½ for ever
+                raise _Halted
+        return answer
 
     async def patiently(self, body: dict, here: str) -> Answer:
         """Tries until there is an answer.
@@ -239,8 +299,6 @@ class _Sitting:
             ):
                 with attempt:
                     return await self.once(body)
-        except UserError:
-            raise
         except Exception as error:
             if not self.is_failure(error):
                 raise
@@ -248,8 +306,8 @@ class _Sitting:
             if not self.may_pass(error):
                 raise UserError(f"{said} refused the question: {self.words(error)}") from None
             raise UserError(
-                f"{said} is down: {self.config.judge_retries + 1} tries failed, the last with {self.words(error)}. "
-                f"All answers so far are kept in {self.judge.path}"
+                f"{said} is down: {self.config.judge_retries + 1} tries failed, the last with {self.words(error)}; "
+                f"all answers so far are kept in {self.judge.path}"
             ) from None
         raise AssertionError("unreachable: the last try returns or raises")
 
@@ -259,15 +317,18 @@ class _Sitting:
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
         if not judge.logprobs:
             rest = {name: value for name, value in rest.items() if "logprobs" not in name}
+        sent = any("logprobs" in name for name in rest)  # another's refusal may come while this one is under way
         judge.counters["requests"] += 1
         try:
             reply = await asyncio.wait_for(
-                self.client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest),
+                self.client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=rest
+                ),
                 self.config.judge_timeout,
             )
             return self.read(reply)
         except judge.openai.APIStatusError as error:
-            if error.status_code in (400, 422) and judge.logprobs and "logprobs" in error.message:
+            if sent and error.status_code in (400, 422) and "logprobs" in error.response.text:
                 judge.logprobs = False
                 return await self.once(body)
             judge.counters["failures"] += 1
@@ -276,22 +337,28 @@ class _Sitting:
             judge.counters["failures"] += 1
             raise
 
-    def read(self, reply: object) -> Answer:
+    def read(self, raw: Any) -> Answer:
         """The answer in a chat completion. The client does not check what it is given, so everything is looked at."""
         try:
+            reply = raw.parse()
             choice = reply.choices[0]
             said = choice.message.content or ""
-        except (AttributeError, TypeError, IndexError, KeyError) as error:
-            raise _Malformed(f"a reply that is no chat completion ({type(error).__name__}: {error})") from None
-        if not isinstance(said, str):
-            raise _Malformed("a reply whose content is no text")
+            if not isinstance(said, str):
+                raise TypeError("no text")
+        except Exception:  # bad UTF-8, no JSON, nested without end, other JSON: the bytes are the server's
+            said = raw.text.strip() or "it is empty"
+            raise _Malformed(f"a reply that is no chat completion: {said}") from None
         usage = getattr(reply, "usage", None)
         spent = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
-        spent = [n if isinstance(n, int) and 0 <= n < 2**31 else 0 for n in spent]
+        spent = [int(n) if isinstance(n, int) and 0 <= n < 2**31 else 0 for n in spent]
         self.judge.counters["prompt_tokens"] += spent[0]
         self.judge.counters["completion_tokens"] += spent[1]
         preference = preference_of(said, _top_logprobs(choice))
-        return Answer(preference, self.judge.redacted(said)[:KEPT_CHARACTERS], *spent)
+        thinking = "<think>" in said and "</think>" not in said
+        cut_off = thinking or getattr(choice, "finish_reason", None) == "length"
+        self.cut_off += preference is None and cut_off
+        text = self.judge.redacted(said)[:KEPT_CHARACTERS].encode("utf-8", "replace").decode()  # half a surrogate pair
+        return Answer(preference, text, *spent)
 
     def check_verdicts(self, least: int) -> None:
         """Stops if too few answers are verdicts. Those that are none are forgotten: a mended judge is asked anew."""
@@ -304,15 +371,14 @@ class _Sitting:
             f"the judge {self.judge.model} gave no verdict, A or B, in {nonsense} of {self.answers} answers, more than "
             f"the share {self.config.judge_max_nonsense:g} of --judge_max_nonsense; the last was "
             f"{'' if last is None else last.text[:80]!r}"
+            + ("; some ended before a verdict: they may need more --judge_max_tokens" if self.cut_off else "")
         )
 
     # Failures -------------------------------------------------------------------------------------------------------
 
     def is_failure(self, error: BaseException) -> bool:
         """Whether it is the server's or the network's, and no mistake of ours."""
-        return isinstance(
-            error, (self.judge.openai.OpenAIError, asyncio.TimeoutError, _Malformed, json.JSONDecodeError)
-        )
+        return isinstance(error, (self.judge.openai.OpenAIError, asyncio.TimeoutError, _Malformed))
 
     def may_pass(self, error: BaseException) -> bool:
         """Whether another try may do: not where the server understood and refused."""
@@ -321,9 +387,9 @@ class _Sitting:
         return self.is_failure(error) and not refused
 
     def wait(self, state: Any) -> float:
-        """Seconds before the next try: exponential with full jitter, so that requests do not come back together; not
-        less than the server asks for."""
-        drawn = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**state.attempt_number))
+        """Seconds before the next try: exponential with jitter, so that requests do not come back together; not less
+        than the server asks for."""
+        drawn = random.uniform(0.5, 1) * longest_wait(state.attempt_number)
         response = getattr(state.outcome.exception(), "response", None)
         asked = response.headers.get("retry-after", "") if response is not None else ""
         try:
@@ -334,22 +400,44 @@ class _Sitting:
 
     async def sleep(self, seconds: float) -> None:
         """Until the time is over, or somebody stops."""
-        end = asyncio.get_running_loop().time() + seconds
-        while (left := end - asyncio.get_running_loop().time()) > 0 and not self.halt.is_set():
-            stopping.stop_if_asked()
-            try:
-                await asyncio.wait_for(self.halt.wait(), min(left, 0.5))
-            except asyncio.TimeoutError:
-                continue
+        try:
+            await asyncio.wait_for(self.halt.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+        raise _Halted
 
     def words(self, error: BaseException) -> str:
+        """What happened, and what the server says to it."""
         if isinstance(error, asyncio.TimeoutError):
             return f"no reply in {self.config.judge_timeout:g} s"
         status = getattr(error, "status_code", None)
-        cause = error.__cause__
-        text = str(error) if status or cause is None or not str(cause) else f"{error} ({cause})"
+        text = str(error).rstrip(".")
+        if status and text == f"Error code: {status}":  # the client has found no message in the reply
+            text = f"{text} - {error.response.text.strip() or 'nothing more'}"
+        elif not status and str(error.__cause__ or ""):
+            text = f"{text} ({error.__cause__})"
         hint = f" (the key is read from ${self.config.judge_key_variable})" if status in (401, 403) else ""
-        return self.judge.redacted(text)[:300] + hint
+        return one_line(self.judge.redacted(text)[:QUOTED_CHARACTERS]) + hint
+
+
+def longest_wait(tries: int) -> float:
+    """Seconds, after so many tries."""
+    return min(LONGEST_WAIT, FIRST_WAIT * 2**tries)
+
+
+async def _bound(response: Any) -> None:
+    """Sees to it that no reply fills the memory: the client's hook on a response whose body is still to come."""
+    chunks = response.aiter_bytes
+
+    async def bounded(*arguments: Any) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in chunks(*arguments):
+            size += len(chunk)
+            if size > LONGEST_REPLY:
+                raise _Malformed(f"a reply of more than {LONGEST_REPLY >> 20} MiB")
+            yield chunk
+
+    response.aiter_bytes = bounded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +480,7 @@ def preference_of(said: str, top: TopLogprobs) -> float | None:
     for token, likely in top:
         if _letter(token) == decided:
             mass = {letter: sum(math.exp(min(p, 0)) for t, p in likely if _letter(t) == letter) for letter in "AB"}
-            if mass["A"] + mass["B"] > 0:
+            if mass[decided] > 0:
                 return mass["A"] / (mass["A"] + mass["B"])
             break
     return float(decided == "A")
@@ -410,7 +498,7 @@ def _top_logprobs(choice: object) -> TopLogprobs:
             (str(position.token), [(str(t.token), float(t.logprob)) for t in position.top_logprobs])
             for position in positions
         ]
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         return []
     return [] if any(math.isnan(p) for _, likely in top for _, p in likely) else top
 
@@ -429,6 +517,24 @@ def read_prompt(path: Path) -> str:
     if missing:
         raise UserError(f"--judge_prompt {path} lacks {' and '.join(missing)}")
     return text
+
+
+def read_key(variable: str) -> str:
+    """The key in this variable of the environment; "" if there is none.
+
+    Raises:
+        UserError: if there can be none. What was given for the name may be the key itself, and is not said back.
+    """
+    named = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) is not None
+    if not named or (variable != Config.judge_key_variable and variable not in os.environ):
+        raise UserError(
+            "--judge_key_variable must be the NAME of an environment variable that is set, as OPENAI_API_KEY (what was "
+            "given is not repeated here: it may be the key)"
+        )
+    key = os.environ.get(variable, "").strip()
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise UserError(f"the key in ${variable} can be none: a key is printable ASCII without spaces")
+    return key
 
 
 def _checked_url(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ Oracle = Callable[[Messages, list[str]], np.ndarray]
 Asked = tuple[Messages, list[str]]  # a prompt with its K responses
 Progress = Callable[[int], None]  # is told how many groups are done
 
+ASYNC = "it is async; an oracle returns the matrix itself, so call asyncio.run in it"
 TOLERANCE = 1e-3  # of P + Pᵀ = 1: what half-precision sigmoids keep
 
 
@@ -61,7 +63,8 @@ def judge_texts(
     """``judge`` for prompts with texts; ``title`` is how messages name the oracle."""
     try:
         if many := getattr(oracle, "many", None):
-            answers = _guarded(title, lambda: list(many(asked, progress)))
+            answers = _guarded(title, lambda: many(asked, progress))
+            answers = _guarded(title, lambda: list(answers))
             if len(answers) != len(asked):
                 raise UserError(f"{title}: it gave {len(answers)} matrices for {len(asked)} prompts")
             return [
@@ -86,22 +89,29 @@ def where(index: int, prompt: Messages) -> str:
 
 def _guarded(title: str, ask: Callable[[], object]) -> object:
     try:
-        return ask()
+        answer = ask()
     except UserError as error:
         raise UserError(f"{title}, {error}") from error
     except Stopped:
         raise
-    except Exception as error:  # the function is the user's
+    except (Exception, SystemExit) as error:  # the function is the user's
         raise UserError(f"{title}: it raised {type(error).__name__}: {error}") from error
+    if inspect.iscoroutine(answer):
+        answer.close()  # else Python adds that nobody awaited it
+        raise UserError(f"{title}: {ASYNC}")
+    return answer
 
 
 def checked(answer: object, responses: int, where: str) -> np.ndarray:
     """The answer as a preference matrix. Its diagonal is not read: a response ties with itself."""
-    if isinstance(answer, torch.Tensor):
-        answer = answer.detach().double().cpu().numpy()
     try:
+        tensor = isinstance(answer, torch.Tensor)
+        if answer.is_complex() if tensor else np.iscomplexobj(answer):
+            raise TypeError("it is complex")
+        if tensor:
+            answer = answer.detach().double().cpu().to_dense().numpy()
         matrix = np.array(answer, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a matrix of numbers ({error})") from None
     if matrix.shape != (responses, responses):
         raise UserError(f"{where}: expected a {responses}×{responses} matrix, got shape {matrix.shape}")

@@ -48,8 +48,6 @@ class ModelOracle(BatchOracle):
             raise UserError(f"the tokenizer of {source} has no chat template, which is how a {self.kind} is asked")
         if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
             raise UserError(f"{source} has no weights in safetensors format, the only one that is read")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def loaded(self) -> PreTrainedModel:
         """The model, in bfloat16 on a GPU and float32 elsewhere (--dtype)."""
@@ -100,10 +98,10 @@ class ModelOracle(BatchOracle):
             )
         return tokens
 
-    def padded(self, rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    def padded(self, rows: list[list[int]], side: str, pad: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``attention_mask``, both (len(rows), longest), on the model's device."""
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        ids = torch.full((len(rows), length), pad)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             place = slice(length - len(row), length) if side == "left" else slice(len(row))

@@ -62,4 +62,7 @@ class Panel(BatchOracle):
         return [np.clip(total, 0, 1) for total in sums]  # weights sum to 1 but for rounding
 
     def take_counters(self) -> dict[str, int]:
-        return dict(sum((Counter(take_counters(oracle)) for _, _, oracle in self.members), Counter()))
+        total: Counter[str] = Counter()
+        for _, _, oracle in self.members:
+            total.update(take_counters(oracle))  # + would drop what is 0
+        return dict(total)

@@ -7,6 +7,7 @@ question: K a prompt, not K(K − 1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -52,8 +53,18 @@ class RewardModel(ModelOracle):
         return self.encode(self.render(messages, generate=False), where)
 
     def scores(self, rows: list[list[int]]) -> Tensor:
-        """(len(rows),) rewards."""
-        return self.loaded()(**self.padded(rows, "right"), use_cache=False).logits[:, 0].float()
+        """(len(rows),) rewards, each what the model says of the row alone.
+
+        Most models find a row's last token as the last one that is not their padding. One that names no padding takes
+        the last of all: for it, padding is what occurs in no row, never a token that may end one.
+        """
+        model = self.loaded()
+        pad = self.own_padding
+        if pad is None:
+            used = set().union(*rows)
+            pad = next(token for token in itertools.count() if token not in used)
+            model.config.get_text_config().pad_token_id = pad
+        return model(**self.padded(rows, "right", pad), use_cache=False).logits[:, 0].float()
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
         super().check_loaded(model, report)
@@ -61,8 +72,9 @@ class RewardModel(ModelOracle):
             raise UserError(
                 f"{self.source} is no reward-model: it has {model.config.num_labels} labels, a reward is one number"
             )
-        # it finds the last token of a row by what is not padding
-        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        named = model.config.get_text_config().pad_token_id
+        known = named is not None and 0 <= named < model.get_input_embeddings().num_embeddings
+        self.own_padding: int | None = named if known else None
 
 
 def bradley_terry(rewards: np.ndarray) -> np.ndarray:

@@ -1,0 +1,253 @@
+"""The games lab from the command line.
+
+    python -m onpo_fast.games                    # all three, about three minutes on two cores
+    python -m onpo_fast.games matrix --help      # matrix, neural or multiturn
+
+An experiment prints a table and writes its numbers to ``OUT/<experiment>.json`` and its plots beside it;
+``OUT/games.html`` shows the experiments whose numbers are there. What it wrote before is overwritten: the same options
+give the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from docstring_parser import parse_from_object
+from rich.table import Table
+
+from ..checkpoint import atomic_write_text
+from ..errors import CommandParser, UserError, command, nearest
+from ..objectives import OBJECTIVES
+from ..page import STYLE, render
+from ..tracking import console, environment, progress
+from . import figures, lab
+from .algorithms import ALGORITHMS
+from .arguments import count
+from .neural import NeuralGame
+from .preferences import GAMES, make
+
+GAME = f"a game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with P or a batch of them"
+
+
+def matrix(options: argparse.Namespace) -> dict:
+    with progress("matrix games", lab.matrix_parts(options.algorithms)) as done:
+        return lab.matrix(
+            options.game, options.algorithms, options.actions, options.count, options.steps, options.eta, options.tau,
+            options.seed, done,
+        )  # fmt: skip
+
+
+def neural(options: argparse.Namespace) -> dict:
+    names = {field.name for field in fields(NeuralGame)} - {"objective", "eta"}
+    chosen = {name: getattr(options, name) for name in names}
+    given = make(options.game) if options.game not in GAMES else None
+    if given is not None:
+        chosen |= {"game": "given", "contexts": len(given)}
+    game = NeuralGame(**chosen)
+    seeds = range(options.seed, options.seed + count("seeds", options.seeds))
+    with progress("a transformer", len(options.objectives) * len(seeds)) as done:
+        return lab.transformer(game, options.objectives, seeds, options.eta, done, given)
+
+
+def multiturn(options: argparse.Namespace) -> dict:
+    with progress("several turns", lab.TURNS_PARTS) as done:
+        return lab.several_turns(
+            options.game, options.turns, options.actions, options.count, options.steps, options.eta, options.seed, done
+        )
+
+
+EXPERIMENTS = {"matrix": matrix, "neural": neural, "multiturn": multiturn}
+
+
+def table(experiment: str, results: dict) -> Table:
+    """The numbers a reader looks for first."""
+    columns, rows = TABLES[experiment](results)
+    drawn = Table(*columns)
+    for name, *values in rows:
+        drawn.add_row(name, *("–" if value is None else f"{value:.3g}" for value in values))
+    return drawn
+
+
+def _matrix_table(results: dict) -> tuple[list[str], list[list]]:
+    rows = [
+        [figures.label(name), *(run[gap]["median"][-1] if gap in run else None for gap in ("average_gap", "last_gap")),
+         run.get("slope"), run["last_regularised_gap"]["median"][-1] if "slope" in run else None]
+        for name, run in results["algorithms"].items()
+    ]  # fmt: skip
+    tuned = results["omd_tuned"]
+    rows.append(["OMD, η tuned to T", tuned["average"]["median"][-1], None, tuned["slope"], None])
+    return [f"after {results['T'][-1]} policies", "gap of the average", "of the last", "slope", "regularised"], rows
+
+
+def _neural_table(results: dict) -> tuple[list[str], list[list]]:
+    rows = [
+        [
+            figures.label(name),
+            run["gap"]["median"][0],
+            run["gap"]["median"][-1],
+            run["worst_distance"],
+            np.mean(run["seconds"]),
+        ]
+        for name, run in results["objectives"].items()
+    ]
+    after = f"after {results['iterations']} iterations"
+    return [after, "gap at the start", "gap of the last", "worst distance", "seconds a run"], rows
+
+
+def _multiturn_table(results: dict) -> tuple[list[str], list[list]]:
+    rows = [[figures.label(name), run["average_gap"], run["worst_average_gap"], run["last_gap"]]
+            for name, run in results["final"].items()]  # fmt: skip
+    return [f"after {results['T'][-1]} policies", "gap of the average", "the worst", "of the last"], rows
+
+
+TABLES = {"matrix": _matrix_table, "neural": _neural_table, "multiturn": _multiturn_table}
+
+
+def work(experiment: str, options: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Runs an experiment and leaves its numbers, its plots and the page."""
+    start = time.perf_counter()
+    try:
+        results = EXPERIMENTS[experiment](options)
+    except ValueError as error:  # every argument is the user's
+        raise UserError(str(error)) from error
+    results = {
+        "command": shlex.join(["python", "-m", "onpo_fast.games", *argv]),
+        "seconds": time.perf_counter() - start,
+        "environment": environment(torch.device("cpu")),
+        "options": {name: value for name, value in vars(options).items() if name != "debug"},
+    } | results
+    results = json.loads(json.dumps(results, default=_plain))
+    console.print(table(experiment, results))
+    options.out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(options.out / f"{experiment}.json", json.dumps(results, indent=1) + "\n")
+
+
+def write_page(out: Path) -> Path:
+    """``OUT/games.html`` and the plots, of the experiments whose numbers are in ``out``."""
+    found = {name: out / f"{name}.json" for name in EXPERIMENTS if (out / f"{name}.json").is_file()}
+    results: dict[str, Any] = dict.fromkeys(EXPERIMENTS)
+    for name, path in found.items():
+        try:
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is not JSON: remove it, or run this experiment again") from None
+    with matplotlib.rc_context(STYLE):
+        plots = {name: {draw.__name__: draw(results[name]) for draw in figures.FIGURES[name]} for name in found}
+    for name, drawn in plots.items():
+        for title, plot in drawn.items():
+            if plot:
+                atomic_write_text(out / f"{name}-{title}.svg", str(plot.svg))
+    return render("games/results.html.jinja", out / "games.html", {"label": figures.label}, plots=plots, **results)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return str(value)  # a path
+
+
+def _parser(experiment: str) -> CommandParser:
+    parser = CommandParser(prog=f"python -m onpo_fast.games {experiment}", description=ABOUT[experiment])
+    ARGUMENTS[experiment](parser)
+    _add_out(parser)
+    return parser
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/games"), help="where results go (default: runs/games)")
+
+
+def _add(parser: argparse.ArgumentParser, name: str, default: object, about: str, **options: Any) -> None:
+    if not isinstance(default, (list, type(None))):
+        options.setdefault("type", type(default))
+        about += f" (default: {default})"
+    elif default:
+        about += f" (default: {' '.join(default)})"
+    parser.add_argument(f"--{name}", default=default, help=about.replace("%", "%%"), **options)
+
+
+def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
+    _add(parser, "game", "random", GAME)
+    _add(parser, "actions", None, "of a named game (default: 10, or 3)", type=int)
+    _add(parser, "count", 20, "games, in one vectorised call")
+    _add(parser, "steps", 5000, "T, policies")
+    _add(parser, "eta", 0.5, "step of mirror descent; Theorem 2 wants at most 0.5")
+    _add(parser, "tau", 0.1, "pull towards the start, of INPO, Nash-MD, EGPO and the regularised gap")
+    _add(parser, "algorithms", list(ALGORITHMS), "methods", nargs="+", choices=list(ALGORITHMS), metavar="NAME")
+    _add(parser, "seed", 0, "of random games")
+
+
+def _neural_arguments(parser: argparse.ArgumentParser) -> None:
+    about = {one.arg_name: " ".join(one.description.split()) for one in parse_from_object(NeuralGame).params}
+    _add(
+        parser, "objectives", ["onpo", "omd", "inpo"], "objectives", nargs="+", choices=list(OBJECTIVES), metavar="NAME"
+    )
+    _add(parser, "seeds", 3, "seeds, from --seed on: starts, games and draws")
+    _add(parser, "eta", None, "step of mirror descent, for all objectives (default: what suits the game)", type=float)
+    for field in fields(NeuralGame):
+        if field.name == "game":
+            _add(parser, "game", field.default, GAME)
+        elif field.name not in ("objective", "eta"):
+            of = {"type": float} if field.default is None else {}
+            _add(parser, field.name, field.default, about[field.name].replace("``", ""), **of)
+
+
+def _multiturn_arguments(parser: argparse.ArgumentParser) -> None:
+    _add(parser, "game", "random", GAME + ", over final states")
+    _add(parser, "turns", 2, "H")
+    _add(parser, "actions", 3, "a turn")
+    _add(parser, "count", 20, "games, in one vectorised call")
+    _add(parser, "steps", 20000, "T, policies")
+    _add(parser, "eta", 0.5, "step of mirror descent")
+    _add(parser, "seed", 0, "of random games and samples")
+
+
+ARGUMENTS = {"matrix": _matrix_arguments, "neural": _neural_arguments, "multiturn": _multiturn_arguments}
+
+
+ABOUT = {
+    "matrix": "Every method on small games, against T; the bias of pairings.",
+    "neural": "A tiny transformer, through the training stack.",
+    "multiturn": "Several turns: the exact update, the sampled target and the biased one.",
+}
+
+
+@command
+def main(argv: list[str]) -> None:
+    if argv and argv[0] in EXPERIMENTS:
+        options = _parser(argv[0]).parse_args(argv[1:])
+        work(argv[0], options, argv)
+    else:
+        options = _all(argv)
+        for experiment in EXPERIMENTS:
+            arguments = ["--out", str(options.out)]
+            work(experiment, _parser(experiment).parse_args(arguments), [experiment, *arguments])
+    console.print(f"{write_page(options.out)}")
+
+
+def _all(argv: list[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="python -m onpo_fast.games [matrix|neural|multiturn]",
+        description="The games lab: all three experiments with their defaults, or one with options of its own.",
+        epilog=" ".join(f"{name}: {about}" for name, about in ABOUT.items()) + " Each has its own --help.",
+    )
+    if argv and not argv[0].startswith("-"):
+        raise UserError(
+            f"there is no experiment {argv[0]}{nearest(argv[0], EXPERIMENTS)}; there are {', '.join(EXPERIMENTS)}"
+        )
+    _add_out(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
