@@ -7,7 +7,7 @@ ARGS ?=
 
 WHEELS ?= wheels
 
-.PHONY: train test bench gpu-check wheels clean
+.PHONY: train test bench gpu-check gpu-train wheels clean
 
 train: .venv/.train
 	.venv/bin/python -m onpo_fast.train --config configs/cpu-demo.yaml $(ARGS)
@@ -22,6 +22,10 @@ bench: .venv/.test
 # On a machine with a GPU, its own torch and perhaps no network: no .venv. bench/gpu_check.py says what it does.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
+
+# The trainer there: whole runs, and a fit of a Llama-3-8B.  make gpu-train ARGS="-- --part fit"
+gpu-train:
+	$(PYTHON) -m bench.gpu_check --training --budget 1800 --wheels $(WHEELS) $(ARGS)
 
 # What that machine may lack, fetched where there is a network:
 #   make wheels ARGS="--python-version 3.12 --platform manylinux2014_x86_64 --only-binary=:all:"

@@ -5,6 +5,7 @@ compile     registers, stack and shared memory of every Triton kernel, compiled 
 checks      the same bits from repeated runs, whatever lay in the memory before
 plots       draws a results file again
 drill       runs killed and resumed, runs with damaged files: do they end with the same bits?
+training    whole runs of the trainer and a fit of a Llama-3-8B: tokens/s, pairs/s, memory by part
 inputs      puts the real model's hidden states and head in a file, for machines without the model
 """
 
@@ -15,7 +16,7 @@ import sys
 from importlib import import_module
 
 # each a module with ``arguments(parser)`` and ``main(options)``
-COMMANDS = ("kernels", "compile", "checks", "plots", "inputs", "drill")
+COMMANDS = ("kernels", "compile", "checks", "plots", "inputs", "drill", "training")
 
 
 def main(argv: list[str]) -> int | None:

@@ -2,8 +2,9 @@
 
     python -m bench drill [--kills 40] [--seed 0] [--tokenizer MODEL]
 
-A small random model with a real tokenizer trains once undisturbed; then again and again, killed and resumed. Processes
-start warm: they are forked from one that has imported everything and computed nothing (threads do not survive a fork).
+A small random model with a real tokenizer trains once undisturbed; then again and again, killed, or on a disk that is
+full, and resumed. Processes start warm: they are forked from one that has imported everything and computed nothing
+(threads do not survive a fork).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import checksum
+from onpo_fast.checkpoint import Checkpoints, checksum
 from onpo_fast.config import Config
 from onpo_fast.policy import locate
 from onpo_fast.tracking import console
@@ -45,7 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         drill = Drill(Path(work), options.tokenizer)
-        failures = drill.kill(options.kills, options.seed) + drill.damage() + drill.damage_checkpoint()
+        failures = drill.kill(options.kills, options.seed) + drill.kill_after_a_fit() + drill.damage()
+        failures += drill.damage_checkpoint() + drill.fill()
     print("\n".join(failures) or "every run ended with the same bits")
     return 1 if failures else 0
 
@@ -85,10 +88,13 @@ class Drill:
         print(f"undisturbed: {self.seconds:.1f} s", flush=True)
 
     def start(self, config: Config, resume: bool = True) -> int:
-        return fork(lambda: training.train(config, resume), Path(f"{config.out}.log"))
+        return fork(lambda: training.train(config, resume), self.log_file(config))
+
+    def log_file(self, config: Config) -> Path:
+        return self.work / f"{Path(config.out).name}.log"
 
     def log(self, config: Config) -> str:
-        return Path(f"{config.out}.log").read_text(encoding="utf-8")[-2000:]
+        return self.log_file(config).read_text(encoding="utf-8")[-2000:]
 
     def verdict(self, what: str, config: Config, status: int) -> list[str]:
         """Says how a run ended; a list of one line, or none if it ended as it should."""
@@ -115,6 +121,43 @@ class Drill:
             failures += self.verdict(f"run {runs}, killed after {', '.join(moments) or 'nothing'} s", config, status)
         return failures
 
+    def kill_after_a_fit(self) -> list[str]:
+        """Killed between the record of a fit and the end of its states, which are to go all the same."""
+        config = small_run(self.work, "between")
+
+        def die(checkpoints: Checkpoints) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> None:
+            Checkpoints.clear = die
+            training.train(config, resume=True)
+
+        assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
+        assert states(config), "there was no state to leave behind"
+        status = finish(self.start(config))
+        left = [f"left behind: {state}" for state in states(config)]
+        return left + self.verdict("killed between a fit and the end of its states", config, status)
+
+    def fill(self) -> list[str]:
+        """Runs on a disk that is too small for them, resumed when there is room."""
+        disk, failures = self.work / "disk", []
+        disk.mkdir()
+        size = sum(path.stat().st_size for path in (self.work / "whole").rglob("*") if path.is_file())
+        for room in (4096, size // 10, size // 2, size * 4 // 5):
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]
+            if subprocess.run(mount, capture_output=True, check=False).returncode:
+                print("full disks: left out, since no small file system can be mounted here", flush=True)
+                break
+            try:
+                config = small_run(self.work, f"disk/room_{room}")
+                assert finish(self.start(config)) == 1, "the disk was not full"
+                assert "No space left" in self.log(config), self.log(config)
+                subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
+                failures += self.verdict(f"a disk of {room} bytes, full", config, finish(self.start(config)))
+            finally:
+                subprocess.run(["umount", "-l", str(disk)], check=True)
+        return failures
+
     def damage(self) -> list[str]:
         """A finished run with one file broken, for many files; resumed."""
         failures = []
@@ -128,17 +171,18 @@ class Drill:
     def damage_checkpoint(self) -> list[str]:
         """Killed inside a fit that has two states, the newest of which is then broken: the one before is used."""
         config = small_run(self.work, "checkpoints")
-        folder = Path(config.out) / "iteration_02" / "policy.checkpoints"
-
-        def states() -> list[Path]:
-            return sorted(path for path in folder.glob("step_*") if not path.suffix)
-
+        last = "iteration_02/policy"
         child = self.start(config)
-        while len(states()) < 2:
+        while len(states(config, last)) < 2:
             time.sleep(0.001)
         assert finish(child, 0) is None, "the fit was over before it could be killed"
-        flip(states()[-1] / "state.safetensors")
+        flip(states(config, last)[-1] / "state.safetensors")
         return self.verdict("flip the newest of two checkpoints", config, finish(self.start(config)))
+
+
+def states(config: Config, fit: str = "*/*") -> list[Path]:
+    """Of fits, in their folders."""
+    return sorted(path for path in Path(config.out).glob(f"{fit}.checkpoints/step_*") if not path.suffix)
 
 
 def cut(path: Path) -> None:
@@ -179,6 +223,9 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("evaluation_responses.jsonl", remove),
     ("metrics.jsonl", append),
     ("journal.json", cut),
+    ("journal.json", flip),
+    ("journal.json", remove),
+    ("config.yaml", remove),
     ("environment.json", remove),
     ("heldout.jsonl", flip),
 )

@@ -8,6 +8,10 @@
 4. repeated runs equal, with poisoned memory before each; the same under compute-sanitizer where that is on the PATH;
 5. the benchmark, with the shape of the targets first and as much of the rest as the time allows.
 
+    make gpu-train [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS -- OPTIONS"]
+
+does 1 and 2, and then ``python -m bench training OPTIONS``: half an hour at most.
+
 Every step is a process of its own: what one breaks does not stop the next. Results, plots and the log of all steps lie
 in --out at any time. Fails (exit status 1) if a step failed; a missed target is not a failure but a result.
 
@@ -50,11 +54,11 @@ class Step:
 class Runner:
     """Runs steps, one process each, and keeps what they print."""
 
-    def __init__(self, out: Path, budget: float) -> None:
+    def __init__(self, out: Path, budget: float, log: str = "gpu-check.log") -> None:
         self.out, self.end = out, time.monotonic() + budget
         self.site = Path(tempfile.mkdtemp(prefix="gpu-check-"))  # where the wheels go
         atexit.register(shutil.rmtree, self.site, ignore_errors=True)
-        self.log = open(out / "gpu-check.log", "w", encoding="utf-8")
+        self.log = open(out / log, "w", encoding="utf-8")
         self.steps: list[Step] = []
         paths = [str(self.site), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.environment = {
@@ -118,14 +122,20 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
     parser.add_argument("--allow-cpu", action="store_true", help="run what runs without a GPU: to try this script")
+    parser.add_argument("--training", action="store_true", help="the trainer instead of the kernels (make gpu-train)")
+    parser.add_argument("options", nargs="*", metavar="OPTIONS", help="with --training, after --: of `bench training`")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    runner = Runner(options.out.resolve(), options.budget)
+    log = "gpu-train.log" if options.training else "gpu-check.log"
+    runner = Runner(options.out.resolve(), options.budget, log)
     output = runner.step("device", [sys.executable, "-c", SURVEY], 90, show=True)
     if "cuda: True" not in output and not options.allow_cpu:
         print("torch sees no GPU here: nothing to check")
         return 1
     install(runner, options.wheels)
+    if options.training:
+        training(runner, options.options)
+        return summary(runner)
     tests(runner)
     checks(runner)
     benchmark(runner, options.wheels)
@@ -228,6 +238,12 @@ def benchmark(runner: Runner, wheels: Path) -> None:
     again = f", in {lost + 1} processes" if lost else ""
     outcome = "ok" if status == 0 else "stopped for the time" if status is None else f"FAILED: exit status {status}"
     runner.note("benchmark", outcome + again, start)
+
+
+def training(runner: Runner, options: list[str]) -> None:
+    budget = runner.left() - 2 * RESERVE
+    command = [sys.executable, "-m", "bench", "training", "--out", str(runner.out), "--budget", f"{budget:.0f}"]
+    runner.step("training", [*command, *options], budget + RESERVE, show=True)
 
 
 def summary(runner: Runner) -> int:

@@ -76,9 +76,10 @@ def summarise(results: list[str]) -> None:
         Report(Path(path), json.loads(Path(path).read_text(encoding="utf-8"))).finish(shapes=1)
 
 
-def slug(device: torch.device) -> str:
+def slug(device: torch.device, command: str = "kernels") -> str:
+    """Of a command's results on a device: the name of their file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return "kernels-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{command}-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,18 +25,40 @@ def peak_bytes(method: Method, task: Task, problem: Problem) -> int:
         command = [sys.executable, "-m", "bench.memory", method.name, task.name, problem.shape.name]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
         return int(done.stdout.split()[-1])
+    gauge = Gauge(problem.device)
     torch.cuda.synchronize(problem.device)
-    before = torch.cuda.memory_allocated(problem.device)
-    torch.cuda.reset_peak_memory_stats(problem.device)
+    before = gauge.held()
+    gauge.reset()
     run(method, task, problem)
     torch.cuda.synchronize(problem.device)
-    return torch.cuda.max_memory_allocated(problem.device) - before
+    return gauge.peak() - before
 
 
 def gradient_bytes(task: Task, problem: Problem) -> int:
     """Of the gradients that the caller asked for."""
     wanted = [(task.hidden, problem.hidden), (task.weight, problem.weight)]
     return sum(x.numel() * x.element_size() for want, x in wanted if want)
+
+
+class Gauge:
+    """Bytes in use: handed out by PyTorch's allocator on a GPU, resident in this process on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.gpu = device.type == "cuda"
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.gpu else _resident("VmRSS")
+
+    def peak(self) -> int:
+        """The most since the last reset."""
+        return torch.cuda.max_memory_allocated(self.device) if self.gpu else _resident("VmHWM")
+
+    def reset(self) -> None:
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
 
 
 def _resident(field: str) -> int:
@@ -52,11 +74,12 @@ def main(method_name: str, task_name: str, shape_name: str) -> None:
     # random inputs: loading the real model would leave memory behind that the method could use unseen
     problem = Problem.make(replace(SHAPES[shape_name], text=False))
     problem.ref_logps = torch.zeros(len(problem.cu_seqlens) - 1, dtype=torch.float64)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    before = _resident("VmRSS")
+    gauge = Gauge(problem.device)
+    gauge.reset()
+    before = gauge.held()
     result = run(method, task, problem)
     assert torch.isfinite(result.logps).all()
-    print(_resident("VmHWM") - before)
+    print(gauge.peak() - before)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,13 @@ def initial_policy(directory: Path, config: Config) -> str | Path:
 
 def finished_policies(directory: Path) -> dict[str, Path]:
     """π_2, π_3, … of a run, by name."""
-    saved = {int(path.parent.name.split("_")[1]): path for path in directory.glob("iteration_*/policy")}
-    return {f"π_{t + 1}": saved[t] for t in sorted(saved)}
+    return {f"π_{t + 1}": path for t, path in of_iterations(directory, "policy").items()}
+
+
+def of_iterations(directory: Path, name: str) -> dict[int, Path]:
+    """t → what the folder of iteration t has under this name. Folders that only begin alike are none of the run's."""
+    found = {path.parent.name.removeprefix("iteration_"): path for path in directory.glob(f"iteration_*/{name}")}
+    return dict(sorted((int(t), path) for t, path in found.items() if t.isdecimal()))
 
 
 def restricted_gap(win_rate: np.ndarray) -> np.ndarray:

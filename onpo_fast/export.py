@@ -22,11 +22,13 @@ from .checkpoint import atomic_write_directory, atomic_write_text, read_jsonl
 from .config import Config
 from .data import Messages
 from .errors import CommandParser, UserError, command
-from .evaluate import finished_policies, initial_policy
+from .evaluate import finished_policies, initial_policy, of_iterations
 from .policy import load
 from .sampling import make_sampler
 from .sources import library, records
 from .tracking import console, progress
+
+COLUMNS = ("prompt", "chosen", "rejected", "preference", "group")
 
 
 def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = None) -> int:
@@ -42,7 +44,7 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
     """
     datasets = library("datasets", "the export of pairs")
     _check_unused(out)
-    there = {int(path.parent.name.split("_")[1]): path for path in sorted(directory.glob("iteration_*/pairs.jsonl"))}
+    there = of_iterations(directory, "pairs.jsonl")
     wanted = list(iterations or there)
     if not wanted:
         raise UserError(f"{directory} has no pairs yet")
@@ -52,10 +54,10 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
 
     def rows() -> Iterator[dict]:
         for t in wanted:
-            for pair in read_jsonl(there[t]):
-                yield {name: pair[name] for name in ("prompt", "chosen", "rejected", "preference", "group")} | {
-                    "iteration": t
-                }
+            for number, pair in enumerate(read_jsonl(there[t]), 1):
+                if missing := [name for name in COLUMNS if name not in pair]:
+                    raise UserError(f"{there[t]}, line {number}: it lacks {', '.join(missing)}")
+                yield {name: pair[name] for name in COLUMNS} | {"iteration": t}
 
     text, whole, number = (datasets.Value(kind) for kind in ("string", "int32", "float64"))
     messages = datasets.List({"role": text, "content": text})
@@ -64,7 +66,12 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
     )
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:  # a run's pairs need not fit into memory
-        made = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache)
+        try:
+            made = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache)
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise UserError(f"the pairs of {directory} are damaged: {error.__cause__}") from error
         atomic_write_directory(out, lambda partial: made.save_to_disk(str(partial)))
         return len(made)
 
@@ -96,9 +103,7 @@ def export_answers(directory: Path, out: Path, instructions: str, policy: int, c
     with progress(f"answers of π_{policy}", len(prompts)) as done:
         groups = sampler(prompts, 1, [config.seed, 4, policy], done)
     generator = f"{directory.resolve().name}-policy-{policy}"  # also the name of AlpacaEval's own results folder
-    answers = [
-        {**one, "output": group.responses[0].text, "generator": generator} for one, group in zip(asked, groups)
-    ]
+    answers = [{**one, "output": group.responses[0].text, "generator": generator} for one, group in zip(asked, groups)]
     atomic_write_text(out, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
     return len(answers)
 

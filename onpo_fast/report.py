@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -31,9 +31,11 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from .errors import CommandParser, UserError, command
 from .page import COLOURS, INK, STYLE, Plot, new_axes, plot, render
+from .tracking import whole_records
 
 MOST_PROMPTS = 40  # shown side by side
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
+EVALUATED = {"policies", "win_rate", "interval", "duality_gap", "confidence", "oracle", "prompts", "samples_per_prompt"}
 JUDGE = ("requests", "failures", "prompt_tokens", "completion_tokens", "answered", "cached", "nonsense")
 STAGES = ("fit policy", "fit auxiliary", "sample", "judge", "score", "pair")
 STAGE_COLOURS = dict(zip(STAGES, COLOURS))  # the same in every plot
@@ -65,15 +67,15 @@ class Run:
     @classmethod
     def read(cls, directory: Path) -> Run:
         config = directory / "config.yaml"
-        if not config.is_file():
+        if not config.exists():
             raise UserError(f"{directory} is not a run: it has no config.yaml")
         return cls(
             directory=directory,
-            config=yaml.safe_load(config.read_text(encoding="utf-8")) or {},
+            config=_read_yaml(config),
             environment=_read_json(directory / "environment.json"),
-            metrics=_read_lines(directory / "metrics.jsonl"),
-            evaluation=_read_json(directory / "evaluation.json"),
-            responses=_read_lines(directory / "evaluation_responses.jsonl"),
+            metrics=whole_records(_lines(directory / "metrics.jsonl")),
+            evaluation=_read_json(directory / "evaluation.json", EVALUATED),
+            responses=_read_responses(directory / "evaluation_responses.jsonl"),
         )
 
     @property
@@ -137,19 +139,44 @@ class Run:
         return dict(zip(numbers, self.evaluation.get(name) or []))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is damaged: not YAML ({error})") from None
+    if not isinstance(options, dict):
+        raise UserError(f'{path} is damaged: expected "name: value"')
+    return options
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line, without lines torn by a kill: the last, or one before a resumed part."""
+def _read_json(path: Path, keys: Set[str] = frozenset()) -> dict[str, Any]:
+    """A JSON object with these keys; empty if it is not there."""
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not JSON ({error}); --resume makes it again") from None
+    if not isinstance(document, dict) or not document.keys() >= keys:
+        raise UserError(f"{path} is damaged: it lacks what a run writes there; --resume makes it again")
+    return document
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _read_responses(path: Path) -> list[dict[str, Any]]:
+    """Those lines that are what a run writes; damaged ones are passed over."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    for line in _lines(path):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
+        if isinstance(row, dict) and row.keys() >= {"prompt", "responses", "preference"}:
+            rows.append(row)
+    return rows
 
 
 def _short(name: str) -> str:

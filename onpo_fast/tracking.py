@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +22,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from . import stopping
-from .checkpoint import write_jsonl
+from .checkpoint import remove, write_jsonl
 from .errors import UserError
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
+
+RECORD = {"time": (int, float), "stage": str, "iteration": int}
+RECORDS_OF = {  # beyond those, by stage
+    "prompts": {"train": int, "held_out": int},
+    "fit": {"fit": str, "step": int, "steps": int},
+    "iteration": {"seconds": (int, float), "stage_seconds": dict},
+    "evaluate": {"seconds": (int, float)},
+}
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -102,7 +110,7 @@ class Tracker:
         self.path, self.logs = directory / "metrics.jsonl", directory / "tensorboard"
         self.draws = report_to != "none"
         self.part = ""
-        records = list(_whole_records(self.path))
+        records, _ = self._read()
         self._start(records, rewrite=bool(records))
         self.wandb = _Wandb(directory, options or {}, records) if report_to == "wandb" else None
 
@@ -112,9 +120,9 @@ class Tracker:
         ``keep`` says which of the earlier records still hold.
         """
         self.part = part
-        records = list(_whole_records(self.path))
+        records, damaged = self._read()
         held = [record for record in records if record.get("part") != part or keep(record)]
-        if len(held) < len(records):
+        if damaged or len(held) < len(records):
             self._stop()
             self._start(held, rewrite=True)
 
@@ -133,6 +141,16 @@ class Tracker:
         if self.wandb:
             self.wandb.run.finish()
 
+    def _read(self) -> tuple[list[dict], int]:
+        """The records so far, and how many lines are none: the file as it was is kept, before it is written anew."""
+        lines = _lines(self.path)
+        records = whole_records(lines)
+        if damaged := len(lines) - len(records):
+            kept = self.path.with_name("metrics.damaged.jsonl")
+            shutil.copyfile(self.path, kept)
+            console.print(f"{self.path.name}: {damaged} of {len(lines)} lines are damaged and left out: see {kept}")
+        return records, damaged
+
     def _stop(self) -> None:
         self.file.close()
         if self.board:
@@ -141,7 +159,7 @@ class Tracker:
     def _start(self, records: list[dict], rewrite: bool) -> None:
         if rewrite:  # TensorBoard cannot take a record back: it is drawn again
             write_jsonl(self.path, records)
-            shutil.rmtree(self.logs, ignore_errors=True)
+            remove(self.logs)
         self.file = open(self.path, "a", encoding="utf-8")
         self.board = SummaryWriter(self.logs) if self.draws else None
         self.steps: dict[str, int] = {}  # x-axis of each TensorBoard series: records so far
@@ -216,11 +234,21 @@ class _Wandb:
         self.run.log({f"{series}/record": step, **{f"{series}/{name}": value for name, value in numbers.items()}})
 
 
-def _whole_records(path: Path) -> Iterator[dict]:
-    """The records of metrics.jsonl; a crash may have left half of one at the end."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+def _lines(path: Path) -> list[str]:
+    """The lines of metrics.jsonl, without the half of one that a crash may have left at the end."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+
+
+def whole_records(lines: Iterable[str | bytes]) -> list[dict]:
+    """Those lines of metrics.jsonl that are a record, with what all have, and what its stage has."""
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+            kinds = RECORDS_OF.get(record["stage"], {})
+            if all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+                records.append(record)
+    return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -19,6 +20,7 @@ class Error:
     status: int
     message: str = "scripted"
     headers: dict[str, str] = field(default_factory=dict)
+    content: bytes | None = None  # in place of OpenAI's JSON with the message
 
 
 class Server:
@@ -54,7 +56,10 @@ class Server:
         if callable(answer):
             answer(handler)
         elif isinstance(answer, Error):
-            _send(handler, answer.status, json.dumps({"error": {"message": answer.message}}).encode(), answer.headers)
+            content = answer.content
+            if content is None:
+                content = json.dumps({"error": {"message": answer.message}}).encode()
+            _send(handler, answer.status, content, answer.headers)
         elif isinstance(answer, bytes):
             _send(handler, 200, answer, {})
         else:
@@ -135,3 +140,20 @@ def trickle(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
+
+
+def flood(handler: BaseHTTPRequestHandler) -> None:
+    """Blanks before the JSON, 64 MiB of them."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    for _ in range(64):
+        handler.wfile.write(b" " * 2**20)
+
+
+def bomb(handler: BaseHTTPRequestHandler) -> None:
+    """The same blanks, in 64 KiB of gzip."""
+    _send(handler, 200, BOMB, {"Content-Encoding": "gzip"})
+
+
+BOMB = gzip.compress(b" " * 2**26, 1)

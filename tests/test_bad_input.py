@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
 from onpo_fast.config import Config
-from onpo_fast.errors import UserError
+from onpo_fast.errors import UserError, command
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
 FILES = {
@@ -35,6 +36,14 @@ FILES = {
     "value.yaml": "seed: 1\n\niterations: two\n",
     "code.yaml": 'seed: !!python/object/apply:os.system ["touch owned"]\n',
     "nothing/readme.txt": "no dataset",
+    "latin.yaml": b"model: M\xfcller\n",
+    "latin/config.yaml": b"model: M\xfcller\n",
+    "folder/config.yaml/inside": "",
+    "theirs/readme.txt": "somebody's",
+    "list/journal.json": "[]",
+    "null/journal.json": "null",
+    "other/journal.json": '{"trips": "to the sea"}',
+    "folders/journal.json/inside": "",
 }
 
 
@@ -52,8 +61,8 @@ def one_line(main: Callable, arguments: list[str], capsys: pytest.CaptureFixture
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -86,9 +95,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config value.yaml", "value.yaml, line 3: iterations must be a whole number, not two"),
         ("--config value.yaml --iterations 3", "value.yaml, line 3: iterations must be a whole number, not two"),
         ("--config code.yaml", "code.yaml, line 1: not YAML (could not determine a constructor"),
-        ("--config gone.yaml", "--config gone.yaml: cannot read it"),
+        ("--config gone.yaml", "cannot read or write gone.yaml: No such file or directory"),
         # prompts
+        ("--config latin.yaml", "latin.yaml: not UTF-8 ('utf-8' codec can't decode byte 0xfc in position 8"),
         ("--prompts gone.jsonl", "cannot read gone.jsonl: there is no such file"),
+        ("--prompts \x1b[2Jgone.jsonl", r"cannot read \x1b[2Jgone.jsonl: there is no such file"),
         ("--prompts empty.jsonl", 'empty.jsonl has no prompts: each record needs a "prompt"'),
         ("--prompts broken.jsonl", "broken.jsonl, line 7: not JSON"),
         ("--prompts missing.jsonl", 'missing.jsonl, line 7: expected an object with a "prompt" (it has text;'),
@@ -127,10 +138,54 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
         (report.main, "nothing more", "one argument too many: more"),
         (export.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
         (export.main, "nothing --iteration 2", "there is no option --iteration; did you mean --iterations?"),
+        *((main, "latin", "latin/config.yaml is not the configuration of a run: latin/config.yaml: not UTF-8 (")
+          for main in (evaluate.main, export.main)),
+        (report.main, "latin", "latin/config.yaml is damaged: not YAML ("),
+        *((main, "folder", "cannot read or write folder/config.yaml: Is a directory")
+          for main in (evaluate.main, report.main, export.main)),
+        # runs to go on with
+        (train.main, "--resume", "--resume needs --out"),
+        (train.main, "--resume --out gone", "gone has no run to go on with; to start one there, give its options too"),
+        (train.main, "--resume --force --out=theirs", "theirs has no run to go on with"),
+        (train.main, "--resume --out theirs --seed 1", "--out theirs is not empty, and has no run to go on with: give"),
+        (train.main, "--resume --out latin", "latin/config.yaml is not the configuration of a run: "),
+        (train.main, "--resume --out folder", "cannot read or write folder/config.yaml: Is a dir"),
+        *((train.main, f"--resume --out {name} --seed 1", f"{name}/journal.json is damaged (not the journal of a run)")
+          for name in ("list", "null", "other")),
+        (train.main, "--resume --out folders", "cannot read or write folders/journal.json: Is a directory"),
+    ],
+)  # fmt: skip
+def test_other_commands(here: Path, main: Callable, line: str, message: str, capsys) -> None:
+    before = sorted(here.rglob("*"))
+    assert one_line(main, line.split(), capsys).startswith(message)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a file"), "cannot read or write a file: Permission den"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a.partial", None, "a"), "cannot read or write a: Is "),
+        (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some;"),
     ],
 )
-def test_other_commands(here: Path, main: Callable, line: str, message: str, capsys) -> None:
-    assert one_line(main, line.split(), capsys).startswith(message)
+def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
+    def fail(argv: list[str]) -> None:
+        raise error
+
+    assert one_line(command(fail), [], capsys).startswith(message)
+    with pytest.raises(OSError, match=error.strerror):
+        command(fail)(["--debug"])
+
+
+def test_an_interrupted_command_says_nothing(capsys) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        command(interrupted)([])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +302,8 @@ def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys
     ],
 )
 def test_a_process(here: Path, line: str, message: str) -> None:
-    command = [sys.executable, "-m", "onpo_fast.train", *line.split(), "--out", "out"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, timeout=300)
+    words = [sys.executable, "-m", "onpo_fast.train", *line.split(), "--out", "out"]
+    done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import logging
 import sys
 
 import datasets
 import pytest
+import tqdm
 
-from onpo_fast import data
+from onpo_fast import data, sources
 from onpo_fast.checkpoint import read_jsonl
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
@@ -49,6 +53,63 @@ def test_bad_lines_are_named(write_lines, line: str, message: str) -> None:
     path = write_lines("p.jsonl", {"prompt": "fine"}, line)
     with pytest.raises(UserError, match=message):
         data.read_prompts(path)
+
+
+def test_a_line_that_is_not_text_is_one_bad_line(tmp_path) -> None:
+    path = tmp_path / "p.jsonl"
+    digits = b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}\n"  # more than Python makes a number of
+    path.write_bytes(
+        codecs.BOM_UTF8 + b'{"prompt": "one"}\n{"prompt": "caf\xe9"}\n' + digits + b'{"prompt": "two"}\r\n'
+    )
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not UTF-8 \(invalid continuation byte\)"):
+        data.read_prompts(path)
+    skipped = data.Skipped()
+    assert data.read_prompts(path, skipped=skipped) == [[user("one")], [user("two")]]
+    assert (skipped.count, "line 2: not UTF-8" in str(skipped)) == (2, True)
+    path.write_bytes(b'{"prompt": "one"}\n' + digits)
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not JSON \(Exceeds the limit \(4300 digits\)"):
+        data.read_prompts(path)
+    whole = tmp_path / "p.json"
+    whole.write_bytes(b'[{"prompt": "one"},\n{"prompt": "caf\xe9"}]')
+    with pytest.raises(UserError, match=r"p\.json, line 2: not UTF-8"):
+        data.read_prompts(whole)
+    whole.write_bytes(b"[" + digits + b"]")
+    with pytest.raises(UserError, match=r"p\.json: not JSON \(Exceeds the limit"):
+        data.read_prompts(whole)
+
+
+def test_files_that_are_no_text_are_told_what_is_read(tmp_path) -> None:
+    text = json.dumps({"prompt": "x"}) + "\n"
+    datasets.Dataset.from_list([{"prompt": "x"}]).to_parquet(tmp_path / "p.pq")
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "p.jsonl").write_bytes(text.encode("utf-16"))
+    for name in ("p.pq", "p.jsonl.gz", "p.jsonl"):
+        with pytest.raises(
+            UserError, match=f"cannot read .*{name}: it is no text in UTF-8; a file is JSON lines, .json"
+        ):
+            data.read_prompts(tmp_path / name)
+
+
+def test_a_prompt_that_a_model_refuses_is_named_by_its_line(policy, write_lines) -> None:
+    path = write_lines("p.jsonl", {"prompt": "one"}, {"prompt": "long " * 9000})
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: the prompt that ends 'long .* exceeds the model's context"):
+        policy.usable(data.read_prompts(path), 2, None)
+
+
+def test_a_missing_dataset_in_a_directory_is_not_asked_of_the_hub(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    with pytest.raises(UserError, match="cannot read org/typo: there is no such file"):
+        data.read_prompts("org/typo")
+
+
+def test_libraries_are_quiet(caplog, capsys) -> None:
+    with sources.quiet():
+        logging.getLogger("huggingface_hub").warning("Retrying in 1s [Retry 1/5].")
+        list(tqdm.tqdm(range(3)))
+    assert (caplog.records, capsys.readouterr().err) == ([], "")
+    logging.getLogger("another").warning("heard")
+    assert [record.message for record in caplog.records] == ["heard"]
 
 
 def test_files_without_prompts(tmp_path, write_lines) -> None:

@@ -14,6 +14,7 @@ from onpo_fast import data, export
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
+from onpo_fast.evaluate import finished_policies
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße?"}]
 
@@ -103,3 +104,29 @@ def test_bad_input(run: Path, tmp_path: Path, arguments: list[str], message: str
         export.main([str(run), *arguments])
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt', "iteration_02/pairs.jsonl, line 1: not JSON ("),
+        ("3", "iteration_02/pairs.jsonl, line 1: not a JSON object"),
+        ('{"prompt": []}', "iteration_02/pairs.jsonl, line 1: it lacks chosen, rejected, preference, group"),
+        ('{"prompt": 1, "chosen": [], "rejected": [], "preference": 1, "group": 0}', "the pairs of run are damaged: "),
+    ],
+)
+def test_damaged_pairs(run: Path, line: str, message: str, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(run.parent)
+    (run / "iteration_02/pairs.jsonl").write_text(line + "\n")
+    with pytest.raises(SystemExit):
+        export.main(["run"])
+    said = capsys.readouterr().err
+    assert said.removeprefix("error: ").removeprefix("run/").startswith(message), said
+    assert not (run / "pairs").exists()
+
+
+def test_folders_that_are_none_of_the_run(run: Path) -> None:
+    for name in ("iteration_xx/policy", "iteration_/policy", "iteration_xx/pairs.jsonl"):
+        (run / name).mkdir(parents=True)
+    assert list(finished_policies(run)) == ["π_2", "π_3"]
+    assert export.export_pairs(run, run / "pairs") == 3

@@ -131,6 +131,31 @@ def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
     assert [(r["skipped"], r["loss"], r["gradient_norm"]) for r in records] == [(1, None, None)] * 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_fit_without_any_finite_step_is_no_fit(shallow_model) -> None:
+    config = Config(model=str(shallow_model), max_skipped_steps=5)
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = [torch.full((3,), float("nan"))] * 4
+    with pytest.raises(UserError, match="step 2 of 2: no finite loss and gradient in any step; lower --learning_rate"):
+        fit(policy, groups, plan(PAIRS, 2, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
+
+
+def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> None:
+    config = Config(model=str(shallow_model))
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+
+    def overflow(metrics: dict) -> None:
+        policy.model.model.norm.weight.data[0] = torch.inf
+
+    with pytest.raises(
+        UserError, match=r"the fit diverged: the weights of the fitted policy are not finite \(.*lower --lear"
+    ):
+        fit(policy, groups, plan(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, overflow)
+
+
 def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
     config = Config(model=str(shallow_model))
     policy = load(shallow_model, config)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from servers import Error, Server, break_off, completion, hang_up, serving, trickle
+from servers import Error, Server, bomb, break_off, completion, flood, hang_up, serving, trickle
 
 from onpo_fast import oracles, stopping
 from onpo_fast import train as module
@@ -54,10 +55,11 @@ SHORTER = np.array([[0.5, 1], [0, 0.5]])  # of "a" and "bcd"
 def judge(tmp_path, monkeypatch):
     """Makes a judge that asks a server, with waits of milliseconds."""
     monkeypatch.setattr(chat_judge, "FIRST_WAIT", 0.002)
+    monkeypatch.setattr(chat_judge, "LONGEST_WAIT", 0.05)
 
-    def make(server: Server | str, **options) -> chat_judge.ChatJudge:
+    def make(server: Server | str, directory: Path | None = tmp_path, **options) -> chat_judge.ChatJudge:
         url = server if isinstance(server, str) else server.url
-        return oracles.load("judge", Config(judge_url=url, judge_model="m", **options), tmp_path)
+        return oracles.load("judge", Config(judge_url=url, judge_model="m", **options), directory)
 
     return make
 
@@ -151,9 +153,15 @@ def test_log_probs_beat_the_letter(judge) -> None:
     assert matrix[0, 1] == pytest.approx((0.7 + 0) / 2)
 
 
-@pytest.mark.parametrize("bad", [[("A", float("nan"))], [("x", -0.1)], [("A", -5000.0)]])
-def test_log_probs_that_say_nothing_leave_the_letter(judge, bad: list) -> None:
-    with serving(lambda body: completion(shorter(body), bad)) as server:
+@pytest.mark.parametrize("bad", [[("A", float("nan"))], [("x", -0.1)], [("A", -5000.0)], "other"])
+def test_log_probs_that_say_nothing_leave_the_letter(judge, bad: list | str) -> None:
+    """ "other": the letter that was said is not among the likely tokens, the other one is."""
+
+    def reply(body: dict) -> dict:
+        said = shorter(body)
+        return completion(said, [("B" if said == "A" else "A", -0.1)] if bad == "other" else bad)
+
+    with serving(reply) as server:
         (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
     np.testing.assert_array_equal(matrix, SHORTER)
 
@@ -171,14 +179,41 @@ def test_a_server_that_refuses_log_probs_is_asked_without(judge) -> None:
     np.testing.assert_array_equal(matrix, SHORTER)
 
 
+FASTAPI = {"detail": [{"loc": ["body", "logprobs"], "msg": "Extra inputs are not permitted"}]}
+
+
+@pytest.mark.parametrize("refusal", [Error(400, "no logprobs"), Error(422, content=json.dumps(FASTAPI).encode())])
+def test_log_probs_are_refused_to_all_who_ask_at_once(judge, refusal: Error) -> None:
+    """The refusals come when the first has been heard, and requests with log-probs are still under way."""
+
+    def reply(body: dict) -> object:
+        time.sleep(0.02 * (len(server.bodies) % 4))
+        return refusal if "logprobs" in body else shorter(body)
+
+    with serving(reply) as server:
+        matrices = oracles.judge(judge(server, judge_concurrency=8), groups("a", "bcd", count=8), "judge")
+        assert sum("logprobs" in body for body in server.bodies) >= 8
+    for matrix in matrices:
+        np.testing.assert_array_equal(matrix, SHORTER)
+
+
 def test_a_prompt_of_the_users(judge, tmp_path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("{response_b}|{conversation}|{response_a}", encoding="utf-8")
     with serving(lambda body: "B") as server:
-        oracles.judge(judge(server, judge_prompt=str(path)), groups("{conversation}", "é"), "judge")
+        first = judge(server, judge_prompt=str(path))
+        assert [file.name for file in tmp_path.iterdir()] == ["prompt.txt"]  # nothing yet: a run may be refused
+        oracles.judge(first, groups("{conversation}", "é"), "judge")
         assert {body["messages"][0]["content"] for body in server.bodies} == {
             "é|User: Question 0?|{conversation}", "{conversation}|User: Question 0?|é"
         }  # fmt: skip
+    judge("http://x/v1", judge_prompt=str(path))
+    path.write_text("{response_b} | {conversation} | {response_a}", encoding="utf-8")
+    for options in ({"judge_prompt": str(path)}, {}):
+        with pytest.raises(UserError, match=r"(prompt\.txt|the default), is not the one .*judge_prompt\.txt: give it"):
+            judge("http://x/v1", **options)
+    (tmp_path / "judge_prompt.txt").unlink()
+    judge("http://x/v1", judge_prompt=str(path))
     path.write_text("{response_b}")
     with pytest.raises(UserError, match=r"lacks \{conversation\} and \{response_a\}"):
         judge("http://x/v1", judge_prompt=str(path))
@@ -191,6 +226,9 @@ def test_more_of_a_request(judge) -> None:
         oracles.judge(judge(server, judge_request={"max_tokens": None, "seed": 3}), groups("a", "b"), "judge")
         assert all("max_tokens" not in body and body["seed"] == 3 for body in server.bodies)
         assert server.bodies[0]["temperature"] == 0
+    for name in ("model", "messages"):
+        with pytest.raises(UserError, match=f"--judge_request must leave {name} alone"):
+            judge("http://x/v1", judge_request={name: None})
 
 
 def test_the_page_shows_the_prompt() -> None:
@@ -219,6 +257,11 @@ FAULTS = {
     "null": b"null",
     "a list": b"[]",
     "content that is a number": {**completion("A"), "choices": [{"index": 0, "message": {"content": 7}}]},
+    "bad UTF-8": b'{"choices": "\xff\xfe"}',
+    "nests without end": b"[" * 200_000,
+    "a number without end": b'{"x": ' + b"9" * 10_000 + b"}",
+    "a flood": flood,
+    "a bomb": bomb,
 }
 
 
@@ -239,6 +282,46 @@ def test_faults_that_pass(judge, fault: str) -> None:
     np.testing.assert_array_equal(matrix, SHORTER)
     spent = oracle.take_counters()
     assert (spent["requests"], spent["failures"], spent["answered"], spent["nonsense"]) == (4, 2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (Error(400, content=b'{"detail": "max context is 4096"}'), r'400 - {"detail": "max context is 4096"}'),
+        (Error(400, content=b'{"error": "overloaded"}'), r'400 - {"error": "overloaded"}'),
+        (Error(400, content=b"max context is 4096\n"), "400 - max context is 4096$"),
+        (Error(400, content=b""), "400 - nothing more$"),
+        (Error(500, content=b"<html>" + b"x" * 5000), "500 - <html>x{200,300}; all answers"),
+        (
+            Error(400, "\x1b[2J\x1b]0;boo\x07 \x9b1m\u202eoob\nend"),
+            r"400 - \\x1b\[2J\\x1b\]0;boo\\x07 \\x9b1m\\u202eoob end$",
+        ),
+        (
+            {"error": {"message": "upstream overloaded"}},
+            'completion: {"error": {"message": "upstream overloaded"}}; all',
+        ),
+        (b"", "no chat completion: it is empty; all"),
+        (hang_up, r"with Connection error \(.*\); all"),
+        (flood, "with a reply of more than 4 MiB; all"),
+        (bomb, "with a reply of more than 4 MiB; all"),
+    ],
+)
+def test_the_servers_words_are_heard(judge, reply: object, words: str) -> None:
+    """And do nothing to the terminal."""
+    with serving(lambda body: reply) as server, pytest.raises(UserError, match=words) as error:
+        oracles.judge(judge(server, judge_retries=0), groups("a", "b"), "judge")
+    assert str(error.value).isprintable()
+
+
+def test_a_server_that_starts_again_is_waited_for(judge, monkeypatch) -> None:
+    """The default patience is minutes, and here a thousandth of them."""
+    monkeypatch.undo()
+    assert sum(chat_judge.longest_wait(n) / 2 for n in range(1, Config().judge_retries + 1)) >= 300
+    monkeypatch.setattr(chat_judge, "FIRST_WAIT", 0.5e-3)
+    monkeypatch.setattr(chat_judge, "LONGEST_WAIT", 60e-3)
+    start = time.monotonic()
+    with serving(lambda body: Error(503) if time.monotonic() < start + 0.25 else shorter(body)) as server:
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
 
 
 @pytest.mark.parametrize("fault", ["500", "hangs up", "says nothing", "no JSON"])
@@ -297,6 +380,49 @@ def test_nonsense_is_asked_again_once_then_counts_as_half(judge) -> None:
         assert oracle.take_counters()["nonsense"] == 2
         oracles.judge(judge(server), groups("a", "bcd", count=2), "judge")
         assert len(server.bodies) == 6
+
+
+def test_nonsense_is_not_kept_where_it_could_not_be_asked_again(judge) -> None:
+    """Another question was refused meanwhile."""
+    refused = threading.Event()
+
+    def reply(body: dict) -> object:
+        if asked(body)[0] == "a":
+            return Error(400)
+        refused.wait(5)
+        time.sleep(0.1)
+        return "Turtles."
+
+    with serving(reply) as server:
+        oracle = judge(server, judge_concurrency=2)
+        stop = chat_judge._Sitting.stop
+
+        def stopped(self: chat_judge._Sitting, error: Exception) -> None:
+            stop(self, error)
+            refused.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chat_judge._Sitting, "stop", stopped)
+            with pytest.raises(UserError, match="refused the question"):
+                oracles.judge(oracle, groups("a", "bcd"), "judge")
+        assert len(server.bodies) == 2
+        server.reply = shorter
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+
+
+def test_an_answer_with_half_a_character(judge) -> None:
+    with serving(lambda body: shorter(body) + ". \ud83d") as server:
+        for _ in range(2):
+            np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+        assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("ending", ["stop", "length"])
+def test_an_answer_that_ended_too_early(judge, ending: str) -> None:
+    reply = completion("<think>Response A is" if ending == "stop" else "Let me see:")
+    reply["choices"][0]["finish_reason"] = ending
+    with serving(lambda body: reply) as server, pytest.raises(UserError, match="they may need more --judge_max_tokens"):
+        oracles.judge(judge(server), groups("a", "bcd"), "judge")
 
 
 def test_a_tie_is_a_half(judge) -> None:
@@ -361,6 +487,40 @@ def test_a_signal_stops_between_questions(judge, monkeypatch) -> None:
         assert len(server.bodies) == 20
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_signal_while_the_judge_thinks(judge, monkeypatch, answers: bool) -> None:
+    """What comes soon is kept; what does not is not waited for."""
+    monkeypatch.setattr(chat_judge, "GRACE", 5.0 if answers else 0.2)
+
+    def reply(body: dict) -> object:
+        monkeypatch.setattr(stopping, "_asked_by", 15)
+        time.sleep(0.4)
+        return shorter(body) if answers else lambda handler: time.sleep(10)
+
+    with serving(reply) as server:
+        start = time.monotonic()
+        with pytest.raises(stopping.Stopped):
+            oracles.judge(judge(server, judge_concurrency=2), groups("a", "bcd", count=10), "judge")
+        assert time.monotonic() - start < 3
+        monkeypatch.setattr(stopping, "_asked_by", None)
+        server.reply = shorter
+        for matrix in oracles.judge(judge(server), groups("a", "bcd", count=10), "judge"):
+            np.testing.assert_array_equal(matrix, SHORTER)
+        assert len(server.bodies) == 20 + (0 if answers else 2)
+
+
+def test_a_signal_while_it_waits_for_the_next_try(judge, monkeypatch) -> None:
+    def reply(body: dict) -> Error:
+        monkeypatch.setattr(stopping, "_asked_by", 15)
+        return Error(503, headers={"Retry-After": "60"})
+
+    start = time.monotonic()
+    with serving(reply) as server, pytest.raises(stopping.Stopped):
+        oracles.judge(judge(server), groups("a", "b"), "judge")
+    assert time.monotonic() - start < 3
+    assert len(server.bodies) <= 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,7 +534,7 @@ def test_answers_are_kept_by_everything_that_shaped_them(judge, tmp_path) -> Non
     with serving(shorter) as server:
         for requests, change in enumerate(changes, 1):
             for _ in range(2):
-                oracles.judge(judge(server, judge_cache=cache, **change), groups("a", "b"), "judge")
+                oracles.judge(judge(server, None, judge_cache=cache, **change), groups("a", "b"), "judge")
                 assert len(server.bodies) == 2 * requests
         config = Config(judge_url=server.url + "/", judge_cache=cache)
         oracles.judge(oracles.load("judge=m", config), groups("a", "b"), "judge")  # the same model and server
@@ -387,10 +547,11 @@ def test_answers_are_kept_by_everything_that_shaped_them(judge, tmp_path) -> Non
 
 
 def test_two_judges_share_a_file(judge, tmp_path) -> None:
+    cache = str(tmp_path / "judge.sqlite")
     with serving(shorter) as server:
+        runs = [judge(server, tmp_path / str(run), judge_cache=cache) for run in range(3)]
         threads = [
-            threading.Thread(target=oracles.judge, args=(judge(server), groups("a", "bcd", count=10), "judge"))
-            for _ in range(3)
+            threading.Thread(target=oracles.judge, args=(run, groups("a", "bcd", count=10), "judge")) for run in runs
         ]
         for thread in threads:
             thread.start()
@@ -404,8 +565,39 @@ def test_two_judges_share_a_file(judge, tmp_path) -> None:
 
 def test_a_file_that_is_no_cache(judge, tmp_path) -> None:
     (tmp_path / "judge.sqlite").write_text("This is a letter. " * 100)
-    with pytest.raises(UserError, match=r"cannot use .*judge\.sqlite for the judge's answers"):
+    with pytest.raises(UserError, match=r"cannot use .*judge\.sqlite for the judge's answers: .* move it away"):
         oracles.judge(judge("http://127.0.0.1:9/v1"), groups("a", "b"), "judge")
+
+
+def test_answers_that_are_not_what_they_were_are_asked_again(judge, tmp_path) -> None:
+    """One bit of a preference, and of the text."""
+    path = tmp_path / "judge.sqlite"
+    with serving(lambda body: completion("A", [("A", np.log(0.6)), ("B", np.log(0.3))])) as server:
+        oracles.judge(judge(server), groups("a", "b"), "judge")
+        whole = path.read_bytes()
+        (p,) = {row[0] for row in sqlite3.connect(path).execute("SELECT preference FROM answers")}
+        at = whole.index(struct.pack(">d", p))
+        for place, bit in ((at + 1, 0x08), (at + 8, 0x80), (at + 8, 0x02)):
+            damaged = bytearray(whole)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            before = len(server.bodies)
+            oracles.judge(judge(server), groups("a", "b"), "judge")
+            assert len(server.bodies) == before + 1
+            oracles.judge(judge(server), groups("a", "b"), "judge")
+            assert len(server.bodies) == before + 1
+
+
+def test_a_cache_with_broken_pages(judge, tmp_path) -> None:
+    path = tmp_path / "judge.sqlite"
+    with serving(shorter) as server:
+        oracles.judge(judge(server), groups("a", "bcd", count=30), "judge")
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+        with pytest.raises(UserError, match=r"malformed; move it away, or delete it, and every question is asked anew"):
+            oracles.judge(judge(server), groups("a", "bcd", count=30), "judge")
+        path.unlink()
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +615,25 @@ def test_a_file_that_is_no_cache(judge, tmp_path) -> None:
 def test_judges_that_cannot_be_had(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         oracles.load("judge", Config(**{"judge_model": "m", **options}), Path("x"))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sk-secret-123", "gsk_secret123", "a secret", ""])
+def test_a_key_in_place_of_its_variables_name(name: str, tmp_path) -> None:
+    """It is not said back, and no file has it."""
+    config = Config(judge_url="http://x/v1", judge_model="m", judge_key_variable=name, oracle="judge",
+                    out=str(tmp_path / "out"))  # fmt: skip
+    with pytest.raises(UserError, match="--judge_key_variable must be the NAME") as error:
+        module.train(config)
+    assert "secret" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nline", "sk-secret\x01", "sk-secreté", "sk secret"])
+def test_keys_that_can_be_none(judge, monkeypatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=r"the key in \$OPENAI_API_KEY can be none") as error:
+        judge("http://x/v1")
     assert "secret" not in str(error.value)
 
 
@@ -454,6 +665,8 @@ def test_a_run_with_a_judge(shallow_model, tmp_path, monkeypatch, write_lines) -
     with serving(reply) as server:
         module.train(Config(judge_url=server.url, **config))
         assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-do-not-tell"}
+    assert (tmp_path / "out" / "judge_prompt.txt").read_text() == chat_judge.PROMPT
+    module.train(Config(judge_url=server.url, **config), resume=True)  # the server is gone, and nobody asks it
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     (judged,) = [record for record in records if record["stage"] == "judge"]
     assert judged["requests"] == judged["answered"] + 3
@@ -472,6 +685,20 @@ def test_the_key_is_not_in_messages(judge, monkeypatch) -> None:
             oracles.judge(judge(server, judge_retries=0), groups("a", "b"), "judge")
         assert "sk-do-not-tell" not in str(error.value)
         assert "Incorrect key: [key]" in str(error.value)
+
+
+@pytest.mark.parametrize("escaped", [json.dumps, repr, lambda key: json.dumps(key).replace("/", r"\/")])
+def test_nor_is_it_where_the_server_escapes_it(judge, monkeypatch, escaped) -> None:
+    key = """sk-"do'not\\tell/it"""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serving(lambda body: Error(401, content=f"Incorrect key: {escaped(key)}".encode())) as server:
+        with pytest.raises(UserError, match=r"Incorrect key: .\[key\]. ") as error:
+            oracles.judge(judge(server), groups("a", "b"), "judge")
+        assert "tell" not in str(error.value)
+        server.reply = lambda body: (escaped(key) * 100).encode()  # and where it is cut
+        with pytest.raises(UserError, match=r"no chat completion: .\[key\]") as error:
+            oracles.judge(judge(server, judge_retries=0), groups("a", "b"), "judge")
+        assert "tell" not in str(error.value)
 
 
 def test_where_an_event_loop_runs(judge) -> None:

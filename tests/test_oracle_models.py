@@ -216,6 +216,32 @@ def test_a_reward_model_is_bradley_terry(reward_directory) -> None:
     np.testing.assert_allclose(one_by_one[1], other, atol=1e-5)
 
 
+ENDS_WITH_EOS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("named", [None, "<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("model_names_it", [False, True])
+def test_a_reward_is_that_of_one_unpadded_pass(reward_directory, tmp_path, named: str | None, model_names_it) -> None:
+    """Whatever is the padding's name, in the tokenizer or the model, and though rows end with <|im_end|>, the EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(reward_directory)
+    tokenizer.chat_template, tokenizer.pad_token = ENDS_WITH_EOS, named
+    assert tokenizer.eos_token == "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_directory, dtype=torch.float32)
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(named) if named and model_names_it else None
+    model.save_pretrained(tmp_path)
+    rewards = []
+    oracle = RewardModel(str(tmp_path), Config())
+    for text in TEXTS:
+        with torch.no_grad():
+            rewards.append(float(model(torch.tensor([oracle.tokens(PROMPT, text)])).logits))
+    difference = np.subtract.outer(rewards, rewards)
+    assert np.abs(difference[0]).max() > 1e-2
+    np.testing.assert_allclose(oracle.many(GROUPS)[0], 1 / (1 + np.exp(-difference)), atol=1e-5)
+
+
 def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path) -> None:
     with pytest.raises(UserError, match=r"is no reward-model: it lacks the weights score\.weight"):
         oracles.load(f"reward-model={shallow_model}")(PROMPT, ["a", "b"])

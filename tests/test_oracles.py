@@ -161,7 +161,7 @@ class Batched(oracles.BatchOracle):
         self.released += 1
 
     def take_counters(self) -> dict[str, int]:
-        return {"asked": 2}
+        return {"asked": 2, "failures": 0}
 
 
 def test_a_batch_oracle() -> None:
@@ -171,6 +171,53 @@ def test_a_batch_oracle() -> None:
     assert second.shape == (3, 3)
     assert oracle.released == 1
     panel = oracles.Panel([(1, "a", oracle), (1, "b", oracle), (1, "c", oracles.Population())])
-    assert oracles.take_counters(panel) == {"asked": 4}
+    assert oracles.take_counters(panel) == {"asked": 4, "failures": 0}
     with pytest.raises(UserError, match="--oracle mine: it gave 1 matrices for 2 prompts"):
         oracles.judge(Batched(1), [group("a", "b")] * 2, "mine")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What else a user's function may do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise SystemExit", "it raised SystemExit"),
+        ("return torch.full((2, 2), 0.5 + 0j)", "not a matrix of numbers .it is complex."),
+        ("return [[0.5, 1j], [0, 0]]", "not a matrix of numbers .it is complex."),
+        ("return torch.ones(2, 2, 2).to_sparse()", "expected a 2×2 matrix, got shape .2, 2, 2."),
+        ("return torch.eye(2).to_mkldnn()", "not a matrix of numbers"),
+    ],
+)
+def test_odd_answers_are_one_line(oracle_module, body: str, message: str) -> None:
+    name = oracle_module(f"import torch\ndef prefer(prompt, responses):\n    {body}\n")
+    with pytest.raises(UserError, match=f"{name}, prompt 0 .*{message}"):
+        oracles.judge(oracles.load(name), [group("a", "b")], name)
+
+
+def test_a_sparse_tensor_is_a_matrix() -> None:
+    matrix = oracles.checked(torch.tensor([[0.0, 1.0], [0.0, 0.0]]).to_sparse(), 2, "here")
+    np.testing.assert_array_equal(matrix, [[0.5, 1], [0, 0.5]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_async_oracles_are_named(oracle_module) -> None:
+    with pytest.raises(UserError, match="prefer: it is async; an oracle returns the matrix itself"):
+        oracles.load(oracle_module("async def prefer(prompt, responses): return [[0.5]]\n"))
+
+    class Awaited:
+        async def __call__(self, prompt, responses): ...
+
+    class AwaitedBatch:
+        async def many(self, groups, progress): ...
+
+    for oracle in (Awaited(), AwaitedBatch()):
+        with pytest.raises(UserError, match=r"--oracle mine.*: it is async"):
+            oracles.judge(oracle, [group("a", "b")], "mine")
+
+
+def test_a_module_that_exits_is_named(oracle_module) -> None:
+    with pytest.raises(UserError, match=r"cannot import it \(SystemExit: 0\)"):
+        oracles.load(oracle_module("import sys; sys.exit(0)\n"))

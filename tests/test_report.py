@@ -267,6 +267,26 @@ def test_missing_values_are_passed_over(finished: Path) -> None:
     assert "Not recorded: peak memory." in page.text
 
 
+def test_damaged_records_are_passed_over(finished: Path) -> None:
+    """A bit flip, or half a line that a crash left."""
+    before = Page(write_report(finished)).text
+    for name in ("metrics.jsonl", "evaluation_responses.jsonl"):
+        with (finished / name).open("a") as file:
+            file.write('1\n{}\nnull\n{"time": 1, "stage": "fit", "iteration": 1}\n{"prompt": [')
+    assert Page(write_report(finished)).text == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"policies": ["π_1", "π_2"]}'])
+def test_a_damaged_evaluation_is_named(finished: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "evaluation.json").write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([str(finished)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {finished / 'evaluation.json'} is damaged: ")
+    assert said.endswith("; --resume makes it again\n")
+    assert said.count("\n") == 1
+
+
 def test_same_input_same_bytes(finished: Path) -> None:
     first = write_report(finished).read_bytes()
     assert write_report(finished).read_bytes() == first

@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.drill import SMALL, bits, flip, prepare, small_run
+from bench.drill import SMALL, bits, cut, flip, prepare, small_run
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.checkpoint import Checkpoints, Journal
-from onpo_fast.config import Config, parse_run
+from onpo_fast.config import Config, parse_run, read
 from onpo_fast.errors import UserError
 
 
@@ -56,7 +57,7 @@ def test_the_drill(model_directory) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_says_how_to_go_on(whole: Whole, tmp_path, number: int) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     process = subprocess.Popen(command(whole, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "iteration_01" / "preferences.jsonl").exists():
         assert process.poll() is None, process.communicate()
@@ -64,7 +65,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(whole: Whole, tmp_path
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"to go on: python -m onpo_fast.train --resume --out {out}" in stdout
+    assert f"to go on: python -m onpo_fast.train --resume --out '{out}'" in stdout
     assert "Traceback" not in stderr
     done = subprocess.run(command(whole, out, "--resume"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -88,8 +89,142 @@ def test_changed_options_are_named_and_refused(whole: Whole) -> None:
         parse_run(["--resume", "--out", out, "--seed", "3", "--learning_rate", "2e-3"])
     config, _ = parse_run(["--resume", "--force", "--out", out, "--iterations", "3"])
     assert config.iterations == 3
-    with pytest.raises(UserError, match="--resume needs --out"):
-        parse_run(["--resume"])
+
+
+@pytest.fixture
+def run(whole: Whole, tmp_path) -> Path:
+    """A copy of the undisturbed run."""
+    return Path(shutil.copytree(whole.work / "whole", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("learning_rate: 0.001", "learning_rate: 0.009", r"--learning_rate 0\.001 → 0\.009\. Leave them out"),
+        ("learning_rate: 0.001", "learnjng_rate: 0.001", "there is no option learnjng_rate; .*: remove it, and --res"),
+        ("learning_rate: 0.001", "learning_rate: [0.001", "not YAML .*: remove it, and --resume writes it again"),
+        ("learning_rate: 0.001", "learning_rate: often", "line .*: learning_rate must be a number, not often"),
+        ("learning_rate: 0.001\n", "", "config.yaml lacks learning_rate: remove it, and --resume writes it again"),
+    ],
+)
+def test_a_damaged_or_edited_configuration_is_refused(run: Path, old: str, new: str, message: str) -> None:
+    file = run / "config.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        parse_run(["--resume", "--out", str(run)])
+
+
+def test_what_was_edited_can_be_forced(run: Path) -> None:
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 0.009"))
+    config, _ = parse_run(["--resume", "--force", "--out", str(run)])
+    assert config.learning_rate == 0.009
+    module.train(config, resume=True)
+    assert parse_run(["--resume", "--out", str(run)]) == (config, True)  # from now on it is the run's
+
+
+def test_a_lost_configuration_is_in_the_journal(whole: Whole, run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text[: text.index("prompts_per_iteration")])
+    assert replace(read(run), out=whole.config.out) == whole.config  # for the other commands
+    (run / "config.yaml").unlink()
+    config, _ = parse_run(["--resume", "--out", str(run)])
+    assert replace(config, out=whole.config.out) == whole.config
+
+
+def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments) -> None:
+        raise Killed
+
+    monkeypatch.setattr(module, "atomic_write_text", kill)  # what writes config.yaml
+    config = replace(whole.config, out=str(tmp_path / "run"))
+    with pytest.raises(Killed):
+        module.train(config, resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", *sorted(Journal.FILES)]
+    assert parse_run(["--resume", "--out", config.out]) == (config, True)
+
+
+def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_path) -> None:
+    out = tmp_path / "run"
+    line = [*command(whole, out, "--resume")[3:]]
+    for left in ([], [".lock"], [".lock", "journal.json.partial"]):  # nothing, or what a kill left
+        out.mkdir(exist_ok=True)
+        for name in left:
+            (out / name).touch()
+        config, resume = parse_run(line)
+        assert (replace(config, out=whole.config.out), resume) == (whole.config, True)
+        module._check_directory(out, resume=True)
+
+
+def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) -> None:
+    entries = {name: entry for name, entry in Journal(run).entries.items() if name not in ("options", "model")}
+    (run / "journal.json").write_text(json.dumps(entries, indent=1))
+    (run / "journal.copy.json").unlink()
+    config, _ = parse_run(["--resume", "--out", str(run)])
+    with pytest.raises(UserError, match="--seed 0 → 3"):
+        parse_run(["--resume", "--out", str(run), "--seed", "3"])
+    module.train(config, resume=True)
+    assert bits(run) == whole.bits
+    assert Journal(run).note("options") == vars(config)
+    (run / "config.yaml").unlink()
+    (run / "journal.json").write_text(json.dumps({"prompts": entries["prompts"]}))
+    with pytest.raises(UserError, match="has no run to go on with; to start one there, give its options too"):
+        parse_run(["--resume", "--out", str(run)])
+
+
+def test_a_directory_of_somebody_else_is_left_alone(whole: Whole, tmp_path) -> None:
+    out = tmp_path / "photos"
+    (out / "tensorboard").mkdir(parents=True)
+    for name in ("metrics.jsonl", "heldout.jsonl", "tensorboard/mine"):
+        (out / name).write_text("precious")
+    with pytest.raises(UserError, match="is not empty, and has no run to go on with: give a new directory"):
+        module.train(replace(whole.config, out=str(out)), resume=True)
+    assert {path.name for path in out.rglob("*")} == {"tensorboard", "metrics.jsonl", "heldout.jsonl", "mine"}
+    assert (out / "heldout.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_text("[]"), lambda path: path.unlink()])
+def test_a_damaged_journal_gives_way_to_its_copy(run: Path, harm: Callable[[Path], None]) -> None:
+    entries = Journal(run).entries
+    harm(run / "journal.json")
+    journal = Journal(run)
+    assert (journal.entries, journal.mended) == (entries, True)
+    flip(run / "journal.copy.json")
+    with pytest.raises(UserError, match=r"journal.copy.json is damaged \(.*\): remove what is damaged, and --resume"):
+        Journal(run)
+
+
+def test_a_flipped_digit_in_the_journal_is_not_taken_for_other_prompts(run: Path, whole: Whole) -> None:
+    journal = run / "journal.json"
+    known = Journal(run).note("prompts")["sha256"]
+    journal.write_text(journal.read_text().replace(known, known.replace(known[0], "0" if known[0] != "0" else "1")))
+    module.train(replace(whole.config, out=str(run)), resume=True)
+    assert not Journal(run).mended
+
+
+def test_another_model_is_refused(whole: Whole, run: Path, tmp_path) -> None:
+    """The same path may hold other weights after a while."""
+    model = Path(shutil.copytree(whole.work / "model", tmp_path / "model"))
+    config = replace(whole.config, out=str(run), model=str(model))
+    module.train(config, resume=True)  # a copy is the same model
+    (model / "README.md").write_text("is not read")
+    flip(model / "model.safetensors")
+    with pytest.raises(UserError, match=r"is not what .* began with: model\.safetensors changed\. Put it back, or add"):
+        module.train(config, resume=True)
+    module.train(config, resume=True, force=True)
+    module.train(config, resume=True)  # from now on it is the run's
+
+
+def test_a_policy_that_is_a_file_is_made_again(whole: Whole, run: Path) -> None:
+    shutil.rmtree(run / "iteration_02/policy")
+    (run / "iteration_02/policy").write_text("a file where a directory belongs")
+    module.train(replace(whole.config, out=str(run)), resume=True)
+    assert bits(run) == whole.bits
 
 
 def test_more_iterations_go_on_from_the_end(whole: Whole, tmp_path) -> None:

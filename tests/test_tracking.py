@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ def log(directory: Path, report_to: str) -> None:
     directory.mkdir()
     tracker = Tracker(directory, report_to, {"eta": 20.0})
     tracker.begin("fit")
-    tracker.log("fit", 1, fit="policy", step=1, loss=0.5, target=None)
-    tracker.log("fit", 1, fit="policy", step=2, loss=0.25, target=None)
+    tracker.log("fit", 1, fit="policy", step=1, steps=2, loss=0.5, target=None)
+    tracker.log("fit", 1, fit="policy", step=2, steps=2, loss=0.25, target=None)
     tracker.close()
 
 
@@ -27,6 +28,25 @@ def test_metrics_are_always_written(tmp_path: Path, report_to: str, board: bool)
     lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [0.5, 0.25]
     assert (tmp_path / "run/tensorboard").exists() == board
+
+
+def test_damaged_lines_are_left_out_and_kept_aside(tmp_path: Path, capsys) -> None:
+    directory = tmp_path / "run"
+    log(directory, "tensorboard")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    odd = ["1", "{}", "null", lines[0].replace('"stage": ', '"stage" '), lines[0].replace('"step"', '"stfp"'), ""]
+    damaged = "\n".join([lines[0], *odd, lines[1], '{"time": 1'])  # the last as a crash leaves it
+    (directory / "metrics.jsonl").write_text(damaged)
+    shutil.rmtree(directory / "tensorboard")
+    (directory / "tensorboard").write_text("a file where a directory belongs")
+    tracker = Tracker(directory)
+    tracker.begin("report")
+    tracker.close()
+    assert (directory / "metrics.jsonl").read_text().splitlines() == lines
+    assert (directory / "metrics.damaged.jsonl").read_text() == damaged
+    assert capsys.readouterr().out == (
+        f"metrics.jsonl: 6 of 8 lines are damaged and left out: see {directory / 'metrics.damaged.jsonl'}\n"
+    )
 
 
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_the_same_loop_runs_every_objective(
 class Recorder:
     """Stands in for ``Run``: policies are names, and what is done to them is written down."""
 
-    def __init__(self, config: Config, resume: bool) -> None:
+    def __init__(self, config: Config, resume: bool, force: bool) -> None:
         self.initial, self.done = "start", []
 
     def __getattr__(self, stage: str):

@@ -1,0 +1,375 @@
+"""The fits that ``python -m bench training`` measures, in processes of their own:
+
+    python -m bench.fits JOB ARGUMENTS
+
+Arguments are a JSON object; what the job returns is the last line, as JSON. ``large`` is one fit of a large random
+model with a loss of ``LOSSES``; ``agreement`` is the first fit of a finished run, again in all ``WAYS``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import is_flash_attn_2_available
+
+from onpo_fast import config as configuration
+from onpo_fast import fit as fitting
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Pair, Response, read_groups, read_pairs, read_scores
+from onpo_fast.evaluate import initial_policy
+from onpo_fast.fit import fit, plan
+from onpo_fast.loss import PairLossOutput, choose_backend
+from onpo_fast.objectives import Objective, Onpo
+from onpo_fast.policy import Policy, _apply_liger, load, score
+
+from .kernels import slug, surroundings
+from .memory import Gauge
+from .peers import materialised
+from .timing import Spread
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One fit of a large model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, and the tokens of a prompt and of each of its two responses."""
+
+    model: dict[str, int]
+    prompt: int
+    response: int
+
+    @property
+    def layers(self) -> int:
+        return self.model["num_hidden_layers"]
+
+    def config(self, layers: int) -> LlamaConfig:
+        return LlamaConfig(**{**self.model, "num_hidden_layers": layers}, tie_word_embeddings=False)
+
+    def parameters(self, layers: int) -> int:
+        with torch.device("meta"):
+            return LlamaForCausalLM(self.config(layers)).num_parameters()
+
+
+SHAPES = {
+    "llama3-8b": Shape(
+        {
+            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        },
+        prompt=64, response=1024,
+    ),
+    "tiny": Shape(
+        {
+            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        },
+        prompt=8, response=16,
+    ),
+}  # fmt: skip
+
+LOSSES = ("triton", "torch", "materialised")
+
+# Weights, gradients and moments in bf16: what makes 8B fit 80 GB. Learning so would want float32 weights.
+PARAMETER_BYTES = {"weights": 2, "gradients": 2, "moments": 4}
+USABLE = 0.97  # of the free memory: some is lost between blocks
+
+
+def large(
+    loss: str, shape: str, pairs: int, steps: int, device: str, layers: int | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A fit of ``steps`` steps after a first one, of ``pairs`` pairs each in one micro-batch: seconds and bytes.
+
+    ``layers``: of the model; by default all, or as many as the memory is expected to hold.
+    """
+    where, form = torch.device(device), SHAPES[shape]
+    if reason := _absent("torch" if loss == "materialised" else loss, where):
+        return {"status": "absent", "reason": reason}
+    layers = layers or _layers_that_fit(form, where)
+    count = form.parameters(layers)
+    row: dict[str, Any] = {
+        "layers": layers, "of_layers": form.layers, "parameters": count,
+        "expected_bytes": {part: size * count for part, size in PARAMETER_BYTES.items()},
+    }  # fmt: skip
+    gauge = Gauge(where)
+    before, marks = gauge.held(), Marks(gauge)
+    try:
+        policy = _random_policy(form, layers, where)
+        weights = gauge.held() - before
+        laps, last = _measured_fit(policy, form, pairs, steps, loss, marks)
+    except torch.OutOfMemoryError as error:
+        return row | {"status": "out of memory", "reason": f"{marks.phase}: {error}".split("\n")[0][:300]}
+    held, peak, rest = marks.held, marks.peak, marks.held["rest"]
+    return row | {
+        "status": "measured",
+        "attention": policy.model.config._attn_implementation, "layout": policy.layout,
+        "seconds": Spread.of(laps)._asdict(),
+        "pairs_per_second": pairs / Spread.of(laps).median, "loss_last": last,
+        "bytes": {
+            "weights": weights, "gradients": held["backward"] - rest, "moments": rest - before - weights,
+            "kept by the forward pass": held["forward"] - rest, "loss": peak["loss"] - held["forward"],
+            "in the optimizer's step": peak["optimizer"] - held["backward"],
+        },
+        "peak_bytes": {phase: peak[phase] - before for phase in Marks.PHASES},
+    }  # fmt: skip
+
+
+def _absent(backend: str, device: torch.device) -> str | None:
+    try:
+        choose_backend(backend, device, torch.bfloat16)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _layers_that_fit(shape: Shape, device: torch.device) -> int:
+    if device.type != "cuda":
+        return shape.layers
+    size = sum(PARAMETER_BYTES.values())
+    one = shape.parameters(2) - shape.parameters(1)
+    room = USABLE * torch.cuda.mem_get_info(device)[0] / size - (shape.parameters(1) - one)
+    return max(1, min(shape.layers, int(room // one)))
+
+
+def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
+    """As ``policy.load`` would have it, but in bf16 and made where it is to be."""
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    set_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            shape.config(layers), dtype=torch.bfloat16,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+        )  # fmt: skip
+    # renamed in transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    _apply_liger(model, device, "auto")
+    # its tokenizer is asked by nobody: the tokens are random
+    return Policy(model, None, device, torch.bfloat16, "separate" if flash else "shared")
+
+
+def _measured_fit(
+    policy: Policy, shape: Shape, pairs: int, steps: int, loss: str, marks: Marks
+) -> tuple[list[float], float | None]:  # fmt: skip
+    """Seconds of each step after the first, which compiles and makes the moments; the last normalised loss."""
+    groups = _random_groups(shape, pairs)
+    tokens = 2 * pairs * (shape.prompt + shape.response)  # more than all that there are
+    config = Config(
+        batch_pairs=pairs, tokens_per_microbatch=tokens, gradient_checkpointing=True,
+        learning_rate=5e-7,  # the paper's; most updates are below a spacing of bf16: it is the work that is measured
+        loss_backend="torch" if loss == "materialised" else loss,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    anchor = [own + torch.randn(2, generator=draw) for own in score(policy, groups, tokens)]
+    batches = plan([Pair(g, 0, 1, 1.0) for g in range(pairs)], steps + 1, pairs, [0])
+    ends: list[float] = []
+    losses: list[float | None] = []
+
+    def on_step(metrics: dict[str, float | None]) -> None:
+        if policy.device.type == "cuda":  # the optimizer's step was only launched so far
+            torch.cuda.synchronize(policy.device)
+        ends.append(time.perf_counter())
+        losses.append(metrics["loss_normalised"])
+        marks.end("rest", first=len(ends) == 1)
+
+    with marks.of(policy.model), replaced_loss(loss):
+        fit(policy, groups, batches, anchor, Onpo(eta=config.eta), config, on_step)
+    return [b - a for a, b in pairwise(ends)], losses[-1]
+
+
+def _random_groups(shape: Shape, count: int) -> list[Group]:
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(shape.model["vocab_size"], (length,), generator=draw).tolist()
+
+    return [
+        Group([], tokens(shape.prompt), [Response("", tokens(shape.response), "length", 0.0) for _ in range(2)])
+        for _ in range(count)
+    ]
+
+
+@contextmanager
+def replaced_loss(loss: str) -> Iterator[None]:
+    """For "materialised" the fit calls ``materialised_pair_loss``; all else of it stays as it is, to compare alike."""
+    if loss != "materialised":
+        yield
+        return
+    with patch.object(fitting, "fused_linear_pair_loss", materialised_pair_loss):
+        yield
+
+
+def materialised_pair_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,), on the CPU
+    pairs: Tensor,  # (P, 2)
+    *,
+    objective: Objective,
+    ref_logps: Tensor,  # (S,)
+    preference: Tensor,  # (P,)
+    **_: object,
+) -> PairLossOutput:
+    """The loss as one writes it first: logits in bf16, their log-softmax in float32, the rest through autograd."""
+    logps = materialised(hidden, weight, targets).double()
+    sums = torch.stack([part.sum() for part in logps.split(cu_seqlens.diff().tolist())])
+    winner, loser = pairs.to(hidden.device).T
+    ratio = sums - ref_logps
+    margins = ratio[winner] - ratio[loser]
+    loss = objective.loss(margins, preference).mean()
+    return PairLossOutput(loss, sums.detach(), ref_logps, margins.detach())
+
+
+class Marks:
+    """Memory in the phases of a fit's step, in bytes: held at the end of each, and the most during it.
+
+    It listens to the model and to the optimizer. "rest" is between two steps.
+    """
+
+    PHASES = ("forward", "loss", "backward", "optimizer")
+
+    def __init__(self, gauge: Gauge) -> None:
+        self.gauge = gauge
+        self.phase = "start"  # what is under way
+        self.held: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        def forward_ended(module: nn.Module, arguments: tuple, output: Any) -> None:
+            if module.training:  # the fit also asks the model to see whether it is sound
+                self.end("forward")
+                output.last_hidden_state.register_hook(lambda gradient: self.end("loss"))
+
+        handles = [
+            model.base_model.register_forward_hook(forward_ended),
+            register_optimizer_step_pre_hook(lambda *_: self.end("backward")),
+            register_optimizer_step_post_hook(lambda *_: self.end("optimizer")),
+        ]
+        self.gauge.reset()
+        self.phase = "forward"
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end(self, phase: str, first: bool = False) -> None:
+        """``first``: what was noted so far is of a first step, and is forgotten."""
+        if first:
+            self.held.clear()
+            self.peak.clear()
+        self.held[phase] = max(self.held.get(phase, 0), self.gauge.held())
+        self.peak[phase] = max(self.peak.get(phase, 0), self.gauge.peak())
+        self.gauge.reset()
+        around = (*self.PHASES, "rest")
+        self.phase = around[(around.index(phase) + 1) % len(around)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first fit of a run, in several ways
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The first is what the others are held against. Two of them are the yardsticks: the same sums in another order, and
+# the computation in float32, from which bf16 differs by its own rounding.
+WAYS: dict[str, dict[str, Any]] = {
+    "torch": {"loss_backend": "torch"},
+    "triton": {"loss_backend": "triton"},
+    "triton again": {"loss_backend": "triton"},
+    "triton, live anchor": {"loss_backend": "triton", "anchor": "live"},
+    "torch, live anchor": {"loss_backend": "torch", "anchor": "live"},
+    "torch, smaller micro-batches": {"loss_backend": "torch"},
+    "torch, float32": {"loss_backend": "torch", "dtype": "float32"},
+}
+
+
+def agreement(run: str, device: str) -> dict[str, Any]:
+    """How far from the first way's the weights of the others end, by way. From π_1, on the run's own files.
+
+    Distances are shares of the first way's update: root mean squares over all weights, and the greatest.
+    """
+    directory = Path(run)
+    config = replace(configuration.read(directory), device=device)
+    source = initial_policy(directory, config)
+    begin = _weights(load(source, config))
+    rows: dict[str, Any] = {}
+    end: dict[str, Tensor] = {}
+    losses: list[float] = []
+    for way, changes in WAYS.items():
+        if reason := _absent(changes["loss_backend"], torch.device(device)):
+            rows[way] = {"status": "absent", "reason": reason}
+            continue
+        changed = replace(config, **changes)
+        if "smaller" in way:
+            changed = replace(changed, tokens_per_microbatch=-(-config.tokens_per_microbatch // 2))
+        weights, own_losses, seconds = _first_fit(directory, source, changed)
+        if not end:
+            end, losses = weights, own_losses
+        rows[way] = {
+            "status": "measured", "seconds": seconds, "steps": len(own_losses), "loss_last": own_losses[-1],
+            "loss_difference": max(abs(a - b) for a, b in zip(own_losses, losses)),
+            "update": _distance(end, begin), "difference": _distance(weights, end),
+        }  # fmt: skip
+    return rows
+
+
+def _first_fit(
+    directory: Path, source: str | Path, config: Config
+) -> tuple[dict[str, Tensor], list[float], float]:  # fmt: skip
+    """The weights in the end, the normalised loss of every step, and seconds."""
+    files = directory / "iteration_01"
+    objective = config.make_objective()
+    epochs = config.epochs_auxiliary if objective.optimistic else config.epochs_policy
+    batches = plan(read_pairs(files / "pairs.jsonl"), epochs, config.batch_pairs, [config.seed, 3, 1])
+    cached = config.anchor == "cached"
+    anchor = read_scores(files / "logps_initial.jsonl") if cached else load(source, config).frozen()
+    policy, losses, start = load(source, config), [], time.perf_counter()
+    fit(policy, list(read_groups(files / "responses.jsonl")), batches, anchor, objective, config,
+        lambda metrics: losses.append(metrics["loss_normalised"]))  # fmt: skip
+    return _weights(policy), losses, time.perf_counter() - start
+
+
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu() for name, parameter in policy.model.named_parameters()}
+
+
+def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    squares = greatest = 0.0
+    for name, weight in a.items():
+        difference = weight.double() - b[name].double()
+        squares += float(difference.square().sum())
+        greatest = max(greatest, float(difference.abs().max()))
+    return {"rms": (squares / sum(weight.numel() for weight in a.values())) ** 0.5, "max": greatest}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def here(device: str) -> dict[str, Any]:
+    """Device, versions, commit, and the name of the results file."""
+    where = torch.device(device)
+    return {"name": slug(where, "training"), "environment": surroundings(where)}
+
+
+JOBS = {job.__name__: job for job in (here, large, agreement)}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(JOBS[sys.argv[1]](**json.loads(sys.argv[2]))))
