@@ -16,7 +16,7 @@ from onpo_fast.games.preferences import GAMES, three_cycle
 from onpo_fast.games.solution import duality_gap, rewards
 from onpo_fast.objectives import Inpo, Ipo, Omd, Onpo
 
-QUICK = NeuralGame(iterations=1, fit_steps=2, groups=4, responses=8)
+QUICK = NeuralGame(pairing="all_pairs", iterations=1, fit_steps=2, groups=4, responses=8)
 
 
 @pytest.fixture(scope="module")

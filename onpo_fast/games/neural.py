@@ -82,10 +82,10 @@ class NeuralGame:
 
     iterations: int = 20
     """Policy updates."""
-    pairing: str = "all_pairs"
-    """A name in ``PAIRINGS``, of draws from π_t; or "expected": all pairs of responses, weighted by how likely two
-    independent draws are they, which "iid" and "all_pairs" come to on average. The closed form is the argmin for these
-    three."""
+    pairing: str = "expected"
+    """"expected": all pairs of responses, weighted by how likely two independent draws from π_t are they, so that what
+    keeps a fit from the closed form is the fit. Or a name in ``PAIRINGS``, of draws: "iid" and "all_pairs" come to the
+    same on average, the others to something else."""
     groups: int = 384
     """Groups of responses drawn from π_t, to every context, for a pairing that takes draws."""
     responses: int = 16
