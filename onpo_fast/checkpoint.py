@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,10 +29,13 @@ from .errors import UserError
 PARTIAL = ".partial"  # what is added to the name of what is being written
 
 
-def atomic_write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Writes UTF-8 text, whole or in parts. A crash leaves the old file or the new one, never a part."""
+def atomic_write_text(path: Path, text: str | Iterable[str], shared: bool = False) -> None:
+    """Writes UTF-8 text, whole or in parts. A crash leaves the old file or the new one, never a part.
+
+    ``shared``: another process may be writing the same file, so that what is half done has this one's number.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as partial:
+    with _partial(path, f".{os.getpid()}{PARTIAL}" if shared else PARTIAL) as partial:
         with open(partial, "w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
@@ -54,9 +58,9 @@ def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[Path]:
+def _partial(path: Path, ending: str = PARTIAL) -> Iterator[Path]:
     """Where to write what will be ``path``; gone afterwards, whatever happens."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + ending)
     remove(partial)
     try:
         yield partial
@@ -123,8 +127,28 @@ def checksum(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run has done
+# Who works on a run, and what it has done
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+LOCK = ".lock"
+
+
+def locked(directory: Path, title: str = "") -> FileLock:
+    """The run directory, made if need be, for this process alone. The lock goes with the process, however it ends.
+
+    Raises:
+        UserError: if another has it, or it cannot be made. ``title`` goes before its name.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{title}{directory} is in use by another process") from None
+    except OSError as error:
+        raise UserError(f"{title}{directory}: cannot make it ({error})") from None
+    return lock
 
 
 class Journal:

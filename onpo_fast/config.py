@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -24,6 +25,7 @@ from .options import check_file, check_flags, explain, switches
 from .pairing import PAIRINGS
 
 FILE = "config.yaml"  # in a run's directory
+NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")  # of an environment variable
 
 
 @dataclass
@@ -169,8 +171,8 @@ class Config:
     judge_timeout: float = 60.0
     """Seconds that a request may take in all."""
     judge_retries: int = 15
-    """Further tries of a request that failed before the run stops. The waits between them double up to a minute: 15 wait
-    for five minutes at least, as a server needs to start again."""
+    """Further tries of a request that failed before the run stops. The waits between them double up to a minute: 15
+    wait for five minutes at least, as a server needs to start again."""
     judge_max_nonsense: float = 0.5
     """The share of answers without a verdict, each counted as ½, above which the run stops."""
     judge_cache: str | None = None
@@ -202,8 +204,14 @@ class Config:
             self.eta = 0.05 if self.objective == "inpo" else 20.0
         if self.tau is None:
             self.tau = self.eta / 3 if self.objective == "inpo" else 0.05
-        for name in ("model", "oracle", "prompt_column"):
-            if not getattr(self, name):
+        if not NAME.fullmatch(self.judge_key_variable):
+            raise UserError(
+                "--judge_key_variable must be the NAME of an environment variable, as OPENAI_API_KEY (what was given "
+                "is not repeated here: it may be the key)"
+            )
+        for name, value in vars(self).items():
+            # "" is what a shell makes of a variable that is not set
+            if value == "" or (value is None and name in ("model", "oracle", "prompt_column")):
                 raise UserError(f"--{name} must not be empty")
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, not {self.seed}")
@@ -216,6 +224,8 @@ class Config:
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"--{name} must be positive and finite, not {getattr(self, name)}")
+        if self.learning_rate > 1e30:
+            raise UserError(f"--learning_rate must be at most 1e30, for AdamW's float32, not {self.learning_rate}")
         for name in ("top_p", "eval_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"--{name} must be in (0, 1], not {getattr(self, name)}")
@@ -302,25 +312,25 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
     if "--resume" not in argv:
         return parse(argv), False
     resuming = CommandParser(add_help=False)
-    resuming.add_argument("--out", type=Path)
+    resuming.add_argument("--out", default="")
     for flag in ("--resume", "--force"):
         resuming.add_argument(flag, action="store_true")
     known, options = resuming.parse_known_args(argv)
-    if known.out is None:
+    if not known.out:
         raise UserError("--resume needs --out, the directory of the run to go on with")
-    file, before = known.out / FILE, _began_with(known.out)
+    file, before = Path(known.out, FILE), _began_with(Path(known.out))
     if not file.exists():
         if not before and not options:
             raise UserError(f"{known.out} has no run to go on with; to start one there, give its options too")
         config = parse(argv, before)
     else:
         if before is None:  # a run from before its journal had them
-            before = vars(read(known.out))
+            before = vars(read(Path(known.out)))
         else:
             _check_whole(file, before)
         config = parse([f"--config={file}", *argv], before)
     changed = [
-        f"--{name} {was!r} → {now!r}"
+        f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in (before or {}).items() if name != "out" and (now := getattr(config, name)) != was
     ]  # fmt: skip
     if changed and not known.force:

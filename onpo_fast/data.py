@@ -202,6 +202,12 @@ def write_prompts(path: Path, prompts: Iterable[Messages]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def of_iterations(directory: Path, name: str) -> dict[int, Path]:
+    """t → what the folder of iteration t has under this name. Folders that only begin alike are none of the run's."""
+    found = {path.parent.name.removeprefix("iteration_"): path for path in directory.glob(f"iteration_*/{name}")}
+    return dict(sorted((int(t), path) for t, path in found.items() if t.isdecimal()))
+
+
 def write_groups(path: Path, groups: Iterable[Group]) -> None:
     write_jsonl(path, map(_group_record, groups))
 

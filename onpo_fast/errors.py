@@ -7,7 +7,7 @@ import difflib
 import errno
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C has stopped
 
@@ -29,6 +29,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near and name.strip("-") else ""
 
 
+def not_known(argument: str, known: Iterable[str]) -> str:
+    """What is wrong with an argument that is none of the known flags."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"one argument too many: {argument} (see --help)"
+    return f"there is no option {flag}{nearest(flag, known) or ' (see --help)'}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """A command line, whose errors are ``UserError``s. It has ``--debug``, which ``command`` takes care of."""
 
@@ -36,12 +44,14 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def parse_args(self, *arguments, **options) -> argparse.Namespace:
-        values, unknown = self.parse_known_args(*arguments, **options)
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
+        known = self._option_string_actions
+        for argument in argv:  # first: of several things that are wrong, a flag that is none explains the others
+            if argument.startswith("--") and argument.partition("=")[0] not in ("--", *known):
+                raise UserError(not_known(argument, known))
+        values, unknown = self.parse_known_args(argv)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            what = "there is no option" if flag.startswith("-") else "one argument too many:"
-            raise UserError(f"{what} {flag}{nearest(flag, self._option_string_actions)} (see --help)")
+            raise UserError(not_known(unknown[0], known))
         return values
 
     def error(self, message: str) -> None:
@@ -64,7 +74,7 @@ def _in_words(error: UserError | OSError) -> str | None:
         return str(error)
     where = error.filename2 or error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left for {where or 'a file'}: free some; what was done is there, and --resume goes on"
+        return f"no space left for {where or 'a file'}: free some, and start again (a run with --resume)"
     return f"cannot read or write {where}: {error.strerror}" if where else None
 
 

@@ -20,9 +20,9 @@ from scipy import stats
 
 from . import config as configuration
 from . import oracles
-from .checkpoint import atomic_write_text, write_jsonl
+from .checkpoint import atomic_write_text, locked, write_jsonl
 from .config import Config
-from .data import Group, Messages, read_prompts
+from .data import Group, Messages, of_iterations, read_prompts
 from .errors import CommandParser, UserError, command
 from .policy import kl_estimate, load, score
 from .sampling import make_sampler
@@ -55,7 +55,13 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
 
     names = list(sources)
     oracle = oracles.load(config.oracle, config, directory)
-    matrices = _judge(samples, prompts, oracle, config)
+
+    try:
+        matrices = _judge(samples, prompts, oracle, config)
+    except Exception:
+        if tracker is not None and (spent := oracles.take_counters(oracle)):
+            tracker.log("evaluate", 0, seconds=time.perf_counter() - start, stopped=True, **spent)
+        raise
     wins = np.stack([_blocks(matrix, len(names)) for matrix in matrices])  # (prompts, policies, policies)
     result = {
         "policies": names,
@@ -86,12 +92,6 @@ def initial_policy(directory: Path, config: Config) -> str | Path:
 def finished_policies(directory: Path) -> dict[str, Path]:
     """π_2, π_3, … of a run, by name."""
     return {f"π_{t + 1}": path for t, path in of_iterations(directory, "policy").items()}
-
-
-def of_iterations(directory: Path, name: str) -> dict[int, Path]:
-    """t → what the folder of iteration t has under this name. Folders that only begin alike are none of the run's."""
-    found = {path.parent.name.removeprefix("iteration_"): path for path in directory.glob(f"iteration_*/{name}")}
-    return dict(sorted((int(t), path) for t, path in found.items() if t.isdecimal()))
 
 
 def restricted_gap(win_rate: np.ndarray) -> np.ndarray:
@@ -161,7 +161,14 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.")
     parser.add_argument("directory", type=Path, help="the run's output directory")
     directory = parser.parse_args(argv).directory
-    console.print(summary(evaluate(directory, configuration.read(directory))))
+    config = configuration.read(directory)
+    with locked(directory):
+        tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
+        tracker.begin("evaluation.json", keep=lambda record: True)  # the judge was asked then too
+        try:
+            console.print(summary(evaluate(directory, config, tracker)))
+        finally:
+            tracker.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ that has one.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,9 +21,9 @@ from pathlib import Path
 from . import config as configuration
 from .checkpoint import atomic_write_directory, atomic_write_text, read_jsonl
 from .config import Config
-from .data import Messages
+from .data import Messages, of_iterations
 from .errors import CommandParser, UserError, command
-from .evaluate import finished_policies, initial_policy, of_iterations
+from .evaluate import finished_policies, initial_policy
 from .policy import load
 from .sampling import make_sampler
 from .sources import library, records
@@ -37,7 +38,7 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
     Args:
         directory: the run's.
         out: where to; must not exist.
-        iterations: which ones, in this order; default all.
+        iterations: which ones, in this order, each once; default all.
 
     Raises:
         UserError: if ``out`` exists, or an iteration has no pairs.
@@ -45,7 +46,7 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
     datasets = library("datasets", "the export of pairs")
     _check_unused(out)
     there = of_iterations(directory, "pairs.jsonl")
-    wanted = list(iterations or there)
+    wanted = list(dict.fromkeys(iterations or there))
     if not wanted:
         raise UserError(f"{directory} has no pairs yet")
     for t in wanted:
@@ -132,8 +133,12 @@ def _listed(numbers: object) -> str:
 
 
 def _check_unused(out: Path) -> None:
+    """Before a model is loaded, and asked for hours, for an output that has no place."""
     if out.exists():
         raise UserError(f"--out {out} exists: give a new name")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out {out}: nothing can be written into {above}")
 
 
 @command
@@ -159,7 +164,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--iterations goes with pairs, not with --alpaca")
     sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature")}
     config = replace(config, **{name: value for name, value in sampling.items() if value is not None})
-    policy = options.policy or max(_policies(directory, config))
+    policy = max(_policies(directory, config)) if options.policy is None else options.policy
     out = options.out or directory / f"alpaca_eval_{policy}.json"
     console.print(f"{export_answers(directory, out, options.alpaca, policy, config)} answers of π_{policy}: {out}")
 

@@ -11,9 +11,9 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, not_known
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
 
 
 def check_flags(argv: Iterable[str], known: Iterable[str]) -> None:
@@ -22,7 +22,7 @@ def check_flags(argv: Iterable[str], known: Iterable[str]) -> None:
     for argument in argv:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag.partition(".")[0] not in known:  # a dictionary's keys are its own
-            raise UserError(f"there is no option {flag}{nearest(flag, known) or ' (see --help)'}")
+            raise UserError(not_known(flag, known))
 
 
 def switches(argv: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -32,11 +32,12 @@ def switches(argv: Sequence[str], names: Iterable[str]) -> list[str]:
     return [f"{one}=true" if one in flags and next_one.startswith("--") else one for one, next_one in zip(argv, after)]
 
 
-def check_file(path: str, known: Iterable[str]) -> dict[str, int]:
-    """The line of every option in a YAML file.
+def check_file(path: str, hints: Mapping[str, object]) -> dict[str, int]:
+    """The line of every option in a YAML file; ``hints`` has the type of every option there is.
 
     Raises:
-        UserError: if it is not YAML (of the safe kind), holds what is no option, or an option twice; names the line.
+        UserError: if it is not YAML (of the safe kind), holds what is no option, an option twice, or null for one that
+            must have a value; names the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -52,12 +53,14 @@ def check_file(path: str, known: Iterable[str]) -> dict[str, int]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f'{path} must hold options as "name: value"')
     lines: dict[str, int] = {}
-    for key, _ in root.value:
+    for key, value in root.value:
         name, line = str(key.value), key.start_mark.line + 1
-        if name not in known:
-            raise UserError(f"{path}, line {line}: there is no option {name}{nearest(name, known) or ' (see --help)'}")
+        if name not in hints:
+            raise UserError(f"{path}, line {line}: there is no option {name}{nearest(name, hints) or ' (see --help)'}")
         if name in lines:
             raise UserError(f"{path}, line {line}: {name} is there twice, first in line {lines[name]}")
+        if value.tag == "tag:yaml.org,2002:null" and NoneType not in get_args(hints[name]):
+            raise UserError(f"{path}, line {line}: {name} must be {_kind(hints[name])}, not null")
         lines[name] = line
     return lines
 
@@ -74,15 +77,17 @@ def explain(
         hints: the type of every option.
     """
     text = " ".join(str(error).split())
+    if unknown := re.fullmatch(r"unrecognized arguments: (\S+).*", text):
+        return not_known(unknown[1], ())
     key = re.search(r'[Kk]ey "(\w+)"', text)
     if not key or (name := key[1]) not in hints:
         return f"{text} (see --help)"
-    value = re.search(r"(?:Got|Given) value: (.*)", text)
-    said = value[1] if value else "that"
+    value = re.search(r".*(?:Got|Given) value: ?(.*)", text)  # the last one: a union's own
+    said = {"None": "null"}.get(value[1], value[1]) if value else "that"
     where = f"--{name}"
     if f"{where}={said}" not in argv and (where, said) not in pairwise(argv):
         where = next((f"{path}, line {of[name]}: {name}" for path, of in files.items() if name in of), where)
-    return f"{where} must be {_kind(hints[name])}, not {said}"
+    return f"{where} must be {_kind(hints[name])}, not {said or 'empty'}"
 
 
 def _kind(hint: object) -> str:

@@ -76,5 +76,5 @@ def render(template: str, path: Path, filters: dict[str, Callable], **values: ob
     environment.filters |= filters
     html = environment.get_template(template).render(values)
     # A model may emit half of a surrogate pair, which JSON can hold and UTF-8 cannot.
-    atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
+    atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"), shared=True)
     return path

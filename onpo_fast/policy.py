@@ -271,8 +271,7 @@ def _check_directory(source: str) -> None:
     if not directory.is_dir():
         if directory.exists():
             raise UserError(f"cannot load the model {source}: it is a file, where a model is a directory")
-        inside = "/" in source and directory.parent.is_dir()
-        if inside or directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        if directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise UserError(f"cannot load the model {source}: there is no such directory")
         return
     names = sorted(path.name for path in directory.iterdir())

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
-from collections.abc import Callable, Set
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -29,13 +33,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from .data import of_iterations
 from .errors import CommandParser, UserError, command
 from .page import COLOURS, INK, STYLE, Plot, new_axes, plot, render
 from .tracking import whole_records
 
 MOST_PROMPTS = 40  # shown side by side
+MOST_TRAINING_PROMPTS = 10  # before there are held-out ones
 MOST_POINTS = 200  # drawn for a fit: more make the file large and the line no clearer
-EVALUATED = {"policies", "win_rate", "interval", "duality_gap", "confidence", "oracle", "prompts", "samples_per_prompt"}
 JUDGE = ("requests", "failures", "prompt_tokens", "completion_tokens", "answered", "cached", "nonsense")
 STAGES = ("fit policy", "fit auxiliary", "sample", "judge", "score", "pair")
 STAGE_COLOURS = dict(zip(STAGES, COLOURS))  # the same in every plot
@@ -62,20 +67,25 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any]
-    responses: list[dict[str, Any]]
+    responses: list[dict[str, Any]]  # to held-out prompts
+    newest: int  # the iteration with the newest responses to training prompts; 0 if there are none
+    training: list[dict[str, Any]]  # the first two of these, and the probability that the oracle prefers the first
 
     @classmethod
     def read(cls, directory: Path) -> Run:
         config = directory / "config.yaml"
         if not config.exists():
             raise UserError(f"{directory} is not a run: it has no config.yaml")
+        newest, training = _read_training(directory)
         return cls(
             directory=directory,
             config=_read_yaml(config),
             environment=_read_json(directory / "environment.json"),
             metrics=whole_records(_lines(directory / "metrics.jsonl")),
-            evaluation=_read_json(directory / "evaluation.json", EVALUATED),
-            responses=_read_responses(directory / "evaluation_responses.jsonl"),
+            evaluation=_read_json(directory / "evaluation.json", _is_evaluation),
+            responses=[row for row in _rows(directory / "evaluation_responses.jsonl") if _is_evaluated(row)],
+            newest=newest,
+            training=training,
         )
 
     @property
@@ -108,10 +118,12 @@ class Run:
 
     def judge_counters(self) -> dict[str, dict[str, int]]:
         """What the judge was asked in each iteration, in the evaluation and in all; empty if nothing was counted."""
-        rows = {f"iteration {t}": row for t, row in self.iterations("judge").items()}
-        rows["evaluation"] = self.iterations("evaluate").get(0, {})
-        rows = {at: row for at, row in rows.items() if row.keys() & set(JUDGE)}
-        counters = {at: {name: row.get(name, 0) for name in JUDGE} for at, row in rows.items()}
+        counters: dict[str, Counter[str]] = {}
+        for row in self.metrics:  # all of them: one that was stopped has been paid for
+            if row["stage"] in ("judge", "evaluate") and row.keys() & set(JUDGE):
+                at = f"iteration {row['iteration']}" if row["stage"] == "judge" else "evaluation"
+                told = {name: row.get(name) or 0 for name in JUDGE}
+                counters.setdefault(at, Counter()).update(told)
         total = {name: sum(some[name] for some in counters.values()) for name in JUDGE}
         return counters | {"in all": total} if counters else {}
 
@@ -123,6 +135,16 @@ class Run:
                 stage = f"{row['stage']} {row.get('fit', '')}".strip()
                 values.setdefault(stage, {}).setdefault(row["iteration"], []).append(row[name])
         return {stage: {at: float(reduce(some)) for at, some in points.items()} for stage, points in values.items()}
+
+    def seconds(self) -> dict[int, dict[str, float]]:
+        """Iteration → stage → seconds; of one that has not ended, what its stages have recorded so far."""
+        timed = [row for row in self.metrics if row.get("seconds") is not None]
+        last = {tuple(map(row.get, ("iteration", "stage", "fit", "step", "part", "model"))): row for row in timed}
+        so_far: dict[int, Counter[str]] = {}
+        for (t, stage, fit, *_), row in last.items():
+            if (name := f"{stage} {fit or ''}".strip()) in STAGES:
+                so_far.setdefault(t, Counter())[name] += row["seconds"]
+        return dict(sorted((so_far | self.column("iteration", "stage_seconds")).items()))
 
     def fits(self) -> list[Fit]:
         """In the order they were run. Of a step that a resumed run repeats, the last row counts."""
@@ -144,39 +166,94 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         options = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is damaged: not YAML ({error})") from None
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError(f'{path} is damaged: expected "name: value"')
+    if not isinstance(options.get("iterations", 0), int):
+        raise UserError(f"{path} is damaged: iterations is a whole number")
     return options
 
 
-def _read_json(path: Path, keys: Set[str] = frozenset()) -> dict[str, Any]:
-    """A JSON object with these keys; empty if it is not there."""
+def _read_json(path: Path, whole: Callable[[dict], bool] = lambda document: True) -> dict[str, Any]:
+    """A JSON object that is ``whole``; empty if it is not there."""
     if not path.exists():
         return {}
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged: not JSON ({error}); --resume makes it again") from None
-    if not isinstance(document, dict) or not document.keys() >= keys:
+    if not isinstance(document, dict) or not whole(document):
         raise UserError(f"{path} is damaged: it lacks what a run writes there; --resume makes it again")
     return document
+
+
+def _is_evaluation(document: dict[str, Any]) -> bool:
+    """Whether a document has what ``evaluate`` writes, as far as the page goes by it."""
+    try:
+        count = len(document["policies"])
+        shapes = {"win_rate": (count, count), "interval": (count, count, 2), "duality_gap": (count,)}
+        shapes |= dict.fromkeys(("confidence", "prompts", "samples_per_prompt"), ())
+        shapes |= {name: (count,) for name in ("kl_to_initial", "response_tokens_mean") if document.get(name)}
+        return (
+            "oracle" in document
+            and all(re.fullmatch(r"π_[0-9]{1,9}", name) for name in document["policies"])
+            and all(_is_finite(document[name], shape) for name, shape in shapes.items())
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_finite(value: Any, shape: tuple[int, ...]) -> bool:
+    array = np.array(value, dtype=float)
+    return array.shape == shape and bool(np.isfinite(array).all())
 
 
 def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
-def _read_responses(path: Path) -> list[dict[str, Any]]:
-    """Those lines that are what a run writes; damaged ones are passed over."""
-    rows = []
-    for line in _lines(path):
+def _rows(path: Path) -> list[Any]:
+    """What each line says; None where that is no JSON."""
+
+    def row(line: bytes) -> Any:
         try:
-            row = json.loads(line)
+            return json.loads(line)
         except ValueError:
-            continue
-        if isinstance(row, dict) and row.keys() >= {"prompt", "responses", "preference"}:
-            rows.append(row)
-    return rows
+            return None
+
+    return [row(line) for line in _lines(path)]
+
+
+def _read_training(directory: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The newest iteration with responses, and ``MOST_TRAINING_PROMPTS`` of these. Damaged lines are passed over."""
+    newest, path = max(of_iterations(directory, "responses.jsonl").items(), default=(0, directory))
+    rows = []
+    for row, judged in zip_longest(_rows(path), _rows(path.with_name("preferences.jsonl"))) if newest else ():
+        if isinstance(row, dict) and _are_messages(row.get("prompt")) and _are_texts(row.get("responses")):
+            try:
+                preference = float(judged["preferences"][0][1])
+            except (KeyError, IndexError, TypeError, ValueError):  # damaged, or not judged yet
+                preference = None
+            rows.append({"prompt": row["prompt"], "responses": row["responses"][:2], "preference": preference})
+    return newest, rows[:MOST_TRAINING_PROMPTS]
+
+
+def _is_evaluated(row: Any) -> bool:
+    """Whether it is one of the rows of evaluation_responses.jsonl."""
+    return (
+        isinstance(row, dict)
+        and _are_messages(row.get("prompt"))
+        and isinstance(row.get("responses"), dict)
+        and all(map(_are_texts, row["responses"].values()))
+        and isinstance(row.get("preference", ""), (int, float, NoneType))
+    )
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _short(name: str) -> str:
@@ -199,7 +276,10 @@ def _duration(seconds: float) -> str:
 
 
 def _date(time: float) -> str:
-    return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    try:
+        return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, OSError, ValueError):  # a damaged record
+        return "at no time"
 
 
 # --- Plots: each a function of the run --------------------------------------------------------------------------------
@@ -208,7 +288,12 @@ def _date(time: float) -> str:
 def _fit_axes(run: Run, y: str) -> tuple[Figure, Axes]:
     """Axes for all fits in a row, with a mark where an iteration starts."""
     figure, axes = new_axes("fit step, all fits in a row", y)
-    starts = {fit.iteration: fit.start for fit in reversed(run.fits())}
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter("{x:g}")  # a power of ten of its own would stand where the iterations' marks do
+    fits = run.fits()
+    if fits:
+        axes.set_xlim(0.5, fits[-1].start + fits[-1].rows[-1]["step"] + 0.5)
+    starts = {fit.iteration: fit.start for fit in reversed(fits)}
     for iteration, start in starts.items():
         axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.7)
         if iteration % math.ceil(len(starts) / 8) == 0:
@@ -244,11 +329,18 @@ def _draw_iterations(axes: Axes, series: dict[str, dict[int, float | None]]) -> 
             colour = STAGE_COLOURS.get(label, colour)
             axes.plot(points.keys(), points.values(), marker=marker, markersize=4, color=colour, label=label)
             said.append(f"{label}: " + ", ".join(f"{value:.3g}" for value in points.values()))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if said:
+        _whole_iterations(axes, [at for points in series.values() for at in points])
     low, high = axes.get_ylim()
     low = min(0, low)  # an estimated KL may be negative
     axes.set_ylim(low, high + 0.04 * (high - low))
     return said
+
+
+def _whole_iterations(axes: Axes, numbers: Collection[int]) -> None:
+    """An x-axis of iterations, also for a single one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
 
 
 def win_rates(run: Run) -> Plot | None:
@@ -276,15 +368,19 @@ def duality_gap(run: Run) -> Plot | None:
 
 def loss(run: Run) -> Plot | None:
     figure, axes = _fit_axes(run, "normalised loss")
-    untrained = math.log(2) if run.config.get("objective") == "dpo" else 0.25
-    axes.axhline(untrained, color=INK, linestyle="--", linewidth=0.9)
     said = _draw_fits(axes, run, "loss_normalised")
+    untrained = run.column("pair", "untrained_loss")
+    for fit in run.fits() if said else ():
+        if (value := untrained.get(fit.iteration)) is not None:
+            steps = (fit.start + 0.5, fit.start + fit.rows[-1]["step"] + 0.5)
+            axes.plot(steps, (value, value), color=INK, linestyle="--", linewidth=0.9, label="untrained")
+    said += [f"iteration {t}, untrained: {value:.3g}" for t, value in untrained.items() if value is not None]
     for fit in run.fits():
         if fit.skipped:
             steps = fit.start + np.array(fit.skipped)[:: math.ceil(len(fit.skipped) / MOST_POINTS)]
             axes.plot(steps, 0 * steps, "x", color=INK, markersize=5, clip_on=False, label="skipped steps")
             said.append(f"iteration {fit.iteration}, {fit.name}: {len(fit.skipped)} steps skipped")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     return plot(figure, said)
 
 
@@ -335,14 +431,15 @@ def shares(run: Run) -> Plot | None:
 
 def stage_seconds(run: Run) -> Plot | None:
     figure, axes = new_axes("iteration", "seconds", height=3)
-    rows = run.iterations("iteration")
-    stages = dict.fromkeys(stage for row in rows.values() for stage in row["stage_seconds"])
-    heights = {stage: np.array([row["stage_seconds"].get(stage, 0.0) for row in rows.values()]) for stage in stages}
+    rows = run.seconds()
+    stages = dict.fromkeys(stage for row in rows.values() for stage in row)
+    heights = {stage: np.array([row.get(stage, 0.0) for row in rows.values()]) for stage in stages}
     bottom = 0.0
     for stage, height in heights.items():
         axes.bar(list(rows), height, bottom=bottom, width=0.6, color=STAGE_COLOURS.get(stage), label=stage)
         bottom = bottom + height
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if rows:
+        _whole_iterations(axes, rows)
     return plot(figure, [f"{stage}: {_duration(height.sum())}" for stage, height in heights.items()])
 
 

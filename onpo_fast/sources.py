@@ -43,15 +43,10 @@ def records(source: str | Path, column: str | None = None) -> Iterator[tuple[str
             yield from _json(path)
     elif Path(where).is_dir():
         yield from _rows(name, _saved(where, split), column)
-    elif is_hub_id(where) and not where.endswith(FILES):
+    elif HUB_ID.fullmatch(where) and not where.endswith(FILES):
         yield from _rows(name, _hub(where, split), column)
     else:
         raise UserError(f"cannot read {name}: there is no such file")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether the hub may have something of this name. "runs/typo" it has not, where there is a directory runs."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 
 @contextmanager

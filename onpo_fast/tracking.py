@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 
 import torch
 from rich.console import Console
@@ -27,6 +28,8 @@ from .errors import UserError
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
+WANDB_KEY = 40  # characters of a key, at least
+
 RECORD = {"time": (int, float), "stage": str, "iteration": int}
 RECORDS_OF = {  # beyond those, by stage
     "prompts": {"train": int, "held_out": int},
@@ -34,6 +37,8 @@ RECORDS_OF = {  # beyond those, by stage
     "iteration": {"seconds": (int, float), "stage_seconds": dict},
     "evaluate": {"seconds": (int, float)},
 }
+
+OTHERS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # what else is not a number or null
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -201,8 +206,13 @@ def check_reporter(report_to: str) -> None:
         installed = False
     if not installed:
         raise UserError("--report_to wandb needs its package: pip install 'onpo_fast[wandb]'")
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    key = os.environ.get("WANDB_API_KEY", "")
+    if not key:
         raise UserError("--report_to wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline")
+    if len(key) < WANDB_KEY:
+        raise UserError(f"the key in $WANDB_API_KEY can be none: it has fewer than {WANDB_KEY} characters")
 
 
 class _Wandb:
@@ -214,14 +224,20 @@ class _Wandb:
     def __init__(self, directory: Path, options: dict, records: list[dict]) -> None:
         import wandb
 
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "onpo_fast"),
-            name=os.environ.get("WANDB_NAME", directory.name),
-            dir=os.environ.get("WANDB_DIR", directory),
-            config=options,
-            # neither the terminal's text nor a diff of the checkout: only what metrics.jsonl has
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
-        )
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "onpo_fast"),
+                name=os.environ.get("WANDB_NAME", directory.name),
+                dir=os.environ.get("WANDB_DIR", directory),
+                config=options,
+                # neither the terminal's text nor a diff of the checkout: only what metrics.jsonl has
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+            )
+        except Exception as error:  # the network, the service, its keys
+            raise UserError(
+                f"--report_to wandb: it cannot be reached, or refuses ({error}). WANDB_MODE=offline needs neither key "
+                f"nor network (`wandb sync` sends what is there later); --resume goes on with {directory}"
+            ) from error
         self.steps: dict[str, int] = {}
         for record in records:
             self.log(record)
@@ -248,7 +264,8 @@ def whole_records(lines: Iterable[str | bytes]) -> list[dict]:
         except ValueError:
             continue
         if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
-            kinds = RECORDS_OF.get(record["stage"], {})
-            if all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            kinds = OTHERS | RECORDS_OF.get(record["stage"], {})
+            numbers = {key: (int, float, NoneType) for key in record.keys() - kinds.keys() - RECORD.keys()}
+            if all(isinstance(record.get(key), kind) for key, kind in (kinds | numbers).items()):
                 records.append(record)
     return records

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import PARTIAL, Checkpoints, Journal, atomic_write_text, checksum
+from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, atomic_write_text, checksum, locked
 from .config import Config
 from .data import (
     Group,
@@ -124,7 +123,7 @@ class Run:
             usable,
         )  # fmt: skip
         policy = self.load(config.model)
-        self.lock = _locked(self.directory)
+        self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
         if self.journal.mended:
@@ -220,8 +219,8 @@ class Run:
 
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
         name = f"{self.name(t)}/preferences.jsonl"
-        path = self.directory / name
-        preferences = read_preferences(path) if self.made(name) else self._judge(t, groups, name)
+        made = self.made(name, keep=_stopped)
+        preferences = read_preferences(self.directory / name) if made else self._judge(t, groups, name)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.numbers["cyclic_triples"] = cyclic / triples if triples else None
         return preferences
@@ -231,7 +230,12 @@ class Run:
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
-            preferences = oracles.judge(self.oracle, groups, self.config.oracle, done)
+            try:
+                preferences = oracles.judge(self.oracle, groups, self.config.oracle, done)
+            except Exception:
+                if spent := oracles.take_counters(self.oracle):
+                    self.tracker.log("judge", t, seconds=time.perf_counter() - start, stopped=True, **spent)
+                raise
         write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
         seconds = time.perf_counter() - start
@@ -255,8 +259,11 @@ class Run:
                 "--responses_per_prompt or a smaller step keep responses apart"
             )
         write_pairs(self.directory / name, pairs, groups)
+        objective = self.config.make_objective()
+        labels = torch.tensor([one.preference for one in pairs], dtype=torch.float64)
+        untrained = objective.loss(torch.zeros_like(labels), labels).mean() / objective.normaliser  # all margins 0
         self.tracker.log(
-            "pair", t, pairs=len(pairs), identical_pairs=len(chosen) - len(pairs),
+            "pair", t, untrained_loss=float(untrained), pairs=len(pairs), identical_pairs=len(chosen) - len(pairs),
             prompts_without_pairs=len(groups) - len({p.group for p in pairs}),
             empty_responses=sum(not response.text.strip() for group in groups for response in group.responses),
         )  # fmt: skip
@@ -331,14 +338,15 @@ class Run:
                 stages[note["stage"]] = stages.get(note["stage"], 0.0) + note["seconds"]
         names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
         numbers = {name: self.numbers.get(name) for name in names}
-        to_anchor = numbers["kl_to_anchor"]  # known where the anchor was scored
         self.tracker.log("iteration", t, seconds=sum(stages.values()), stage_seconds=stages, **numbers)
         losses = ", ".join(
             f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
             for output, note in self.notes.items() if "loss" in note
         )  # fmt: skip
+        # + 0 makes 0 of -0; the anchor's is known where it was scored
+        to_initial, to_anchor = (None if numbers[name] is None else round(numbers[name], 2) + 0 for name in names[2:])
         console.print(
-            f"iteration {t}: {losses} (normalised), KL to π_1 {numbers['kl_to_initial']:.2f} nats"
+            f"iteration {t}: {losses} (normalised), KL to π_1 {to_initial:.2f} nats"
             f"{'' if to_anchor is None else f' and to the anchor {to_anchor:.2f}'}, "
             f"{numbers['response_tokens_mean']:.0f} tokens a response, "
             f"{sum(stages.values()):.0f} s"
@@ -361,13 +369,13 @@ class Run:
     def evaluation(self) -> dict:
         """Every policy against every other."""
         name, responses = "evaluation.json", "evaluation_responses.jsonl"
-        if self.made(name) and self.journal.note(responses) is not None:
+        if self.made(name, keep=_stopped) and self.journal.note(responses) is not None:
             result = json.loads((self.directory / name).read_text(encoding="utf-8"))
             if len(result["policies"]) == self.config.iterations + 1:
                 return result
         for old in (name, responses):  # also of a run that was shorter then
             self.journal.forget(old)
-        self.tracker.begin(name)
+        self.tracker.begin(name, keep=_stopped)
         result = evaluate(self.directory, self.config, self.tracker)
         self.complete(responses)
         self.complete(name)
@@ -413,6 +421,11 @@ class Run:
             )
 
 
+def _stopped(record: dict) -> bool:
+    """Whether it is of an oracle that did not come to an end: what it was asked has been paid for all the same."""
+    return bool(record.get("stopped"))
+
+
 def _fingerprint(source: str, policy: Policy) -> dict[str, str]:
     """What π_1 is: the SHA-256 of each file that loading may read, or the hub's commit.
 
@@ -427,31 +440,19 @@ def _fingerprint(source: str, policy: Policy) -> dict[str, str]:
 
 
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
-LOCK = ".lock"
 
 
 def _check_directory(directory: Path, resume: bool) -> None:
     """A run directory that holds anything is somebody's, unless it is a run, to go on with."""
     if resume and any((directory / name).exists() for name in (*Journal.FILES, configuration.FILE)):
         return
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--out {directory} is a file: give a directory")
     beginnings = (LOCK, Journal.FILES[0] + PARTIAL)  # what a run leaves that was killed before it had a journal
-    if directory.exists() and (not directory.is_dir() or any(p.name not in beginnings for p in directory.iterdir())):
+    if directory.exists() and any(path.name not in beginnings for path in directory.iterdir()):
         if resume:
             raise UserError(f"--out {directory} is not empty, and has no run to go on with: give a new directory")
         raise UserError(f"--out {directory} is not empty: give a new directory, or --resume to go on with it")
-
-
-def _locked(directory: Path) -> FileLock:
-    """The run directory, made if need be, for this process alone. The lock goes with the process, however it ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {directory} is in use by another run") from None
-    except OSError as error:
-        raise UserError(f"--out {directory}: cannot make it ({error})") from None
-    return lock
 
 
 @command

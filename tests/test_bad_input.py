@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
+from onpo_fast.checkpoint import Journal, locked
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError, command
 
@@ -34,6 +35,9 @@ FILES = {
     "list.yaml": "- seed\n",
     "twice.yaml": "seed: 1\neta: 2.0\nseed: 2\n",
     "value.yaml": "seed: 1\n\niterations: two\n",
+    "null.yaml": "eta: null\nseed: null\n",
+    "labels.yaml": "labels:\n",
+    "switch.yaml": "eta: 3\nskip_bad_prompts: ~\n",
     "code.yaml": 'seed: !!python/object/apply:os.system ["touch owned"]\n',
     "nothing/readme.txt": "no dataset",
     "latin.yaml": b"model: M\xfcller\n",
@@ -82,6 +86,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--eta 0", "--objective onpo: eta must be a positive, finite number, not 0.0"),
         ("--eta .nan", "--objective onpo: eta must be a positive, finite number, not nan"),
         ("--eta nan", "--eta must be a number, not nan"),
+        ("--eta=", "--eta must be a number, not empty"),
+        ("--eta=true", "--eta must be a number, not true"),
+        ("--seed null", "--seed must be a whole number, not null"),
+        ("--judge_request={", "--judge_request must be a JSON object, not {"),
+        ("--iterations 1 2", "one argument too many: 2 (see --help)"),
+        ("--prompts=", "--prompts must not be empty"),
+        ("--eval_prompts=", "--eval_prompts must not be empty"),
+        ("--learning_rate 1e37", "--learning_rate must be at most 1e30"),
         ("--labels hard", "--labels must be one of soft, bits, not hard"),
         ("--pairing random", "--pairing must be one of iid, all_pairs, best_worst, knockout, not 'random'"),
         ("--skip_bad_prompts perhaps", "--skip_bad_prompts must be true or false, not perhaps"),
@@ -94,6 +106,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config twice.yaml", "twice.yaml, line 3: seed is there twice, first in line 1"),
         ("--config value.yaml", "value.yaml, line 3: iterations must be a whole number, not two"),
         ("--config value.yaml --iterations 3", "value.yaml, line 3: iterations must be a whole number, not two"),
+        ("--config null.yaml", "null.yaml, line 2: seed must be a whole number, not null"),
+        ("--config null.yaml --seed 3", "null.yaml, line 2: seed must be a whole number, not null"),
+        ("--config labels.yaml", "labels.yaml, line 1: labels must be one of soft, bits, not null"),
+        ("--config switch.yaml", "switch.yaml, line 2: skip_bad_prompts must be true or false, not null"),
         ("--config code.yaml", "code.yaml, line 1: not YAML (could not determine a constructor"),
         ("--config gone.yaml", "cannot read or write gone.yaml: No such file or directory"),
         # prompts
@@ -135,6 +151,11 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
         (evaluate.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
         (evaluate.main, "nothing --out x", "there is no option --out"),
         (report.main, "", "the following arguments are required: directory"),
+        *((main, "--nope", "there is no option --nope (see --help)")
+          for main in (evaluate.main, report.main, export.main)),
+        (train.main, "--out=", "--out must not be empty"),
+        (train.main, "--out good.jsonl", "--out good.jsonl is a file: give a directory"),
+        (train.main, "--resume --out=", "--resume needs --out"),
         (report.main, "nothing more", "one argument too many: more"),
         (export.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
         (export.main, "nothing --iteration 2", "there is no option --iteration; did you mean --iterations?"),
@@ -166,7 +187,7 @@ def test_other_commands(here: Path, main: Callable, line: str, message: str, cap
     [
         (PermissionError(errno.EACCES, "Permission denied", "a file"), "cannot read or write a file: Permission den"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.partial", None, "a"), "cannot read or write a: Is "),
-        (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some;"),
+        (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some, and "),
     ],
 )
 def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
@@ -176,6 +197,19 @@ def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
     assert one_line(command(fail), [], capsys).startswith(message)
     with pytest.raises(OSError, match=error.strerror):
         command(fail)(["--debug"])
+
+
+def test_a_run_at_work_is_not_evaluated(here: Path, capsys) -> None:
+    """It would write the same files. A report is only read, and its page is written whole."""
+    run = here / "run"
+    lock = locked(run)
+    (run / "config.yaml").write_text(Config(out="run").to_yaml())
+    before = sorted(run.rglob("*"))
+    assert one_line(evaluate.main, ["run"], capsys) == "run is in use by another process"
+    assert sorted(run.rglob("*")) == before
+    report.main(["run"])
+    assert (run / "report.html").exists()
+    lock.release()
 
 
 def test_an_interrupted_command_says_nothing(capsys) -> None:
@@ -308,6 +342,16 @@ def test_a_process(here: Path, line: str, message: str) -> None:
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
     assert not (here / "out").exists()
+
+
+def test_what_may_be_a_key_is_not_said_back(here: Path, capsys) -> None:
+    """In the place of its variable's name, whether it can be one or, in a run that goes on, has changed."""
+    assert "sk-" not in one_line(train.main, ["--judge_key_variable", "sk-1-secret"], capsys)
+    options = vars(Config()) | {"out": "run"}
+    (here / "run").mkdir()
+    Journal(here / "run").begin({"options": options})
+    said = one_line(train.main, ["--resume", "--out", "run", "--judge_key_variable", "sk_secret"], capsys)
+    assert said.startswith("run began with other options: --judge_key_variable. Leave")
 
 
 def test_debug_shows_the_traceback(here: Path) -> None:

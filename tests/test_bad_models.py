@@ -117,12 +117,6 @@ def test_templates(here: Path, shallow_model: Path, template: str, capsys) -> No
     assert not (here / "out").exists()
 
 
-def test_a_missing_directory_is_not_asked_of_the_hub(here: Path) -> None:
-    (here / "runs").mkdir()
-    with pytest.raises(UserError, match="cannot load the model runs/typo: there is no such directory"):
-        load("runs/typo", Config())
-
-
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu"])
 def test_devices(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--device {name}: torch cannot compute there \([^.]{{,120}}.*cpu or cuda$"):

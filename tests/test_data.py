@@ -96,13 +96,6 @@ def test_a_prompt_that_a_model_refuses_is_named_by_its_line(policy, write_lines)
         policy.usable(data.read_prompts(path), 2, None)
 
 
-def test_a_missing_dataset_in_a_directory_is_not_asked_of_the_hub(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org").mkdir()
-    with pytest.raises(UserError, match="cannot read org/typo: there is no such file"):
-        data.read_prompts("org/typo")
-
-
 def test_libraries_are_quiet(caplog, capsys) -> None:
     with sources.quiet():
         logging.getLogger("huggingface_hub").warning("Retrying in 1s [Retry 1/5].")

@@ -46,7 +46,7 @@ def test_pairs(run: Path, capsys) -> None:
 
 
 def test_some_iterations(run: Path, tmp_path: Path) -> None:
-    assert export.export_pairs(run, tmp_path / "second", [2]) == 1
+    assert export.export_pairs(run, tmp_path / "second", [2, 2]) == 1
     assert datasets.load_from_disk(str(tmp_path / "second"))["iteration"][:] == [2]
     with pytest.raises(UserError, match="has no pairs of iteration 3: it has 1, 2"):
         export.export_pairs(run, tmp_path / "third", [3])
@@ -90,13 +90,19 @@ def test_answers(run: Path, tmp_path: Path) -> None:
         (["--alpaca", "bad.jsonl", "--policy", "9"], "has no policy 9: it has 1, 2, 3"),
         (["--alpaca", "bad.jsonl", "--out", "x.txt"], "--out x.txt: AlpacaEval knows"),
         (["--alpaca", "bad.jsonl", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--alpaca", "bad.jsonl", "--policy", "0"], "has no policy 0: it has 1, 2, 3"),
+        (["--alpaca", "good.jsonl", "--out", "empty.jsonl/a.json"], "--out empty.jsonl/a.json: nothing can be written"),
+        (["--out", "empty.jsonl/pairs"], "--out empty.jsonl/pairs: nothing can be written into "),
         (["--policy", "2"], "--policy goes with --alpaca"),
         (["--iterations", "x"], "argument --iterations: invalid int value"),
     ],
 )
 def test_bad_input(run: Path, tmp_path: Path, arguments: list[str], message: str, capsys, monkeypatch) -> None:
+    """Before a model is loaded."""
+    monkeypatch.delattr(export, "load")
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"instruction": "fine"}\n{"instruction": " "}\n')
+    Path("good.jsonl").write_text('{"instruction": "fine"}\n')
     Path("old.jsonl").write_text('{"instruction": "Translate.", "input": "yes"}\n')
     Path("empty.jsonl").write_text("")
     before = sorted(tmp_path.rglob("*"))

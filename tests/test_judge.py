@@ -621,10 +621,9 @@ def test_judges_that_cannot_be_had(options: dict, message: str) -> None:
 @pytest.mark.parametrize("name", ["sk-secret-123", "gsk_secret123", "a secret", ""])
 def test_a_key_in_place_of_its_variables_name(name: str, tmp_path) -> None:
     """It is not said back, and no file has it."""
-    config = Config(judge_url="http://x/v1", judge_model="m", judge_key_variable=name, oracle="judge",
-                    out=str(tmp_path / "out"))  # fmt: skip
+    options = {"judge_url": "http://x/v1", "judge_model": "m", "oracle": "judge", "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match="--judge_key_variable must be the NAME") as error:
-        module.train(config)
+        module.train(Config(judge_key_variable=name, **options))
     assert "secret" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -70,6 +70,11 @@ def _edit(directory: Path, template: str, **settings: str) -> None:
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def _configured(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
 def test_a_system_message_goes_before_the_first_turn(pair_model: PairModel) -> None:
     system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     joined = [{"role": "user", "content": "Be kind.\n\nHi"}]
@@ -144,6 +149,7 @@ def test_the_memory_comes_back(pair_model: PairModel) -> None:
          "{% if add_generation_prompt %}assistant:{% endif %}",
          "does not end with the header after which the assistant says A"),
         ("{{ raise_exception('never') }}", "refuses the conversation: never"),
+        ("{{ 1 // 0 }}", "refuses the conversation: integer division or modulo by zero"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_asked(shallow_model, tmp_path, template: str, message: str) -> None:
@@ -162,7 +168,9 @@ def test_models_that_cannot_be_had(shallow_model, tmp_path) -> None:
     shutil.copytree(shallow_model, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights in safetensors format"):
+    with pytest.raises(UserError, match="cannot load the model /tmp/none: there is no such directory"):
+        oracles.load("reward-model=/tmp/none")
+    with pytest.raises(UserError, match=r"has its weights in pytorch_model\.bin: only safetensors are read"):
         oracles.load("pair-model", Config(oracle_model=str(pickled)))
 
 
@@ -170,9 +178,8 @@ def test_a_models_own_code_is_not_run(shallow_model, tmp_path) -> None:
     """Unless asked for with --trust_remote_code."""
     directory = tmp_path / "model"
     shutil.copytree(shallow_model, directory)
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.M"}}
-    (directory / "config.json").write_text(json.dumps(config))
+    auto_map = {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.M"}
+    _configured(directory, model_type="theirs", auto_map=auto_map)
     (directory / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     with pytest.raises(UserError, match="cannot load the model"):
         oracles.load("pair-model", Config(oracle_model=str(directory)))
@@ -242,15 +249,21 @@ def test_a_reward_is_that_of_one_unpadded_pass(reward_directory, tmp_path, named
     np.testing.assert_allclose(oracle.many(GROUPS)[0], 1 / (1 + np.exp(-difference)), atol=1e-5)
 
 
-def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path) -> None:
+def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path, capfd) -> None:
+    with pytest.raises(UserError, match=r"is no reward-model: its config\.json has 2 labels"):
+        oracles.load(f"reward-model={shallow_model}")
+    headless = tmp_path / "headless"
+    shutil.copytree(shallow_model, headless)
+    _configured(headless, num_labels=1)
     with pytest.raises(UserError, match=r"is no reward-model: it lacks the weights score\.weight"):
-        oracles.load(f"reward-model={shallow_model}")(PROMPT, ["a", "b"])
+        oracles.load(f"reward-model={headless}")(PROMPT, ["a", "b"])
+    assert capfd.readouterr() == ("", "")  # transformers has a table for it
     AutoModelForSequenceClassification.from_pretrained(
         reward_directory, num_labels=3, ignore_mismatched_sizes=True
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(reward_directory).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="it has 3 labels"):
-        oracles.load(f"reward-model={tmp_path}")(PROMPT, ["a", "b"])
+    with pytest.raises(UserError, match="has 3 labels"):
+        oracles.load(f"reward-model={tmp_path}")
 
 
 def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from onpo_fast import oracles
+from onpo_fast import evaluate, oracles, train
+from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 
@@ -62,6 +65,23 @@ def test_a_function_of_the_users(oracle_module) -> None:
     )
     (matrix,) = oracles.judge(oracles.load(name), [group("a", "abc", "ab")], name)
     np.testing.assert_allclose(matrix, [[0.5, 0, 0], [1, 0.5, 1], [1, 0, 0.5]])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_oracle_may_write_into_what_it_is_given(many: bool) -> None:
+    def prefer(prompt: list, responses: list[str]) -> np.ndarray:
+        prompt.clear()
+        count = len([responses.pop() for _ in range(len(responses))])
+        return np.full((count, count), 0.5)
+
+    class Batched(oracles.BatchOracle):
+        def many(self, groups, progress=lambda n: None):
+            return [prefer(*one) for one in groups]
+
+    first = group("a", "b", "c")
+    (matrix,) = oracles.judge(Batched() if many else prefer, [first], "f")
+    assert matrix.shape == (3, 3)
+    assert first.prompt
 
 
 def test_the_diagonal_is_not_read() -> None:
@@ -221,3 +241,58 @@ def test_async_oracles_are_named(oracle_module) -> None:
 def test_a_module_that_exits_is_named(oracle_module) -> None:
     with pytest.raises(UserError, match=r"cannot import it \(SystemExit: 0\)"):
         oracles.load(oracle_module("import sys; sys.exit(0)\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+COUNTING = """
+from pathlib import Path
+
+class Counting:
+    requests = 0
+
+    def __call__(self, prompt, responses):
+        self.requests += 1
+        if Path("down").exists() and self.requests == 2:
+            raise RuntimeError("down")
+        return [[0.5] * len(responses)] * len(responses)
+
+    def take_counters(self):
+        taken, self.requests = self.requests, 0
+        return {"requests": taken}
+
+prefer = Counting()
+"""
+
+
+def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model, tmp_path, monkeypatch) -> None:
+    """An oracle that dies halfway, in a run and in an evaluation; one that is asked again by hand."""
+    monkeypatch.chdir(tmp_path)
+    name = oracle_module(COUNTING)
+    prompts = "".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in range(5))
+    Path("prompts.jsonl").write_text(prompts)
+    options = Config(
+        model=str(shallow_model), prompts="prompts.jsonl", eval_fraction=0.4, oracle=name, out="run", iterations=1,
+        prompts_per_iteration=3, responses_per_prompt=2, max_new_tokens=4, eval_samples=1, report_to="none",
+    )  # fmt: skip
+
+    def rows(stage: str) -> list[tuple[int, bool]]:
+        records = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+        return [(row["requests"], row.get("stopped", False)) for row in records if row["stage"] == stage]
+
+    Path("down").touch()
+    with pytest.raises(UserError, match="it raised RuntimeError: down"):
+        train.train(options)
+    assert rows("judge") == [(2, True)]
+    monkeypatch.setattr(train, "evaluate", lambda *rest: (Path("down").touch(), evaluate.evaluate(*rest))[1])
+    Path("down").unlink()
+    with pytest.raises(UserError, match="it raised RuntimeError: down"):
+        train.train(options, resume=True)
+    assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True)])
+    monkeypatch.setattr(train, "evaluate", evaluate.evaluate)
+    Path("down").unlink()
+    train.train(options, resume=True)
+    evaluate.main(["run"])
+    assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True), (2, False), (2, False)])

@@ -40,7 +40,7 @@ def metrics(iterations: int = 2) -> list[dict]:
             | {"response_tokens_mean": 80.0 + t, "stopped_by_length": 0.05, "peak_memory_bytes": 5 << 30},
             {**at, "stage": "judge", "seconds": 3.0, "comparisons": 900, "triples": 300, "cyclic_triples": 0.1},
             {**at, "stage": "pair", "pairs": 300, "identical_pairs": 2, "prompts_without_pairs": 0}
-            | {"empty_responses": 1},
+            | {"empty_responses": 1, "untrained_loss": 0.2 + t / 100},
             {**at, "stage": "score", "model": "auxiliary", "seconds": 4.0, "tokens_per_second": 60000.0},
             *(fit_row(t, fit, step) for fit in ("auxiliary", "policy") for step in range(1, 41)),
             {**at, "stage": "iteration", "seconds": 60.0, "stage_seconds": stages, "kl_to_initial": 1.5 * (t - 1)}
@@ -188,6 +188,38 @@ def test_unfinished_run(unfinished: Path) -> None:
     assert "Not recorded: responses to held-out prompts." in page.text
     assert "Not recorded: versions, device and commit." in page.text
     assert page.count("svg") == 11
+    assert "1 min 00 s for 1 finished iteration. 0.5 s so far for iteration 2, which has not ended." in page.text
+    assert "2 (so far) 0.0 0.0 0.0 0.0 0.5 0.0 0.5" in page.text
+
+
+def test_the_newest_responses_of_an_unfinished_run(unfinished: Path) -> None:
+    """Of π_2, when iteration 2 has sampled; those of earlier iterations no longer."""
+    for t, text in ((1, "Old."), (2, ATTACK)):
+        (unfinished / f"iteration_{t:02d}").mkdir()
+        asked = [{"role": "user", "content": f"Question {n}"} for n in range(3)]
+        rows = [{"prompt": [one], "responses": [text, "Second.", "Third."]} for one in asked]
+        write_lines(unfinished / f"iteration_{t:02d}/responses.jsonl", rows)
+    page = Page(write_report(unfinished))
+    assert "the first two responses that π₂ gave to 3 of the prompts that iteration 2 trains on." in page.text
+    assert "The oracle prefers" not in page.text  # it has not been asked
+    assert page.text.count(ATTACK) == page.text.count("Second.") == page.count("article") == 3
+    assert not {"Old.", "Third."} & set(page.text.split())
+
+    judged = unfinished / "iteration_02/preferences.jsonl"
+    judged.write_text('{"preferences": [[0.5, 0.9], [0.1, 0.5]]}\n\x00\n{"preferences": [[0.5, 0.25], [0.75, 0.5]]}\n')
+    shares = re.findall(r"prefers the first of the two with probability (\S+) %", Page(write_report(unfinished)).text)
+    assert shares == ["90.0", "25.0"]  # a damaged line moves no other
+
+
+def test_ticks_of_iterations_and_steps_are_whole(unfinished: Path) -> None:
+    rows = [row for row in metrics(1)[:-1] if row.get("step", 1) == 1]
+    write_lines(unfinished / "metrics.jsonl", [row | {"log_ratio_loser": -1e-7 * row.get("step", 1)} for row in rows])
+    page = write_report(unfinished).read_text(encoding="utf-8")
+    for title in ("Normalised loss", "Seconds by stage", "Response length", "Gradient norm"):
+        svg = page.partition(f"<h3>{title}</h3>")[2].partition("</svg>")[0]
+        ticks = [int(text) for text in re.findall(r"text-anchor: middle[^>]*>([\d.]+)</text>", svg)]
+        assert ticks == ([1, 2] if title in ("Normalised loss", "Gradient norm") else [1]), title
+    assert "1e−7" not in page.partition("<h3>What the margin is made of</h3>")[2].partition("</svg>")[0]
 
 
 def test_unfinished_run_says_how_to_go_on(unfinished: Path) -> None:
@@ -222,6 +254,7 @@ def test_skipped_steps_are_named(finished: Path) -> None:
     (loss,) = (a["aria-label"] for _, a in page.tags if (a.get("aria-label") or "").startswith("Plot. Normalised loss"))
     assert loss == (
         "Plot. Normalised loss. iteration 2, auxiliary: from 0.246 to 0.1; iteration 1, policy: from 0.246 to 0.1; "
+        "iteration 1, untrained: 0.21; iteration 2, untrained: 0.22; "
         "iteration 1, policy: 1 steps skipped; iteration 2, policy: 40 steps skipped."
     )
 
@@ -237,6 +270,8 @@ def test_judge_and_prompts_are_counted(finished: Path) -> None:
     assert "80 held out; 7 bad ones passed over." in page.text
     assert "The judge gave 2,991 answers, and 15 more came from its cache; 6 of them without a verdict." in page.text
     assert "3,000 requests, 9 of which failed; 210,000 tokens in, 2,700 out." in page.text
+    write_lines(finished / "metrics.jsonl", [*rows[:2], rows[2] | {"stopped": True}, *rows[2:]])
+    assert "iteration 1 2,000 6 140,000" in Page(write_report(finished)).text  # paid for, though nothing came of it
     assert "evaluation 1,000 3 70,000 900 997 5 2 in all 3,000 9 210,000 2,700 2,991 15 6" in page.text
 
 
@@ -276,7 +311,14 @@ def test_damaged_records_are_passed_over(finished: Path) -> None:
     assert Page(write_report(finished)).text == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"policies": ["π_1", "π_2"]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"policies": ["π_1", "π_2"]}', json.dumps(evaluation(0.6, 0.5, 0.7) | {"win_rate": [[0.5]]})),
+        json.dumps(evaluation(0.6, 0.5, 0.7) | {"confidence": None}),
+        json.dumps(evaluation(0.6, 0.5, 0.7) | {"policies": ["π_1", "π_2", "x"]}),
+    ],
+)
 def test_a_damaged_evaluation_is_named(finished: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "evaluation.json").write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit):
@@ -285,6 +327,40 @@ def test_a_damaged_evaluation_is_named(finished: Path, content: str, capsys: pyt
     assert said.startswith(f"error: {finished / 'evaluation.json'} is damaged: ")
     assert said.endswith("; --resume makes it again\n")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "a: [", "not YAML ("),
+        ("config.yaml", "- a", 'expected "name: value"'),
+        ("config.yaml", "iterations: two", "iterations is a whole number"),
+        ("environment.json", "[1]", "it lacks what a run writes there"),
+    ],
+)
+def test_damaged_files_are_named(finished: Path, name: str, content: str, message: str, capsys) -> None:
+    (finished / name).write_text(content)
+    with pytest.raises(SystemExit):
+        main([str(finished)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {finished / name} is damaged: {message}")
+    assert said.count("\n") == 1
+
+
+def test_odd_values_are_passed_over(finished: Path) -> None:
+    """JSON that is whole, with values that nothing of a run writes."""
+    write_report(finished)
+    before = Page(finished / "report.html").text
+    odd = [{"loss": "x"}, {"loss": [1]}, {"fit": 3}]
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(fit_row(2, "policy", 40) | one) + "\n" for one in odd)
+    told = {"prompt": [{"role": "user", "content": "x"}], "responses": {"π_1": ["y"]}, "preference": 0.5}
+    with (finished / "evaluation_responses.jsonl").open("a") as file:
+        wrong = [{"prompt": 1}, {"prompt": [3]}, {"responses": ["y"]}, {"responses": {"π_1": 3}}, {"preference": "x"}]
+        file.writelines(json.dumps(told | one) + "\n" for one in wrong)
+    assert Page(write_report(finished)).text == before
+    (finished / "metrics.jsonl").write_text('{"time": 1e300, "stage": "sample", "iteration": 1}\n')
+    assert "Last record: sample, at no time." in Page(write_report(finished)).text
 
 
 def test_same_input_same_bytes(finished: Path) -> None:

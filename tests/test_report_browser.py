@@ -75,7 +75,8 @@ def report(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.yaml").write_text("objective: onpo\niterations: 2\nout: " + 40 * "long/path/" + "\n")
     write_lines(directory / "metrics.jsonl", metrics())
-    (directory / "evaluation.json").write_text(json.dumps(evaluation(0.68, 0.61, 0.75)))
+    evaluated = evaluation(0.68, 0.61, 0.75) | {"oracle": "my_own_judges_of_conversations:prefer_the_helpful"}
+    (directory / "evaluation.json").write_text(json.dumps(evaluated))
     rows = [
         {
             "prompt": [{"role": "user", "content": f"Question {i}: " + "long_word" * (20 * i)}],

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bench.drill import SMALL, bits, cut, flip, prepare, small_run
+from onpo_fast import checkpoint
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.checkpoint import Checkpoints, Journal
@@ -246,8 +247,8 @@ def test_other_prompts_are_refused(whole: Whole, tmp_path) -> None:
 
 def test_two_runs_in_one_directory(whole: Whole, tmp_path) -> None:
     out = tmp_path / "run"
-    lock = module._locked(out)
-    with pytest.raises(UserError, match="is in use by another run"):
+    lock = checkpoint.locked(out)
+    with pytest.raises(UserError, match="is in use by another process"):
         module.train(Config(**{**vars(whole.config), "out": str(out)}))
     lock.release()
 

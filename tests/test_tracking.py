@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from onpo_fast.tracking import Tracker
+from onpo_fast.errors import UserError
+from onpo_fast.tracking import Tracker, check_reporter
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the length that W&B takes
 
@@ -49,6 +52,29 @@ def test_damaged_lines_are_left_out_and_kept_aside(tmp_path: Path, capsys) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("short", r"the key in \$WANDB_API_KEY can be none: it has fewer than 40 characters"), (KEY, None)],
+)
+def test_wandb_is_looked_for_early(monkeypatch: pytest.MonkeyPatch, key: str, message: str | None) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_reporter("wandb")
+
+
+def test_wandb_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**options: object) -> None:
+        raise wandb.errors.CommError("no such host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"\(no such host\)\. WANDB_MODE=offline needs .*; --resume goes on with .*run"):
+        log(tmp_path / "run", "wandb")
+
+
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: all the numbers are in W&B's own file, and the key is in none."""
     wandb = pytest.importorskip("wandb")
@@ -59,7 +85,10 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log(tmp_path / "run", "wandb")
     assert wandb.run is None
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()  # protocol buffers one after the other, not compressed
+    content, end = b"", time.monotonic() + 30
+    while b"0.25" not in content and time.monotonic() < end:  # another process writes it, in its own time
+        content = file.read_bytes()  # protocol buffers one after the other, not compressed
+        time.sleep(0.1)
     assert all(text in content for text in (b"onpo_fast", b"loss", b"fit/policy/record", b"0.25"))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if KEY.encode() in path.read_bytes()]

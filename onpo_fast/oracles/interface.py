@@ -53,7 +53,7 @@ def judge(oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress
     Raises:
         UserError: if the oracle fails or says what no preference can be; the message names the oracle and the group.
     """
-    asked = [([dict(m) for m in group.prompt], [response.text for response in group.responses]) for group in groups]
+    asked = [(group.prompt, [response.text for response in group.responses]) for group in groups]
     return judge_texts(oracle, asked, f"--oracle {name}", progress)
 
 
@@ -63,7 +63,7 @@ def judge_texts(
     """``judge`` for prompts with texts; ``title`` is how messages name the oracle."""
     try:
         if many := getattr(oracle, "many", None):
-            answers = _guarded(title, lambda: many(asked, progress))
+            answers = _guarded(title, lambda: many([_copied(*one) for one in asked], progress))
             answers = _guarded(title, lambda: list(answers))
             if len(answers) != len(asked):
                 raise UserError(f"{title}: it gave {len(answers)} matrices for {len(asked)} prompts")
@@ -74,12 +74,17 @@ def judge_texts(
         matrices = []
         for index, (prompt, texts) in enumerate(asked):
             here = f"{title}, {where(index, prompt)}"
-            matrices.append(checked(_guarded(here, lambda: oracle(prompt, texts)), len(texts), here))  # noqa: B023
+            matrices.append(checked(_guarded(here, lambda: oracle(*_copied(prompt, texts))), len(texts), here))  # noqa: B023
             progress(1)
         return matrices
     finally:
         if release := getattr(oracle, "release", None):
             release()
+
+
+def _copied(prompt: Messages, texts: list[str]) -> Asked:
+    """An oracle may write into what it is given."""
+    return [dict(message) for message in prompt], list(texts)
 
 
 def where(index: int, prompt: Messages) -> str:

@@ -8,17 +8,16 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
 from ..errors import UserError
-from ..policy import device_of
+from ..policy import device_of, locate
+from ..sources import quiet
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
@@ -38,22 +37,21 @@ class ModelOracle(BatchOracle):
         self.source, self.config = source, config
         self.model: PreTrainedModel | None = None
         self.device = device_of(config.device)
-        transformers_logging.disable_progress_bar()
-        with self._naming():
-            AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
+        with _loading(source):
+            model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=config.trust_remote_code
             )
         if self.tokenizer.chat_template is None:
             raise UserError(f"the tokenizer of {source} has no chat template, which is how a {self.kind} is asked")
-        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-            raise UserError(f"{source} has no weights in safetensors format, the only one that is read")
+        self.check_config(model_config)
 
     def loaded(self) -> PreTrainedModel:
         """The model, in bfloat16 on a GPU and float32 elsewhere (--dtype)."""
         if self.model is None:
             chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(self.config.dtype)
-            with self._naming():
+            with _loading(self.source):
                 model, report = self.auto_class.from_pretrained(
                     self.source,
                     dtype=chosen or getattr(torch, self.config.dtype),
@@ -64,6 +62,9 @@ class ModelOracle(BatchOracle):
             self.check_loaded(model, report)
             self.model = model.eval().requires_grad_(False).to(self.device)
         return self.model
+
+    def check_config(self, config: PretrainedConfig) -> None:
+        """Refuses a model that says itself that it is of another kind."""
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
         """Refuses a model that is of another kind; ``report`` is transformers' on what it found."""
@@ -81,7 +82,7 @@ class ModelOracle(BatchOracle):
         """A conversation through the model's chat template, up to where the assistant speaks or to its end."""
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program
             raise UserError(f"the chat template of {self.source} refuses the conversation: {error}") from None
 
     def encode(self, text: str, where: str) -> list[int]:
@@ -123,18 +124,12 @@ class ModelOracle(BatchOracle):
                     values = ask([tokens for _, tokens in batch])
                 yield from zip((slot for slot, _ in batch), values.double().cpu().tolist())
 
-    def _naming(self) -> _Naming:
-        return _Naming(self.source)
 
-
-class _Naming:
-    """Turns what transformers raises about a model that cannot be had into one line."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
-            raise UserError(f"cannot load the model {self.source}: {error}") from error
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """What transformers raises about a model that cannot be had, in one line, and no report beside it."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # what is loaded is the user's: anything may be wrong with it
+        raise UserError(f"cannot load the model {source}: {error}") from error

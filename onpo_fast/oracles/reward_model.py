@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
@@ -66,12 +66,15 @@ class RewardModel(ModelOracle):
             model.config.get_text_config().pad_token_id = pad
         return model(**self.padded(rows, "right", pad), use_cache=False).logits[:, 0].float()
 
+    def check_config(self, config: PretrainedConfig) -> None:
+        if config.num_labels != 1:
+            raise UserError(
+                f"{self.source} is no reward-model: its config.json has {config.num_labels} labels, and a reward is "
+                "one number"
+            )
+
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
         super().check_loaded(model, report)
-        if model.config.num_labels != 1:
-            raise UserError(
-                f"{self.source} is no reward-model: it has {model.config.num_labels} labels, a reward is one number"
-            )
         named = model.config.get_text_config().pad_token_id
         known = named is not None and 0 <= named < model.get_input_embeddings().num_embeddings
         self.own_padding: int | None = named if known else None
