@@ -1,6 +1,6 @@
 """The games lab from the command line.
 
-    python -m onpo_fast.games                    # all three, about three minutes on two cores
+    python -m onpo_fast.games                    # all three, two minutes on two cores
     python -m onpo_fast.games matrix --help      # matrix, neural or multiturn
 
 An experiment prints a table and writes its numbers to ``OUT/<experiment>.json`` and its plots beside it;
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ from rich.table import Table
 from ..checkpoint import atomic_write_text
 from ..errors import CommandParser, UserError, command, nearest
 from ..objectives import OBJECTIVES
-from ..page import STYLE, render
+from ..page import STYLE, Plot, render
 from ..tracking import console, environment, progress
 from . import figures, lab
 from .algorithms import ALGORITHMS
 from .arguments import count
-from .neural import NeuralGame
+from .neural import GIVEN, NeuralGame
 from .preferences import GAMES, make
 
 GAME = f"a game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with P or a batch of them"
@@ -52,7 +53,11 @@ def neural(options: argparse.Namespace) -> dict:
     chosen = {name: getattr(options, name) for name in names}
     given = make(options.game) if options.game not in GAMES else None
     if given is not None:
-        chosen |= {"game": "given", "contexts": len(given)}
+        chosen |= {"game": GIVEN, "actions": given.shape[-1]}
+        if len(given) > 1:
+            chosen["contexts"] = len(given)
+        else:
+            given = given[0]  # every context's
     game = NeuralGame(**chosen)
     seeds = range(options.seed, options.seed + count("seeds", options.seeds))
     with progress("a transformer", len(options.objectives) * len(seeds)) as done:
@@ -116,6 +121,7 @@ TABLES = {"matrix": _matrix_table, "neural": _neural_table, "multiturn": _multit
 def work(experiment: str, options: argparse.Namespace, argv: Sequence[str]) -> None:
     """Runs an experiment and leaves its numbers, its plots and the page."""
     start = time.perf_counter()
+    _check_out(options.out)
     try:
         results = EXPERIMENTS[experiment](options)
     except ValueError as error:  # every argument is the user's
@@ -129,25 +135,33 @@ def work(experiment: str, options: argparse.Namespace, argv: Sequence[str]) -> N
     results = json.loads(json.dumps(results, default=_plain))
     console.print(table(experiment, results))
     options.out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(options.out / f"{experiment}.json", json.dumps(results, indent=1) + "\n")
+    atomic_write_text(options.out / f"{experiment}.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def write_page(out: Path) -> Path:
     """``OUT/games.html`` and the plots, of the experiments whose numbers are in ``out``."""
     found = {name: out / f"{name}.json" for name in EXPERIMENTS if (out / f"{name}.json").is_file()}
     results: dict[str, Any] = dict.fromkeys(EXPERIMENTS)
+    plots: dict[str, dict[str, Plot | None]] = {}
     for name, path in found.items():
         try:
             results[name] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is not JSON: remove it, or run this experiment again") from None
-    with matplotlib.rc_context(STYLE):
-        plots = {name: {draw.__name__: draw(results[name]) for draw in figures.FIGURES[name]} for name in found}
+            with matplotlib.rc_context(STYLE):
+                plots[name] = {draw.__name__: draw(results[name]) for draw in figures.FIGURES[name]}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise UserError(f"{path} is not what {name} writes: remove it, or run {name} again") from None
     for name, drawn in plots.items():
         for title, plot in drawn.items():
             if plot:
                 atomic_write_text(out / f"{name}-{title}.svg", str(plot.svg))
     return render("games/results.html.jinja", out / "games.html", {"label": figures.label}, plots=plots, **results)
+
+
+def _check_out(out: Path) -> None:
+    """Before the work: whether its results can be written, and lie beside others of the lab."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: {there} is no directory that can be written to")
 
 
 def _plain(value: object) -> object:
@@ -192,7 +206,7 @@ def _neural_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         parser, "objectives", ["onpo", "omd", "inpo"], "objectives", nargs="+", choices=list(OBJECTIVES), metavar="NAME"
     )
-    _add(parser, "seeds", 3, "seeds, from --seed on: starts, games and draws")
+    _add(parser, "seeds", 2, "seeds, from --seed on: starts, games and draws")
     _add(parser, "eta", None, "step of mirror descent, for all objectives (default: what suits the game)", type=float)
     for field in fields(NeuralGame):
         if field.name == "game":

@@ -23,7 +23,7 @@ import numpy as np
 from ..objectives import Dpo, Inpo, Ipo, Objective, Omd, Onpo
 from .arguments import at_least_zero, count, positive
 from .fits import Comparisons, Exact, Sampled, log_normalised, sppo_fit
-from .preferences import TOLERANCE, check
+from .preferences import check, tolerance_of
 from .solution import gap_of_rewards, regularised_gap_of_rewards, rewards
 
 Game = Exact | Sampled
@@ -232,7 +232,8 @@ def _distribution(init: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray
     games, actions = shape
     if init is None:
         return np.full(shape, 1 / actions)
-    start = np.asarray(init, dtype=np.float64)
+    given = np.asarray(init)
+    start = given.astype(np.float64)
     if start.shape not in ((actions,), shape):
         raise ValueError(f"init must be a distribution over {actions} actions, of shape ({actions},) or ({games}, "
                          f"{actions}), not {start.shape}")  # fmt: skip
@@ -240,6 +241,8 @@ def _distribution(init: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray
         raise ValueError(f"init must be a distribution: it has the probability {start[~(start >= 0)][0]:g}")
     sums = start.sum(-1)
     worst = sums.flat[np.abs(sums - 1).argmax()]
-    if not abs(worst - 1) <= TOLERANCE:
+    if not abs(worst - 1) <= tolerance_of(given):
         raise ValueError(f"init must be a distribution: its probabilities sum to {worst:.10g}")
+    if given.dtype.kind == "f" and given.dtype.itemsize < 8:  # rounded
+        start /= sums[..., None]
     return np.broadcast_to(start, shape).copy()

@@ -136,6 +136,8 @@ def turns_last(results: Results) -> Plot | None:
 def sampling_error(results: Results) -> Plot | None:
     figure, axes = new_axes("samples a state", "error of Q, probability", height=3.4)
     samples, errors = np.array(results["samples"]), np.array(results["sampling_error"])
+    if not errors.all():  # nothing to tell apart: every final state ties
+        return None
     axes.plot(samples, errors, "o-", color=LOOK["onpo"][0], markersize=4, linewidth=1.3, label="three-sample target")
     axes.plot(samples, errors[0] * (samples / samples[0]) ** -0.5, ":", color=INK, linewidth=1, label="1/√samples")
     _logarithmic(axes, "xy")

@@ -49,6 +49,8 @@ def matrix(
     for check, name, value in ((positive, "eta", eta), (at_least_zero, "tau", tau), (whole, "steps", steps)):
         check(name, value)  # here, where it is said of all methods
     P = make(game, actions, count, seed)
+    if P.shape[-1] < 2:
+        raise ValueError("a game of one action has nothing to learn: give it two or more")
     D = float(np.log(P.shape[-1]))
     at = grid(1, steps, 60)
     result = {
@@ -186,7 +188,7 @@ def transformer(
             "worst_distance": float(np.max(distance)) if distance else None,
             "seconds": [trace.seconds for trace in traces],
         }  # fmt: skip
-    return result | {"options": asdict(options)}
+    return result | {"game": asdict(replace(played[0].game, objective="", eta=None, tau=None))}
 
 
 def _played(runs: Sequence[NeuralGame], preferences: np.ndarray | None, done: Done) -> list[NeuralTrace]:
@@ -233,5 +235,5 @@ def several_turns(
     return {
         "games": len(P), "turns": turns, "final_states": P.shape[-1], "T": at, "curves": curves, "final": final,
         "samples": SAMPLES, "sampling_error": errors,
-        "sampling_slope": float(np.polyfit(np.log(SAMPLES), np.log(errors), 1)[0]),
+        "sampling_slope": float(np.polyfit(np.log(SAMPLES), np.log(errors), 1)[0]) if errors.all() else None,
     }  # fmt: skip

@@ -56,11 +56,12 @@ class NeuralGame:
     alphabet: int = 8
     """Tokens of the vocabulary."""
     length: int = 2
-    """Tokens of a response: there are n = alphabet^length of them."""
+    """Tokens of a response: there are n = alphabet^length of them. With "expected" pairs a step costs by n²: ten
+    milliseconds for 64, most of a second for 512."""
 
     # The model
 
-    width: int = 32
+    width: int = 64
     """Hidden size of the transformer."""
     layers: int = 1
     """Its layers."""
@@ -95,7 +96,7 @@ class NeuralGame:
 
     # Fits
 
-    fit_steps: int = 60
+    fit_steps: int = 100
     """Optimizer steps of one fit, each on all pairs of the iteration: with more of them it is nearer to its argmin."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
@@ -127,6 +128,11 @@ class NeuralGame:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
+        if self.contexts > self.alphabet * (self.alphabet - 1):
+            raise ValueError(
+                f"contexts must be at most alphabet·(alphabet − 1), which is {self.alphabet * (self.alphabet - 1)}: a "
+                f"context is two different tokens, not {self.contexts}"
+            )
         if not isinstance(self.width, int) or self.width < 4 or self.width % 4:
             raise ValueError(f"width must be a multiple of 4 (two heads of even size), not {self.width!r}")
         for name in ("eta", "tau", "beta", "learning_rate", "max_grad_norm"):
@@ -144,12 +150,6 @@ class NeuralGame:
             )
         if self.game != GIVEN and self.actions > self.alphabet**self.length:
             raise ValueError(f"{self.actions} actions are more than the {self.alphabet**self.length} responses")
-
-    @property
-    def make_objective(self) -> Objective:
-        """The objective, once ``eta`` and ``tau`` are numbers."""
-        kind = OBJECTIVES[self.objective]
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 Game = Callable[[int, int, np.random.Generator], np.ndarray]
 
 TOLERANCE = 1e-8  # of P + Pᵀ = 1 and of a policy's sum: what a file's decimals and float64 arithmetic leave
+MOST_NUMBERS = 10**8  # of a batch of games, in memory: 800 MB
 
 
 def random(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -95,8 +96,10 @@ def make(source: str, actions: int | None = None, count: int = 1, seed: int = 0)
         return P[None] if P.ndim == 2 else P
     if actions is None:
         actions = 3 if "rock_paper_scissors" in source else 10
-    if min(actions, count) < 1 or seed < 0:
-        raise ValueError(f"{source} needs at least one action and one game, and a seed of 0 or more")
+    if actions < 2 or count < 1 or seed < 0:
+        raise ValueError(f"{source} needs at least two actions and one game, and a seed of 0 or more")
+    if count * actions**2 > MOST_NUMBERS:
+        raise ValueError(f"{count} games of {actions} actions are more than {MOST_NUMBERS:,} numbers: ask for less")
     return GAMES[source](actions, count, np.random.default_rng(seed))
 
 
@@ -121,7 +124,7 @@ def read(path: str | Path) -> np.ndarray:
         return check(READERS[path.suffix](path))
     except OSError as error:
         raise ValueError(f"{path}: cannot read it ({error.strerror or error})") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -134,15 +137,16 @@ def check(preferences: np.ndarray) -> np.ndarray:
     P = np.asarray(preferences)
     if P.dtype.kind not in "fiub":
         raise ValueError(f"P must be an array of numbers, not of {P.dtype}")
+    tolerance, rounded = tolerance_of(P), P.dtype.itemsize < 8 and P.dtype.kind == "f"
     P = P.astype(np.float64)
     if P.ndim not in (2, 3) or P.shape[-1] != P.shape[-2] or not P.size:
         raise ValueError(f"P must be square, of shape (n, n) or (B, n, n), not {P.shape}")
     outside = np.abs(P - 0.5)
     if not (outside <= 0.5).all():
         at = _worst(np.where(np.isnan(outside), np.inf, outside))
-        raise ValueError(f"P[{_index(at)}] = {P[at]:g} is not a probability in [0, 1]")
+        raise ValueError(f"P[{_index(at)}] = {P[at]:.10g} is not a probability in [0, 1]")
     off = np.abs(P + P.swapaxes(-1, -2) - 1)
-    if not (off <= TOLERANCE).all():
+    if not (off <= tolerance).all():
         at = _worst(off)
         i, j = at[-2:]
         mirror = (*at[:-2], j, i)
@@ -150,7 +154,12 @@ def check(preferences: np.ndarray) -> np.ndarray:
             f"P + Pᵀ must be 1, and P[{_index(at)}] = {P[at]:.10g} with P[{_index(mirror)}] = {P[mirror]:.10g} is the "
             f"farthest from it{' (an action against itself is ½)' if i == j else ''}; (P + 1 − Pᵀ)/2 would be a game"
         )
-    return P
+    return (P + 1 - P.swapaxes(-1, -2)) / 2 if rounded else P
+
+
+def tolerance_of(values: np.ndarray) -> float:
+    """What rounding to the array's own type leaves of a sum that should be 1."""
+    return max(TOLERANCE, 4 * float(np.finfo(values.dtype).eps)) if values.dtype.kind == "f" else TOLERANCE
 
 
 def _worst(distance: np.ndarray) -> tuple[int, ...]:
