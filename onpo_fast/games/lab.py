@@ -188,7 +188,8 @@ def transformer(
             "worst_distance": float(np.max(distance)) if distance else None,
             "seconds": [trace.seconds for trace in traces],
         }  # fmt: skip
-    return result | {"game": asdict(replace(played[0].game, objective="", eta=None, tau=None))}
+    of_each = ("objective", "eta", "tau", "seed")
+    return result | {"game": {name: value for name, value in asdict(played[0].game).items() if name not in of_each}}
 
 
 def _played(runs: Sequence[NeuralGame], preferences: np.ndarray | None, done: Done) -> list[NeuralTrace]:
