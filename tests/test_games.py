@@ -10,6 +10,7 @@ from scipy.special import expit
 
 from onpo_fast.games import ALGORITHMS, GAMES, best_response, bounds, duality_gap, nash, regularised_gap, run
 from onpo_fast.games.fits import Exact, Sampled, bradley_terry_scores, log_normalised
+from onpo_fast.games.lab import fitted_step
 from onpo_fast.games.preferences import check, cyclic, one_beats_all, random, read, three_cycle
 from onpo_fast.objectives import Omd, Onpo
 
@@ -37,6 +38,33 @@ def test_every_game_is_a_preference_matrix_and_seeded(name):
     assert made.shape == (5, actions, actions)
     assert np.array_equal(check(made), made)
     np.testing.assert_array_equal(made, GAMES[name](actions, 5, np.random.default_rng(1)))
+
+
+def test_games_are_what_they_are_called():
+    def make(name, actions=9, count=30):
+        return GAMES[name](actions, count, np.random.default_rng(3))
+
+    cycle = make("cyclic")
+    for distance in (1, 4):  # each action beats the four after it
+        beaten = [cycle[:, i, (i + distance) % 9] for i in range(9)]
+        assert np.min(beaten) >= 0.6
+        assert np.ptp(beaten) > 0.2
+    scores = make("bradley_terry")
+    logits = np.log(scores / (1 - scores))
+    np.testing.assert_allclose(logits[:, 0, 1] + logits[:, 1, 2], logits[:, 0, 2], atol=1e-9)
+    assert np.std(logits[:, 0, 1]) > 1
+    groups = make("annotator_groups")
+    off = groups[:, ~np.eye(9, dtype=bool)]
+    assert np.mean(np.abs(off - 0.5) > 0.1) > 0.7  # tastes
+    assert 0.1 < np.mean((nash(groups) > 1e-9).sum(-1) > 1) < 0.9  # some go in circles, some do not
+
+
+def test_float32_games_and_starts_are_taken():
+    P = random(5, 2, np.random.default_rng(0))
+    init = policies((5,))
+    rounded = run(P.astype(np.float32), "onpo", 0.5, 50, init.astype(np.float32))
+    np.testing.assert_allclose(rounded.last_gap, run(P, "onpo", 0.5, 50, init).last_gap, atol=1e-4)
+    assert rounded.policy.dtype == np.float64
 
 
 def test_the_nash_policy_is_beaten_by_none():
@@ -260,14 +288,6 @@ def test_pulled_methods_solve_the_regularised_game_and_not_the_other():
 # --- Samples ----------------------------------------------------------------------------------------------------------
 
 
-def fitted_step(P, policy, pairing, groups, seed=0, labels="soft", responses=8):
-    """log π_new/π of one fit on sampled pairs, without its arbitrary constant: E_π is 0."""
-    game = Sampled(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
-    anchor = np.log(policy)[None]
-    step = (game.fit(anchor, game.compare(anchor)) - anchor)[0]
-    return step - policy @ step
-
-
 def exact_step(P, policy):
     return P @ policy - 0.5
 
@@ -316,6 +336,20 @@ def test_sampled_runs_follow_the_exact_ones(algorithm):
     sampled, again = (run(P, algorithm, 0.5, 4, mode="sampled", groups=400, responses=4) for _ in range(2))
     assert np.abs(sampled.policy - exact.policy).max() < 0.03
     np.testing.assert_array_equal(sampled.policy, again.policy)
+
+
+@pytest.mark.parametrize("labels", ["soft", "bits"])
+def test_an_opponents_draws_give_its_rewards(labels):
+    """EGPO's second fit: pairs of π against draws of another policy, not against each other."""
+    P, policy, other = games(4, 1, seed=18), np.full((1, 4), 0.25), np.array([[0.7, 0.1, 0.1, 0.1]])
+    game = Sampled(P, Omd(1.0), 1.0, 0.0, 4000, 4, "all_pairs", labels, 0)
+    compared = game.compare(np.log(policy), opponent=np.log(other))
+    step = (game.fit(np.log(policy), compared) - np.log(policy))[0]
+    exact = P[0] @ other[0]
+    np.testing.assert_allclose(step - step.mean(), exact - exact.mean(), atol=0.03)
+    against_itself = P[0] @ policy[0]
+    assert np.abs((step - step.mean()) - (against_itself - against_itself.mean())).max() > 0.06
+    assert set(np.round(compared.preference.numpy(), 6)) <= {0.5, 1.5} or labels == "soft"
 
 
 def test_what_was_not_drawn_stays():

@@ -6,8 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from onpo_fast.errors import UserError
 from onpo_fast.games import __main__ as lab
-from onpo_fast.games.preferences import GAMES, cyclic
+from onpo_fast.games import multiturn, run
+from onpo_fast.games.neural import NeuralGame, play
+from onpo_fast.games.preferences import GAMES, cyclic, random
 from onpo_fast.games.solution import nash
 
 SMALL = {
@@ -51,8 +54,8 @@ def test_the_same_options_give_the_same_numbers(results, tmp_path):
         for numbers in (first, second):
             for name in ("command", "seconds", "environment", "options"):
                 del numbers[name]
-            for run in numbers.get("objectives", {}).values():
-                del run["seconds"]
+            for one in numbers.get("objectives", {}).values():
+                del one["seconds"]
         assert first == second
 
 
@@ -96,8 +99,12 @@ def test_a_method_that_cannot_play_is_named_and_the_others_play(tmp_path):
         (["matrix", "--eta", "0"], "eta"),
         (["matrix", "--eta", "nan"], "eta"),
         (["matrix", "--steps", "0"], "steps"),
-        (["matrix", "--count", "0"], "at least one"),
+        (["matrix", "--count", "0"], "one game"),
         (["matrix", "--seed", "-1"], "seed"),
+        (["matrix", "--actions", "1"], "two actions"),
+        (["matrix", "--actions", "100000000"], "ask for less"),
+        (["multiturn", "--turns", "30"], "ask for less"),
+        (["neural", "--contexts", "100"], "contexts must be at most"),
         (["matrix", "--algorithms", "ppo"], "ppo"),
         (["neural", "--objectives", "sppo"], "sppo"),
         (["neural", "--fit_steps", "0"], "fit_steps"),
@@ -125,6 +132,107 @@ def test_a_game_file_that_is_none_is_named_with_its_worst_entry(tmp_path, capsys
     with pytest.raises(SystemExit):
         lab.main(["matrix", "--game", str(tmp_path / "off.npy"), "--out", str(tmp_path / "out")])
     assert re.search(r"off.npy: .*P\[0, 2\] = 0.8", capsys.readouterr().err)
+
+
+def test_results_that_are_not_the_labs(tmp_path, capsys):
+    for content in ("[]", "{}", '{"a": 1}', "{", "null"):
+        (tmp_path / "multiturn.json").write_text(content)
+        with pytest.raises(UserError, match=r"multiturn\.json is not what multiturn writes"):
+            lab.write_page(tmp_path)
+
+
+def test_where_results_cannot_go(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "in"):
+        with pytest.raises(SystemExit):
+            lab.main(["multiturn", "--steps", "10", "--out", str(out)])
+        assert "no directory" in capsys.readouterr().err
+
+
+def test_ties_everywhere_have_no_slope(tmp_path):
+    np.save(tmp_path / "ties.npy", np.full((4, 4), 0.5))
+    lab.main(
+        ["multiturn", "--game", str(tmp_path / "ties.npy"), "--actions", "2", "--steps", "20", "--out", str(tmp_path)]
+    )
+    assert json.loads((tmp_path / "multiturn.json").read_text())["sampling_slope"] is None
+    assert "nan" not in (tmp_path / "games.html").read_text().lower().replace("nand", "")
+
+
+# --- The numbers are those of the games -------------------------------------------------------------------------------
+
+
+def test_matrix_says_what_runs_say(results):
+    numbers = json.loads((results / "matrix.json").read_text())
+    P, T = random(4, 3, np.random.default_rng(0)), np.array(numbers["T"])
+    for algorithm in ("onpo", "egpo"):
+        trace, said = run(P, algorithm, 0.5, 300), numbers["algorithms"][algorithm]
+        for gap in ("average_gap", "last_gap", "last_regularised_gap"):
+            np.testing.assert_allclose(said[gap]["median"], np.median(getattr(trace, gap)[:, T - 1], axis=0), rtol=1e-9)
+        late = T[T >= 50]
+        slope = np.polyfit(np.log(late), np.log(trace.average_gap[:, late - 1]).mean(0), 1)[0]
+        assert said["slope"] == pytest.approx(slope)
+    tuned = numbers["omd_tuned"]
+    for t, gap in zip(tuned["T"], tuned["average"]["median"]):
+        exact = run(P, "omd", float(np.sqrt(np.log(4) / t)), t).average_gap[:, -1]
+        assert gap == pytest.approx(np.median(exact))
+    ends = {(one["algorithm"], one["eta"]): one["at_1000"] for one in numbers["cycling"]}
+    assert ends["onpo", 0.125] == pytest.approx(0.319, abs=5e-4)
+    assert ends["omd", 0.125] == pytest.approx(0.71, abs=5e-3)
+    best_worst = numbers["pairings"]["best_worst"]["step"]
+    assert best_worst[0] > 0.06  # the first action is pushed up, the second down
+    assert best_worst[1] < -0.05
+    assert np.abs(numbers["pairings"]["all_pairs"]["step"]).max() < 0.01
+    rows = {row[0]: row[1:] for row in lab.TABLES["matrix"](numbers)[1]}
+    onpo = numbers["algorithms"]["onpo"]
+    assert rows["ONPO"][:2] == [onpo["average_gap"]["median"][-1], onpo["last_gap"]["median"][-1]]
+
+
+def test_multiturn_says_what_runs_say(results):
+    numbers = json.loads((results / "multiturn.json").read_text())
+    P = random(9, 2, np.random.default_rng(0))
+    for name, algorithm, target in (
+        ("onpo", "onpo", "exact"),
+        ("omd", "omd", "exact"),
+        ("branches", "onpo", "branches"),
+    ):
+        trace = multiturn.run(P, 2, algorithm, 0.5, 400, target=target)
+        assert numbers["final"][name]["average_gap"] == pytest.approx(trace.average_gap[:, -1].mean())
+        assert numbers["final"][name]["last_gap"] == pytest.approx(trace.last_gap[:, -1].mean())
+        assert numbers["curves"][name]["last_gap"]["median"][-1] == pytest.approx(np.median(trace.last_gap[:, -1]))
+    assert numbers["sampling_slope"] == pytest.approx(-0.5, abs=0.1)
+
+
+def test_the_transformer_says_what_runs_say(tmp_path):
+    flags = [
+        "--seeds",
+        "1",
+        "--seed",
+        "3",
+        "--iterations",
+        "1",
+        "--fit_steps",
+        "3",
+        "--objectives",
+        "inpo",
+        "--eta",
+        "2",
+    ]
+    lab.main(["neural", *flags, "--out", str(tmp_path)])
+    numbers = json.loads((tmp_path / "neural.json").read_text())
+    trace = play(NeuralGame(objective="inpo", seed=3, iterations=1, fit_steps=3, eta=0.5))
+    said = numbers["objectives"]["inpo"]
+    assert said["gap"]["median"] == pytest.approx(trace.gap.mean(-1))
+    assert said["worst_distance"] == pytest.approx(trace.distance.max())
+    assert said["distance"]["median"] == pytest.approx(trace.distance.max(-1))
+
+
+def test_the_neural_page_names_a_game_from_a_file(tmp_path):
+    np.save(tmp_path / "five.npy", random(5, 1, np.random.default_rng(0))[0])
+    flags = ["--seeds", "1", "--iterations", "1", "--fit_steps", "1", "--objectives", "omd"]
+    lab.main(["neural", "--game", str(tmp_path / "five.npy"), *flags, "--out", str(tmp_path)])
+    page = (tmp_path / "games.html").read_text()
+    assert "five.npy” of 5 classes" in page
+    assert "over 2 contexts" in page
 
 
 def test_help_names_every_game(capsys):

@@ -162,6 +162,26 @@ def test_onpo_closes_in_where_omd_circles() -> None:
         assert trace.gap[-1] == pytest.approx(trace.ideal_gap[-1], abs=0.05)
 
 
+def test_every_iteration_draws_anew() -> None:
+    game, matrices, classes = neural._settle(QUICK, None)
+    table = neural._Table(game, neural._responses(matrices, classes))
+    logps = table.score(table.initial())
+    assert table.pairs(1, logps) == table.pairs(1, logps)
+    assert table.pairs(1, logps) != table.pairs(2, logps)
+
+
+def test_averages_are_of_all_policies_so_far(quick) -> None:
+    assert quick.average_gap[0] == pytest.approx(quick.gap[0])
+    assert quick.average_gap[1] == pytest.approx(duality_gap(quick.preferences, quick.policies.mean(0)))
+
+
+def test_classes_are_dealt_at_random() -> None:
+    """In no order of the tokens, and to every context anew."""
+    classes = neural._settle(NeuralGame(), None)[2]
+    assert not np.array_equal(classes[0], classes[1])
+    assert len({tuple(row) for row in classes[0].reshape(8, 8)}) > 4
+
+
 def test_a_given_game_is_played_by_responses_or_by_classes(quick) -> None:
     P = GAMES["random"](64, 2, np.random.default_rng(0))
     whole = play(replace(QUICK, objective="omd"), P)

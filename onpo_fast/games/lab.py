@@ -145,7 +145,13 @@ def pairing_bias(pairing: str) -> dict:
 
 
 def fitted_step(
-    P: np.ndarray, policy: np.ndarray, pairing: str, groups: int, seed: int, labels: str = "soft", responses: int = 8
+    P: np.ndarray,
+    policy: np.ndarray,
+    pairing: str,
+    groups: int,
+    seed: int = 0,
+    labels: str = "soft",
+    responses: int = 8,
 ) -> np.ndarray:
     """(n,): log π_new/π after one fit of pairs sampled from π, η = 1, without its arbitrary constant: E_π is 0."""
     game = Sampled(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
