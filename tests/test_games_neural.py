@@ -153,7 +153,7 @@ def test_best_and_worst_land_elsewhere() -> None:
 
 def test_onpo_closes_in_where_omd_circles() -> None:
     """The last iterate, fitted, of the same game from the same start."""
-    game = NeuralGame(contexts=1, pairing="expected", iterations=14, fit_steps=40, seed=40)
+    game = NeuralGame(contexts=1, width=32, iterations=14, fit_steps=40, seed=40)
     onpo, omd = (play(replace(game, objective=objective)) for objective in ("onpo", "omd"))
     assert np.array_equal(onpo.logps[0], omd.logps[0])
     assert onpo.gap[-1] < omd.gap[-1] / 5
