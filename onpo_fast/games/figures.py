@@ -45,17 +45,11 @@ def average_gap(results: Results) -> Plot | None:
 
 
 def last_gap(results: Results) -> Plot | None:
-    figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
-    said = _curves(axes, results["T"], results["algorithms"], "last_gap")
-    _logarithmic(axes, "xy")
-    return plot(figure, said)
+    return _methods(results, "algorithms", "last_gap", "t", "duality gap of π_t")
 
 
 def regularised_gap(results: Results) -> Plot | None:
-    figure, axes = new_axes("t", "regularised duality gap of π_t", height=3.4)
-    said = _curves(axes, results["T"], results["algorithms"], "last_regularised_gap")
-    _logarithmic(axes, "xy")
-    return plot(figure, said)
+    return _methods(results, "algorithms", "last_regularised_gap", "t", "regularised duality gap of π_t")
 
 
 def cycling(results: Results) -> Plot | None:
@@ -120,17 +114,11 @@ def transformer_distance(results: Results) -> Plot | None:
 
 
 def turns_average(results: Results) -> Plot | None:
-    figure, axes = new_axes("T, policies", "duality gap of their average", height=3.4)
-    said = _curves(axes, results["T"], results["curves"], "average_gap")
-    _logarithmic(axes, "xy")
-    return plot(figure, said)
+    return _methods(results, "curves", "average_gap", "T, policies", "duality gap of their average")
 
 
 def turns_last(results: Results) -> Plot | None:
-    figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
-    said = _curves(axes, results["T"], results["curves"], "last_gap")
-    _logarithmic(axes, "xy")
-    return plot(figure, said)
+    return _methods(results, "curves", "last_gap", "t", "duality gap of π_t")
 
 
 def sampling_error(results: Results) -> Plot | None:
@@ -149,6 +137,14 @@ FIGURES: dict[str, list[Callable[[Results], Plot | None]]] = {
     "neural": [transformer_gap, transformer_distance],
     "multiturn": [turns_average, turns_last, sampling_error],
 }
+
+
+def _methods(results: Results, runs: str, name: str, x: str, y: str) -> Plot | None:
+    """One of the curves of every method, on logarithmic axes."""
+    figure, axes = new_axes(x, y, height=3.4)
+    said = _curves(axes, results["T"], results[runs], name)
+    _logarithmic(axes, "xy")
+    return plot(figure, said)
 
 
 def _curves(axes: Axes, t: list[int], runs: Results, name: str, also: str | None = None) -> list[str]:
