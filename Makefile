@@ -42,7 +42,7 @@ wheels:
 	touch $@
 
 .venv/.test: .venv/.train
-	$(PIP) install -c constraints.txt -e ".[dev,bench,trl]"
+	$(PIP) install -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
 clean:

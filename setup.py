@@ -47,10 +47,9 @@ setup(
         "wandb": ["wandb>=0.20"],
         "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
         "judge": ["openai>=3,<4", "tenacity>=9"],
-        "trl": ["trl>=1.16,<2", "datasets"],
-        "vllm": ["vllm"],
+        "trl": ["trl>=1.16,<2", "datasets"],  # which wants Python 3.11
         "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
-        "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2", "liger-kernel>=0.8.5"],
+        "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2; python_version >= '3.11'", "liger-kernel>=0.8.5"],
         "dev": [
             "pytest",
             "pytest-benchmark",

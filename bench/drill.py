@@ -33,7 +33,7 @@ from onpo_fast.tracking import console
 
 SMALL = {
     "prompts_per_iteration": 3, "responses_per_prompt": 3, "max_new_tokens": 6, "eval_samples": 1, "batch_pairs": 3,
-    "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4,
+    "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4, "sampling_batch_size": 3,
 }  # fmt: skip
 TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
@@ -78,6 +78,7 @@ class Drill:
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
+        training.PART_BATCHES, training.PART_GROUPS = 1, 2  # so that even these stages have several parts
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
         whole = small_run(work, "whole")

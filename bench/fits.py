@@ -33,7 +33,7 @@ from onpo_fast.evaluate import initial_policy
 from onpo_fast.fit import fit, plan
 from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.objectives import Objective, Onpo
-from onpo_fast.policy import Policy, _apply_liger, load, score
+from onpo_fast.policy import Policy, _apply_liger, load, score, without_cudnn_attention
 
 from .kernels import slug, surroundings
 from .memory import Gauge
@@ -149,6 +149,7 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
     """As ``policy.load`` would have it, but in bf16 and made where it is to be."""
     flash = device.type == "cuda" and is_flash_attn_2_available()
     set_seed(0)
+    without_cudnn_attention()
     with device:
         model = AutoModelForCausalLM.from_config(
             shape.config(layers), dtype=torch.bfloat16,

@@ -1,12 +1,14 @@
 """Everything that only a GPU can show, in one command of ten minutes, without a network:
 
-    make gpu-check [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS"]
+    make gpu-check [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS --only tests benchmark"]
 
 1. what is here: device, versions;
 2. packages that are missing, from wheels in a folder, into a folder of their own (nothing is installed elsewhere);
 3. the tests of the kernels on the GPU (tests/triton_kernels);
 4. repeated runs equal, with poisoned memory before each; the same under compute-sanitizer where that is on the PATH;
 5. the benchmark, with the shape of the targets first and as much of the rest as the time allows.
+
+``--only`` takes of 3 to 5 those that it names: tests, checks, sanitizer, benchmark.
 
     make gpu-train [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS -- OPTIONS"]
 
@@ -31,7 +33,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -80,21 +84,27 @@ class Runner:
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
-        status: int | None = None
+        stopped = threading.Event()
+        late = threading.Timer(seconds, lambda: (stopped.set(), stop(child)))
+        late.start()
+        lines = []
         try:
-            output, _ = child.communicate(timeout=seconds)
-            status = child.returncode
-        except subprocess.TimeoutExpired:
-            stop(child)
-            output = child.communicate()[0] + f"\nstopped after {seconds:.0f} s\n"
+            for line in child.stdout:  # as it comes: a step may take half an hour, and this process be cut off
+                lines.append(line)
+                self.log.write(line)
+                self.log.flush()
+                if show:
+                    print(line, end="", flush=True)
+            status = child.wait()
         except BaseException:  # this process is being stopped: leave none behind
             stop(child)
             raise
-        self.log.write(output)
-        self.log.flush()
-        if show:
-            print(output, flush=True)
-        return status, output
+        finally:
+            late.cancel()
+        if stopped.is_set():
+            lines.append(f"\nstopped after {seconds:.0f} s\n")
+            self.log.write(lines[-1])
+        return None if stopped.is_set() else status, "".join(lines)
 
     def step(self, name: str, command: list[str], seconds: float, show: bool = False) -> str:
         """Runs a step, notes its outcome and shows the end of what a failure printed. Returns the output."""
@@ -112,7 +122,8 @@ class Runner:
 
 
 def stop(child: subprocess.Popen) -> None:
-    os.killpg(child.pid, signal.SIGKILL)  # the child leads a group of its own: its helpers go with it
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(child.pid, signal.SIGKILL)  # the child leads a group of its own: its helpers go with it
 
 
 def main() -> int:
@@ -121,6 +132,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results, plots and log")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="these of the steps")
     parser.add_argument("--allow-cpu", action="store_true", help="run what runs without a GPU: to try this script")
     parser.add_argument("--training", action="store_true", help="the trainer instead of the kernels (make gpu-train)")
     parser.add_argument("options", nargs="*", metavar="OPTIONS", help="with --training, after --: of `bench training`")
@@ -136,9 +148,8 @@ def main() -> int:
     if options.training:
         training(runner, options.options)
         return summary(runner)
-    tests(runner)
-    checks(runner)
-    benchmark(runner, options.wheels)
+    for name in options.only:
+        STEPS[name](runner, options)
     return summary(runner)
 
 
@@ -176,19 +187,24 @@ def installed(wheel: Path) -> bool:
     return True
 
 
-def tests(runner: Runner) -> None:
+def tests(runner: Runner, options: argparse.Namespace) -> None:
     folder = ROOT / "tests" / "triton_kernels"
     # the other tests' conftest.py wants the real model and the packages of the trainer: it is left out, its path not
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={folder}",
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--confcutdir={folder}",
               "-o", f"pythonpath={folder.parent}", str(folder)]  # fmt: skip
     if importlib.util.find_spec("xdist"):  # most of the time is compilation
         pytest += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     runner.step("tests of the kernels", pytest, TEST_SECONDS)
 
 
-def checks(runner: Runner) -> None:
-    checks = [sys.executable, "-m", "bench", "checks"]
-    runner.step("poison and repetition", checks, CHECK_SECONDS)
+CHECKS = [sys.executable, "-m", "bench", "checks"]
+
+
+def checks(runner: Runner, options: argparse.Namespace) -> None:
+    runner.step("poison and repetition", CHECKS, CHECK_SECONDS)
+
+
+def sanitize(runner: Runner, options: argparse.Namespace) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         start = time.monotonic()
@@ -198,7 +214,7 @@ def checks(runner: Runner) -> None:
             continue
         # without the allocator's cache, memory out of bounds is memory that nobody has
         command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool, "--error-exitcode", "9"]
-        command += [*checks, "--tiny"]
+        command += [*CHECKS, "--tiny"]
         status, output = runner.process(command, SANITIZER_SECONDS)
         runner.note(name, sanitizer_outcome(status, output), start)
 
@@ -220,12 +236,12 @@ def sanitizer_outcome(status: int | None, output: str) -> str:
     return "could not run here: see the log"
 
 
-def benchmark(runner: Runner, wheels: Path) -> None:
+def benchmark(runner: Runner, options: argparse.Namespace) -> None:
     """Goes on in a new process where one was lost; ``--resume`` leaves out the row that took it along."""
     start = time.monotonic()
     command = [sys.executable, "-m", "bench", "kernels", "--out", str(runner.out)]
-    if (wheels / "smollm2.npz").is_file():
-        command += ["--inputs", str((wheels / "smollm2.npz").resolve())]
+    if (inputs := options.wheels / "smollm2.npz").is_file():
+        command += ["--inputs", str(inputs.resolve())]
     lost, status = 0, None
     while runner.left() > 2 * RESERVE and lost < 5:
         budget = runner.left() - 2 * RESERVE  # a method that compiles for long may overrun it
@@ -238,6 +254,9 @@ def benchmark(runner: Runner, wheels: Path) -> None:
     again = f", in {lost + 1} processes" if lost else ""
     outcome = "ok" if status == 0 else "stopped for the time" if status is None else f"FAILED: exit status {status}"
     runner.note("benchmark", outcome + again, start)
+
+
+STEPS = {"tests": tests, "checks": checks, "sanitizer": sanitize, "benchmark": benchmark}
 
 
 def training(runner: Runner, options: list[str]) -> None:

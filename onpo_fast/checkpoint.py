@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -220,6 +220,16 @@ class Journal:
         self._write()
         remove(self.directory / name)
 
+    def within(self, folder: str) -> list[str]:
+        """The recorded outputs in a folder, by name."""
+        return sorted(name for name in self.entries if name.startswith(f"{folder}/"))
+
+    def forget_folder(self, folder: str) -> None:
+        """Also what a kill has left there, and the journal does not list."""
+        for name in self.within(folder):
+            self.forget(name)
+        remove(self.directory / folder)
+
     def _is(self, name: str, expected: str) -> bool:
         path = self.directory / name
         return path.exists() and checksum(path) == expected
@@ -250,8 +260,59 @@ def _digest(entries: dict[str, dict[str, Any]]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside a fit
+# Inside a stage
 # ---------------------------------------------------------------------------------------------------------------------
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Parts:
+    """The output of a long stage, part by part: a kill costs the part that was being made.
+
+    What is in a part does not depend on where a run was killed, so that the whole has the same bits.
+
+    Args:
+        journal: keeps their checksums; a damaged one is made again.
+        name: of the whole, in the run directory.
+    """
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self.journal, self.name = journal, f"{name}.parts"
+
+    def make(
+        self,
+        items: Sequence[Item],
+        size: int,
+        results: Callable[[Sequence[Item], int], list[Result]],
+        write: Callable[[Path, Iterable[Result]], None],
+        read: Callable[[Path], Iterable[Result]],
+        known: Callable[[int], None],
+    ) -> tuple[list[Result], float]:
+        """All results in order, and the seconds that they took, also in processes before this one.
+
+        ``results`` is given ``size`` items at a time, and the index of the first; ``known`` is told how many items
+        were done before.
+        """
+        whole, seconds = [], 0.0
+        for first in range(0, len(items), size):
+            name = f"{self.name}/{first:08d}.jsonl"
+            part = items[first : first + size]
+            items_of = hashlib.sha256(repr(part).encode()).hexdigest()  # other ones may come with --force
+            note = self.journal.note(name)
+            if note is None or note["items"] != items_of:
+                start = time.perf_counter()
+                write(self.journal.directory / name, results(part, first))
+                note = {"items": items_of, "seconds": time.perf_counter() - start}
+                self.journal.record(name, note)
+            else:
+                known(len(part))
+            whole += read(self.journal.directory / name)
+            seconds += note["seconds"]
+        return whole, seconds
+
+    def clear(self) -> None:
+        """When the whole is there."""
+        self.journal.forget_folder(self.name)
 
 
 class Checkpoints:
@@ -291,7 +352,7 @@ class Checkpoints:
 
         atomic_write_directory(self.journal.directory / name, fill)
         self.journal.record(name, {"step": step})
-        for old in self._names()[: -self.KEPT]:
+        for old in self.journal.within(self.name)[: -self.KEPT]:
             self.journal.forget(old)
         self.last_step, self.last_time = step, time.monotonic()
 
@@ -323,14 +384,9 @@ class Checkpoints:
         return rest
 
     def _newest(self) -> str | None:
-        return next((name for name in reversed(self._names()) if self.journal.note(name) is not None), None)
+        names = reversed(self.journal.within(self.name))
+        return next((name for name in names if self.journal.note(name) is not None), None)
 
     def clear(self) -> None:
-        """When the fit is done: also of what a kill has left in the folder, and the journal does not list."""
-        for name in self._names():
-            self.journal.forget(name)
-        remove(self.journal.directory / self.name)
-
-    def _names(self) -> list[str]:
-        """Recorded ones, oldest first."""
-        return sorted(name for name in self.journal.entries if name.startswith(f"{self.name}/"))
+        """When the fit is done."""
+        self.journal.forget_folder(self.name)

@@ -161,6 +161,8 @@ def load(source: str | Path, config: Config) -> Policy:
     if "gguf_file" in location:  # the weights are dequantised: from here on an ordinary model, which can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
+        # the file says which token it is; transformers 5.17 names another one in the tokenizer
+        tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
@@ -171,6 +173,7 @@ def load(source: str | Path, config: Config) -> Policy:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     _only_tokens(model, tokenizer, str(source))
+    without_cudnn_attention()
     model.to(device).requires_grad_(True)
     if config.gradient_checkpointing:
         # renamed in transformers 5.23
@@ -338,6 +341,15 @@ def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> N
         return
     # the body only: the loss is ours
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def without_cudnn_attention() -> None:
+    """From now on PyTorch's attention takes its own kernels, not cuDNN's, its first choice on Hopper and Blackwell.
+
+    With a mask those give NaN gradients (https://github.com/pytorch/pytorch/issues/196678) and other tokens
+    (https://github.com/pytorch/pytorch/issues/193893), and want a plan for every new length: all of them, here.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]  # groups to ask a model about itself

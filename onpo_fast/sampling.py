@@ -26,10 +26,15 @@ Progress = Callable[[int], None]  # told the responses done, a batch at a time
 
 
 class Sampler(Protocol):
-    """The interface: K responses to every prompt."""
+    """The interface: K responses to every prompt; ``first`` is the index of the first one, for the seed."""
 
     def __call__(
-        self, prompts: Sequence[Messages], responses_per_prompt: int, seed: Sequence[int], progress: Progress
+        self,
+        prompts: Sequence[Messages],
+        responses_per_prompt: int,
+        seed: Sequence[int],
+        progress: Progress,
+        first: int = 0,
     ) -> list[Group]: ...
 
 
@@ -60,6 +65,7 @@ class TransformersSampler:
         responses_per_prompt: int,
         seed: Sequence[int],
         progress: Progress = lambda n: None,
+        first: int = 0,
     ) -> list[Group]:
         """Groups in the order of the prompts.
 
@@ -68,6 +74,7 @@ class TransformersSampler:
             responses_per_prompt: K.
             seed: a sequence of non-negative integers; the same one gives the same responses.
             progress: told the responses done.
+            first: the index of the first prompt among all those of the seed: a part of them gets the same responses.
 
         Raises:
             UserError: if a prompt and a response do not fit the model's context.
@@ -79,7 +86,7 @@ class TransformersSampler:
         responses: dict[tuple[int, int], Response] = {}
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
-            streams = [_generator(self.policy.device, [*seed, p, k]) for p, k in batch]
+            streams = [_generator(self.policy.device, [*seed, first + p, k]) for p, k in batch]
             for job, response in zip(batch, self._generate([rendered[p] for p, _ in batch], streams)):
                 responses[job] = response
             progress(len(batch))

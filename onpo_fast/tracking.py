@@ -79,6 +79,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # with the build, as +cu130
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         **versions,

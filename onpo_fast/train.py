@@ -30,7 +30,7 @@ from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, atomic_write_text, checksum, locked
+from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked
 from .config import Config
 from .data import (
     Group,
@@ -62,6 +62,10 @@ from .tracking import Tracker, check_reporter, console, environment, peak_memory
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
 Anchor = Scores | Source  # cached, or live
+
+# what a kill may cost at most, while responses are sampled and judged
+PART_BATCHES = 8  # of sampling
+PART_GROUPS = 512  # an oracle that is a model is loaded for each part: that is to be little beside the judging
 
 
 def train(config: Config, resume: bool = False, force: bool = False) -> dict:
@@ -184,6 +188,13 @@ class Run:
         self.notes[name] = note
         return True
 
+    def whole(self, name: str, keep: Callable[[dict], bool] = lambda record: False) -> bool:
+        """``made``, of an output that is made in parts."""
+        made = self.made(name, keep)
+        if made:
+            Parts(self.journal, name).clear()  # a kill may have come between the record and this
+        return made
+
     def complete(self, name: str, file: bool = True, **note) -> None:
         """The output is there, or an iteration has ended."""
         self.journal.record(name, note, file)
@@ -194,20 +205,23 @@ class Run:
     def sample(self, t: int, source: Source) -> list[Group]:
         self.notes, self.numbers = {}, {}
         name = f"{self.name(t)}/responses.jsonl"
-        groups = list(read_groups(self.directory / name)) if self.made(name) else self._sample(t, source, name)
+        groups = list(read_groups(self.directory / name)) if self.whole(name) else self._sample(t, source, name)
         lengths = [len(response.tokens) for group in groups for response in group.responses]
         self.numbers["response_tokens_mean"] = sum(lengths) / len(lengths)
         return groups
 
     def _sample(self, t: int, source: Source, name: str) -> list[Group]:
-        config, prompts, policy = self.config, self.prompts_of(t), self.load(source)
-        start = time.perf_counter()
-        with progress(f"iteration {t}: sample", len(prompts) * config.responses_per_prompt) as done:
-            groups = make_sampler(policy, config)(prompts, config.responses_per_prompt, [config.seed, 0, t], done)
+        config, prompts, count = self.config, self.prompts_of(t), self.config.responses_per_prompt
+        sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name)
+        with progress(f"iteration {t}: sample", len(prompts) * count) as done:
+            groups, seconds = parts.make(
+                prompts, -(-PART_BATCHES * config.sampling_batch_size // count),
+                lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
+                write_groups, read_groups, lambda known: done(known * count),
+            )  # fmt: skip
         write_groups(self.directory / name, groups)
         responses = [response for group in groups for response in group.responses]
         tokens = sum(len(response.tokens) for response in responses)
-        seconds = time.perf_counter() - start
         self.tracker.log(
             "sample", t, seconds=seconds, responses=len(responses), tokens=tokens,
             tokens_per_second=tokens / seconds, response_tokens_mean=tokens / len(responses),
@@ -215,35 +229,40 @@ class Run:
             peak_memory_bytes=peak_memory_bytes(self.device),
         )  # fmt: skip
         self.complete(name, stage="sample", seconds=seconds)
+        parts.clear()
         return groups
 
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
         name = f"{self.name(t)}/preferences.jsonl"
-        made = self.made(name, keep=_stopped)
+        made = self.whole(name, keep=_stopped)
         preferences = read_preferences(self.directory / name) if made else self._judge(t, groups, name)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.numbers["cyclic_triples"] = cyclic / triples if triples else None
         return preferences
 
     def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
-        start = time.perf_counter()
+        start, parts = time.perf_counter(), Parts(self.journal, name)
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
             try:
-                preferences = oracles.judge(self.oracle, groups, self.config.oracle, done)
+                preferences, seconds = parts.make(
+                    groups, PART_GROUPS,
+                    lambda part, first: oracles.judge(self.oracle, part, self.config.oracle, done, first),
+                    write_preferences, read_preferences, done,
+                )  # fmt: skip
             except Exception:
                 if spent := oracles.take_counters(self.oracle):
                     self.tracker.log("judge", t, seconds=time.perf_counter() - start, stopped=True, **spent)
                 raise
         write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
-        seconds = time.perf_counter() - start
         self.tracker.log(
             "judge", t, seconds=seconds, triples=triples, cyclic_triples=cyclic / triples if triples else None,
             comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences), **oracles.take_counters(self.oracle),
         )  # fmt: skip
         self.complete(name, stage="judge", seconds=seconds)
+        parts.clear()
         return preferences
 
     def pair(self, t: int, groups: list[Group], preferences: list[np.ndarray]) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from onpo_fast import fused_linear_pair_loss
 PAIRS = Shape("tiny-pairs", 3, 2, 9, features=16, vocabulary=77)
 GROUP = Shape("tiny-group", 2, 4, 5, features=16, vocabulary=130)
 CPU = torch.device("cpu")
+TRL_IS_HERE = importlib.util.find_spec("trl") is not None  # it wants Python 3.11
 
 # the compiled peer takes seconds to compile, and is the materialised one otherwise
 HERE = [(m, t) for m in METHODS for t in m.tasks if m is not COMPILED and m.absent(Problem.make(PAIRS)) is None]
@@ -84,7 +86,8 @@ def test_methods_agree(exact: Exact, method: Method, task) -> None:
 def test_peers_are_here_or_named_as_absent() -> None:
     problem = Problem.make(PAIRS)
     present = {method.name for method in METHODS if method.absent(problem) is None}
-    assert {TORCH.name, MATERIALISED.name, TRL.name, LIGER_DPO.name} <= present
+    assert {TORCH.name, MATERIALISED.name, LIGER_DPO.name} <= present
+    assert (TRL.name in present) == TRL_IS_HERE
     assert FAST.absent(problem) == LEAN.absent(problem) == "needs a GPU"
     assert "no_such_package" in peers.needs("no_such_package")(problem)
 
@@ -176,7 +179,8 @@ def test_a_run(bench: kernels.Bench, capsys) -> None:
     assert status == {
         **{(TORCH.name, task.name): "measured" for task in TORCH.tasks},
         **{(FAST.name, task.name): "absent" for task in FAST.tasks},
-        (MATERIALISED.name, FULL.name): "measured", (TRL.name, FULL.name): "measured",
+        (MATERIALISED.name, FULL.name): "measured",
+        (TRL.name, FULL.name): "measured" if TRL_IS_HERE else "absent",
         (NO_MEMORY.name, FULL.name): "out of memory", (NO_LUCK.name, FULL.name): "failed",
     }  # fmt: skip
     assert {row["task"] for row in group["rows"]} == {task.name for task in (FULL, CACHED, FROZEN, SCORING)}
@@ -303,14 +307,31 @@ def test_steps_of_the_gpu_check(tmp_path, capsys) -> None:
     runner = gpu_check.Runner(tmp_path, budget=60)
     assert "fine" in runner.step("good", [sys.executable, "-c", "print('fine')"], 30)
     runner.step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
-    runner.step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    slow = "import time; print('so far', flush=True); time.sleep(60)"
+    assert "so far" in runner.step("slow", [sys.executable, "-c", slow], 1.5, show=True)
     results = {"environment": {"device": "x"}, "shapes": [], "verdicts": []}
     (tmp_path / "kernels-gpu.json").write_text(json.dumps(results))
     assert gpu_check.summary(runner) == 1
     outcomes = [step.outcome for step in runner.steps]
     assert outcomes == ["ok", "FAILED: exit status 3", "FAILED: out of time"]
     assert "fine" in (tmp_path / "gpu-check.log").read_text()
-    assert "slow: FAILED" in capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "so far" in printed
+    assert "slow: FAILED" in printed.splitlines()[-1]
+
+
+def test_the_gpu_check_takes_the_steps_that_it_is_told(tmp_path) -> None:
+    def run(only: str) -> subprocess.CompletedProcess:
+        folders = ["--out", str(tmp_path), "--wheels", str(tmp_path)]
+        command = [sys.executable, "-m", "bench.gpu_check", "--allow-cpu", *folders, "--only", only]
+        return subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT, check=False)
+
+    done = run("sanitizer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-4:]] == [
+        "device", "wheels", "compute-sanitizer memcheck", "compute-sanitizer racecheck",
+    ]  # fmt: skip
+    assert run("all").returncode == 2
 
 
 def test_commands() -> None:

@@ -67,7 +67,7 @@ def test_a_line_that_is_not_text_is_one_bad_line(tmp_path) -> None:
     assert data.read_prompts(path, skipped=skipped) == [[user("one")], [user("two")]]
     assert (skipped.count, "line 2: not UTF-8" in str(skipped)) == (2, True)
     path.write_bytes(b'{"prompt": "one"}\n' + digits)
-    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not JSON \(Exceeds the limit \(4300 digits\)"):
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not JSON \(Exceeds the limit \(4300"):
         data.read_prompts(path)
     whole = tmp_path / "p.json"
     whole.write_bytes(b'[{"prompt": "one"},\n{"prompt": "caf\xe9"}]')

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("trl", reason="TRL 1.16 wants Python 3.11")
+
 from trl import DPOConfig, DPOTrainer
 
 from onpo_fast.integrations.trl import ONPOConfig, ONPOTrainer
@@ -107,8 +110,9 @@ def test_dpo_is_trls_sigmoid_step_by_step(build, how: str) -> None:
             assert value == pytest.approx(other[name], rel=2e-4, abs=2e-5), name
     assert abs(got[-1]["rewards/margins"]) > 1e-3  # it did move
     parameters = dict(theirs.model.named_parameters())
+    rate = options.get("learning_rate", 1e-3)  # a step of Adam's, whatever the gradient: rounding moves a share of it
     for name, value in ours.model.named_parameters():
-        torch.testing.assert_close(value, parameters[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, parameters[name], rtol=1e-3, atol=1e-2 * rate)
 
 
 def exact(trainer: ONPOTrainer, inputs: dict[str, Tensor], objective) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from bench.drill import SMALL, bits, cut, flip, prepare, small_run
 from onpo_fast import checkpoint
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
-from onpo_fast.checkpoint import Checkpoints, Journal
+from onpo_fast.checkpoint import Checkpoints, Journal, Parts, read_jsonl, write_jsonl
 from onpo_fast.config import Config, parse_run, read
 from onpo_fast.errors import UserError
 
@@ -71,6 +71,69 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(whole: Whole, tmp_path
     done = subprocess.run(command(whole, out, "--resume"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert bits(out) == whole.bits
+
+
+class Killed(BaseException):
+    """As a kill would: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize("stage", ["sample", "judge"])
+def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, stage: str) -> None:
+    """What was sampled or judged is not done again, unless it is damaged; the end is the same."""
+    monkeypatch.setattr(module, "PART_BATCHES", 1)  # of three responses: a prompt's
+    monkeypatch.setattr(module, "PART_GROUPS", 1)
+    done: list[int] = []
+    make, judge = module.make_sampler, module.oracles.judge
+    fails_at = 2
+
+    def sampler(policy, config):
+        return lambda prompts, *rest: (called("sample", rest[-1]), make(policy, config)(prompts, *rest))[1]
+
+    def called(by: str, first: int) -> None:
+        if by == stage:
+            if len(done) == fails_at:
+                raise Killed
+            done.append(first)
+
+    monkeypatch.setattr(module, "make_sampler", sampler)
+    monkeypatch.setattr(
+        module.oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1]
+    )  # fmt: skip
+    config = replace(whole.config, out=str(tmp_path / "run"), iterations=1)
+    with pytest.raises(Killed):
+        module.train(config)
+    parts = sorted((tmp_path / "run" / "iteration_01").glob("*.parts/*"))
+    assert [part.name for part in parts] == ["00000000.jsonl", "00000001.jsonl"]
+    flip(parts[1])
+    fails_at = 9
+    module.train(config, resume=True)
+    assert done[:4] == [0, 1, 1, 2]
+    assert not list((tmp_path / "run").glob("**/*.parts"))
+    monkeypatch.undo()
+    undisturbed = replace(config, out=str(tmp_path / "undisturbed"))
+    module.train(undisturbed)
+    assert bits(tmp_path / "run") == bits(tmp_path / "undisturbed")
+
+
+def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
+    parts, known = Parts(Journal(tmp_path), "all.jsonl"), []
+
+    def double(items: list[int], first: int) -> list[dict]:
+        return [{"first": first, "twice": 2 * item} for item in items]
+
+    def make(items: list[int], size: int) -> list[int]:
+        results, seconds = parts.make(items, size, double, write_jsonl, read_jsonl, known.append)
+        assert seconds > 0
+        return [result["twice"] for result in results]
+
+    assert make([1, 2, 3], 2) == [2, 4, 6]
+    assert make([1, 2, 5], 2) == [2, 4, 10]
+    assert known == [2]
+    assert make([1, 2, 5], 3) == [2, 4, 10]
+    assert known == [2]
+    parts.clear()
+    assert [path.name for path in tmp_path.iterdir()] == list(Journal.FILES)
+    assert Journal(tmp_path).entries == {}
 
 
 def test_a_finished_run_resumes_to_itself(whole: Whole) -> None:

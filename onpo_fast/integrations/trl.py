@@ -28,7 +28,7 @@ try:
     from accelerate.utils import is_peft_model
     from trl import DPOConfig, DPOTrainer
 except ImportError as error:
-    raise ImportError("onpo_fast.integrations.trl needs TRL: pip install 'onpo_fast[trl]'") from error
+    raise ImportError("onpo_fast.integrations.trl needs TRL, and Python 3.11: pip install 'onpo_fast[trl]'") from error
 
 from ..heads import head_arguments
 from ..loss import fused_linear_pair_loss, linear_logprobs

@@ -45,16 +45,20 @@ class BatchOracle:
         return {}
 
 
-def judge(oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress = lambda n: None) -> list[np.ndarray]:
+def judge(
+    oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress = lambda n: None, first: int = 0
+) -> list[np.ndarray]:
     """The preference matrix of every group: (K, K) float64 with P + Pᵀ = 1 and ½ on the diagonal.
 
-    An oracle with a ``many`` is asked about all groups at once, another about one after the other.
+    An oracle with a ``many`` is asked about all groups at once, another about one after the other. ``first`` is the
+    number of groups before these, for messages.
 
     Raises:
         UserError: if the oracle fails or says what no preference can be; the message names the oracle and the group.
     """
     asked = [(group.prompt, [response.text for response in group.responses]) for group in groups]
-    return judge_texts(oracle, asked, f"--oracle {name}", progress)
+    place = f" (counted from prompt {first} on)" if first else ""
+    return judge_texts(oracle, asked, f"--oracle {name}{place}", progress)
 
 
 def judge_texts(

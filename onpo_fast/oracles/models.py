@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..config import Config
 from ..errors import UserError
-from ..policy import device_of, locate
+from ..policy import device_of, locate, without_cudnn_attention
 from ..sources import quiet
 from .interface import BatchOracle
 
@@ -60,6 +60,7 @@ class ModelOracle(BatchOracle):
                     output_loading_info=True,
                 )
             self.check_loaded(model, report)
+            without_cudnn_attention()
             self.model = model.eval().requires_grad_(False).to(self.device)
         return self.model
 

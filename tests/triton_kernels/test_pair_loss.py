@@ -167,10 +167,11 @@ def test_the_same_bits_every_time(way: str, device: str) -> None:
 
 
 def test_modes_agree_on_log_probs(device: str) -> None:
-    """Both take them from the same sums."""
+    """Both take them from the same sums; a chunk of few rows has smaller tiles, which a GPU sums in another order."""
     case = CASES["groups with all pairs"]
     results = [run(case, way, torch.bfloat16, device) for way in WAYS]
-    assert all(torch.equal(r["logps"], results[0]["logps"]) for r in results)
+    for result in results:
+        torch.testing.assert_close(result["logps"], results[0]["logps"], rtol=1e-6, atol=0)
 
 
 def test_many_chunks_lose_nothing(device: str) -> None:

@@ -12,6 +12,7 @@ from onpo_fast.objectives import Dpo, Ipo, Onpo
 lengths = st.lists(st.integers(0, 12), min_size=2, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 sizes = st.integers(1, 100)
 finite = st.floats(0.3, 3.0)
+EXAMPLES = 25 if torch.cuda.is_available() else 80  # on a GPU most of the time is compilation: each has its own sizes
 
 
 @st.composite
@@ -29,7 +30,10 @@ def cases(draw) -> Case:
     )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 @given(case=cases(), workspace=st.none() | st.integers(1, 2**18))
 def test_any_problem(case: Case, workspace: int | None, device: str) -> None:
     want = case.exact(torch.float32)
