@@ -65,7 +65,7 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: allocated on a GPU, resident in the process on a CPU."""
+    """The most memory in use: allocated on a GPU since the stage began, resident on a CPU since the process did."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -126,6 +126,8 @@ class Tracker:
         ``keep`` says which of the earlier records still hold.
         """
         self.part = part
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         records, damaged = self._read()
         held = [record for record in records if record.get("part") != part or keep(record)]
         if damaged or len(held) < len(records):

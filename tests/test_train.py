@@ -18,6 +18,7 @@ from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.objectives import Onpo
+from onpo_fast.policy import Policy
 
 PROMPTS = [
     {"prompt": "Nenne drei Farben."},
@@ -75,6 +76,11 @@ def test_a_live_anchor(shallow_model, tmp_path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     with pytest.raises(UserError, match="--anchor live takes one anchor"):
         Config(objective="inpo", anchor="live")
+
+
+def test_cudnns_attention_is_off(policy: Policy) -> None:
+    """Where it is the default it gives NaN gradients with masks; a CPU can only see that the switch is thrown."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_run_directory(run_directory: Path) -> None:
