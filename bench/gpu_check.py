@@ -132,11 +132,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results, plots and log")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="these of the steps")
+    parser.add_argument("--only", nargs="+", choices=STEPS, help="these of the steps")
     parser.add_argument("--allow-cpu", action="store_true", help="run what runs without a GPU: to try this script")
     parser.add_argument("--training", action="store_true", help="the trainer instead of the kernels (make gpu-train)")
     parser.add_argument("options", nargs="*", metavar="OPTIONS", help="with --training, after --: of `bench training`")
     options = parser.parse_args()
+    if options.training and options.only:
+        parser.error("--only is about the kernels, and --training about the trainer")
     options.out.mkdir(parents=True, exist_ok=True)
     log = "gpu-train.log" if options.training else "gpu-check.log"
     runner = Runner(options.out.resolve(), options.budget, log)
@@ -148,7 +150,7 @@ def main() -> int:
     if options.training:
         training(runner, options.options)
         return summary(runner)
-    for name in options.only:
+    for name in options.only or STEPS:
         STEPS[name](runner, options)
     return summary(runner)
 

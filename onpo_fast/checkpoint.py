@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,8 +227,9 @@ class Journal:
 
     def forget_folder(self, folder: str) -> None:
         """Also what a kill has left there, and the journal does not list."""
-        for name in self.within(folder):
-            self.forget(name)
+        if names := self.within(folder):
+            self.entries = {name: entry for name, entry in self.entries.items() if name not in names}
+            self._write()
         remove(self.directory / folder)
 
     def _is(self, name: str, expected: str) -> bool:
@@ -274,10 +276,12 @@ class Parts:
     Args:
         journal: keeps their checksums; a damaged one is made again.
         name: of the whole, in the run directory.
+        made_by: what the results go by beside the items. It may change with --force: a whole is of one kind.
     """
 
-    def __init__(self, journal: Journal, name: str) -> None:
-        self.journal, self.name = journal, f"{name}.parts"
+    def __init__(self, journal: Journal, name: str, made_by: object = None) -> None:
+        self.journal, self.name, self.made_by = journal, f"{name}.parts", made_by
+        self.began = time.perf_counter()  # the part that is being made
 
     def make(
         self,
@@ -287,28 +291,30 @@ class Parts:
         write: Callable[[Path, Iterable[Result]], None],
         read: Callable[[Path], Iterable[Result]],
         known: Callable[[int], None],
-    ) -> tuple[list[Result], float]:
-        """All results in order, and the seconds that they took, also in processes before this one.
+        spent: Callable[[], dict[str, int]] = dict,
+    ) -> tuple[list[Result], dict[str, float]]:
+        """All results in order, and what they took, also in processes before this one: "seconds", and what was spent.
 
         ``results`` is given ``size`` items at a time, and the index of the first; ``known`` is told how many items
-        were done before.
+        were done before; ``spent`` is asked after each part.
         """
-        whole, seconds = [], 0.0
+        whole: list[Result] = []
+        totals: Counter[str] = Counter()
         for first in range(0, len(items), size):
             name = f"{self.name}/{first:08d}.jsonl"
             part = items[first : first + size]
-            items_of = hashlib.sha256(repr(part).encode()).hexdigest()  # other ones may come with --force
+            made_from = hashlib.sha256(repr((self.made_by, part)).encode()).hexdigest()
             note = self.journal.note(name)
-            if note is None or note["items"] != items_of:
-                start = time.perf_counter()
+            if note is None or note["from"] != made_from:
+                self.began = time.perf_counter()
                 write(self.journal.directory / name, results(part, first))
-                note = {"items": items_of, "seconds": time.perf_counter() - start}
+                note = {"from": made_from, "spent": {"seconds": time.perf_counter() - self.began, **spent()}}
                 self.journal.record(name, note)
             else:
                 known(len(part))
             whole += read(self.journal.directory / name)
-            seconds += note["seconds"]
-        return whole, seconds
+            totals.update(note["spent"])
+        return whole, dict(totals)
 
     def clear(self) -> None:
         """When the whole is there."""

@@ -126,8 +126,9 @@ class Tracker:
         ``keep`` says which of the earlier records still hold.
         """
         self.part = part
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_initialized():
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
         records, damaged = self._read()
         held = [record for record in records if record.get("part") != part or keep(record)]
         if damaged or len(held) < len(records):

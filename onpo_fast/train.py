@@ -135,6 +135,7 @@ class Run:
         prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
         model = _fingerprint(config.model, policy)
         self._check_inputs(prompts, model, force)
+        self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
         # before config.yaml: from its first file on, a run can say what it began with
         self.journal.begin({"options": asdict(config), "model": model, "prompts": prompts})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
@@ -212,16 +213,16 @@ class Run:
 
     def _sample(self, t: int, source: Source, name: str) -> list[Group]:
         config, prompts, count = self.config, self.prompts_of(t), self.config.responses_per_prompt
-        sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name)
+        sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name, self.made_by)
         with progress(f"iteration {t}: sample", len(prompts) * count) as done:
-            groups, seconds = parts.make(
-                prompts, -(-PART_BATCHES * config.sampling_batch_size // count),
+            groups, spent = parts.make(
+                prompts, max(1, PART_BATCHES * config.sampling_batch_size // count),
                 lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
                 write_groups, read_groups, lambda known: done(known * count),
             )  # fmt: skip
         write_groups(self.directory / name, groups)
         responses = [response for group in groups for response in group.responses]
-        tokens = sum(len(response.tokens) for response in responses)
+        tokens, seconds = sum(len(response.tokens) for response in responses), spent["seconds"]
         self.tracker.log(
             "sample", t, seconds=seconds, responses=len(responses), tokens=tokens,
             tokens_per_second=tokens / seconds, response_tokens_mean=tokens / len(responses),
@@ -241,27 +242,28 @@ class Run:
         return preferences
 
     def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
-        start, parts = time.perf_counter(), Parts(self.journal, name)
+        parts = Parts(self.journal, name, self.made_by)
+        count = max(1, -(-len(groups) // PART_GROUPS))  # of parts of one size: shares are counted in each
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
             try:
-                preferences, seconds = parts.make(
-                    groups, PART_GROUPS,
+                preferences, spent = parts.make(
+                    groups, -(-len(groups) // count),
                     lambda part, first: oracles.judge(self.oracle, part, self.config.oracle, done, first),
-                    write_preferences, read_preferences, done,
+                    write_preferences, read_preferences, done, lambda: oracles.take_counters(self.oracle),
                 )  # fmt: skip
             except Exception:
                 if spent := oracles.take_counters(self.oracle):
-                    self.tracker.log("judge", t, seconds=time.perf_counter() - start, stopped=True, **spent)
+                    self.tracker.log("judge", t, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
                 raise
         write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.tracker.log(
-            "judge", t, seconds=seconds, triples=triples, cyclic_triples=cyclic / triples if triples else None,
-            comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences), **oracles.take_counters(self.oracle),
+            "judge", t, **spent, triples=triples, cyclic_triples=cyclic / triples if triples else None,
+            comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences),
         )  # fmt: skip
-        self.complete(name, stage="judge", seconds=seconds)
+        self.complete(name, stage="judge", seconds=spent["seconds"])
         parts.clear()
         return preferences
 

@@ -116,14 +116,16 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
 
 
 def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
-    parts, known = Parts(Journal(tmp_path), "all.jsonl"), []
+    journal, known = Journal(tmp_path), []
+    parts = Parts(journal, "all.jsonl", {"temperature": 1.0})
 
     def double(items: list[int], first: int) -> list[dict]:
         return [{"first": first, "twice": 2 * item} for item in items]
 
     def make(items: list[int], size: int) -> list[int]:
-        results, seconds = parts.make(items, size, double, write_jsonl, read_jsonl, known.append)
-        assert seconds > 0
+        results, spent = parts.make(items, size, double, write_jsonl, read_jsonl, known.append, lambda: {"asked": 1})
+        assert spent.pop("seconds") > 0
+        assert spent == {"asked": -(-len(items) // size)}  # also what earlier calls were asked
         return [result["twice"] for result in results]
 
     assert make([1, 2, 3], 2) == [2, 4, 6]
@@ -131,6 +133,11 @@ def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
     assert known == [2]
     assert make([1, 2, 5], 3) == [2, 4, 10]
     assert known == [2]
+    assert make([1, 2, 5], 3) == [2, 4, 10]
+    assert known == [2, 3]
+    parts = Parts(journal, "all.jsonl", {"temperature": 2.0})
+    assert make([1, 2, 5], 3) == [2, 4, 10]
+    assert known == [2, 3]
     parts.clear()
     assert [path.name for path in tmp_path.iterdir()] == list(Journal.FILES)
     assert Journal(tmp_path).entries == {}

@@ -57,26 +57,26 @@ def judge(
         UserError: if the oracle fails or says what no preference can be; the message names the oracle and the group.
     """
     asked = [(group.prompt, [response.text for response in group.responses]) for group in groups]
-    place = f" (counted from prompt {first} on)" if first else ""
-    return judge_texts(oracle, asked, f"--oracle {name}{place}", progress)
+    return judge_texts(oracle, asked, f"--oracle {name}", progress, first)
 
 
 def judge_texts(
-    oracle: Oracle, asked: Sequence[Asked], title: str, progress: Progress = lambda n: None
+    oracle: Oracle, asked: Sequence[Asked], title: str, progress: Progress = lambda n: None, first: int = 0
 ) -> list[np.ndarray]:
     """``judge`` for prompts with texts; ``title`` is how messages name the oracle."""
     try:
         if many := getattr(oracle, "many", None):
-            answers = _guarded(title, lambda: many([_copied(*one) for one in asked], progress))
-            answers = _guarded(title, lambda: list(answers))
+            place = f" (counted from prompt {first})" if first else ""  # it numbers what it is given
+            answers = _guarded(title + place, lambda: many([_copied(*one) for one in asked], progress))
+            answers = _guarded(title + place, lambda: list(answers))
             if len(answers) != len(asked):
                 raise UserError(f"{title}: it gave {len(answers)} matrices for {len(asked)} prompts")
             return [
                 checked(answer, len(texts), f"{title}, {where(index, prompt)}")
-                for index, (answer, (prompt, texts)) in enumerate(zip(answers, asked))
+                for index, (answer, (prompt, texts)) in enumerate(zip(answers, asked), first)
             ]
         matrices = []
-        for index, (prompt, texts) in enumerate(asked):
+        for index, (prompt, texts) in enumerate(asked, first):
             here = f"{title}, {where(index, prompt)}"
             matrices.append(checked(_guarded(here, lambda: oracle(*_copied(prompt, texts))), len(texts), here))  # noqa: B023
             progress(1)
