@@ -1,41 +1,98 @@
 """Hidden states through the head, a tile at a time: the matrix product whose results are never written as logits.
 
-A tile's logits stay in registers, fp32, as the tensor cores accumulated them. The epilogue makes of them
+A tile's logits stay in registers, fp32, as the tensor cores accumulated them. The epilogue makes of them, for every row,
 
-- for every row, the peak over the tile and the sum of exp(logit − peak), the target left out: what the log-sum-exp is
-  merged from (``row_sums.py``);
+- the sum of exp(logit − shift) over the tile and the tile's peak, the target left out: what the log-sum-exp is put
+  together from (``row_sums.py``);
 - where the backward pass is to follow, E = exp(logit − shift) in the operands' dtype, times the slope of the softcap.
-  The shift of a row is known beforehand: its target's logit, in the pass that nothing is recomputed after, or its
-  log-sum-exp, in one that recomputes.
 
-exp(logit − target's logit) overflows where the target is less likely than another token by a factor of e^88. A row
-that comes near that is found when the sums are merged, given its peak for a shift, and its tiles computed again: the
-second launch (``MOVED_ONLY``) ends at once in every other tile, so that no host has to look.
+The shift of a row is known before the product: its target's logit, or its log-sum-exp where logits are computed a
+second time. Logits are in bits, so that an exponential is one fused multiply-add and one ``exp2``. The target and the
+padding are masked in a branch of the whole tile, since few tiles hold either.
+
+exp(logit − target's logit) overflows where the target is less likely than another token by a factor of 2^128. Rows that
+come near that are found from their peaks, given their peak for a shift, and their tiles computed again by
+``recompute_moved``: a few programs look for such rows on the device, so that no host has to.
+
+``exponentials_variants.py`` has other forms of the kernel, for comparison.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exponentials_variants import masked_exponentials_kernel, persistent_exponentials_kernel
 from .head import Head
 from .launch import (
     GROUP,
     INTERPRETED,
     TRITON_DTYPES,
+    Tile,
     dot_precision,
-    load_tile,
-    matmul_step,
     operand,
     rounded,
     store_tile,
     tile,
     tile_of,
 )
+from .logits import logits_tile
+from .variants import current
+
+
+@triton.jit
+def write_exponentials_tile(
+    hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
+    row_tile, column_tile, rows, stored_rows, vocabulary, first_token, inner, outer,
+    hidden_stride, weight_stride, stored_stride,
+    FEATURES: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
+    STORE: tl.constexpr, TARGET_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``exponentials_kernel``, whose arguments these are."""
+    first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
+    row = first_row + tl.arange(0, ROWS)
+    inside = row < rows
+    own_shift = tl.load(shift + row, mask=inside, other=0.0)  # before the product, which hides how long it takes
+    target = (tl.load(targets + row, mask=inside, other=-1) - first_token - first_column).to(tl.int32)
+    has_target = tl.max(((target >= 0) & (target < COLUMNS)).to(tl.int32)) > 0
+    special = has_target | (first_column + COLUMNS > vocabulary)
+
+    logits = logits_tile(
+        hidden, weight, bias, first_row, first_column, rows, vocabulary, inner, hidden_stride, weight_stride,
+        FEATURES, BIAS, SOFTCAP, ROWS, COLUMNS, DEPTH, PRECISION, DESCRIPTORS, INTERPRET,
+    )  # fmt: skip
+    if SOFTCAP:
+        slope = 1 - logits * logits
+    if special:
+        column = tl.arange(0, COLUMNS)
+        nothing = (column[None, :] == target[:, None]) | (first_column + column >= vocabulary)[None, :]
+        logits = tl.where(nothing, float("inf") if NEGATIVE else float("-inf"), logits)
+    at = tl.cast(column_tile, tl.int64) * rows + row
+    if SUMS:
+        peak = (tl.min(logits, 1) if NEGATIVE else tl.max(logits, 1)) * outer
+        tl.store(peaks + at, peak, mask=inside)
+    exponentials = tl.exp2(logits * outer - own_shift[:, None])
+    if SUMS:
+        tl.store(sums + at, tl.sum(exponentials, 1), mask=inside)
+    if STORE:  # noqa: SIM102 (the condition is the compiler's)
+        if first_row < stored_rows:
+            if TARGET_VALUES:  # noqa: SIM102
+                if has_target:
+                    value = tl.load(target_values + row, mask=inside, other=0.0)
+                    is_target = tl.arange(0, COLUMNS)[None, :] == target[:, None]
+                    exponentials = tl.where(is_target, value[:, None], exponentials)
+            if SOFTCAP:
+                exponentials *= slope
+            store_tile(
+                stored, rounded(exponentials, DTYPE, INTERPRET), first_row, first_column,
+                stored_rows, vocabulary, stored_stride, ROWS, COLUMNS, DESCRIPTORS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -45,10 +102,9 @@ def exponentials_kernel(
     stored,  # (stored rows, V), tiles (ROWS, COLUMNS): E; not touched without STORE
     bias,  # (V,), or anything without BIAS
     targets,  # (rows,) int64
-    target_logits,  # (rows,) float64
-    shift,  # (rows,) float32; not read with SUMS alone
-    target_values,  # (rows,) float32: what E has in the target's column; read with TARGET_VALUES
-    peaks,  # (column tiles, rows) float32; written with SUMS
+    shift,  # (rows,) float32, bits
+    target_values,  # (rows,) float32: what E has in the target's column; read with TARGET_VALUES, otherwise E has 0
+    peaks,  # (column tiles, rows) float32, bits; written with SUMS
     sums,  # (column tiles, rows) float32; written with SUMS
     rows,
     stored_rows,
@@ -62,11 +118,10 @@ def exponentials_kernel(
     FEATURES: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # outer is: the largest logit is the smallest product
     SUMS: tl.constexpr,
     STORE: tl.constexpr,
     TARGET_VALUES: tl.constexpr,
-    MOVED_ONLY: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -76,115 +131,129 @@ def exponentials_kernel(
     DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS)
-    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP)
-    first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
-    row = first_row + tl.arange(0, ROWS)
-    column = first_column + tl.arange(0, COLUMNS)
-    inside = row < rows
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS), GROUP)
+    write_exponentials_tile(
+        hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
+        row_tile, column_tile, rows, stored_rows, vocabulary, first_token, inner, outer,
+        hidden_stride, weight_stride, stored_stride,
+        FEATURES, BIAS, SOFTCAP, NEGATIVE, SUMS, STORE, TARGET_VALUES, ROWS, COLUMNS, DEPTH,
+        DTYPE, PRECISION, DESCRIPTORS, INTERPRET,
+    )  # fmt: skip
 
-    if MOVED_ONLY:
-        own = tl.load(target_logits + row, mask=row < stored_rows, other=0.0).to(tl.float32)
-        if tl.max((tl.load(shift + row, mask=row < stored_rows, other=0.0) != own).to(tl.int32)) == 0:
-            return
 
-    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for depth in range(0, FEATURES, DEPTH):
-        h = load_tile(hidden, first_row, depth, rows, FEATURES, hidden_stride, ROWS, DEPTH, DESCRIPTORS)
-        w = load_tile(weight, first_column, depth, vocabulary, FEATURES, weight_stride, COLUMNS, DEPTH, DESCRIPTORS)
-        logits = matmul_step(h, w.T, logits, PRECISION, INTERPRET)
-
-    if BIAS:
-        logits += tl.load(bias + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP:
-        logits = 1 - 2 / (tl.exp(2 * inner * logits) + 1)  # tanh
-    if SCALED:
-        logits *= outer
-
-    # padding and the target weigh nothing: the target is added when the sums are merged, exactly
-    target = (tl.load(targets + row, mask=inside, other=-1) - first_token).to(tl.int32)
-    is_target = column[None, :] == target[:, None]
-    others = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), logits)
-
-    if SUMS:
-        peak = tl.max(others, 1)
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of the target alone
-        exponentials = tl.exp(others - base[:, None])
-        at = column_tile.to(tl.int64) * rows + row
-        tl.store(peaks + at, peak, mask=inside)
-        tl.store(sums + at, tl.sum(exponentials, 1), mask=inside)
-        if STORE:
-            exponentials *= tl.exp(peak - tl.load(shift + row, mask=inside, other=0.0))[:, None]
-    else:
-        exponentials = tl.exp(others - tl.load(shift + row, mask=inside, other=0.0)[:, None])
-    if STORE:  # noqa: SIM102 (the condition is the compiler's)
-        if first_row < stored_rows:
-            if TARGET_VALUES:
-                value = tl.load(target_values + row, mask=inside, other=0.0)
-                exponentials = tl.where(is_target, value[:, None], exponentials)
-            if SOFTCAP:
-                tanh = logits / outer
-                exponentials *= 1 - tanh * tanh
-            store_tile(
-                stored, rounded(exponentials, DTYPE, INTERPRET), first_row, first_column,
-                stored_rows, vocabulary, stored_stride, ROWS, COLUMNS, DESCRIPTORS,
-            )  # fmt: skip
+@triton.jit
+def moved_exponentials_kernel(
+    hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
+    first_shift,  # (rows,) float32, bits: the shift that sums and E were computed with
+    rows, stored_rows, vocabulary, first_token, inner, outer, hidden_stride, weight_stride, stored_stride,
+    FEATURES: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
+    STORE: tl.constexpr, TARGET_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``exponentials_kernel`` again, in the tiles of rows whose shift has moved. Programs share the columns."""
+    for row_tile in range(0, tl.cdiv(rows, ROWS)):
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        before = tl.load(first_shift + row, mask=inside, other=0.0)
+        after = tl.load(shift + row, mask=inside, other=0.0)
+        if tl.max((after > before).to(tl.int32)) > 0:
+            for column_tile in range(tl.program_id(0), tl.cdiv(vocabulary, COLUMNS), tl.num_programs(0)):
+                write_exponentials_tile(
+                    hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
+                    row_tile, column_tile, rows, stored_rows, vocabulary, first_token, inner, outer,
+                    hidden_stride, weight_stride, stored_stride,
+                    FEATURES, BIAS, SOFTCAP, NEGATIVE, SUMS, STORE, TARGET_VALUES, ROWS, COLUMNS, DEPTH,
+                    DTYPE, PRECISION, DESCRIPTORS, INTERPRET,
+                )  # fmt: skip
 
 
 class PartialSums(NamedTuple):
     """A row's log-sum-exp in pieces, the target left out."""
 
-    peaks: Tensor  # (column tiles, rows) float32
-    sums: Tensor  # (column tiles, rows) float32: Σ exp(logit − peak)
+    peaks: Tensor  # (column tiles, rows) float32, bits
+    sums: Tensor  # (column tiles, rows) float32: Σ exp2(logit − shift)
 
 
-def exponentials(
-    hidden: Tensor,  # (rows, H)
-    head: Head,  # or a slice of its vocabulary
-    targets: Tensor,  # (rows,) int64
-    target_logits: Tensor,  # (rows,) float64
-    *,
-    sums: bool = True,
-    shift: Tensor | None = None,  # (rows,) float32
-    store: Tensor | None = None,  # (stored rows ≤ rows, V): filled with E
-    target_values: Tensor | None = None,  # (rows,) float32; without them the target's column gets 0
-    first_token: int = 0,
-    moved_only: bool = False,
-) -> PartialSums | None:
-    """One pass of rows through the head. Everything is asynchronous.
+class Pass:
+    """Rows on their way through the head: what a launch and the one that repeats some of its tiles share."""
 
-    ``sums`` asks for the log-sum-exp's pieces, ``store`` for E = slope·exp(logit − shift). ``moved_only`` fills E anew
-    in the tiles where a row's shift is not its target's logit, and does nothing elsewhere.
-    """
-    rows, features = hidden.shape
-    vocabulary = len(head.weight)
-    shape = tile(hidden.dtype, (rows, vocabulary, features))
-    if head.softcap is not None and shape.columns > 128:  # the cap's slope wants as many registers as the logits
-        shape = shape._replace(columns=128)
-    column_tiles = triton.cdiv(vocabulary, shape.columns)
-    partial = None
-    if sums:
-        pieces = torch.empty(2, column_tiles, rows, dtype=torch.float32, device=hidden.device)
-        partial = PartialSums(*pieces)
-    inner, outer = head.factors
-    unused = target_logits
-    hidden_operand = operand(hidden, (shape.rows, shape.depth))
-    exponentials_kernel[(triton.cdiv(rows, shape.rows) * column_tiles,)](
-        hidden_operand,
-        operand(head.weight, (shape.columns, shape.depth)),
-        operand(hidden if store is None else store, (shape.rows, shape.columns)),
-        unused if head.bias is None else head.bias,
-        targets, target_logits,
-        unused if shift is None else shift,
-        unused if target_values is None else target_values,
-        *(partial or (unused, unused)),
-        rows, 0 if store is None else len(store), vocabulary, first_token,
-        inner, outer, hidden.stride(0), head.weight.stride(0), 0 if store is None else store.stride(0),
-        FEATURES=features, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None, SCALED=outer != 1,
-        SUMS=sums, STORE=store is not None, TARGET_VALUES=target_values is not None, MOVED_ONLY=moved_only,
-        ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
-        DTYPE=TRITON_DTYPES[hidden.dtype], PRECISION=dot_precision(hidden.dtype),
-        DESCRIPTORS=not isinstance(hidden_operand, Tensor), INTERPRET=INTERPRETED,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    return partial
+    def __init__(
+        self,
+        hidden: Tensor,  # (rows, H)
+        head: Head,  # or a slice of its vocabulary
+        targets: Tensor,  # (rows,) int64
+        *,
+        sums: bool,  # whether the log-sum-exp's pieces are asked for
+        store: Tensor | None = None,  # (stored rows ≤ rows, V): filled with E
+        target_values: Tensor | None = None,  # (rows,) float32: the target's column of E; 0 without them
+        first_token: int = 0,  # of the vocabulary slice that the head is
+    ) -> None:
+        self.hidden, self.head, self.targets, self.store = hidden, head, targets, store
+        self.target_values, self.first_token = target_values, first_token
+        self.variant = current()
+        self.tile = self._tile()
+        self.column_tiles = triton.cdiv(len(head.weight), self.tile.columns)
+        self.partial = None
+        if sums:
+            pieces = torch.empty(2, self.column_tiles, len(hidden), dtype=torch.float32, device=hidden.device)
+            self.partial = PartialSums(*pieces)
+
+    def _tile(self) -> Tile:
+        problem = (len(self.hidden), len(self.head.weight), self.hidden.shape[1])
+        shape = tile(self.hidden.dtype, problem)
+        chosen = {name: value for name in Tile._fields if (value := getattr(self.variant, name)) is not None}
+        if chosen:
+            shape = shape._replace(**chosen).cut_to(*problem)
+        if self.head.softcap is not None and shape.columns > 128:  # the slope wants as many registers as the logits
+            shape = shape._replace(columns=128)
+        return shape
+
+    def exponentials(self, shift: Tensor) -> PartialSums | None:
+        """Computes every tile: (rows,) float32 bits -> the pieces, if they were asked for. Asynchronous."""
+        tiles = triton.cdiv(len(self.hidden), self.tile.rows) * self.column_tiles
+        if self.variant.epilogue == "light":
+            self._launch(exponentials_kernel, tiles, shift)
+        elif self.variant.epilogue == "masked":
+            self._launch(masked_exponentials_kernel, tiles, shift)
+        else:
+            programs = min(tiles, multiprocessors(self.hidden.device))
+            self._launch(persistent_exponentials_kernel, programs, shift, store_columns=self.tile.columns // 2)
+        return self.partial
+
+    def recompute_moved(self, shift: Tensor, first_shift: Tensor) -> None:
+        """Computes the tiles again in which a row's shift is above the first one. Asynchronous."""
+        programs = min(self.column_tiles, multiprocessors(self.hidden.device))
+        self._launch(moved_exponentials_kernel, programs, shift, first_shift)
+
+    def _launch(self, kernel: Any, programs: int, shift: Tensor, *more: Tensor, store_columns: int = 0) -> None:
+        hidden, weight, shape = self.hidden, self.head.weight, self.tile
+        store, unused = self.store, shift
+        inner, outer = self.head.factors
+        hidden_operand = operand(hidden, (shape.rows, shape.depth))
+        kernel[(programs,)](
+            hidden_operand,
+            operand(weight, (shape.columns, shape.depth)),
+            operand(hidden if store is None else store, (shape.rows, store_columns or shape.columns)),
+            unused if self.head.bias is None else self.head.bias,
+            self.targets, shift,
+            unused if self.target_values is None else self.target_values,
+            *(self.partial or (unused, unused)), *more,
+            len(hidden), 0 if store is None else len(store), len(weight), self.first_token,
+            inner, outer, hidden.stride(0), weight.stride(0), 0 if store is None else store.stride(0),
+            FEATURES=hidden.shape[1], BIAS=self.head.bias is not None, SOFTCAP=self.head.softcap is not None,
+            NEGATIVE=outer < 0, SUMS=self.partial is not None, STORE=store is not None,
+            TARGET_VALUES=self.target_values is not None,
+            ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=self.variant.group or GROUP,
+            DTYPE=TRITON_DTYPES[hidden.dtype], PRECISION=dot_precision(hidden.dtype),
+            DESCRIPTORS=not isinstance(hidden_operand, Tensor), INTERPRET=INTERPRETED,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a kernel that loops over its tiles."""
+    if device.type != "cuda":  # interpreted: few, so that each loops
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import add_bias_gradient
-from .exponentials import exponentials
+from .exponentials import Pass
 from .groups import Group, Layout, chunks
-from .head import Head
+from .head import BITS, Head
 from .launch import aligned, empty_rows
-from .row_sums import RowSums, merge, segment_sums
+from .row_sums import RowSums, merge, segment_sums, shifts
 from .target_logits import target_logits
 from .weight_gradient import add_weight_gradient, carry_for
 
@@ -67,10 +67,19 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return logps
 
 
-def _softmax(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, RowSums]:
-    """The targets' logits, (n,) float64, and what the rows' softmax comes down to."""
+def _softmax(
+    hidden: Tensor, head: Head, targets: Tensor, store: Tensor | None = None
+) -> tuple[Tensor, RowSums]:  # fmt: skip
+    """The targets' logits, (n,) float64 bits, and what the rows' softmax comes down to.
+
+    ``store``, (m ≤ n, V), is filled with E of the first m rows, 0 in the target's column.
+    """
     own = target_logits(hidden, head, targets)
-    return own, merge(exponentials(hidden, head, targets, own), own)
+    first_shift = own.float()
+    through = Pass(hidden, head, targets, sums=True, store=store)
+    shift = shifts(through.exponentials(first_shift), first_shift)
+    through.recompute_moved(shift, first_shift)
+    return own, merge(through.partial.sums, own, shift)
 
 
 def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None) -> Tensor:
@@ -115,11 +124,13 @@ def _recompute(
     """The vocabulary slice by slice. Every slice of the weight's gradient is complete when it is written."""
     rows, features = hidden.shape
     own = target_logits(hidden, head, targets)
-    shift = (own - logps).float()  # the log-sum-exp: E is then the softmax itself
-    target_values = logps.expm1().float()  # p − 1, without cancellation
-    scale = upstream.float() * -(head.logit_scale / head.temperature)
+    normaliser = own - logps * BITS  # the log-sum-exp: E is then the softmax itself
+    shift = normaliser.float()
+    rounding = (shift - normaliser).exp2()  # which divides E by this, and is made good in the row scales
+    target_values = (logps.expm1() / rounding).float()  # p − 1, without cancellation
+    scale = (upstream * rounding).float() * -(head.logit_scale / head.temperature)
     if hidden.dtype == torch.float16:  # which could hold neither small probabilities nor small coefficients on X's rows
-        shift, target_values = shift - math.log(FP16_SCALE), target_values * FP16_SCALE
+        shift, target_values = shift - math.log2(FP16_SCALE), target_values * FP16_SCALE
         largest = scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
         scale, gradients.factor = scale / largest, largest / FP16_SCALE
     scaled = _scaled_rows(hidden, scale, hidden.dtype) if gradients.weight is not None else None
@@ -135,10 +146,9 @@ def _recompute(
             weight=head.weight[tokens], bias=None if head.bias is None else head.bias[tokens].contiguous()
         )
         e = buffer[:, : len(part.weight)]
-        exponentials(
-            hidden, part, targets, own, sums=False, shift=shift, store=e, target_values=target_values,
-            first_token=start,
-        )  # fmt: skip
+        Pass(
+            hidden, part, targets, sums=False, store=e, target_values=target_values, first_token=start
+        ).exponentials(shift)
         if total is not None:
             _add_product(total, e, part.weight)
         if scaled is not None:
@@ -547,13 +557,11 @@ class PairLoss:
     def _exponentials(self, rows: slice, e: Tensor) -> tuple[Tensor, Tensor]:
         """E of a chunk, complete, −(the sum of the others) in the target's column; and its rows' sums (n,)."""
         hidden, head, targets = self._through_the_head(rows)
-        own = target_logits(hidden, head, targets)
-        sums = merge(exponentials(hidden, head, targets, own, shift=own.float(), store=e), own)
-        hidden, targets, own = hidden[: len(e)], targets[: len(e)], own[: len(e)]
-        exponentials(hidden, head, targets, own, sums=False, shift=sums.shift, store=e, moved_only=True)
-        values = -sums.others[: len(e)]
+        own, sums = _softmax(hidden, head, targets, store=e)
+        targets, values = targets[: len(e)], -sums.others[: len(e)]
         if head.softcap is not None:
-            values = values * (1 - (own * (head.temperature / head.softcap)).square()).float()
+            tanh = own[: len(e)] / head.factors[1]
+            values = values * (1 - tanh.square()).float()
         e.scatter_(1, targets[:, None], values.to(e.dtype)[:, None])
         self._keep(rows, sums)
         return e, sums.total[: len(e)]

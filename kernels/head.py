@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+BITS = math.log2(math.e)  # in a nat: logits in bits are what exp2 takes
 
 
 class Head(NamedTuple):
@@ -22,10 +26,18 @@ class Head(NamedTuple):
 
     @property
     def factors(self) -> tuple[float, float]:
-        """(inner, outer): logit = outer·tanh(inner·(h·w + b)), or without a softcap outer·(h·w + b)."""
+        """(inner, outer), float32 numbers: a logit in bits is outer·(h·w + b), or with a softcap
+        outer·(1 − 2/(2^(inner·(h·w + b)) + 1)), which is the tanh.
+
+        The rounding of ``outer`` is part of the model that the kernels compute: it multiplies the logits of target and
+        vocabulary alike, so that a log-prob changes by 2⁻²⁴ of a difference of logits, not of a logit.
+        """
         if self.softcap is None:
-            return 1.0, self.logit_scale / self.temperature
-        return self.logit_scale / self.softcap, self.softcap / self.temperature
+            inner, outer = 0.0, self.logit_scale / self.temperature
+        else:
+            inner, outer = 2 * self.logit_scale / self.softcap, self.softcap / self.temperature
+        least = float(np.finfo(np.float32).tiny)  # in place of 0, which times −∞ would be NaN
+        return float(np.float32(inner * BITS)), float(np.float32(outer * BITS)) or least
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All the logits: (N, H) -> (N, V), in the dtype of the operands. Differentiable."""

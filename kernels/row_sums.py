@@ -11,19 +11,16 @@ from torch import Tensor
 
 from .exponentials import PartialSums
 
-FAR = 60.0  # nats between a row's peak and its target beyond which exponentials are taken relative to the peak
-# e^60 times a vocabulary of 2^18 is 3e31: sums stay far from fp32's and bf16's 3e38
+FAR = 86.0  # bits between a row's peak and its target beyond which exponentials are taken relative to the peak
+# 2^86 times a vocabulary of 2^18 is 2^104: sums stay far from the 2^128 of fp32 and bf16
+NATS = 0.6931471805599453  # in a bit
 
 
 @triton.jit
-def merge_kernel(
-    peaks,  # (tiles, N) float32
-    sums,  # (tiles, N) float32
-    target_logits,  # (N,) float64
-    logps,  # (N,) float64
-    shift,  # (N,) float32
-    others,  # (N,) float32
-    total,  # (N,) float32
+def shifts_kernel(
+    peaks,  # (tiles, N) float32, bits
+    first_shift,  # (N,) float32, bits
+    shift,  # (N,) float32, bits
     tiles,
     rows,
     FAR: tl.constexpr,
@@ -38,49 +35,81 @@ def merge_kernel(
         mask = (at < tiles)[:, None] & inside[None, :]
         part = tl.load(peaks + at[:, None].to(tl.int64) * rows + row[None, :], mask=mask, other=float("-inf"))
         peak = tl.maximum(peak, tl.max(part, 0))
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    whole = tl.zeros((ROWS,), tl.float32)
+    near = tl.load(first_shift + row, mask=inside, other=0.0)
+    tl.store(shift + row, tl.where(peak - near > FAR, peak, near), mask=inside)
+
+
+def shifts(partial: PartialSums, first_shift: Tensor) -> Tensor:
+    """(N,) float32, bits: the shift of every row, which is the first one, or its peak where that is far above."""
+    tiles, rows = partial.peaks.shape
+    shift = torch.empty_like(first_shift)
+    block = 32
+    shifts_kernel[(triton.cdiv(rows, block),)](
+        partial.peaks, first_shift, shift, tiles, rows, FAR=FAR, ROWS=block, TILES=64, num_warps=4
+    )
+    return shift
+
+
+@triton.jit
+def log1p(x):
+    """float64 log(1 + x) for x ≥ 0, also where 1 + x is 1 (Kahan)."""
+    u = 1 + x
+    lost = x / tl.where(u == 1, 1.0, u - 1)  # what the rounding of u changed, as a factor
+    return tl.where(u == 1, x, tl.where(x < 1, tl.log(u) * lost, tl.log(u)))
+
+
+@triton.jit
+def merge_kernel(
+    sums,  # (tiles, N) float32
+    target_logits,  # (N,) float64, bits
+    shift,  # (N,) float32, bits
+    logps,  # (N,) float64, nats
+    others,  # (N,) float32
+    total,  # (N,) float32
+    tiles,
+    rows,
+    NATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    rest = tl.zeros((ROWS,), tl.float64)  # without the target
     for start in range(0, tiles, TILES):
         at = start + tl.arange(0, TILES)
         mask = (at < tiles)[:, None] & inside[None, :]
-        offset = at[:, None].to(tl.int64) * rows + row[None, :]
-        part = tl.load(sums + offset, mask=mask, other=0.0)
-        scale = tl.exp(tl.load(peaks + offset, mask=mask, other=float("-inf")) - base[None, :])
-        whole += tl.sum(part * scale, 0)
-
+        part = tl.load(sums + at[:, None].to(tl.int64) * rows + row[None, :], mask=mask, other=0.0)
+        rest += tl.sum(part, 0).to(tl.float64)
     target = tl.load(target_logits + row, mask=inside, other=0.0)
-    near = target.to(tl.float32)
-    origin = tl.where(peak - near > FAR, peak, near)
-    rest = whole.to(tl.float64) * tl.exp(peak.to(tl.float64) - origin.to(tl.float64))  # without the target
-    above = target - origin.to(tl.float64)
-    everything = rest + tl.exp(above)
-    tl.store(logps + row, above - tl.log(everything), mask=inside)  # −log(1 + rest) where the origin is the target
-    tl.store(shift + row, origin, mask=inside)
+    above = (target - tl.load(shift + row, mask=inside, other=0.0).to(tl.float64)) * NATS
+    own = tl.exp(above)  # 1 but for the rounding of the shift; small where the shift is the row's peak
+    near = own > 0.5
+    logp = tl.where(near, -log1p(rest / tl.where(near, own, 1.0)), above - tl.log(rest + own))
+    tl.store(logps + row, logp, mask=inside)
     tl.store(others + row, rest.to(tl.float32), mask=inside)
-    tl.store(total + row, everything.to(tl.float32), mask=inside)
+    tl.store(total + row, (rest + own).to(tl.float32), mask=inside)
 
 
 class RowSums(NamedTuple):
     """What a row's softmax comes down to. Exponentials are relative to ``shift``."""
 
     logps: Tensor  # (N,) float64: the target's log-prob, nats
-    shift: Tensor  # (N,) float32: the target's logit, or the peak where that is far above
     others: Tensor  # (N,) float32: the sum of the exponentials of all other tokens
     total: Tensor  # (N,) float32: of all tokens
 
 
-def merge(partial: PartialSums, target_logits: Tensor) -> RowSums:
-    """The pieces of every row's log-sum-exp, (tiles, N), and its target's logit, (N,) float64, put together."""
-    tiles, rows = partial.peaks.shape
-    device = target_logits.device
-    logps = torch.empty(rows, dtype=torch.float64, device=device)
-    shift, others, total = torch.empty(3, rows, dtype=torch.float32, device=device)
+def merge(sums: Tensor, target_logits: Tensor, shift: Tensor) -> RowSums:
+    """The pieces of every row's sum, (tiles, N) relative to ``shift``, (N,) float32, and its target's logit, (N,)
+    float64, put together. Logits and shifts in bits."""
+    tiles, rows = sums.shape
+    logps = torch.empty(rows, dtype=torch.float64, device=sums.device)
+    others, total = torch.empty(2, rows, dtype=torch.float32, device=sums.device)
     block = 32
     merge_kernel[(triton.cdiv(rows, block),)](
-        partial.peaks, partial.sums, target_logits, logps, shift, others, total, tiles, rows,
-        FAR=FAR, ROWS=block, TILES=64, num_warps=4,
+        sums, target_logits, shift, logps, others, total, tiles, rows,
+        NATS=NATS, ROWS=block, TILES=64, num_warps=4,
     )  # fmt: skip
-    return RowSums(logps, shift, others, total)
+    return RowSums(logps, others, total)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 A response's log-prob is a sum over tokens: the rounding of the target's logit adds up where that of the log-sum-exp
 averages out. So the target's is taken apart from the others, one row of the head a token, summed in float64. It is
-known before the matrix product, which makes it the shift that exponentials are taken relative to.
+known before the matrix product, which makes it the shift that exponentials are taken relative to. In bits, like them.
 
 N·H products and reads of the head: 1/V of the matrix product.
 """
@@ -24,7 +24,7 @@ def target_logits_kernel(
     weight,  # (V, H)
     bias,  # (V,), or anything without BIAS
     targets,  # (N,) int64
-    logits,  # (N,) float64
+    logits,  # (N,) float64, bits
     hidden_stride,
     weight_stride,
     inner,
@@ -54,12 +54,12 @@ def target_logits_kernel(
     if BIAS:
         logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32).to(tl.float64)
     if SOFTCAP:
-        logit = 1 - 2 / (tl.exp(2 * inner * logit) + 1)  # tanh
+        logit = 1 - 2 / (tl.exp(logit * inner * 0.6931471805599453) + 1)  # tanh; there is no float64 exp2
     tl.store(logits + row, tl.where(known, outer * logit, float("nan")), mask=inside)
 
 
 def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """(N, H), (N,) -> (N,) float64."""
+    """(N, H), (N,) -> (N,) float64, bits."""
     rows, features = hidden.shape
     logits = torch.empty(rows, dtype=torch.float64, device=hidden.device)
     if rows == 0:

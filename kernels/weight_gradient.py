@@ -60,34 +60,31 @@ def weight_gradient_kernel(
     column_tile, row_tile = tile_of(tl.program_id(0), column_tiles, row_tiles, GROUP)
     row, column = row_tile * ROWS, column_tile * COLUMNS
 
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for depth in range(0, tokens, DEPTH):
-        e = load_tile(exponentials, depth, row, tokens, vocabulary, exponentials_stride, DEPTH, ROWS, DESCRIPTORS)
-        x = load_tile(scaled, depth, column, tokens, features, scaled_stride, DEPTH, COLUMNS, DESCRIPTORS)
-        total = matmul_step(e.T, x, total, PRECISION, INTERPRET)
-
-    if ADD:
-        before = load_tile(
-            gradient, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS
-        )
+    if ADD:  # the products are added to what is there: its loads run beside theirs
+        before = load_tile(gradient, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS)
         if CARRY_IN:
             packed = load_tile(
                 carry, row, column // 2, vocabulary, carry_stride, carry_stride, ROWS, COLUMNS // 2, DESCRIPTORS
             ).to(tl.uint32)
             low = tl.reshape(tl.join(packed & 15, packed >> 4), (ROWS, COLUMNS))
             high = before.to(tl.uint16, bitcast=True).to(tl.uint32)
-            total += ((high << 16) | (low << 12)).to(tl.float32, bitcast=True)
+            total = ((high << 16) | (low << 12)).to(tl.float32, bitcast=True)
         else:
-            total += before
+            total = before
+    else:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, tokens, DEPTH):
+        e = load_tile(exponentials, depth, row, tokens, vocabulary, exponentials_stride, DEPTH, ROWS, DESCRIPTORS)
+        x = load_tile(scaled, depth, column, tokens, features, scaled_stride, DEPTH, COLUMNS, DESCRIPTORS)
+        total = matmul_step(e.T, x, total, PRECISION, INTERPRET)
+
     if CARRY_OUT:
-        bits = total.to(tl.uint32, bitcast=True)
-        bits = tl.where(total == total, bits + 0x7FF + ((bits >> 12) & 1), 0x7FC00000)  # to nearest even; NaN stays
-        low = ((bits >> 12) & 15).to(tl.uint8)
-        even, odd = tl.split(tl.reshape(low, (ROWS, COLUMNS // 2, 2)))
+        bits = tl.where(total == total, total.to(tl.uint32, bitcast=True) + 0x800, 0x7FC00000)  # to nearest; NaN stays
+        even, odd = tl.split(tl.reshape(bits, (ROWS, COLUMNS // 2, 2)))
+        packed_out = (((even >> 12) & 15) | ((odd >> 8) & 240)).to(tl.uint8)
         store_tile(
-            carry, even | (odd << 4), row, column // 2, vocabulary, carry_stride, carry_stride, ROWS, COLUMNS // 2,
-            DESCRIPTORS,
-        )  # fmt: skip
+            carry, packed_out, row, column // 2, vocabulary, carry_stride, carry_stride, ROWS, COLUMNS // 2, DESCRIPTORS
+        )
         value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         value = rounded(total, DTYPE, INTERPRET)
