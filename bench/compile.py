@@ -1,21 +1,29 @@
 """What the Triton kernels compile to, for GPUs that need not be there: registers, stack, shared memory, instructions.
 
-    python -m bench compile [--architectures 90 …]
+    python -m bench compile [--architectures 90 …] [--quick] [--record]
 
-Fails if a kernel spills, wants more shared memory than there is, or misses the matrix units. The kernels are compiled
-as the host code launches them: it runs here on CPU tensors, with a driver in place of the GPU's that says which
-architecture is to be compiled for and launches nothing.
+Fails if a kernel spills, wants more shared memory than there is, misses the matrix units, lets each matrix instruction
+wait for the one before, or has more instructions after its matrix product than ``instructions.json`` allows.
+
+Kernels are compiled as the host code launches them: it runs here on CPU tensors, with a driver in place of the GPU's
+that says which architecture is to be compiled for and launches nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -27,16 +35,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from onpo_fast.checkpoint import atomic_write_text
 from onpo_fast.kernels import fused
 from onpo_fast.kernels.groups import Layout
 from onpo_fast.kernels.head import Head
 from onpo_fast.kernels.rescale import rescale
+from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Onpo
+
+from .sass import Listing
 
 # bytes of shared memory a block may have (CUDA C++ programming guide, technical specifications per compute capability)
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED_MEMORY)
-MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INSTRUCTIONS = Path(__file__).with_name("instructions.json")
+COUNTED_ON = (90, 100)
+COUNTED = ("exponentials_kernel", "weight_gradient_kernel")  # whose epilogue is on one path, and is the default
+SLACK = 1.1  # times what the table says: compilers differ a little
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,18 @@ class Compiled:
     stack: int  # bytes a thread: more than 0 is a spill
     shared: int  # bytes a block
     matrix_instructions: tuple[str, ...]
+    serialised: bool = False  # each matrix instruction waits for the one before
+    epilogue: float | None = None  # instructions after the product, for an element of the tile
+
+    @property
+    def name(self) -> str:
+        """Kernel, dtype and what is switched on."""
+        flags = [name for name, value in self.options.items() if value is True and name != "DESCRIPTORS"]
+        return " ".join([self.kernel.removesuffix("_kernel"), str(self.options["dtype"]), *flags])
+
+    @property
+    def tile(self) -> str:
+        return "×".join(str(self.options[n]) for n in ("ROWS", "COLUMNS", "DEPTH") if n in self.options)
 
     @property
     def fault(self) -> str | None:
@@ -61,7 +89,18 @@ class Compiled:
             return f"{self.shared} bytes of shared memory, of {SHARED_MEMORY[self.architecture]}"
         if "DEPTH" in self.options and not self.matrix_instructions:
             return "no matrix instruction"
+        if self.serialised:
+            return "every matrix instruction waits for the one before"
+        allowed = allowed_instructions().get(str(self.architecture), {}).get(f"{self.name} {self.tile}")
+        if allowed is not None and self.epilogue is not None and self.epilogue > SLACK * allowed:
+            return f"{self.epilogue:.2f} instructions an element after the product, {allowed:.2f} are in the table"
         return None
+
+
+@cache
+def allowed_instructions() -> dict[str, dict[str, float]]:
+    """By architecture, then by name and tile. Empty where nothing was recorded."""
+    return json.loads(INSTRUCTIONS.read_text(encoding="utf-8")) if INSTRUCTIONS.exists() else {}
 
 
 class _Driver:
@@ -81,14 +120,24 @@ class _Driver:
 
 
 @contextmanager
-def _compiling_for(architecture: int) -> Iterator[list[tuple[JITFunction, dict, object]]]:
-    """Launches compile, and are collected: kernel, arguments by name, compiled kernel."""
+def _compiling_for(architecture: int, known: set | None = None) -> Iterator[list[tuple[JITFunction, dict, object]]]:
+    """Launches compile, and are collected: kernel, arguments by name, compiled kernel.
+
+    ``known``: of kernels, tiles and options that need not be compiled again for another size of the problem.
+    """
     launches = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        arguments = dict(zip(self.arg_names, args)) | kwargs
+        if known is not None:
+            constants = tuple(str(v) for n, v in kwargs.items() if n != "FEATURES")
+            key = (self.fn.__name__, arguments.get("FEATURES", 0) % 16, constants)
+            if key in known:
+                return None
+            known.add(key)
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append((self, dict(zip(self.arg_names, args)) | kwargs, compiled))
+        launches.append((self, arguments, compiled))
         return compiled
 
     driver.set_active(_Driver(architecture))
@@ -102,25 +151,49 @@ def _compiling_for(architecture: int) -> Iterator[list[tuple[JITFunction, dict, 
 def launch_everything(dtype: torch.dtype) -> None:
     """The launches that the host code makes for this dtype, on a problem that fills the tiles.
 
-    Each option of the kernels is on and off: mode, chunks, bias, softcap, leaves in float32 (as under autocast). Tiles
-    that are cut to a small problem are not tried.
+    Each option of the kernels is on and off: mode, chunks, bias, softcap, leaves in float32 (as under autocast), a
+    negative scale.
     """
-    vocabulary, features, length, responses = 1024, 4096, 64, 8
+    size = {"vocabulary": 1024, "features": 4096, "length": 64}
+    for head in ({}, {"bias": True}, {"bias": True, "softcap": 30.0}):
+        _launch(dtype, **size, **head)
+    _launch(dtype, **size, logit_scale=-1.0)
+    rescale(torch.zeros(8, dtype=dtype), torch.ones(()))
+
+
+def launch_variants(dtype: torch.dtype) -> None:
+    """The other forms of the logits kernel."""
+    for epilogue in EPILOGUES[1:]:
+        with using(Variant(epilogue)):
+            _launch(dtype, vocabulary=1024, features=4096, length=64)
+            _launch(dtype, vocabulary=1024, features=4096, length=64, bias=True, softcap=30.0)
+
+
+def launch_small(dtype: torch.dtype) -> None:
+    """The launches on problems that are too small for the whole tile, in any dimension: of 8 responses."""
+    for length, vocabulary, features in product((2, 8, 64), (32, 128, 1024), (16, 64, 128, 256)):
+        _launch(dtype, vocabulary, features, length)
+
+
+def _launch(
+    dtype: torch.dtype, vocabulary: int, features: int, length: int, bias: bool = False, **options: float
+) -> None:  # fmt: skip
+    """Every mode of the loss, and per-token log-probs with their gradients, of 8 responses in pairs."""
+    responses = 8
     rows = length * responses
     hidden, reference = (torch.zeros(rows, features, dtype=dtype) for _ in range(2))
-    weight, bias = torch.zeros(vocabulary, features, dtype=dtype), torch.zeros(vocabulary, dtype=dtype)
+    head = Head(torch.zeros(vocabulary, features, dtype=dtype), torch.zeros(vocabulary, dtype=dtype) if bias else None,
+                **options)  # fmt: skip
     targets = torch.zeros(rows, dtype=torch.int64)
     layout = Layout.of(torch.arange(responses + 1) * length, torch.arange(responses).view(-1, 2))
     ones = torch.ones(responses // 2, dtype=torch.float64)
-    for head in (Head(weight), Head(weight, bias), Head(weight, bias, softcap=30.0)):
-        everything = (True, True, head.bias is not None)
-        for mode, workspace in (("fast", None), ("fast", _workspace_for_chunks(layout, weight)), ("lean", None)):
-            for leaves in {(dtype,) * 3, (torch.float32,) * 3}:
-                loss = fused.PairLoss(hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything,
-                                      leaves, mode, workspace).run()  # fmt: skip
-        logps = fused.token_logps(hidden, head, targets)
-        fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
-    rescale(loss.gradients[1], torch.ones(()))
+    everything = (True, True, bias)
+    for mode, workspace in (("fast", 2**40), ("fast", _workspace_for_chunks(layout, head.weight)), ("lean", None)):
+        for leaves in {(dtype,) * 3, (torch.float32,) * 3}:
+            fused.PairLoss(hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything, leaves,
+                           mode, workspace).run()  # fmt: skip
+    logps = fused.token_logps(hidden, head, targets)
+    fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
 
 
 def _workspace_for_chunks(layout: Layout, weight: torch.Tensor) -> int:
@@ -130,15 +203,22 @@ def _workspace_for_chunks(layout: Layout, weight: torch.Tensor) -> int:
     )
 
 
-def compile_everything(architecture: int, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
-    """Every kernel as it is launched on this architecture."""
+LAUNCHES = {"default": launch_everything, "variants": launch_variants, "small": launch_small}
+
+
+def compile_everything(
+    architecture: int, dtypes: Sequence[torch.dtype] = DTYPES, launches: Sequence[str] = ("default",)
+) -> list[Compiled]:  # fmt: skip
+    """The kernels of these ``LAUNCHES`` for one architecture."""
     found = {}
     for dtype in dtypes:
-        with _compiling_for(architecture) as launches:
-            launch_everything(dtype)
-        for kernel, arguments, compiled in launches:
-            if compiled.hash not in found:
-                found[compiled.hash] = _examine(kernel, architecture, arguments, compiled, dtype)
+        known: set = set()
+        for kind in launches:
+            with _compiling_for(architecture, known) as launched:
+                LAUNCHES[kind](dtype)
+            for kernel, arguments, compiled in launched:
+                if compiled.hash not in found:
+                    found[compiled.hash] = _examine(kernel, architecture, arguments, compiled, dtype)
     return sorted(found.values(), key=lambda c: (c.kernel, str(c.options)))
 
 
@@ -148,14 +228,18 @@ def _examine(kernel: JITFunction, architecture: int, arguments: dict, compiled, 
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _dump("-res-usage", cubin.name)
-        assembly = _dump("-sass", cubin.name)
+        listing = Listing(_dump("-sass", cubin.name))
     counts = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    name, warps = kernel.fn.__name__, compiled.metadata.num_warps
+    epilogue = None
+    if name in COUNTED and (instructions := listing.epilogue()) is not None:
+        epilogue = instructions * 32 * warps / (constants["ROWS"] * constants["COLUMNS"])
     return Compiled(
-        kernel=kernel.fn.__name__, architecture=architecture,
+        kernel=name, architecture=architecture,
         options={"dtype": str(dtype).removeprefix("torch."), **constants},
-        warps=compiled.metadata.num_warps, stages=compiled.metadata.num_stages,
+        warps=warps, stages=compiled.metadata.num_stages,
         registers=counts["REG"], stack=counts["STACK"], shared=compiled.metadata.shared,
-        matrix_instructions=tuple(sorted(set(MATRIX_INSTRUCTION.findall(assembly)))),
+        matrix_instructions=listing.matrix_instructions, serialised=listing.serialised(), epilogue=epilogue,
     )  # fmt: skip
 
 
@@ -164,27 +248,51 @@ def _dump(option: str, file: str) -> str:
     return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_MEMORY),
         help="compute capabilities without the point, such as 90",
     )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out the tiles of small problems, and the variants of the benchmark"
+    )
+    parser.add_argument("--record", action="store_true", help=f"write the instruction counts to {INSTRUCTIONS.name}")
+
+
+def _launches(architecture: int, quick: bool) -> tuple[str, ...]:
+    """The variants are there to be timed on Hopper; elsewhere nothing is said about them."""
+    return ("default",) if quick else ("default", "small", *(("variants",) if architecture == 90 else ()))
 
 
 def main(options: argparse.Namespace) -> int:
     """Prints the table; the exit status is 1 if a kernel has a fault."""
-    table = Table("kernel", "sm", "dtype", "options", "tile", "warps×stages", "registers", "stack", "shared", "matrix",
-                  "fault")  # fmt: skip
-    good = True
-    for architecture in options.architectures:
-        for c in compile_everything(architecture):
-            flags = " ".join(name for name, value in c.options.items() if value is True and name != "DESCRIPTORS")
-            tile = "×".join(str(c.options[n]) for n in ("ROWS", "COLUMNS", "DEPTH") if n in c.options)
-            good &= c.fault is None
-            table.add_row(
-                c.kernel.removesuffix("_kernel"), str(architecture), str(c.options["dtype"]), flags, tile,
-                f"{c.warps}×{c.stages}", str(c.registers), str(c.stack), f"{c.shared >> 10} of "
-                f"{SHARED_MEMORY[architecture] >> 10} KiB", " ".join(c.matrix_instructions), c.fault or "",
-            )  # fmt: skip
+    table = Table("kernel", "sm", "options", "tile", "warps×stages", "registers", "stack", "shared", "matrix",
+                  "instructions\nan element", "fault")  # fmt: skip
+    jobs = [
+        (architecture, (dtype,), _launches(architecture, options.quick))
+        for architecture in options.architectures for dtype in DTYPES
+    ]  # fmt: skip
+    counted: dict[str, dict[str, float]] = {}
+    faults = number = 0
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for (architecture, *_), found in zip(jobs, pool.map(compile_everything, *zip(*jobs))):
+            for c in found:
+                kernel, _, flags = c.name.partition(" ")
+                table.add_row(
+                    kernel, str(architecture), flags, c.tile, f"{c.warps}×{c.stages}", str(c.registers), str(c.stack),
+                    f"{c.shared >> 10} of {SHARED_MEMORY[architecture] >> 10} KiB", " ".join(c.matrix_instructions),
+                    "" if c.epilogue is None else f"{c.epilogue:.2f}", c.fault or "",
+                )  # fmt: skip
+                number, faults = number + 1, faults + (c.fault is not None)
+                if c.epilogue is not None and architecture in COUNTED_ON:
+                    counted.setdefault(str(architecture), {})[f"{c.name} {c.tile}"] = round(c.epilogue, 2)
     Console(width=200).print(table)
-    return 0 if good else 1
+    print(f"{number} kernels, {faults} faults")
+    if options.record:
+        atomic_write_text(INSTRUCTIONS, json.dumps(counted, indent=1) + "\n")
+    return 1 if faults else 0

@@ -1,6 +1,6 @@
 """Hidden states through the head, a tile at a time: the matrix product whose results are never written as logits.
 
-A tile's logits stay in registers, fp32, as the tensor cores accumulated them. The epilogue makes of them, for every row,
+A tile's logits stay in registers, fp32, as the tensor cores accumulated them. For every row, the epilogue makes of them
 
 - the sum of exp(logit − shift) over the tile and the tile's peak, the target left out: what the log-sum-exp is put
   together from (``row_sums.py``);
@@ -224,10 +224,18 @@ class Pass:
     def recompute_moved(self, shift: Tensor, first_shift: Tensor) -> None:
         """Computes the tiles again in which a row's shift is above the first one. Asynchronous."""
         programs = min(self.column_tiles, multiprocessors(self.hidden.device))
-        self._launch(moved_exponentials_kernel, programs, shift, first_shift)
+        # the columns are those of the pieces; with fewer rows and one stage two more loops fit the registers, as
+        # `python -m bench compile` shows
+        two_bytes = self.hidden.element_size() == 2
+        warps = 4 if two_bytes and self.head.softcap is not None else self.tile.warps
+        shape = self.tile._replace(rows=min(self.tile.rows, 64 if two_bytes else 32), warps=warps, stages=1)
+        self._launch(moved_exponentials_kernel, programs, shift, first_shift, shape=shape)
 
-    def _launch(self, kernel: Any, programs: int, shift: Tensor, *more: Tensor, store_columns: int = 0) -> None:
-        hidden, weight, shape = self.hidden, self.head.weight, self.tile
+    def _launch(
+        self, kernel: Any, programs: int, shift: Tensor, *more: Tensor, shape: Tile | None = None,
+        store_columns: int = 0,
+    ) -> None:  # fmt: skip
+        hidden, weight, shape = self.hidden, self.head.weight, shape or self.tile
         store, unused = self.store, shift
         inner, outer = self.head.factors
         hidden_operand = operand(hidden, (shape.rows, shape.depth))

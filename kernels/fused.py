@@ -12,7 +12,8 @@ units. So the products decide, and each mode is a choice of which to repeat:
       dX = −(c/s)·(E W)          dW += Eᵀ (−(c/s)·X)
 
   where dX and, if one chunk is all, dW are plain cuBLAS products; over several chunks dW is carried (see
-  ``weight_gradient.py``). Workspace: E, 2·V bytes a row in bf16.
+  ``weight_gradient.py``). Workspace: E, 2·V bytes a row in bf16. A quarter of the free memory is allowed for it, so
+  that on a GPU with room one chunk is the rule.
 - **lean**, five products. Log-probs first, from the forward alone; then the vocabulary slice by slice: logits again,
   made into softmax minus one-hot, and the two products. Each slice of dW is written once; only dX is summed, in fp32.
   Workspace: a slice, X scaled and dX in fp32: about 10·H bytes a token in bf16, and no less than 6·H.
@@ -27,8 +28,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +37,15 @@ from .exponentials import Pass
 from .groups import Group, Layout, chunks
 from .head import BITS, Head
 from .launch import aligned, empty_rows
+from .on_device import PerStream, capturing, to_device
 from .row_sums import RowSums, merge, segment_sums, shifts
 from .target_logits import target_logits
 from .weight_gradient import add_weight_gradient, carry_for
 
 logger = logging.getLogger("onpo_fast")
 
-DEFAULT_WORKSPACE = 2**30  # bytes
+FREE_SHARE = 4  # the workspace of fast may be a quarter of the free memory: one chunk spares dW's sums between chunks
+DEFAULT_WORKSPACE = 2**30  # bytes, where the free memory is not known
 LEAN_WORKSPACE = 2**27  # bytes for a vocabulary slice of lean, or the hidden states' size where that is more
 SCORED_ROWS = 8192  # at a time: bounds what the pieces of the log-sum-exp take
 FEW_ROWS = 512  # in a chunk: the head would be read, and dW read and written, too often for the work between
@@ -84,12 +85,12 @@ def _softmax(
 
 def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None) -> Tensor:
     """(N, H), (N,) -> (S,) float64: summed over responses."""
-    edges = kept_for_graphs(_edges_on(layout, hidden.device), hidden.device)
-    return segment_sums(token_logps(hidden, head, targets), edges)
+    return segment_sums(token_logps(hidden, head, targets), _edges(layout, hidden.device))
 
 
-@lru_cache(maxsize=32)
-def _edges_on(layout: Layout, device: torch.device) -> Tensor:
+@PerStream
+def _edges(layout: Layout, device: torch.device) -> Tensor:
+    """(S + 1,) int64: the response boundaries."""
     return to_device(torch.tensor(layout.edges, dtype=torch.int64), device)
 
 
@@ -290,7 +291,7 @@ def plan(
     needed = row * largest + (carry if largest < tokens else 0)
     budget = workspace
     if budget is None:
-        budget = DEFAULT_WORKSPACE if free is None else min(DEFAULT_WORKSPACE, free // 2)
+        budget = DEFAULT_WORKSPACE if free is None else free // FREE_SHARE
         if mode == "fast":
             budget = max(budget, needed)
     if row * tokens <= budget:
@@ -325,6 +326,7 @@ class _Order:
             entries[loser].append((pair, -1))
 
         self.groups, self.device = groups, device
+        self.plans: dict[tuple, Plan] = {}  # of the calls so far: a CUDA graph takes that of the call before it
         self.edges = _running_sum(lengths)
         self.entry_edges = _running_sum([len(e) for e in entries])
         flat = [entry for e in entries for entry in e]
@@ -345,34 +347,12 @@ class _Order:
             self.rows = to_device(torch.tensor(rows, dtype=torch.int64), device)
         self.response_of_row = to_device(torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)), device)
 
-    @classmethod
-    def of(cls, layout: Layout, device: torch.device) -> _Order:
-        """Made once for a layout, which itself is: a CUDA graph can be captured after a call with the same one."""
-        return kept_for_graphs(cls._of(layout, device), device)
-
-    @classmethod
-    @lru_cache(maxsize=32)
-    def _of(cls, layout: Layout, device: torch.device) -> _Order:
-        return cls(layout, device)
-
     def scattered(self, values: Tensor, name: str, moved: bool) -> Tensor:
         """Values in this order, put back into the caller's."""
         return torch.empty_like(values).index_copy_(0, self.on_device[name], values) if moved else values
 
 
-_in_graphs: list[object] = []
-
-
-def kept_for_graphs(cached: Any, device: torch.device) -> Any:
-    """What a cache holds, for ever if a CUDA graph is being captured: it reads this memory whenever it is replayed."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _in_graphs.append(cached)
-    return cached
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy that nothing waits for: neither this process for the device, nor the other way round."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+_order = PerStream(_Order)
 
 
 def _running_sum(sizes: list[int]) -> list[int]:
@@ -400,7 +380,7 @@ class PairLoss:
         mode: str,
         workspace: int | None,  # bytes
     ) -> None:
-        self.order = _Order.of(layout, hidden.device)
+        self.order = _order(layout, hidden.device)
         self.objective, self.wanted, self.dtypes = objective, wanted, dtypes
         self.mode, self.workspace = mode, workspace
         self.head = _aligned_head(head)
@@ -450,10 +430,14 @@ class PairLoss:
         return self
 
     def _plan(self, paired: list[Group]) -> Plan:
-        free = _free_memory(self.hidden.device) if self.mode == "auto" and self.workspace is None else None
+        device, shape = self.hidden.device, tuple(self.head.weight.shape)
         carried = self.wanted[1] and self.dtypes[1] == torch.bfloat16
-        shape = tuple(self.head.weight.shape)
+        key = (shape, self.hidden.dtype, carried, self.mode, self.workspace)
+        if capturing(device) and key in self.order.plans:  # the free memory cannot be asked for
+            return self.order.plans[key]
+        free = _free_memory(device) if self.workspace is None and self.mode != "lean" else None
         chosen = plan(paired, shape, self.hidden.dtype, carried, self.mode, self.workspace, free)
+        self.order.plans[key] = chosen
         logger.debug(
             "%s: %s; chunks: %d, workspace: %d bytes", chosen.mode, chosen.reason, len(chosen.chunks), chosen.workspace
         )
@@ -578,7 +562,7 @@ class PairLoss:
 
 def _free_memory(device: torch.device) -> int | None:
     """Bytes that an allocation can have, where asking does not disturb the device."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or capturing(device):
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached

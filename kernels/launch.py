@@ -16,6 +16,7 @@ ALIGNMENT = 16  # bytes: what a tensor descriptor asks of its base and of its ro
 
 
 LEAST = (16, 32, 16)  # a dot takes 16 of everything; half the columns, a byte each, fill the 16 of a descriptor
+FEW = tuple(4 * least for least in LEAST)
 
 
 class Tile(NamedTuple):
@@ -28,10 +29,12 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
 
     def cut_to(self, rows: int, columns: int, depth: int) -> Tile:
-        """The tile cut to a small problem, which a large one would mostly miss."""
-        need = (_power(size) for size in (rows, columns, depth))
-        fit = (max(least, min(size, n)) for least, size, n in zip(LEAST, self[:3], need))
-        return Tile(*fit, self.warps, self.stages)
+        """The tile cut to a small problem, which a large one would mostly miss: three sizes a dimension, since each
+        combination is compiled when it is first met."""
+        sizes = []
+        for own, need, least, few in zip(self[:3], (rows, columns, depth), LEAST, FEW):
+            sizes.append(max(least, min(own, least if need <= least else few if need <= few else own)))
+        return Tile(*sizes, self.warps, self.stages)
 
 
 # From a compute capability on: the tile of products of 2-byte and of 4-byte operands. Fixed rather than autotuned, so

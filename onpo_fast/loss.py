@@ -117,9 +117,10 @@ def fused_linear_pair_loss(
             a slice; "auto" is fast where the largest preference group fits the workspace, or lean would take as much.
             The logger "onpo_fast" says at level DEBUG which it was, and why. With "triton", fp16 is always lean; with
             "torch", a mode is only a default of ``workspace_bytes``, and what does not fit is computed again.
-        workspace_bytes: memory beside inputs and gradients, about. The default is 1 GiB for fast on a GPU (for auto no
-            more than half of what is free), about 10·H bytes a token for lean (in bf16; it never takes less than 6·H),
-            and 144 or 18 MiB on a CPU.
+        workspace_bytes: memory beside inputs and gradients, about. The default is a quarter of the free memory for fast
+            on a GPU (more with mode="fast" where the largest preference group needs it), about 10·H bytes a token for
+            lean (in bf16; it never takes less than 6·H), and 144 or 18 MiB on a CPU. The number of chunks decides how
+            sums are rounded: give it for the same bits whatever else is in the memory.
         validate: check the values of GPU tensors too, which waits for the device. Unchecked, a target outside of the
             vocabulary makes the loss NaN there.
 

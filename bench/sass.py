@@ -1,0 +1,72 @@
+"""Machine code of NVIDIA GPUs, as ``cuobjdump -sass`` prints it: what runs after the matrix product, and what waits.
+
+Instructions are counted along the shortest path, so that a branch that few tiles take does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+TARGET = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
+MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
+
+
+class Listing:
+    """A kernel's instructions in order, and which may follow which."""
+
+    def __init__(self, sass: str) -> None:
+        found = [match.groups() for match in map(LINE.match, sass.splitlines()) if match]
+        self.instructions = [text for _, text in found]
+        number = {int(address, 16): i for i, (address, _) in enumerate(found)}
+        self.after: list[list[int]] = []
+        for i, text in enumerate(self.instructions):
+            bare = PREDICATE.sub("", text)
+            jump = TARGET.match(bare)
+            conditional = bare != text or (jump is not None and re.match(r"BRA\S*\s+!?U?P\d", bare) is not None)
+            after = []
+            if jump and (there := number.get(int(jump[1], 16))) is not None:
+                after.append(there)
+            if (conditional or not (jump or bare.startswith(("EXIT", "RET")))) and i + 1 < len(found):
+                after.append(i + 1)
+            self.after.append(after)
+
+    @property
+    def matrix_instructions(self) -> tuple[str, ...]:
+        """The kinds that there are."""
+        return tuple(sorted({kind for text in self.instructions for kind in MATRIX_INSTRUCTION.findall(text)}))
+
+    def epilogue(self) -> int | None:
+        """Instructions from the last matrix instruction to the end, by way of a tile's store if there is one; None
+        without a matrix instruction."""
+        matrix = [i for i, text in enumerate(self.instructions) if MATRIX_INSTRUCTION.search(text)]
+        if not matrix:
+            return None
+        distance = self._distances(matrix[-1])
+        stores = [i for i in distance if "UTMASTG" in self.instructions[i]]
+        first = min(stores, key=distance.__getitem__, default=matrix[-1])
+        onward = self._distances(first)
+        ends = [onward[i] for i in onward if self.instructions[i].startswith("EXIT")]
+        return distance[first] + min(ends) if ends else None
+
+    def _distances(self, start: int) -> dict[int, int]:
+        """Instructions on the shortest path to each one that can follow."""
+        distance, waiting = {start: 0}, deque([start])
+        while waiting:
+            i = waiting.popleft()
+            for there in self.after[i]:
+                if there not in distance:
+                    distance[there] = distance[i] + 1
+                    waiting.append(there)
+        return distance
+
+    def serialised(self) -> bool:
+        """Whether every Hopper matrix instruction waits for the one before: each ends a group (gsb0), with a wait for
+        all groups between any two."""
+        kinds = "".join(
+            "M" if "gsb0" in text else "m" if "HGMMA" in text else "w" for text in self.instructions
+            if "HGMMA" in text or re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", text)
+        )  # fmt: skip
+        return kinds.count("M") > 1 and "m" not in kinds and re.search("MM", kinds) is None
