@@ -34,6 +34,7 @@ from onpo_fast.tracking import console
 SMALL = {
     "prompts_per_iteration": 3, "responses_per_prompt": 3, "max_new_tokens": 6, "eval_samples": 1, "batch_pairs": 3,
     "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4, "sampling_batch_size": 3,
+    "tokens_per_microbatch": 1024,
 }  # fmt: skip
 TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
