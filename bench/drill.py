@@ -80,6 +80,7 @@ class Drill:
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
         training.PART_BATCHES, training.PART_GROUPS = 1, 2  # so that even these stages have several parts
+        Checkpoints.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
         whole = small_run(work, "whole")

@@ -136,7 +136,7 @@ class Config:
     and two moments in float32). If saving one took s seconds, the next is saved 20·s seconds later at the earliest, so
     that at most about 5% of the time goes into states. A stop by Ctrl-C or SIGTERM always saves one."""
     checkpoint_minutes: float = 10.0
-    """Also save one after this many minutes without; the 20·s seconds hold here too."""
+    """Also save a state after this many minutes, no sooner than what --checkpoint_steps says of 20·s seconds."""
     weight_decay: float = 0.0
     """Of AdamW."""
     max_grad_norm: float = 1.0
