@@ -26,7 +26,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import Checkpoints, checksum
+from onpo_fast.checkpoint import Checkpoints, Journal, checksum
 from onpo_fast.config import Config
 from onpo_fast.policy import locate
 from onpo_fast.tracking import console
@@ -174,11 +174,18 @@ class Drill:
     def damage_checkpoint(self) -> list[str]:
         """Killed inside a fit that has two states, the newest of which is then broken: the one before is used."""
         config = small_run(self.work, "checkpoints")
-        last = "iteration_02/policy"
-        child = self.start(config)
-        while len(states(config, last)) < 2:
-            time.sleep(0.001)
-        assert finish(child, 0) is None, "the fit was over before it could be killed"
+        last, record = "iteration_02/policy", Journal.record
+
+        def die_with_two(journal: Journal, *arguments, **options) -> None:
+            record(journal, *arguments, **options)
+            if len(journal.within(f"{last}.checkpoints")) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> None:
+            Journal.record = die_with_two
+            training.train(config, resume=True)
+
+        assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
         flip(states(config, last)[-1] / "state.safetensors")
         return self.verdict("flip the newest of two checkpoints", config, finish(self.start(config)))
 
