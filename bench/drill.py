@@ -26,7 +26,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import Checkpoints, checksum
+from onpo_fast.checkpoint import Checkpoints, Journal, checksum
 from onpo_fast.config import Config
 from onpo_fast.policy import locate
 from onpo_fast.tracking import console
@@ -34,6 +34,7 @@ from onpo_fast.tracking import console
 SMALL = {
     "prompts_per_iteration": 3, "responses_per_prompt": 3, "max_new_tokens": 6, "eval_samples": 1, "batch_pairs": 3,
     "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4, "sampling_batch_size": 3,
+    "tokens_per_microbatch": 1024,
 }  # fmt: skip
 TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
@@ -79,6 +80,7 @@ class Drill:
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
         training.PART_BATCHES, training.PART_GROUPS = 1, 2  # so that even these stages have several parts
+        Checkpoints.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
         whole = small_run(work, "whole")
@@ -172,11 +174,18 @@ class Drill:
     def damage_checkpoint(self) -> list[str]:
         """Killed inside a fit that has two states, the newest of which is then broken: the one before is used."""
         config = small_run(self.work, "checkpoints")
-        last = "iteration_02/policy"
-        child = self.start(config)
-        while len(states(config, last)) < 2:
-            time.sleep(0.001)
-        assert finish(child, 0) is None, "the fit was over before it could be killed"
+        last, record = "iteration_02/policy", Journal.record
+
+        def die_with_two(journal: Journal, *arguments, **options) -> None:
+            record(journal, *arguments, **options)
+            if len(journal.within(f"{last}.checkpoints")) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> None:
+            Journal.record = die_with_two
+            training.train(config, resume=True)
+
+        assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
         flip(states(config, last)[-1] / "state.safetensors")
         return self.verdict("flip the newest of two checkpoints", config, finish(self.start(config)))
 

@@ -10,7 +10,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,9 +206,20 @@ class Journal:
         """Whether an output was made, and is no longer what it was."""
         return name in self.entries and self.note(name) is None
 
-    def record(self, name: str, note: dict[str, Any] | None = None, file: bool = True) -> None:
-        """An output is made. ``file``: there is a file or directory of that name."""
-        entry = {"checksum": checksum(self.directory / name) if file else None, "note": note or {}}
+    def record(
+        self, name: str, note: dict[str, Any] | None = None, file: bool = True, content: str | None = None
+    ) -> None:
+        """An output is made.
+
+        Args:
+            name: its path in the run directory.
+            note: what to keep with it.
+            file: whether there is a file or directory of that name.
+            content: its checksum, if that is known already; otherwise it is computed.
+        """
+        if file and content is None:
+            content = checksum(self.directory / name)
+        entry = {"checksum": content, "note": note or {}}
         known = self.entries.get(name)
         if known is not None and known["checksum"] != entry["checksum"]:
             names = list(self.entries)
@@ -321,46 +334,108 @@ class Parts:
         self.journal.forget_folder(self.name)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A state on disk, as the thread that wrote it leaves it."""
+
+    name: str  # in the run directory
+    step: int
+    checksum: str
+    at: float  # when it was complete, by time.monotonic
+
+
 class Checkpoints:
     """The newest two states of a fit: weights, optimizer and schedule, to the last bit. No pickle.
+
+    ``save`` copies the state to host memory: 12 bytes a parameter, where weights and both moments are float32. A thread
+    then writes the copy and lets go of it, while training goes on. The journal is touched by the calling thread alone:
+    a written state counts once ``record_written`` or ``finish`` has recorded it. What a kill leaves unrecorded is
+    never restored; ``restore`` and ``clear`` remove it.
 
     Args:
         journal: keeps their checksums; a damaged one is passed over.
         name: their folder in the run directory.
-        every_steps, every_seconds: how often one is saved; whichever comes first.
+        every_steps, every_seconds: how often one is saved; whichever comes first, within ``spacing``.
     """
 
     KEPT = 2
+    spacing = 20  # a state is due no sooner after the last one than this many times what saving that one took
 
     def __init__(self, journal: Journal, name: str, every_steps: int, every_seconds: float) -> None:
         self.journal, self.name = journal, name
         self.every_steps, self.every_seconds = every_steps, every_seconds
-        self.last_step, self.last_time = 0, time.monotonic()
+        self.last_step = 0
+        self.began = time.monotonic()  # saving the last state
+        self.ended: float | None = self.began  # None while it is being written
+        self.executor = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[_Written] | None = None
 
     def due(self, step: int) -> bool:
-        return step - self.last_step >= self.every_steps or time.monotonic() - self.last_time >= self.every_seconds
+        """Whether to save a state after this step."""
+        now = time.monotonic()
+        passed = now - self.began
+        took = (now if self.ended is None else self.ended) - self.began
+        wanted = step - self.last_step >= self.every_steps or passed >= self.every_seconds
+        return wanted and passed >= (1 + self.spacing) * took  # false while one is being written, unless spacing is 0
 
     def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
-        """``rest`` must be JSON: numbers come back exactly."""
+        """Copies the state and begins to write it, after the one before is written.
+
+        Args:
+            step: the number of steps done; nothing is saved if it is that of the last state.
+            rest: JSON that ``restore`` returns; numbers come back exactly.
+
+        Raises:
+            OSError: if the state before could not be written.
+        """
         if step == self.last_step:
             return
+        self.finish()
+        self.began, self.ended = time.monotonic(), None
         state = optimizer.state_dict()
         names = [name for name, _ in model.named_parameters()]
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        tensors = {f"model.{name}": _copy(parameter) for name, parameter in model.named_parameters()}
         for index, values in state["state"].items():
-            tensors |= {f"{key}.{names[index]}": value for key, value in values.items()}
+            tensors |= {f"{key}.{names[index]}": _copy(value) for key, value in values.items()}
+        document = json.dumps({"step": step, "param_groups": state["param_groups"], **rest})
+        self.writing = self.executor.submit(self._write, step, tensors, document)
+        self.last_step = step
+
+    def _write(self, step: int, tensors: dict[str, Tensor], document: str) -> _Written:
+        """In the thread."""
         name = f"{self.name}/step_{step:08d}"
 
         def fill(directory: Path) -> None:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "state.safetensors")
-            document = {"step": step, "param_groups": state["param_groups"], **rest}
-            (directory / "state.json").write_text(json.dumps(document), encoding="utf-8")
+            save_file(tensors, directory / "state.safetensors")
+            (directory / "state.json").write_text(document, encoding="utf-8")
 
         atomic_write_directory(self.journal.directory / name, fill)
-        self.journal.record(name, {"step": step})
+        tensors.clear()
+        return _Written(name, step, checksum(self.journal.directory / name), time.monotonic())
+
+    def record_written(self) -> None:
+        """Records the state that was being written, if it is complete by now, and forgets those that are too old.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        if self.writing is not None and self.writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the state that is being written is complete, and records it.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        written = writing.result()
+        self.ended = written.at
+        self.journal.record(written.name, {"step": written.step}, content=written.checksum)
         for old in self.journal.within(self.name)[: -self.KEPT]:
             self.journal.forget(old)
-        self.last_step, self.last_time = step, time.monotonic()
 
     def step(self) -> int:
         """Of the newest whole state; 0 if there is none."""
@@ -368,7 +443,14 @@ class Checkpoints:
         return 0 if newest is None else self.journal.note(newest)["step"]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the newest whole state back and returns its ``rest``, with the "step"; None if there is none."""
+        """Puts the newest whole state back and returns its ``rest``, with the "step"; None if there is none.
+
+        Removes what a kill has left beside the recorded states.
+        """
+        folder = self.journal.directory / self.name
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if f"{self.name}/{path.name}" not in self.journal.entries:
+                remove(path)
         name = self._newest()
         if name is None:
             return None
@@ -394,5 +476,20 @@ class Checkpoints:
         return next((name for name in names if self.journal.note(name) is not None), None)
 
     def clear(self) -> None:
-        """When the fit is done."""
-        self.journal.forget_folder(self.name)
+        """Removes all states, after the one that is being written is complete: the fit is done, or has failed.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        try:
+            self.finish()
+        finally:
+            self.journal.forget_folder(self.name)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory. It waits for a GPU: the optimizer is about to change the tensor.
+
+    Not pinned: torch would keep the memory, rounded up to powers of two, for good.
+    """
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -6,7 +6,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from . import stopping
 from .checkpoint import Checkpoints
 from .config import Config
 from .data import Group, Pair
+from .device import device_of, to_device
 from .errors import UserError
 from .loss import PairLossOutput, choose_backend, fused_linear_pair_loss
 from .objectives import Objective
-from .packing import TokenGroup, microbatches, pack
-from .policy import Policy, device_of, probe, token_group
+from .packing import Layout, Packed, TokenGroup, microbatches, pack
+from .policy import Policy, probe, token_group
 from .tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
@@ -100,14 +102,15 @@ def fit(
         start = time.perf_counter()
         metrics = _Metrics(objective)
         for part in _microbatches(policy, groups, batch, config):
-            compared = _compare(policy, groups, part, anchor, objective, config)
+            microbatch = MicroBatch.prepare(groups, part, anchor, policy.layout).to(policy.device)
+            output = _compare(policy, microbatch, anchor, objective, config)
             # one sum for the whole batch: a mean of means would weigh micro-batches, not pairs
-            (compared.output.loss * (_weight(part) / _weight(batch))).backward()
-            metrics.add(compared)
+            (output.loss * (_weight(part) / _weight(batch))).backward()
+            metrics.add(microbatch, output)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         rate = schedule.get_last_lr()[0]
-        summary = metrics.summary()
-        skipped = 0 if norm.isfinite() and summary["loss"] is not None else skipped + 1
+        summary = metrics.summary(gradient_norm=norm)
+        skipped = 0 if None not in (summary["gradient_norm"], summary["loss"]) else skipped + 1
         if skipped > min(config.max_skipped_steps, len(batches) - 1):
             often = "in any step" if skipped == len(batches) else f"for {skipped} steps in a row (--max_skipped_steps)"
             give_up(
@@ -127,7 +130,6 @@ def fit(
                 **summary,
                 "tokens_per_second": metrics.tokens / seconds,
                 "pairs_per_second": _count(batch) / seconds,
-                "gradient_norm": _finite(float(norm)),
                 "learning_rate": rate,
                 "skipped": int(skipped > 0),
                 "peak_memory_bytes": peak_memory_bytes(policy.device),
@@ -135,9 +137,15 @@ def fit(
             }
         )
         if step < len(batches):  # after the last one the policy itself is saved
-            if checkpoints and (checkpoints.due(step) or stopping.asked()):
-                checkpoints.save(step, model, optimizer, {"skipped": skipped, "schedule": schedule.state_dict()})
-            stopping.stop_if_asked()
+            stop = stopping.asked()  # once: a signal that comes later stops the next step, with its state saved
+            if checkpoints:
+                checkpoints.record_written()
+                if stop or checkpoints.due(step):
+                    checkpoints.save(step, model, optimizer, {"skipped": skipped, "schedule": schedule.state_dict()})
+                if stop:
+                    checkpoints.finish()
+            if stop:
+                stopping.stop_if_asked()
     try:
         probe(policy, "the fitted policy")
     except UserError as error:
@@ -180,78 +188,96 @@ def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
     return prompt, [responses[r] for r in _used(pairs)]
 
 
-class _Compared(NamedTuple):
-    """A micro-batch through the loss."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """P pairs of S responses that go through the model together.
 
-    output: PairLossOutput
-    winner: Tensor  # (P,) int64 indices of responses
+    It is prepared on the host and sent to the device before the forward pass, so that nothing between there and the end
+    of the backward pass waits for the device.
+    """
+
+    packed: Packed
+    pairs: Tensor  # (P, 2) int64 on the CPU, where the loss plans its work: (winner, loser) indices of responses
+    winner: Tensor  # (P,) int64: the same on the device, for the metrics
     loser: Tensor  # (P,) int64
     preference: Tensor  # (P,) float64 labels
     weight: Tensor  # (P,) float64
-    tokens: int  # packed
+    ref_logps: Tensor | None  # (S,) float64: a cached anchor's log-probs, nats
+
+    @classmethod
+    def prepare(cls, groups: Sequence[Group], batch: Batch, anchor: Anchor, layout: Layout) -> MicroBatch:
+        """All of it on the host."""
+        packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
+        indices, preference, weight, compared = [], [], [], []
+        for g, pairs in batch.items():
+            used = _used(pairs)
+            row = {response: len(compared) + i for i, response in enumerate(used)}
+            indices += [(row[pair.winner], row[pair.loser]) for pair in pairs]
+            preference += [pair.preference for pair in pairs]
+            weight += [pair.weight for pair in pairs]
+            compared += [(g, response) for response in used]
+        cached = None if isinstance(anchor, Policy) else [float(anchor[g][response]) for g, response in compared]
+        winner, loser = zip(*indices)
+        return cls(
+            packed,
+            torch.tensor(indices),
+            torch.tensor(winner),
+            torch.tensor(loser),
+            torch.tensor(preference, dtype=torch.float64),
+            torch.tensor(weight, dtype=torch.float64),
+            None if cached is None else torch.tensor(cached, dtype=torch.float64),
+        )
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Everything but ``pairs`` on the device."""
+        columns = (self.winner, self.loser, self.preference, self.weight, self.ref_logps)
+        moved = (None if column is None else to_device(column, device) for column in columns)
+        return MicroBatch(self.packed.to(device), self.pairs, *moved)
 
 
 def _compare(
-    policy: Policy,
-    groups: Sequence[Group],
-    batch: Batch,
-    anchor: Anchor,
-    objective: Objective,
-    config: Config,
-) -> _Compared:
-    packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], policy.layout).to(policy.device)
-    indices, preference, weight, compared = [], [], [], []
-    for g, pairs in batch.items():
-        used = _used(pairs)
-        row = {response: len(compared) + i for i, response in enumerate(used)}
-        indices += [(row[pair.winner], row[pair.loser]) for pair in pairs]
-        preference += [pair.preference for pair in pairs]
-        weight += [pair.weight for pair in pairs]
-        compared += [(g, response) for response in used]
-    labels, weights = torch.tensor([preference, weight], dtype=torch.float64, device=policy.device)
+    policy: Policy, microbatch: MicroBatch, anchor: Anchor, objective: Objective, config: Config
+) -> PairLossOutput:
+    """The micro-batch through the model and the loss."""
+    packed = microbatch.packed
     with policy.autocast():
-        reference: dict[str, Tensor | None]
+        reference: dict[str, Tensor | None] = {"ref_logps": microbatch.ref_logps}
         if isinstance(anchor, Policy):
             with torch.no_grad():
                 head = anchor.head
                 reference = {
                     "ref_hidden": anchor.hidden_states(packed), "ref_weight": head["weight"], "ref_bias": head["bias"]
                 }  # fmt: skip
-        else:
-            cached = [float(anchor[g][response]) for g, response in compared]
-            reference = {"ref_logps": torch.tensor(cached, dtype=torch.float64, device=policy.device)}
-        output = fused_linear_pair_loss(
+        return fused_linear_pair_loss(
             policy.hidden_states(packed),
             targets=packed.targets,
             cu_seqlens=packed.cu_seqlens,
-            pairs=torch.tensor(indices),
+            pairs=microbatch.pairs,
             objective=objective,
-            preference=labels,
-            pair_weight=weights,
+            preference=microbatch.preference,
+            pair_weight=microbatch.weight,
             backend=config.loss_backend,
             mode=config.loss_mode,
             **reference,
             **policy.head,
         )
-    winner, loser = torch.tensor(indices, device=policy.device).T
-    return _Compared(output, winner, loser, labels, weights, packed.input_ids.numel())
 
 
 class _Metrics:
-    """The pairs of a step, a column a metric."""
+    """The pairs of a step, a column a metric. They stay on the device until ``summary`` reads them, all at once."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.tokens = 0
+        self.tokens = 0  # packed
         self.columns: dict[str, list[Tensor]] = {}
 
-    def add(self, compared: _Compared) -> None:
-        output, winner, loser, preference, weight, tokens = compared
+    def add(self, microbatch: MicroBatch, output: PairLossOutput) -> None:
+        winner, loser, preference = microbatch.winner, microbatch.loser, microbatch.preference
         ratio = output.logps - output.ref_logps
         margins = output.margins.double()
-        self.tokens += tokens
+        self.tokens += microbatch.packed.input_ids.numel()
         columns = {
-            "weight": weight,
+            "weight": microbatch.weight,
             "loss": self.objective.loss(margins, preference),
             "margin": margins,
             "target": self.objective.target(preference),
@@ -264,10 +290,13 @@ class _Metrics:
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column.double())
 
-    def summary(self) -> dict[str, float | None]:
-        """Means over pairs (None where not finite, as DPO's target for a sure label is); the loss also normalised."""
+    def summary(self, **more: Tensor) -> dict[str, float | None]:
+        """Means over pairs, the loss also normalised, and ``more`` scalars; None where a number is not finite, as DPO's
+        target for a sure label is."""
         columns = {name: torch.cat(parts) for name, parts in self.columns.items()}
         weight = columns.pop("weight")
-        means = {name: float((column * weight).sum() / weight.sum()) for name, column in columns.items()}
-        means["loss_normalised"] = means["loss"] / self.objective.normaliser
-        return {name: _finite(mean) for name, mean in means.items()}
+        scalars = {name: (column * weight).sum() / weight.sum() for name, column in columns.items()}
+        scalars |= {name: value.double() for name, value in more.items()}
+        values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist()))
+        values["loss_normalised"] = values["loss"] / self.objective.normaliser
+        return {name: _finite(value) for name, value in values.items()}

@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .device import to_device
+
 Layout = Literal["shared", "separate"]
 TokenGroup = tuple[list[int], list[list[int]]]  # prompt tokens, tokens of each response
 
@@ -35,7 +37,7 @@ class Packed:
     cu_seqlens: Tensor  # (S+1,) int32 on the CPU: response boundaries in N
 
     def to(self, device: torch.device) -> Packed:
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in list(self.__dataclass_fields__)[:-1])
+        moved = (to_device(getattr(self, name), device) for name in list(self.__dataclass_fields__)[:-1])
         return Packed(*moved, self.cu_seqlens)
 
 

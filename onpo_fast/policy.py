@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from .checkpoint import atomic_write_directory
 from .config import Config
 from .data import Group, Messages, Prompt, Skipped
+from .device import device_of
 from .errors import UserError
 from .heads import head_arguments
 from .loss import linear_logprobs
@@ -200,19 +200,20 @@ def score(
     ``progress`` is told the groups done, a microbatch at a time.
     """
     tokens = [token_group(group) for group in groups]
-    scores: list[Tensor] = [torch.empty(0)] * len(groups)
+    order: list[int] = []  # the groups, as they were scored
+    sums: list[Tensor] = []  # of their responses, on the device: read once, at the end
     policy.model.eval()
     for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch):
         packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
         with policy.autocast():
             per_token = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
         lengths = packed.cu_seqlens.diff().tolist()
-        sums = [part.sum() for part in per_token.double().cpu().split(lengths)]
-        counts = [len(groups[i].responses) for i in chosen]
-        for i, part in zip(chosen, torch.stack(sums).split(counts)):
-            scores[i] = part
+        sums += [part.sum() for part in per_token.double().split(lengths)]
+        order += chosen
         progress(len(chosen))
-    return scores
+    parts = torch.stack(sums).cpu().split([len(groups[i].responses) for i in order])
+    scores = dict(zip(order, parts))
+    return [scores[i] for i in range(len(groups))]
 
 
 def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:
@@ -231,23 +232,6 @@ def token_group(group: Group) -> TokenGroup:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is not a device; try auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no GPU is available to torch here")
-    try:
-        torch.ones(1, dtype=torch.float64, device=device).item()  # sums of log-probs are float64 everywhere
-    except Exception as error:  # every device has its own types
-        reason = re.split(r"\n|\. ", str(error))[0]
-        raise UserError(f"--device {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
-    return device
 
 
 def locate(source: str) -> dict[str, str]:

@@ -343,6 +343,8 @@ class Run:
                 fit(policy, groups, batches, reference, objective, config, on_step, checkpoints)
             except UserError as error:
                 raise UserError(f"iteration {t}, fit {name}, {error}") from error
+            finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
+                checkpoints.finish()
         policy.save(target)
         self.resident = (target, policy)
         seconds = time.perf_counter() - start

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from onpo_fast import train
 from onpo_fast.checkpoint import Journal
 from onpo_fast.config import Config
+from onpo_fast.device import device_of
 from onpo_fast.errors import UserError
-from onpo_fast.policy import device_of, load
+from onpo_fast.policy import load
 
 
 @pytest.fixture

@@ -7,16 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.drill import SMALL, bits, cut, flip, prepare, small_run
-from onpo_fast import checkpoint
+from onpo_fast import checkpoint, stopping
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.checkpoint import Checkpoints, Journal, Parts, read_jsonl, write_jsonl
@@ -366,6 +368,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
         if number <= 4:
             checkpoints = Checkpoints(journal, "fit", 1, 1e9)
             checkpoints.save(number, model, optimizer, {"schedule": schedule.state_dict()})
+            checkpoints.finish()
     assert sorted(path.name for path in (tmp_path / "fit").iterdir()) == ["step_00000003", "step_00000004"]
     flip(tmp_path / "fit" / "step_00000004" / "state.safetensors")
 
@@ -377,3 +380,210 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
     for _ in range(3):
         step(again, optimizer, schedule)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States that are written in the background
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fit:
+    """A parameter with its optimizer, and the states of the fit. ``allowed`` is what a write waits for."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.parameter = torch.nn.Parameter(torch.zeros(3))
+        self.model = torch.nn.ParameterList([self.parameter])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.states = Checkpoints(Journal(directory), "fit", 1, 1e9)
+        self.folder = directory / "fit"
+        self.allowed = threading.Event()
+        self.allowed.set()
+        write = checkpoint.atomic_write_directory
+
+        def when_allowed(*arguments) -> None:
+            assert self.allowed.wait(60)
+            write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "atomic_write_directory", when_allowed)
+
+    def step(self) -> None:
+        self.parameter.grad = torch.ones(3)
+        self.optimizer.step()
+
+    def save(self, step: int) -> None:
+        self.states.save(step, self.model, self.optimizer, {})
+
+    def recorded(self) -> list[str]:
+        """As a new process finds them."""
+        return [name.split("/")[1] for name in Journal(self.folder.parent).within("fit")]
+
+
+@pytest.fixture
+def states(tmp_path, monkeypatch) -> Fit:
+    return Fit(tmp_path, monkeypatch)
+
+
+def test_training_goes_on_while_a_state_is_written(states: Fit) -> None:
+    states.step()
+    before = states.parameter.detach().clone()
+    states.allowed.clear()
+    states.save(1)
+    states.step()
+    assert not torch.equal(states.parameter, before)
+    states.states.record_written()  # does not wait
+    assert states.recorded() == []
+    states.allowed.set()
+    states.states.finish()
+    assert states.recorded() == ["step_00000001"]
+    assert states.states.restore(states.model, states.optimizer)["step"] == 1
+    assert torch.equal(states.parameter, before)
+    assert states.optimizer.state[states.parameter]["step"] == 1
+
+
+def test_a_written_state_is_recorded_at_a_later_step(states: Fit) -> None:
+    for step in range(1, 5):
+        states.save(step)
+        states.states.writing.result()
+        assert f"step_{step:08d}" not in states.recorded()
+        states.states.record_written()
+        assert states.recorded()[-1] == f"step_{step:08d}"
+    assert states.recorded() == sorted(path.name for path in states.folder.iterdir()) == [
+        "step_00000003", "step_00000004",
+    ]  # fmt: skip
+
+
+def test_states_take_a_twentieth_of_the_time_at_most(states: Fit, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    states.states.began = states.states.ended = 0.0
+    assert states.states.due(1)  # nothing is known yet
+    states.allowed.clear()
+    states.save(1)
+    now[0] = 1000.0
+    assert not states.states.due(2)  # it is still being written
+    states.allowed.set()
+    states.states.finish()
+    now[0] = 1000.0 + 20 * 1000.0 - 1
+    assert not states.states.due(3)
+    now[0] += 1
+    assert states.states.due(3)
+    assert not states.states.due(1)  # no step since
+    monkeypatch.setattr(Checkpoints, "spacing", 0)
+    now[0] = 1000.0
+    assert states.states.due(2)
+
+
+def test_a_state_that_cannot_be_written_ends_the_fit(states: Fit, monkeypatch) -> None:
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device", "a state")
+
+    monkeypatch.setattr(checkpoint, "atomic_write_directory", full)
+    for last in (states.states.finish, states.states.clear, lambda: states.save(2)):
+        states.save(1)
+        with pytest.raises(OSError, match="No space left on device: 'a state'"):
+            last()
+        states.states.last_step = 0
+    states.save(1)
+    while not states.states.writing.done():
+        time.sleep(0.001)
+    with pytest.raises(OSError, match="No space left"):
+        states.states.record_written()
+    assert states.recorded() == []
+
+
+def test_a_state_that_was_not_recorded_is_never_used(states: Fit) -> None:
+    states.save(1)
+    states.states.finish()
+    states.save(2)
+    states.states.writing.result()  # killed here
+    (states.folder / "step_00000003.partial").mkdir()
+    assert len(list(states.folder.iterdir())) == 3
+    again = Checkpoints(Journal(states.folder.parent), "fit", 1, 1e9)
+    assert again.step() == 1
+    assert again.restore(states.model, states.optimizer)["step"] == 1
+    assert [path.name for path in states.folder.iterdir()] == ["step_00000001"]
+
+
+def test_nothing_is_left_when_a_fit_is_done(states: Fit) -> None:
+    states.allowed.clear()
+    states.save(1)
+    clearing = threading.Thread(target=states.states.clear)
+    clearing.start()
+    assert clearing.is_alive()  # it waits for the write
+    states.allowed.set()
+    clearing.join()
+    states.states.executor.shutdown()  # after whatever is written still
+    assert states.recorded() == []
+    assert not states.folder.exists()
+
+
+def test_a_stop_saves_its_step_whatever_the_last_state_took(whole: Whole, tmp_path, monkeypatch) -> None:
+    """Ended where no state was due, the run goes on from that step to the same bits."""
+    out = tmp_path / "run"
+    config = replace(whole.config, out=str(out))
+    monkeypatch.setattr(Checkpoints, "spacing", 1e12)
+    log = module.Tracker.log
+
+    def ask_in_step_two(tracker, stage: str, *arguments, **values) -> None:
+        log(tracker, stage, *arguments, **values)
+        if stage == "fit" and values["step"] == 2:
+            monkeypatch.setattr(stopping, "_asked_by", signal.SIGTERM)
+
+    monkeypatch.setattr(module.Tracker, "log", ask_in_step_two)
+    with pytest.raises(stopping.Stopped):
+        module.train(config)
+    assert Journal(out).within("iteration_01/auxiliary.checkpoints") == [
+        f"iteration_01/auxiliary.checkpoints/step_{step:08d}" for step in (1, 2)
+    ]
+    monkeypatch.undo()
+    module.train(config, resume=True)
+    assert bits(out) == whole.bits
+
+
+def test_a_fit_that_fails_keeps_the_state_that_was_being_written(whole: Whole, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    config = replace(whole.config, out=str(out))
+    log = module.Tracker.log
+
+    def die_in_step_two(tracker, stage: str, *arguments, **values) -> None:
+        log(tracker, stage, *arguments, **values)
+        if stage == "fit" and values["step"] == 2:
+            raise Killed
+
+    monkeypatch.setattr(module.Tracker, "log", die_in_step_two)
+    with pytest.raises(Killed):
+        module.train(config)
+    assert [name[-1] for name in Journal(out).within("iteration_01/auxiliary.checkpoints")] == ["1"]
+    monkeypatch.undo()
+    module.train(config, resume=True)
+    assert bits(out) == whole.bits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Defaults that depend on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_batch_sizes_of_the_device_it_began_on(tmp_path, monkeypatch) -> None:
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("onpo_fast.config.device_of", lambda name: torch.device("cuda"))
+        began = Config(out=out)
+    assert (began.tokens_per_microbatch, began.sampling_batch_size) == (16384, 256)
+    assert (Config().tokens_per_microbatch, Config().sampling_batch_size) == (1024, 32)
+    Path(out).mkdir()
+    Journal(Path(out)).begin({"options": vars(began)})
+    (Path(out) / "config.yaml").write_text(began.to_yaml())
+    assert "tokens_per_microbatch: 16384\n" in began.to_yaml()
+    assert parse_run(["--resume", "--out", out])[0] == read(Path(out)) == began
+    with pytest.raises(UserError, match="--tokens_per_microbatch 16384 → 1024"):
+        parse_run(["--resume", "--out", out, "--tokens_per_microbatch", "null"])
+    with pytest.raises(UserError, match="--sampling_batch_size 256 → 32"):
+        parse_run(["--resume", "--out", out, "--sampling_batch_size", "32"])
+
+
+def test_a_device_is_asked_for_only_where_a_default_needs_it() -> None:
+    """So that a run's directory can be read on a machine without its device."""
+    assert Config(device="cuda:7", tokens_per_microbatch=9, sampling_batch_size=9).tokens_per_microbatch == 9
+    with pytest.raises(UserError, match=r"^--device gpu is not a device; try auto, cpu or cuda$"):
+        Config(device="gpu", tokens_per_microbatch=9)

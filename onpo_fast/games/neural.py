@@ -26,11 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..config import Config
 from ..data import Group, Pair, Response
+from ..device import device_of
 from ..fit import fit, plan
 from ..loss import BACKENDS
 from ..objectives import OBJECTIVES, Objective
 from ..pairing import PAIRINGS, distinct, pair
-from ..policy import Policy, device_of, score
+from ..policy import Policy, score
 from .preferences import GAMES, check
 from .solution import duality_gap, nash, rewards
 
@@ -390,7 +391,7 @@ class _Table:
         self.objective = _objective(game)
         self.config = Config(
             learning_rate=game.learning_rate, warmup_ratio=game.warmup_ratio, max_grad_norm=game.max_grad_norm,
-            loss_backend=game.loss_backend, tokens_per_microbatch=1 << 14,
+            device=game.device, loss_backend=game.loss_backend, tokens_per_microbatch=1 << 14,
         )  # fmt: skip
         alphabet = range(game.alphabet)
         self.responses = [

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
+from ..device import device_of
 from ..errors import UserError
-from ..policy import device_of, locate, without_cudnn_attention
+from ..policy import locate, without_cudnn_attention
 from ..sources import quiet
 from .interface import BatchOracle
 
