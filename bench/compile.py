@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from onpo_fast.kernels import fused
+from onpo_fast.kernels import fused, sampled_tokens
 from onpo_fast.kernels.groups import Layout
 from onpo_fast.kernels.head import Head
 from onpo_fast.kernels.rescale import rescale
@@ -121,6 +121,8 @@ def launch_everything(dtype: torch.dtype) -> None:
         logps = fused.token_logps(hidden, head, targets)
         fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
     rescale(loss.gradients[1], torch.ones(()))
+    for allowed in (None, torch.ones(responses, vocabulary, dtype=torch.bool)):
+        sampled_tokens.draw(torch.zeros(responses, vocabulary, dtype=dtype), targets[:responses], 0, 1.0, allowed)
 
 
 def _workspace_for_chunks(layout: Layout, weight: torch.Tensor) -> int:
