@@ -32,7 +32,7 @@ MASK, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 def block(vocabulary: int) -> int:
     """How many tokens of a row are worked on at a time: a power of 2, 4 or more."""
-    return min(8192, max(4, 1 << (vocabulary - 1).bit_length()))
+    return min(16384, max(4, 1 << (vocabulary - 1).bit_length()))
 
 
 def draw(
