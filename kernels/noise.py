@@ -111,13 +111,13 @@ def gumbel(
 ) -> np.ndarray:
     """Standard Gumbel noise of the tokens start, start + 1, …: (R, count) float32."""
     groups = -(-count // 4)
-    words = np.empty((len(keys), groups, 4), np.uint32)
+    words = np.empty((len(keys), groups, 4), np.float32)
     key = keys.view(np.uint64)[:, None]
     group = start // 4 + np.arange(groups, dtype=np.uint64)[None]
     rest_of_counter = np.array([position, 0, 0], np.uint64)[:, None, None]
     for i, word in enumerate(philox((key & MASK, key >> HALF), (group, *rest_of_counter))):
         words[..., i] = word
-    u = words.reshape(len(keys), -1)[:, :count].astype(np.float32)
+    u = words.reshape(len(keys), -1)[:, :count]
     u += 0.5
     u *= SCALE
     complement = 1 - u

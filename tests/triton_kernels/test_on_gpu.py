@@ -8,7 +8,6 @@ from loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss
 from onpo_fast.objectives import Onpo
-from onpo_fast.sampling import _Draw, _keys
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,6 +43,8 @@ def test_nothing_waits_for_the_device(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_drawing_tokens_waits_for_nothing(top_p: float) -> None:
+    from onpo_fast.sampling import _Draw, _keys  # needs transformers, as no other test here does
+
     draw = _Draw(_keys([[0, row] for row in range(64)], torch.device("cuda")), 0.7, top_p)
     logits = torch.randn(64, 49152, device="cuda")
     draw(None, logits.clone())  # compiles
