@@ -36,7 +36,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from onpo_fast.checkpoint import atomic_write_text
-from onpo_fast.kernels import fused
+from onpo_fast.kernels import fused, sampled_tokens
 from onpo_fast.kernels.groups import Layout
 from onpo_fast.kernels.head import Head
 from onpo_fast.kernels.rescale import rescale
@@ -159,6 +159,9 @@ def launch_everything(dtype: torch.dtype) -> None:
         _launch(dtype, **size, **head)
     _launch(dtype, **size, logit_scale=-1.0)
     rescale(torch.zeros(8, dtype=dtype), torch.ones(()))
+    logits, keys = torch.zeros(8, size["vocabulary"], dtype=dtype), torch.zeros(8, dtype=torch.int64)
+    for allowed in (None, torch.ones(logits.shape, dtype=torch.bool)):
+        sampled_tokens.draw(logits, keys, 0, 1.0, allowed)
 
 
 def launch_variants(dtype: torch.dtype) -> None:

@@ -2,9 +2,9 @@
 
 A sampler takes prompts and gives groups; ``TransformersSampler`` uses transformers' own generation. Randomness is tied
 to the seed, the prompt's index, the response's index and the position, never to the batch: the next token is the
-argmax of logits plus Gumbel noise (an exact draw from the softmax), each response with a random stream of its own. So a
-batch size changes a response only where rounding decides a tie between two tokens; on a CPU in float32 that has not
-been seen.
+argmax of logits plus Gumbel noise (an exact draw from the softmax), and the noise is a function of those four and of
+the token (``kernels/noise.py``). So a batch size changes a response only where rounding decides a tie between two
+tokens; on a CPU in float32 that has not been seen.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import TopPLogitsWarper
 
 from .config import Config
 from .data import Group, Messages, Response
+from .kernels import noise
+from .loss import choose_backend
 from .policy import Policy
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
@@ -86,8 +88,8 @@ class TransformersSampler:
         responses: dict[tuple[int, int], Response] = {}
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
-            streams = [_generator(self.policy.device, [*seed, first + p, k]) for p, k in batch]
-            for job, response in zip(batch, self._generate([rendered[p] for p, _ in batch], streams)):
+            keys = _keys([[*seed, first + p, k] for p, k in batch], self.policy.device)
+            for job, response in zip(batch, self._generate([rendered[p] for p, _ in batch], keys)):
                 responses[job] = response
             progress(len(batch))
         return [
@@ -95,13 +97,13 @@ class TransformersSampler:
             for p, prompt in enumerate(prompts)
         ]
 
-    def _generate(self, prompts: list[list[int]], streams: list[torch.Generator]) -> list[Response]:
+    def _generate(self, prompts: list[list[int]], keys: Tensor) -> list[Response]:
         policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        draw = _Draw(streams, self.temperature, self.top_p)
+        draw = _Draw(keys, self.temperature, self.top_p)
         with policy.autocast():
             output = policy.model.generate(
                 input_ids=input_ids,
@@ -126,27 +128,35 @@ class TransformersSampler:
 
 
 class _Draw(LogitsProcessor):
-    """Adds each row's Gumbel noise to its (tempered, truncated) logits; keeps the log-probs of what it drew."""
+    """Draws every row's next token and makes it the only argmax; keeps the log-probs of what it drew."""
 
-    def __init__(self, streams: list[torch.Generator], temperature: float, top_p: float) -> None:
-        self.streams = streams
-        self.warpers = LogitsProcessorList()
-        if temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
+    def __init__(self, keys: Tensor, temperature: float, top_p: float) -> None:
+        self.keys = keys  # (batch,) int64
+        self.temperature = temperature
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.draw = _drawing(keys.device)
         self.logps: list[Tensor] = []  # a (batch,) tensor a step: log-probs at temperature 1, nats
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        noise = torch.empty_like(scores)
-        for row, stream in zip(noise, self.streams):
-            row.exponential_(generator=stream)
-        drawn = self.warpers(input_ids, scores) - noise.log_()  # −log of an exponential is Gumbel
-        self.logps.append(scores.gather(1, drawn.argmax(1, keepdim=True))[:, 0] - scores.logsumexp(1))
-        return drawn
+        allowed = None
+        if self.nucleus is not None:
+            allowed = self.nucleus(input_ids, scores / self.temperature) > -torch.inf
+        with torch.cuda.device_of(scores):
+            tokens, logps = self.draw(scores, self.keys, len(self.logps), self.temperature, allowed)
+        self.logps.append(logps)
+        return scores.scatter_(1, tokens[:, None], torch.inf)
 
 
-def _generator(device: torch.device, seed: Sequence[int]) -> torch.Generator:
-    state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+def _drawing(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The Triton kernel where there is a GPU for it, numpy elsewhere. triton is imported only where it is used."""
+    if choose_backend("auto", device, torch.float32) == "triton":
+        from .kernels import sampled_tokens
+
+        return sampled_tokens.draw
+    return noise.draw
+
+
+def _keys(seeds: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Keys of random streams, (n,) int64: hashes of n sequences of non-negative integers."""
+    keys = [np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] for seed in seeds]
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64)).to(device)

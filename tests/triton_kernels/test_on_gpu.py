@@ -41,6 +41,21 @@ def test_nothing_waits_for_the_device(name: str, mode: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_drawing_tokens_waits_for_nothing(top_p: float) -> None:
+    from onpo_fast.sampling import _Draw, _keys  # needs transformers, as no other test here does
+
+    draw = _Draw(_keys([[0, row] for row in range(64)], torch.device("cuda")), 0.7, top_p)
+    logits = torch.randn(64, 49152, device="cuda")
+    draw(None, logits.clone())  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draw(None, logits.clone())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("mode", ["fast", "lean"])
 def test_a_cuda_graph(mode: str) -> None:
     case = CASES["groups with all pairs"]

@@ -1,0 +1,139 @@
+"""Random draws of tokens from a counter, in numpy: the definition of the random stream.
+
+A token is drawn as argmax(logits / temperature + Gumbel noise), which is an exact draw from the softmax. The noise of a
+token is a pure function of the response's key, the position in the response and the token. There is no state: the
+batch and what was drawn before have no part in it, and the device only in the last bit of a logarithm.
+
+    words = Philox4x32-10(key, counter = (token // 4, position, 0, 0))
+    u     = (words[token % 4] + 1/2) · (1 − 2⁻²⁴) / 2³², in float32
+    noise = −log(−log(1 − u))
+
+Philox is the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+(SC 2011): four 32-bit words of a 64-bit key and a 128-bit counter. Ten rounds are its default; seven pass BigCrush.
+
+An argmax is decided by large noise. That comes of u near 0, where float32 tells every word from the next: the greatest
+noise is 33·log 2 = 22.9, and P(noise > x) is right to one part in 2²⁴ plus 2⁻³³. The least is −2.8, from u near 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+SCALE = (1 - 2**-24) * 2**-32  # the largest word gives the largest float32 below 1
+LOWEST = float(np.finfo(np.float32).min)
+CACHED = 2**16  # tokens of several rows at a time, so that what Philox computes stays in the cache
+MASK, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def block(vocabulary: int) -> int:
+    """How many tokens of a row are worked on at a time: a power of 2, 4 or more."""
+    return min(16384, max(4, 1 << (vocabulary - 1).bit_length()))
+
+
+def draw(
+    logits: Tensor,  # (B, V) any float dtype, computed with in float32
+    keys: Tensor,  # (B,) int64
+    position: int,
+    temperature: float = 1.0,
+    allowed: Tensor | None = None,  # (B, V) bool
+) -> tuple[Tensor, Tensor]:
+    """A token of every row, and its log-prob. Tensors on another device are copied to the CPU and back.
+
+    Args:
+        logits: −inf is never drawn.
+        keys: of the rows' random streams.
+        position: the index of the token in its response.
+        temperature: the draw is from softmax(logits / temperature).
+        allowed: where given, the only tokens that may be drawn.
+
+    Returns:
+        (B,) int64 tokens, and (B,) float32 log-probs under softmax(logits), whatever the temperature and the tokens
+        allowed, nats.
+    """
+    rows, vocabulary = logits.shape
+    width = block(vocabulary)
+    step = max(CACHED // width, 1)
+    tokens, logps = np.empty(rows, np.int64), np.empty(rows, np.float32)
+    values, streams = logits.float().cpu().numpy(), keys.cpu().numpy()
+    among = None if allowed is None else allowed.cpu().numpy()
+    for start in range(0, rows, step):
+        r = slice(start, start + step)
+        some = None if among is None else among[r]
+        tokens[r], logps[r] = _draw_rows(values[r], streams[r], position, temperature, some, width)
+    return torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device)
+
+
+@np.errstate(all="ignore")  # a row without a finite logit gives NaN, in silence as in torch
+def _draw_rows(
+    logits: np.ndarray,  # (R, V) float32
+    keys: np.ndarray,  # (R,) int64
+    position: int,
+    temperature: float,
+    allowed: np.ndarray | None,  # (R, V) bool
+    width: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) tokens and log-probs. The log-sum-exp has ``width`` running sums a row, as the Triton kernel has."""
+    rows, vocabulary = logits.shape
+    each = np.arange(rows)
+    best, token = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.int64)
+    peak, total = np.full((rows, width), LOWEST, np.float32), np.zeros((rows, width), np.float32)
+    for start in range(0, vocabulary, width):
+        x = logits[:, start : start + width]
+        score = x * np.float32(1 / temperature)
+        score += gumbel(keys, position, start, x.shape[1])
+        if allowed is not None:
+            score[~allowed[:, start : start + width]] = -np.inf
+        first = score.argmax(1)
+        better = score[each, first] > best
+        best = np.where(better, score[each, first], best)
+        token = np.where(better, start + first, token)
+
+        p, t = peak[:, : x.shape[1]], total[:, : x.shape[1]]  # views
+        above = x - p
+        scale = np.exp(-np.abs(above))  # of what is lower, the sum so far or the new term
+        t[:] = np.where(above > 0, t * scale + 1, t + scale)
+        np.maximum(p, x, out=p)
+    highest = peak.max(1)
+    everything = (total * np.exp(peak - highest[:, None])).sum(1)
+    return token, (logits[each, token] - highest) - np.log(everything)
+
+
+def gumbel(
+    keys: np.ndarray,  # (R,) int64
+    position: int,
+    start: int,  # a multiple of 4
+    count: int,
+) -> np.ndarray:
+    """Standard Gumbel noise of the tokens start, start + 1, …: (R, count) float32."""
+    groups = -(-count // 4)
+    words = np.empty((len(keys), groups, 4), np.float32)
+    key = keys.view(np.uint64)[:, None]
+    group = start // 4 + np.arange(groups, dtype=np.uint64)[None]
+    rest_of_counter = np.array([position, 0, 0], np.uint64)[:, None, None]
+    for i, word in enumerate(philox((key & MASK, key >> HALF), (group, *rest_of_counter))):
+        words[..., i] = word
+    u = words.reshape(len(keys), -1)[:, :count]
+    u += 0.5
+    u *= SCALE
+    complement = 1 - u
+    lost = u - (1 - complement)  # rounding error of 1 − u; added to −log(1 − u), whose slope is 1 where it matters
+    return -np.log(lost - np.log(complement))
+
+
+def philox(key: Sequence[np.ndarray], counter: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Philox4x32-10: the four words of every key (two words) and counter (four words).
+
+    A word is an array of uint64 below 2³², for the products. The arrays are broadcast together, as late as possible:
+    what depends on the row or on the column alone is computed for it alone.
+    """
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(ROUNDS):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (b >> HALF) ^ c1 ^ k0, b & MASK, (a >> HALF) ^ c3 ^ k1, a & MASK
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & MASK, (k1 + np.uint64(0xBB67AE85)) & MASK
+    return c0, c1, c2, c3

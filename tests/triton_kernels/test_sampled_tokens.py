@@ -1,0 +1,89 @@
+"""Random draws of tokens: the kernel beside the numpy form, which it equals bit for bit under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from onpo_fast.kernels import noise, sampled_tokens
+
+
+@triton.jit
+def gumbel_kernel(keys, out, position, start, count, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    value = sampled_tokens.gumbel(tl.load(keys + row), position, start, BLOCK)
+    tl.store(out + row * count + at, value, mask=at < count)
+
+
+def random_keys(rows: int) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(1))
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> None:
+    """The same bits under the interpreter; a GPU's logarithm may differ in the last one."""
+    if got.is_cuda:
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("position", "start"), [(0, 0), (1, 4), (16, 151936), (2**31 - 1, 8192)])
+@pytest.mark.parametrize("count", [1, 997, 4096])
+def test_noise(position: int, start: int, count: int, device: str) -> None:
+    keys = random_keys(5)
+    out = torch.empty(5, count, device=device)
+    gumbel_kernel[(5,)](keys.to(device), out, position, start, count, BLOCK=max(4, triton.next_power_of_2(count)))
+    same(out, torch.from_numpy(noise.gumbel(keys.numpy(), position, start, count)))
+
+
+@pytest.mark.parametrize("restricted", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 2), (4, 4099), (1, 16384), (5, 49152), (2, 151_937)])
+def test_tokens_and_log_probs(rows: int, vocabulary: int, dtype: torch.dtype, restricted: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    wide = torch.randn(rows, vocabulary + 3, generator=generator).mul(4).to(dtype)
+    logits = wide[:, 3:]  # rows that are not back to back, and no address aligned
+    logits[:, 1::3] = -torch.inf
+    logits[0, 1:] = -torch.inf  # one finite logit
+    allowed = torch.rand(rows, vocabulary, generator=generator) < 0.5 if restricted else None
+    if restricted:
+        allowed[:, 0] = True
+    on_device = None if allowed is None else allowed.to(device)
+    keys = random_keys(rows)
+    for position, temperature in ((0, 1.0), (1, 0.7)):
+        tokens, logps = sampled_tokens.draw(wide.to(device)[:, 3:], keys.to(device), position, temperature, on_device)
+        want, want_logps = noise.draw(logits, keys, position, temperature, allowed)
+        assert torch.equal(tokens.cpu(), want)
+        same(logps, want_logps)
+        drawn = logits.gather(1, want[:, None])[:, 0]
+        assert drawn.isfinite().all()
+        assert want[0] == 0
+        if restricted:
+            assert allowed.gather(1, want[:, None]).all()
+
+
+def test_columns_apart_and_one_row_for_all(device: str) -> None:
+    wide = torch.randn(6, 2000, generator=torch.Generator().manual_seed(0))
+    keys = random_keys(6)
+    for view in (lambda x: x[:, ::2], lambda x: x[:1].expand(6, -1)):
+        tokens, logps = sampled_tokens.draw(view(wide.to(device)), keys.to(device), 2)
+        want, want_logps = noise.draw(view(wide), keys, 2)
+        assert torch.equal(tokens.cpu(), want)
+        same(logps, want_logps)
+
+
+def test_no_rows(device: str) -> None:
+    empty = torch.zeros(0, 7, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    tokens, logps = sampled_tokens.draw(*empty, 0)
+    assert tokens.shape == logps.shape == (0,)
+
+
+def test_a_row_without_a_finite_logit_is_not_a_number(device: str) -> None:
+    tokens, logps = sampled_tokens.draw(torch.full((1, 100), -torch.inf, device=device), random_keys(1).to(device), 0)
+    want, want_logps = noise.draw(torch.full((1, 100), -torch.inf), random_keys(1), 0)
+    assert tokens.item() == want.item() == 0
+    assert logps.isnan().all()
+    assert want_logps.isnan().all()
