@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from loss_cases import CASES, Case, relative_error
 
-from onpo_fast import fused_linear_pair_loss
+from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.kernels import exponentials, fused, launch, weight_gradient
 from onpo_fast.kernels import groups as groups_module
+from onpo_fast.kernels.on_device import PerStream
 from onpo_fast.kernels.rescale import rescale
+from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Dpo, Onpo
 
 # mode and workspace: a roomy one is one chunk; in a small one each group is a chunk and dW is carried between them
@@ -140,6 +144,34 @@ def test_targets_far_from_likely(way: str, dtype: torch.dtype, device: str) -> N
     got, want = run(case, way, dtype, device), case.exact(dtype)
     assert want["logps"].min() < -1000
     check(got, want, 2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_some_rows_far_from_likely(epilogue: str, mode: str, device: str) -> None:
+    """One row's shift moves by 300 nats and more: the rows beside it keep their values."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    hidden[7] *= 40
+    targets = torch.randint(300, (40,), generator=generator)
+    targets[7] = (weight @ hidden[7]).argmin()
+    edges = torch.tensor([0, 15, 40], dtype=torch.int32)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        with using(Variant(epilogue)):
+            out = fused_linear_pair_loss(
+                *leaves, targets.to(device), edges, objective=Onpo(eta=1.0), backend=backend, mode=mode,
+                ref_logps=torch.zeros(2, device=device),
+            )  # fmt: skip
+            scored = linear_logprobs(*leaves, targets.to(device), backend=backend)
+        out.loss.backward()
+        results.append([scored.detach().cpu(), out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    assert results[1][0][7] < -300
+    for got, want in zip(*results):
+        assert relative_error(got, want) < 2e-5
+    unlikely = torch.arange(40) != 7
+    torch.testing.assert_close(results[0][0][unlikely].double(), results[1][0][unlikely], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -303,6 +335,14 @@ class TestPlan:
         assert plan.mode == "lean"
         assert plan.workspace < 0.35 * 2**30
 
+    def test_a_quarter_of_the_free_memory_makes_one_chunk(self) -> None:
+        """Of the 70 GiB that are free on an 80 GB GPU beside the inputs and gradients; a workspace still bounds it."""
+        plan = self.plan(4, 1024, free=70 * 2**30)
+        assert (plan.mode, len(plan.chunks)) == ("fast", 1)
+        assert 8192 * 151936 * 2 < plan.workspace < 3 * 10**9
+        assert len(self.plan(4, 1024, free=8 * 2**30).chunks) > 1
+        assert len(self.plan(4, 1024, workspace=2**30, free=70 * 2**30).chunks) == 4
+
     def test_lean_only_where_it_takes_less(self) -> None:
         assert self.plan(1, 8192).mode == "lean"
         assert self.plan(16, 2048).mode == "fast"  # 65536 tokens: lean's slices and dX alone take more than a chunk
@@ -310,6 +350,28 @@ class TestPlan:
     def test_no_chunks_of_a_few_rows(self) -> None:
         assert self.plan(128, 32, workspace=400 * 2**20).mode == "lean"
         assert self.plan(128, 32, "fast", workspace=400 * 2**20).mode == "fast"
+
+
+def test_a_layout_is_copied_once_for_each_stream(monkeypatch) -> None:
+    """A second stream could read what the first one is still copying; a graph takes what is there, for good."""
+    device = torch.device("cuda")
+    stream, graph = [1], [False]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: graph[0])
+    layouts = [groups_module.Layout([0, i], torch.zeros(0, 2), []) for i in range(40)]
+    cache = PerStream(lambda layout, device: object())
+    first = cache(layouts[0], device)
+    assert cache(layouts[0], device) is first
+    stream[0] = 2
+    second = cache(layouts[0], device)
+    assert second is not first
+    stream[0], graph[0] = 3, True
+    assert cache(layouts[0], device) is second
+    graph[0] = False
+    for layout in layouts[1:]:
+        cache(layout, device)
+    assert len(cache.made) == PerStream.KEPT
+    assert cache.in_graphs == [second]
 
 
 class TestManyTiles:

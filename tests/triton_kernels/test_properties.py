@@ -1,4 +1,4 @@
-"""Any shape, pair list and option: the Triton backend against float64, and both modes against each other."""
+"""Any shape, pair list and option: the Triton backend against float64, in both modes and every variant."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loss_cases import Case, relative_error
 
+from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Dpo, Ipo, Onpo
 
 lengths = st.lists(st.integers(0, 12), min_size=2, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 sizes = st.integers(1, 100)
 finite = st.floats(0.3, 3.0)
-EXAMPLES = 25 if torch.cuda.is_available() else 80  # on a GPU most of the time is compilation: each has its own sizes
+EXAMPLES = 25 if torch.cuda.is_available() else 120  # on a GPU most of the time is compilation: each has its own sizes
 
 
 @st.composite
@@ -24,7 +25,7 @@ def cases(draw) -> Case:
         responses,
         draw(st.lists(pair, min_size=1, max_size=10)),
         vocabulary=draw(sizes), features=draw(sizes), bias=draw(st.booleans()), soft=draw(st.booleans()),
-        weighted=draw(st.booleans()), logit_scale=draw(finite), softcap=draw(st.none() | finite),
+        weighted=draw(st.booleans()), logit_scale=draw(finite | st.just(-1.0)), softcap=draw(st.none() | finite),
         temperature=draw(finite), shared_head=draw(st.booleans()), spread=draw(st.floats(0.01, 1.0)),
         objective=draw(st.sampled_from([Onpo(eta=2.0), Ipo(tau=0.3), Dpo(beta=0.2)])),
     )  # fmt: skip
@@ -34,11 +35,12 @@ def cases(draw) -> Case:
     max_examples=EXAMPLES, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(case=cases(), workspace=st.none() | st.integers(1, 2**18))
-def test_any_problem(case: Case, workspace: int | None, device: str) -> None:
+@given(case=cases(), workspace=st.none() | st.integers(1, 2**18), epilogue=st.sampled_from(EPILOGUES))
+def test_any_problem(case: Case, workspace: int | None, epilogue: str, device: str) -> None:
     want = case.exact(torch.float32)
     for mode in ("auto", "lean"):
-        got = case.run(torch.float32, device, backend="triton", mode=mode, workspace_bytes=workspace)
+        with using(Variant(epilogue)):
+            got = case.run(torch.float32, device, backend="triton", mode=mode, workspace_bytes=workspace)
         for name, value in want.items():
             # absolute where a value is a difference of larger ones: margins of the log-probs', gradients near a minimum
             floor = 1e-5 * (1 + want["logps"].abs().max()) * (1 + value.numel() ** 0.5)
