@@ -13,7 +13,8 @@ Rows are padded on the right. The last token of a response predicts nothing and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -31,14 +32,26 @@ class Packed:
 
     input_ids: Tensor  # (B, L) int64
     position_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, 1, L, L) bool, or (B, L) int64 for separate rows
+    segment: Tensor  # (B, L) int32: 0 the prompt, k the k-th response, −1 padding
     rows: Tensor  # (N,) int64: indices into B·L of the positions that predict the response tokens
     targets: Tensor  # (N,) int64: the response tokens
     cu_seqlens: Tensor  # (S+1,) int32 on the CPU: response boundaries in N
+    layout: Layout
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """(B, 1, L, L) bool, or (B, L) int64 for separate rows. Made where the tokens are: it is L times as large."""
+        if self.layout == "separate":
+            return (self.segment >= 0).long()
+        length = self.segment.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
+        query, key = self.segment[:, :, None], self.segment[:, None, :]
+        return (((key == 0) | (key == query)) & earlier)[:, None]  # padding sees padding: no row is without a key
 
     def to(self, device: torch.device) -> Packed:
-        moved = (to_device(getattr(self, name), device) for name in list(self.__dataclass_fields__)[:-1])
-        return Packed(*moved, self.cu_seqlens)
+        """The same batch there, but for ``cu_seqlens``."""
+        names = ("input_ids", "position_ids", "segment", "rows", "targets")
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
 def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) -> Packed:
@@ -58,7 +71,7 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
     batch = len(rows_of)
     input_ids = torch.full((batch, length), pad)
     position_ids = torch.zeros(batch, length, dtype=torch.int64)
-    segment = torch.full((batch, length), -1)  # 0 the prompt, k the k-th response, −1 padding
+    segment = torch.full((batch, length), -1, dtype=torch.int32)
     rows: list[int] = []
     targets: list[int] = []
     lengths = [0]
@@ -78,15 +91,9 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
             targets += response
             lengths.append(len(response))
             cursor = span.stop
-    if layout == "separate":
-        mask = (segment >= 0).long()
-    else:
-        earlier = torch.ones(length, length, dtype=torch.bool).tril()
-        query, key = segment[:, :, None], segment[:, None, :]
-        mask = (((key == 0) | (key == query)) & earlier)[:, None]  # padding sees padding: no row is without a key
     cu_seqlens = torch.tensor(lengths).cumsum(0).int()
-    return Packed(input_ids, position_ids, mask, torch.tensor(rows, dtype=torch.int64),
-                  torch.tensor(targets, dtype=torch.int64), cu_seqlens)  # fmt: skip
+    return Packed(input_ids, position_ids, segment, torch.tensor(rows, dtype=torch.int64),
+                  torch.tensor(targets, dtype=torch.int64), cu_seqlens, layout)  # fmt: skip
 
 
 def row_length(prompt: list[int], responses: list[list[int]]) -> int:
