@@ -1,9 +1,8 @@
-"""The fits that ``python -m bench training`` measures, in processes of their own:
+"""One fit of a large random model, which ``python -m bench training`` measures in a process of its own:
 
-    python -m bench.fits JOB ARGUMENTS
+    python -m bench.fits ARGUMENTS
 
-Arguments are a JSON object; what the job returns is the last line, as JSON. ``large`` is one fit of a large random
-model with a loss of ``LOSSES``; ``here`` is the device and the versions.
+Arguments are those of ``large`` as a JSON object; what it returns is the last line, as JSON.
 """
 
 from __future__ import annotations
@@ -32,14 +31,10 @@ from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.objectives import Objective, Onpo
 from onpo_fast.policy import Policy, _apply_liger, score, without_cudnn_attention
 
-from .kernels import slug, surroundings
+from .kernels import surroundings
 from .memory import Gauge
 from .peers import materialised
 from .timing import Spread
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One fit of a large model
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def large(
     layers = layers or _layers_that_fit(form, where)
     count = form.parameters(layers)
     row: dict[str, Any] = {
-        "layers": layers, "of_layers": form.layers, "parameters": count,
+        "environment": surroundings(where), "layers": layers, "of_layers": form.layers, "parameters": count,
         "expected_bytes": {part: size * count for part, size in PARAMETER_BYTES.items()},
     }  # fmt: skip
     gauge = Gauge(where)
@@ -279,19 +274,5 @@ class Marks:
         self.phase = around[(around.index(phase) + 1) % len(around)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def here(device: str) -> dict[str, Any]:
-    """Device, versions, commit, and the name of the results file."""
-    where = torch.device(device)
-    return {"name": slug(where, "training"), "environment": surroundings(where)}
-
-
-JOBS = {job.__name__: job for job in (here, large)}
-
-
 if __name__ == "__main__":
-    print("\n" + json.dumps(JOBS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print("\n" + json.dumps(large(**json.loads(sys.argv[1]))))

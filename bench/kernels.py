@@ -1,10 +1,10 @@
 """python -m bench kernels: time, memory and error of the loss beside its peers and the bare products.
 
-For each shape: the bare products; then the rows in waves, those that matter most first and methods that compile for long
-last. In a wave every row has a first call, against float64, with its peak of memory and a block of timed calls; then a
-second block of each follows in reverse order, so that a drift of the machine shows in the spread. The results file is
-rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came back, because it
-took the process with it, is not tried again.
+For each shape: the bare products; then the rows in waves, those that matter most first and methods that compile for
+long last. In a wave every row has a first call, against float64, with its peak of memory and a block of timed calls;
+then a second block of each follows in reverse order, so that a drift of the machine shows in the spread. The results
+file is rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came back,
+because it took the process with it, is not tried again.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ def test_nothing_waits_for_the_device(name: str, mode: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", ["fast", "lean"])
-def test_a_cuda_graph(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["auto", "fast", "lean"])
+def test_a_cuda_graph(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mode "auto" the plan asks for the free memory, but not while a graph is being captured."""
     case = CASES["groups with all pairs"]
     values = on_gpu(case)
     hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
@@ -59,8 +60,13 @@ def test_a_cuda_graph(mode: str) -> None:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
+
+    def asked(*_: object) -> None:
+        raise AssertionError("asked for the free memory during a capture")
+
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with monkeypatch.context() as patched, torch.cuda.graph(graph):
+        patched.setattr(torch.cuda, "mem_get_info", asked)
         loss = step()
     with torch.no_grad():
         hidden.mul_(0.5)
