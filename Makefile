@@ -25,7 +25,8 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
 
 # What that machine may lack, fetched where there is a network, in files of at most 60 MiB:
-#   make wheels ARGS="--python-version 3.12 --platform manylinux2014_x86_64 --only-binary=:all:"
+#   make wheels ARGS="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#                     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64"
 wheels:
 	$(PYTHON) -m bench.wheels fetch $(WHEELS) $(ARGS)
 

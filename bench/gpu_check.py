@@ -73,8 +73,8 @@ def read_json(output: str, folder: Path) -> Any:
     return json.loads(files[0].read_text(encoding="utf-8")) if files else None
 
 
-def read_last_line(output: str, folder: Path) -> dict[str, str]:
-    return {"said": output.strip().rpartition("\n")[2]}
+def read_last_lines(output: str, folder: Path) -> list[str]:
+    return output.strip().splitlines()[-5:]
 
 
 TEST_OUTCOME = re.compile(
@@ -114,16 +114,20 @@ def read_checks(output: str, folder: Path) -> dict[str, Any]:
 NOTHING = "no results"
 
 
-def some_words(found: Any) -> str | None:
-    return None if found["said"] else NOTHING
+def some_lines(found: Any) -> str | None:
+    return None if found else NOTHING
 
 
-def some_tests(found: Any) -> str | None:
-    return None if found["passed"] + found["failed"] + found["skipped"] else NOTHING
+def tests_pass(found: Any) -> str | None:
+    if found["failed"]:
+        return f"{found['failed']} tests failed"
+    return None if found["passed"] + found["skipped"] else NOTHING
 
 
-def some_checks(found: Any) -> str | None:
-    return None if found["ok"] + len(found["faults"]) else NOTHING
+def checks_pass(found: Any) -> str | None:
+    if found["faults"]:
+        return f"{len(found['faults'])} faults"
+    return None if found["ok"] else NOTHING
 
 
 def products_were_tried(found: Any) -> str | None:
@@ -154,7 +158,7 @@ def preparation(at: Setting) -> list[tuple[Step, ...]]:
     survey = bench("survey", "--out", "{out}", "--device", "cpu" if at.dry else "cuda")
     return [
         (Step("install", 20, 40, "one pip call for 20 wheels of 0.2 GB: 10 s; a wheel it refuses: 1 s each",
-              [command], read_last_line, some_words),),
+              [command], read_last_lines, some_lines),),
         (Step("survey", 15, 40, "first import of torch 8 s, products 3 s, ceilings 2 s",
               [survey], read_json, products_were_tried),),
     ]  # fmt: skip
@@ -198,11 +202,11 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
         *preparation(at),
         (
             Step("kernel tests", 130, 170, "450 kernels of 1.5 s on 8 of 16 cores, beside the next two",
-                 tests, read_tests, some_tests),
+                 tests, read_tests, tests_pass),
             Step("checks", 130, 170, "target shape: 14 kernels of 4 s, 40 runs of 0.3 s; other shapes in 2 processes",
-                 checks, read_checks, some_checks),
+                 checks, read_checks, checks_pass),
             Step("compile", 100, 130, "17 variants × 3 kernels of 5 s in 4 processes, for the sweep",
-                 compiled, read_last_line, some_words),
+                 compiled, read_last_lines, some_lines),
         ),
         (Step("headline", 195, 260, "ours and 8 peers: 24 rows of 3 s, first calls 80 s (Liger, CCE, QuACK compile)",
               [headline], read_json, shape_measured, resumes=True),),
@@ -219,21 +223,22 @@ def part_2(at: Setting) -> list[tuple[Step, ...]]:
         states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "materialised", "--block", "0.05")
         trainer = ["--device", "cpu", "--tiny"]
     else:
-        states = bench("kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL")
+        states = bench("kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL",
+                       "--block", "0.25")  # fmt: skip
         if (inputs := at.wheels / "smollm2.npz").is_file():
             states += ["--inputs", str(inputs.resolve())]
         trainer = ["--device", "cuda", "--train=--iterations 2 --prompts_per_iteration 128 --max_new_tokens 64 "
                    "--batch_pairs 128 --tokens_per_microbatch 16384 --sampling_batch_size 256"]  # fmt: skip
     return [
         *preparation(at),
-        (Step("states", 65, 90, "import 12 s, the model on the CPU 20 s, 9 rows of 1 s, compiling 20 s",
+        (Step("states", 65, 90, "import 12 s, the model on the CPU 15 s, 14 rows of 1 s, compiling 24 s",
               [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json, shape_measured, resumes=True),),
         (Step("trainer", 90, 130, "2 iterations: sampling 2 × 64 tokens of 35 ms and loading 10 s each, fits 10 s, "
               "evaluation 3 × 2 batches 15 s",
               [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
               read_json, run_has_rates),),
         (Step("GPU tests", 40, 60, "10 tests, 40 kernels of 0.7 s, import 8 s",
-              kernel_tests(at, "test_on_gpu.py"), read_tests, some_tests),),
+              kernel_tests(at, "test_on_gpu.py"), read_tests, tests_pass),),
     ]  # fmt: skip
 
 
@@ -300,8 +305,9 @@ def main() -> int:
         parser.error("--part sanitizer needs compute-sanitizer, which is not on the PATH")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
-    site = Path(tempfile.mkdtemp(prefix="gpu-check-site-"))
-    atexit.register(shutil.rmtree, site, ignore_errors=True)
+    private = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    site = private / "site-packages"  # QuACK tells libraries from its users' code by this name
     at = Setting(options.wheels.resolve(), site, options.dry_run)
     if not options.dry_run:
         return run_part(options.part, at, options)

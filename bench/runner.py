@@ -218,16 +218,10 @@ class Runner:
         results = self._collect(processes)
         statuses = [process.status for process in processes if process.status]
         restarts = sum(process.restarts for process in processes)
-        if statuses:
-            outcome = f"FAILED: exit status {statuses[0]}"
-        elif fault := step.fault(results):
-            outcome = f"FAILED: {fault}" + (f", cut after {seconds:.0f} s" if any(p.cut for p in processes) else "")
-        elif any(process.cut for process in processes):
-            outcome = f"cut after {seconds:.0f} s"
-        else:
-            outcome = "ok"
-        if restarts:
-            outcome += f", {restarts} restarts"
+        cut = [f"cut after {seconds:.0f} s"] if any(process.cut for process in processes) else []
+        wrong = [said for said in (step.fault(results), f"exit status {statuses[0]}" if statuses else None) if said]
+        said = [f"restarted {restarts} times"] if restarts else []
+        outcome = f"FAILED: {', '.join(wrong + cut + said)}" if wrong else ", ".join((cut or ["ok"]) + said)
         self._note(step, outcome, seconds)
         if outcome.startswith("FAILED"):
             print("".join("".join(process.output[-15:]) for process in processes), end="", flush=True)

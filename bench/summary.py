@@ -31,6 +31,7 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
     results = data["results"]
     sections = [
         [f"GPU check, part {data['part']}, commit {(data.get('commit') or 'unknown')[:9]}"],
+        results.get("install") or [],
         survey_lines(results.get("survey")),
         *(test_lines(name, found) for name, found in results.items() if name.endswith("tests")),
         check_lines(results.get("checks")),

@@ -85,7 +85,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def products(device: torch.device) -> dict[str, str]:
-    """By check: "right", or what is wrong; on a CPU none. Integers this small are exact in bf16, their sums in float32."""
+    """By check: "right", or what is wrong. Integers this small are exact in bf16, and their sums in float32."""
     if device.type != "cuda":
         return {}
     draw = torch.Generator(device).manual_seed(0)

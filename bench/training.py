@@ -151,7 +151,7 @@ class Bench:
 
 
 def measures(run: Path) -> Row:
-    """Of a run, finished or not: by stage, medians of tokens/s (in fits over steps), seconds in all, peaks of memory."""
+    """Of a run, finished or not: by stage, median tokens/s (in fits over steps), seconds in all, peaks of memory."""
     rates: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}

@@ -19,6 +19,8 @@ from pathlib import Path
 
 LIST = Path(__file__).with_name("wheels.txt")
 MOST_BYTES = 60 * 2**20  # of a piece
+# A folder on PYTHONPATH is no site folder: its .pth files, with which a package may add folders, are read only so.
+READ_PTH_FILES = "import os, site\nsite.addsitedir(os.path.dirname(os.path.abspath(__file__)))\n"
 PART = re.compile(r"(?P<wheel>.+\.whl)\.part(?P<number>\d+)of(?P<count>\d+)")
 
 
@@ -96,7 +98,10 @@ def join(folder: Path, name: str, destination: Path) -> Path:
 
 
 def install(folder: Path, site: Path) -> int:
-    """Installs missing packages into ``site``. Packages that are installed stay: torch goes with the GPU's driver."""
+    """Installs missing packages into ``site``, a folder to be put on PYTHONPATH.
+
+    Packages that are installed stay as they are: torch and triton go with the GPU's driver.
+    """
     broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="wheels-") as work:
         wheels = [wheel for wheel in sorted(folder.glob("*.whl")) if not installed(wheel.name)]
@@ -112,6 +117,8 @@ def install(folder: Path, site: Path) -> int:
         if wheels and subprocess.run([*pip, *map(str, wheels)], check=False).returncode != 0:
             # one at a time, so that a wheel made for another machine does not stop the others
             refused = [w.name for w in wheels if subprocess.run([*pip, str(w)], check=False).returncode != 0]
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(READ_PTH_FILES, encoding="utf-8")
     print("\n".join(broken), end="\n" if broken else "")
     said = f"{len(wheels) - len(refused)} wheels installed from {folder}"
     print(said + (f"; refused: {', '.join(refused)}" if refused else ""))
