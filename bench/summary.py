@@ -115,11 +115,12 @@ def headline_table(found: dict[str, Any] | None) -> list[str]:
                 *(number(error.get(key), ".1e") for key in ("logps_nats_max", "hidden_gradient", "weight_gradient")),
             ])  # fmt: skip
         elif row["status"] != "skipped":
-            absent.append(f"{row['method']} ({row['status']})")
+            reason = f": {row['reason'][:60]}" if row.get("reason") else ""
+            absent.append(f"{row['method']} ({row['status']}{reason})")
     title = f"{record['shape']}, {record['dtype']}, H {record['features']}, V {record['vocabulary']}{bare}"
     if record.get("unavailable"):
         return [title, f"not measured: {record['unavailable']}"]
-    said = [f"not measured: {', '.join(dict.fromkeys(absent))}"] if absent else []
+    said = [f"not measured: {'; '.join(dict.fromkeys(absent))}"] if absent else []
     columns = ("method", "task", "ms", "× products", "extra MB", "nats", "dX", "dW")
     return [title, *(table(columns, rows) if rows else []), *said, *target_lines(found.get("verdicts", []))]
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bench import checks, gpu_check, plots, problems, summary, sweep, wheels
 from bench.gpu_check import LIMITS, PARTS, Setting
 from bench.problems import Problem
 from bench.runner import CLOSING, GPU_GONE, ROOT, Runner, Step, planned
+from onpo_fast.config import parse
 from onpo_fast.kernels.variants import EPILOGUES, Variant
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,8 @@ def test_every_command_of_the_plan_is_one(dry: bool, tmp_path: Path) -> None:
                     name, *options = command[command.index("bench") + 1 :]
                     parser = argparse.ArgumentParser(exit_on_error=False)
                     importlib.import_module(f"bench.{name}").arguments(parser)
-                    parser.parse_args([o.replace("{out}", "x").replace("{budget}", "1") for o in options])
+                    values = parser.parse_args([o.replace("{out}", "x").replace("{budget}", "1") for o in options])
+                    parse(shlex.split(getattr(values, "train", "")))
                     found.add(name)
     assert found == {"survey", "checks", "kernels", "sweep", "training"}
 
@@ -218,6 +221,17 @@ qwen3-8b-4x2x1024: left out: it needs a GPU with 60 GiB free
     assert [line.split(":")[0] for line in found["faults"]] == ["long-pair-1x2x3000"]
     assert [line.split(":")[0] for line in found["left_out"]] == ["qwen3-8b-4x2x1024"]
     assert gpu_check.checks_pass(found) == "1 faults"
+
+
+def test_a_kernel_of_ours_that_fails_is_a_failure_and_a_peer_is_not() -> None:
+    def rows(**status: str) -> dict:
+        names = {"fast": "onpo_fast fast", "trl": "TRL"}
+        return {"shapes": [{"rows": [{"method": names[n], "task": "t", "status": s} for n, s in status.items()]}]}
+
+    assert gpu_check.ours_measured(rows(fast="measured", trl="failed")) is None
+    assert gpu_check.ours_measured(rows(fast="failed", trl="measured")) == "onpo_fast fast, t: failed"
+    assert gpu_check.ours_measured(rows(fast="skipped", trl="absent")) == "no results"
+    assert gpu_check.ours_measured(None) == "no results"
 
 
 def test_reports_of_the_sanitizer_count_where_they_name_our_kernels() -> None:
