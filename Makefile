@@ -7,7 +7,7 @@ ARGS ?=
 
 WHEELS ?= wheels
 
-.PHONY: train test bench gpu-check gpu-train wheels clean
+.PHONY: train test bench gpu-check wheels clean
 
 train: .venv/.train
 	.venv/bin/python -m onpo_fast.train --config configs/cpu-demo.yaml $(ARGS)
@@ -20,17 +20,15 @@ bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)
 
 # On a machine with a GPU, its own torch and perhaps no network: no .venv. bench/gpu_check.py says what it does.
+#   make gpu-check ARGS="--part 1"     "--part 2", "--part sanitizer"; "--dry-run" anywhere
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
 
-# The trainer there: whole runs, and a fit of a Llama-3-8B.  make gpu-train ARGS="-- --part fit"
-gpu-train:
-	$(PYTHON) -m bench.gpu_check --training --budget 1800 --wheels $(WHEELS) $(ARGS)
-
-# What that machine may lack, fetched where there is a network:
-#   make wheels ARGS="--python-version 3.12 --platform manylinux2014_x86_64 --only-binary=:all:"
+# What that machine may lack, fetched where there is a network, in files of at most 60 MiB:
+#   make wheels ARGS="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#                     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64"
 wheels:
-	$(PYTHON) -m pip download --no-deps --dest $(WHEELS) --requirement bench/wheels.txt $(ARGS)
+	$(PYTHON) -m bench.wheels fetch $(WHEELS) $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

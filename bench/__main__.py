@@ -3,9 +3,12 @@
 kernels     time, memory and error of the loss beside its peers: results, tables and plots
 compile     registers, stack and shared memory of every Triton kernel, compiled for GPUs that need not be here
 checks      the same bits from repeated runs, whatever lay in the memory before
+sweep       variants of the kernels at one shape, each beside what was predicted for it
+survey      the machine: versions, products with float32 results, bandwidth and TFLOP/s
 plots       draws a results file again
+summary     prints a results file of `make gpu-check` as tables
 drill       runs killed and resumed, runs with damaged files: do they end with the same bits?
-training    whole runs of the trainer and a fit of a Llama-3-8B: tokens/s, pairs/s, memory by part
+training    a run of the trainer and fits of a Llama-3-8B: tokens/s, pairs/s, memory by part
 inputs      puts the real model's hidden states and head in a file, for machines without the model
 """
 
@@ -16,7 +19,9 @@ import sys
 from importlib import import_module
 
 # each a module with ``arguments(parser)`` and ``main(options)``
-COMMANDS = ("kernels", "compile", "checks", "plots", "inputs", "drill", "training")
+COMMANDS = (
+    "kernels", "compile", "checks", "sweep", "survey", "plots", "summary", "drill", "training", "inputs",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int | None:

@@ -1,9 +1,8 @@
-"""The fits that ``python -m bench training`` measures, in processes of their own:
+"""One fit of a large random model, which ``python -m bench training`` measures in a process of its own:
 
-    python -m bench.fits JOB ARGUMENTS
+    python -m bench.fits ARGUMENTS
 
-Arguments are a JSON object; what the job returns is the last line, as JSON. ``large`` is one fit of a large random
-model with a loss of ``LOSSES``; ``agreement`` is the first fit of a finished run, again in all ``WAYS``.
+Arguments are those of ``large`` as a JSON object; what it returns is the last line, as JSON.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,24 +23,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import is_flash_attn_2_available
 
-from onpo_fast import config as configuration
 from onpo_fast import fit as fitting
 from onpo_fast.config import Config
-from onpo_fast.data import Group, Pair, Response, read_groups, read_pairs, read_scores
-from onpo_fast.evaluate import initial_policy
+from onpo_fast.data import Group, Pair, Response
 from onpo_fast.fit import fit, plan
 from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.objectives import Objective, Onpo
-from onpo_fast.policy import Policy, _apply_liger, load, score, without_cudnn_attention
+from onpo_fast.policy import Policy, _apply_liger, score, without_cudnn_attention
 
-from .kernels import slug, surroundings
+from .kernels import surroundings
 from .memory import Gauge
 from .peers import materialised
 from .timing import Spread
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One fit of a large model
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def large(
     layers = layers or _layers_that_fit(form, where)
     count = form.parameters(layers)
     row: dict[str, Any] = {
-        "layers": layers, "of_layers": form.layers, "parameters": count,
+        "environment": surroundings(where), "layers": layers, "of_layers": form.layers, "parameters": count,
         "expected_bytes": {part: size * count for part, size in PARAMETER_BYTES.items()},
     }  # fmt: skip
     gauge = Gauge(where)
@@ -282,95 +274,5 @@ class Marks:
         self.phase = around[(around.index(phase) + 1) % len(around)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The first fit of a run, in several ways
-# ---------------------------------------------------------------------------------------------------------------------
-
-# The first is what the others are held against. Two of them are the yardsticks: the same sums in another order, and
-# the computation in float32, from which bf16 differs by its own rounding.
-WAYS: dict[str, dict[str, Any]] = {
-    "torch": {"loss_backend": "torch"},
-    "triton": {"loss_backend": "triton"},
-    "triton again": {"loss_backend": "triton"},
-    "triton, live anchor": {"loss_backend": "triton", "anchor": "live"},
-    "torch, live anchor": {"loss_backend": "torch", "anchor": "live"},
-    "torch, smaller micro-batches": {"loss_backend": "torch"},
-    "torch, float32": {"loss_backend": "torch", "dtype": "float32"},
-}
-
-
-def agreement(run: str, device: str) -> dict[str, Any]:
-    """How far from the first way's the weights of the others end, by way. From π_1, on the run's own files.
-
-    Distances are shares of the first way's update: root mean squares over all weights, and the greatest.
-    """
-    directory = Path(run)
-    config = replace(configuration.read(directory), device=device)
-    source = initial_policy(directory, config)
-    begin = _weights(load(source, config))
-    rows: dict[str, Any] = {}
-    end: dict[str, Tensor] = {}
-    losses: list[float] = []
-    for way, changes in WAYS.items():
-        if reason := _absent(changes["loss_backend"], torch.device(device)):
-            rows[way] = {"status": "absent", "reason": reason}
-            continue
-        changed = replace(config, **changes)
-        if "smaller" in way:
-            changed = replace(changed, tokens_per_microbatch=-(-config.tokens_per_microbatch // 2))
-        weights, own_losses, seconds = _first_fit(directory, source, changed)
-        if not end:
-            end, losses = weights, own_losses
-        rows[way] = {
-            "status": "measured", "seconds": seconds, "steps": len(own_losses), "loss_last": own_losses[-1],
-            "loss_difference": max(abs(a - b) for a, b in zip(own_losses, losses)),
-            "update": _distance(end, begin), "difference": _distance(weights, end),
-        }  # fmt: skip
-    return rows
-
-
-def _first_fit(
-    directory: Path, source: str | Path, config: Config
-) -> tuple[dict[str, Tensor], list[float], float]:  # fmt: skip
-    """The weights in the end, the normalised loss of every step, and seconds."""
-    files = directory / "iteration_01"
-    objective = config.make_objective()
-    epochs = config.epochs_auxiliary if objective.optimistic else config.epochs_policy
-    batches = plan(read_pairs(files / "pairs.jsonl"), epochs, config.batch_pairs, [config.seed, 3, 1])
-    cached = config.anchor == "cached"
-    anchor = read_scores(files / "logps_initial.jsonl") if cached else load(source, config).frozen()
-    policy, losses, start = load(source, config), [], time.perf_counter()
-    fit(policy, list(read_groups(files / "responses.jsonl")), batches, anchor, objective, config,
-        lambda metrics: losses.append(metrics["loss_normalised"]))  # fmt: skip
-    return _weights(policy), losses, time.perf_counter() - start
-
-
-def _weights(policy: Policy) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu() for name, parameter in policy.model.named_parameters()}
-
-
-def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
-    squares = greatest = 0.0
-    for name, weight in a.items():
-        difference = weight.double() - b[name].double()
-        squares += float(difference.square().sum())
-        greatest = max(greatest, float(difference.abs().max()))
-    return {"rms": (squares / sum(weight.numel() for weight in a.values())) ** 0.5, "max": greatest}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def here(device: str) -> dict[str, Any]:
-    """Device, versions, commit, and the name of the results file."""
-    where = torch.device(device)
-    return {"name": slug(where, "training"), "environment": surroundings(where)}
-
-
-JOBS = {job.__name__: job for job in (here, large, agreement)}
-
-
 if __name__ == "__main__":
-    print("\n" + json.dumps(JOBS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print("\n" + json.dumps(large(**json.loads(sys.argv[1]))))

@@ -1,24 +1,19 @@
-"""Everything that only a GPU can show, in one command of ten minutes, without a network:
+"""Everything that only a GPU can show, in minutes and without a network:
 
-    make gpu-check [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS --only tests benchmark"]
+    make gpu-check ARGS="--part 1"            at most 9 minutes: tests, checks, the headline benchmark, a sweep, a fit
+    make gpu-check ARGS="--part 2"            at most 4 minutes: a real model's states, the trainer, CUDA graphs
+    make gpu-check ARGS="--part sanitizer"    at most 5 minutes: the kernels under compute-sanitizer
+    make gpu-check ARGS="--dry-run"           prints the plan; runs both parts on a CPU with tiny shapes
 
-1. what is here: device, versions;
-2. packages that are missing, from wheels in a folder, into a folder of their own (nothing is installed elsewhere);
-3. the tests of the kernels on the GPU (tests/triton_kernels);
-4. repeated runs equal, with poisoned memory before each; the same under compute-sanitizer where that is on the PATH;
-5. the benchmark, with the shape of the targets first and as much of the rest as the time allows.
+``make wheels`` fetches beforehand, where there is a network, what the machine may lack; nothing is installed outside
+a private folder. A file ``smollm2.npz`` among the wheels (``python -m bench inputs wheels/smollm2.npz``) has the real
+model's states, for part 2 without the model's own wheel.
 
-``--only`` takes of 3 to 5 those that it names: tests, checks, sanitizer, benchmark.
-
-    make gpu-train [PYTHON=python3] [WHEELS=wheels] [ARGS="--out DIR --budget SECONDS -- OPTIONS"]
-
-does 1 and 2, and then ``python -m bench training OPTIONS``: half an hour at most.
-
-Every step is a process of its own: what one breaks does not stop the next. Results, plots and the log of all steps lie
-in --out at any time. Fails (exit status 1) if a step failed; a missed target is not a failure but a result.
-
-``make wheels`` fills the folder where there is a network. A file ``smollm2.npz`` in it (``python -m bench inputs
-wheels/smollm2.npz``) stands in for the real model.
+Each step has planned seconds and a maximum (``--dry-run`` lists them with what they assume) and is cut when its time
+is up; the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales its plan. ``--out`` has
+at any time ``gpu-check-PART.json``, which ``python -m bench summary`` and ``python -m bench plots`` read, and the log
+of all steps. A summary comes last, also after Ctrl-C or SIGTERM. Exit status 1 if a step failed or was not reached; a
+missed target, or a cut step with results, is a result.
 """
 
 from __future__ import annotations
@@ -26,6 +21,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -33,252 +29,336 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-# the standard library alone: packages may be missing until step 2
+from .runner import CLOSING, ROOT, Runner, Step, planned
+from .summary import lines, table
 
-ROOT = Path(__file__).resolve().parents[1]
-RESERVE = 30.0  # seconds kept for the end
-GPU_GONE = 75  # exit status of bench.kernels when another process should go on
-TEST_SECONDS, CHECK_SECONDS, SANITIZER_SECONDS = 150.0, 100.0, 45.0  # at most
+# the standard library alone: packages may be missing until they are installed
 
-
-@dataclass
-class Step:
-    name: str
-    outcome: str  # "ok", "FAILED" or why it was left out
-    seconds: float
+TESTS = ROOT / "tests" / "triton_kernels"
+LIMITS = {"1": 540.0, "2": 240.0, "sanitizer": 300.0}  # seconds
+DRY_SCALE = 4.0  # the dry run's times are the plan's times this: it is there to run everything, on any CPU
+TARGET, TEXT, TINY = "qwen3-8b-4x2x1024", "smollm2-text-4x2x1024", "tiny-2x2x40"  # names in problems.py
+CHECK_SHAPES = ((TARGET,), ("groups-3x8x129", "long-pair-1x2x3000"), (TINY, "odd-3x3x37", "one-token-2x2x1"))
 
 
-class Runner:
-    """Runs steps, one process each, and keeps what they print."""
-
-    def __init__(self, out: Path, budget: float, log: str = "gpu-check.log") -> None:
-        self.out, self.end = out, time.monotonic() + budget
-        self.site = Path(tempfile.mkdtemp(prefix="gpu-check-"))  # where the wheels go
-        atexit.register(shutil.rmtree, self.site, ignore_errors=True)
-        self.log = open(out / log, "w", encoding="utf-8")
-        self.steps: list[Step] = []
-        paths = [str(self.site), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        self.environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "150",
-        }  # fmt: skip
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def process(self, command: list[str], seconds: float, show: bool = False) -> tuple[int | None, str]:
-        """Exit status (None if it was stopped for the time) and output; the output goes to the log too."""
-        seconds = min(seconds, self.left() - RESERVE / 2)
-        if seconds <= 0:
-            return None, "no time left"
-        self.log.write(f"\n$ {' '.join(command)}\n")
-        self.log.flush()
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
-        stopped = threading.Event()
-        late = threading.Timer(seconds, lambda: (stopped.set(), stop(child)))
-        late.start()
-        lines = []
-        try:
-            for line in child.stdout:  # as it comes: a step may take half an hour, and this process be cut off
-                lines.append(line)
-                self.log.write(line)
-                self.log.flush()
-                if show:
-                    print(line, end="", flush=True)
-            status = child.wait()
-        except BaseException:  # this process is being stopped: leave none behind
-            stop(child)
-            raise
-        finally:
-            late.cancel()
-        if stopped.is_set():
-            lines.append(f"\nstopped after {seconds:.0f} s\n")
-            self.log.write(lines[-1])
-        return None if stopped.is_set() else status, "".join(lines)
-
-    def step(self, name: str, command: list[str], seconds: float, show: bool = False) -> str:
-        """Runs a step, notes its outcome and shows the end of what a failure printed. Returns the output."""
-        start = time.monotonic()
-        status, output = self.process(command, seconds, show)
-        outcome = "ok" if status == 0 else "FAILED: out of time" if status is None else f"FAILED: exit status {status}"
-        self.note(name, outcome, start)
-        if status != 0 and not show:
-            print(output[-3000:], flush=True)
-        return output
-
-    def note(self, name: str, outcome: str, start: float) -> None:
-        self.steps.append(Step(name, outcome, time.monotonic() - start))
-        print(f"[{self.left():4.0f} s left] {name}: {outcome} ({self.steps[-1].seconds:.0f} s)", flush=True)
+@dataclass(frozen=True)
+class Setting:
+    wheels: Path
+    site: Path  # where they are installed
+    dry: bool  # on a CPU, with tiny shapes
 
 
-def stop(child: subprocess.Popen) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
-        os.killpg(child.pid, signal.SIGKILL)  # the child leads a group of its own: its helpers go with it
+def bench(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bench", *arguments]
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results, plots and log")
-    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
-    parser.add_argument("--only", nargs="+", choices=STEPS, help="these of the steps")
-    parser.add_argument("--allow-cpu", action="store_true", help="run what runs without a GPU: to try this script")
-    parser.add_argument("--training", action="store_true", help="the trainer instead of the kernels (make gpu-train)")
-    parser.add_argument("options", nargs="*", metavar="OPTIONS", help="with --training, after --: of `bench training`")
-    options = parser.parse_args()
-    if options.training and options.only:
-        parser.error("--only is about the kernels, and --training about the trainer")
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = "gpu-train.log" if options.training else "gpu-check.log"
-    runner = Runner(options.out.resolve(), options.budget, log)
-    output = runner.step("device", [sys.executable, "-c", SURVEY], 90, show=True)
-    if "cuda: True" not in output and not options.allow_cpu:
-        print("torch sees no GPU here: nothing to check")
-        return 1
-    install(runner, options.wheels)
-    if options.training:
-        training(runner, options.options)
-        return summary(runner)
-    for name in options.only or STEPS:
-        STEPS[name](runner, options)
-    return summary(runner)
+INTERPRETED = ["env", "TRITON_INTERPRET=1"]  # before a command whose kernels numpy is to execute
 
 
-SURVEY = """
-import platform, torch
-print("python", platform.python_version(), "torch", torch.__version__, "cuda:", torch.cuda.is_available())
-if torch.cuda.is_available():
-    p = torch.cuda.get_device_properties(0)
-    print(p.name, f"{p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory >> 20} MiB")
-for name in ("triton", "transformers", "pytest"):
-    try: print(name, __import__(name).__version__)
-    except ImportError as error: print(name, "is missing:", error)
-"""
+# ---------------------------------------------------------------------------------------------------------------------
+# What steps leave
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def install(runner: Runner, wheels: Path) -> None:
-    """Wheels of packages that are not installed. Those that are stay: torch and triton go with the GPU's driver."""
-    start = time.monotonic()
-    missing = [wheel for wheel in sorted(wheels.glob("*.whl")) if not installed(wheel)]
-    if not missing:
-        return runner.note("wheels", f"none to install from {wheels}", start)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
-           "--disable-pip-version-check", "--target", str(runner.site)]  # fmt: skip
-    # one at a time, so that one made for another machine stops no other
-    refused = [wheel.name.split("-")[0] for wheel in missing if runner.process([*pip, str(wheel)], 60)[0] != 0]
-    outcome = f"ok, {len(missing) - len(refused)} installed"
-    runner.note("wheels", outcome + (f"; refused: {', '.join(refused)}" if refused else ""), start)
+def read_json(output: str, folder: Path) -> Any:
+    """The one results file that the step has written so far."""
+    files = sorted(folder.glob("*.json"))
+    return json.loads(files[0].read_text(encoding="utf-8")) if files else None
 
 
-def installed(wheel: Path) -> bool:
-    try:
-        metadata.version(wheel.name.split("-")[0])
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def read_last_lines(output: str, folder: Path) -> list[str]:
+    return output.strip().splitlines()[-5:]
 
 
-def tests(runner: Runner, options: argparse.Namespace) -> None:
-    folder = ROOT / "tests" / "triton_kernels"
+TEST_OUTCOME = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<a>\S+::.*?)|(?P<b>\S+::.*?) (?P<last>[A-Z]+)(?: +\(.*\))?"
+    r"(?: +\[ *\d+%\])?) *$",
+    re.MULTILINE,
+)
+TEST_KINDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+
+
+def read_tests(output: str, folder: Path) -> dict[str, Any]:
+    """Counts and names of failures from ``pytest -v``, also of one that was cut."""
+    outcomes: dict[str, str] = {}
+    for match in TEST_OUTCOME.finditer(output):
+        kind = TEST_KINDS.get(match["first"] or match["last"])
+        name = match["a"] or match["b"]
+        if kind and outcomes.get(name) != "failed":  # an error in the teardown comes after PASSED
+            outcomes[name] = kind
+    counts = {kind: sum(found == kind for found in outcomes.values()) for kind in ("passed", "failed", "skipped")}
+    return {**counts, "failures": [name for name, found in outcomes.items() if found == "failed"]}
+
+
+def read_checks(output: str, folder: Path) -> dict[str, Any]:
+    """The lines of ``bench checks``: SHAPE: METHOD, TASK: ok, or what is wrong."""
+    found: dict[str, Any] = {"ok": 0, "faults": [], "left_out": []}
+    for line in output.splitlines():
+        if match := re.fullmatch(r"([\w.-]+\dx\d+x\d+: .+, [^:]+): (.+)", line):
+            if match[2] == "ok":
+                found["ok"] += 1
+            else:
+                found["faults"].append(line)
+        elif ": left out: " in line:
+            found["left_out"].append(line)
+    return found
+
+
+NOTHING = "no results"
+
+
+def some_lines(found: Any) -> str | None:
+    return None if found else NOTHING
+
+
+def tests_pass(found: Any) -> str | None:
+    if found["failed"]:
+        return f"{found['failed']} tests failed"
+    return None if found["passed"] + found["skipped"] else NOTHING
+
+
+def checks_pass(found: Any) -> str | None:
+    if found["faults"]:
+        return f"{len(found['faults'])} faults"
+    return None if found["ok"] else NOTHING
+
+
+def products_were_tried(found: Any) -> str | None:
+    return None if found and "products" in found else NOTHING
+
+
+def some_row(*statuses: str, key: str = "rows") -> Callable[[Any], str | None]:
+    """Results must have a row of one of these statuses."""
+    return lambda found: None if any(row["status"] in statuses for row in (found or {}).get(key, [])) else NOTHING
+
+
+def ours_measured(found: Any) -> str | None:
+    """Peers may be absent or fail; our kernels may not fail."""
+    rows = [row for record in (found or {}).get("shapes", []) for row in record["rows"]]
+    ours = [row for row in rows if row["method"] in ("onpo_fast fast", "onpo_fast lean")]
+    if failed := [row for row in ours if row["status"] not in ("measured", "absent", "skipped")]:
+        return f"{failed[0]['method']}, {failed[0]['task']}: {failed[0]['status']}"
+    return some_row("measured")({"rows": rows})
+
+
+def run_has_rates(found: Any) -> str | None:
+    return None if any(run.get("tokens_per_second") for run in (found or {}).get("runs", [])) else NOTHING
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan. Sums, with the seconds for closing, are at most the limits.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preparation(at: Setting) -> list[tuple[Step, ...]]:
+    command = [sys.executable, "-m", "bench.wheels", "install", str(at.wheels), str(at.site)]
+    survey = bench("survey", "--out", "{out}", "--device", "cpu" if at.dry else "cuda")
+    return [
+        (Step("install", 20, 40, "one pip call for 20 wheels of 0.2 GB: 10 s; were one refused, 20 calls of 0.7 s",
+              [command], read_last_lines, some_lines),),
+        (Step("survey", 15, 40, "first import of torch 8 s, products 3 s, ceilings 2 s",
+              [survey], read_json, products_were_tried),),
+    ]  # fmt: skip
+
+
+def kernel_tests(at: Setting, *files: str, pick: str = "") -> list[list[str]]:
+    """pytest on files of tests/triton_kernels: over several processes with xdist, else a process a file."""
     # the other tests' conftest.py wants the real model and the packages of the trainer: it is left out, its path not
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--confcutdir={folder}",
-              "-o", f"pythonpath={folder.parent}", str(folder)]  # fmt: skip
-    if importlib.util.find_spec("xdist"):  # most of the time is compilation
-        pytest += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    runner.step("tests of the kernels", pytest, TEST_SECONDS)
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--confcutdir={TESTS}",
+              "-o", f"pythonpath={TESTS.parent}", *(["-k", pick] if pick else [])]  # fmt: skip
+    pytest = [*(INTERPRETED if at.dry else []), *pytest]
+    paths = [str(TESTS / file) for file in files]
+    if importlib.util.find_spec("xdist") and len(files) > 1:
+        workers = max(2, min(8, (os.cpu_count() or 1) // 2))  # nearly all of the time is compilation
+        return [[*pytest, "-n", str(workers), "--dist", "worksteal", *paths]]
+    return [[*pytest, path] for path in paths]
 
 
-CHECKS = [sys.executable, "-m", "bench", "checks"]
+def part_1(at: Setting) -> list[tuple[Step, ...]]:
+    if at.dry:
+        tests = kernel_tests(at, "test_token_logprobs.py", pick="values_and_gradients and float32 and pairs")
+        checks = [bench("checks", "--device", "cpu", "--tiny")]
+        compiled = [[*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--compile", "--workers", "1",
+                                          "--lines", "light, 3 GiB")]]  # fmt: skip
+        headline = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "PyTorch",
+                         "--block", "0.05", "--out", "{out}", "--budget", "{budget}")  # fmt: skip
+        sweep = [*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--lines", "masked, 3 GiB",
+                                      "light, 3 GiB", "persistent, 3 GiB", "--block", "0.05")]  # fmt: skip
+        fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
+    else:
+        # the properties first: each of their examples has kernels of its own to compile. The test of memory wants the
+        # GPU for itself: part 2 has it.
+        tests = kernel_tests(at, "test_properties.py", "test_on_gpu.py", "test_pair_loss.py", "test_token_logprobs.py",
+                             pick="not test_memory_beside")  # fmt: skip
+        checks = [bench("checks", "--shapes", *shapes) for shapes in CHECK_SHAPES]
+        compiled = [bench("sweep", "--compile", "--workers", "4")]
+        headline = bench("kernels", "--shapes", TARGET, "--out", "{out}", "--budget", "{budget}")
+        sweep = bench("sweep")
+        fit = ["--device", "cuda", "--shape", "llama3-8b", "--losses", "triton", "materialised", "--pairs", "2"]
+    return [
+        *preparation(at),
+        (
+            Step("kernel tests", 130, 170,
+                 "230 tests, some 1000 kernels of 0.6 s, on 8 of 16 cores: 90 s; imports 15 s",
+                 tests, read_tests, tests_pass),
+            Step("checks", 130, 170,
+                 "target shape: 15 kernels of 1 s, 60 runs of 0.3 s, float64 10 s; others beside it",
+                 checks, read_checks, checks_pass),
+            Step("compile", 80, 130, "the sweep's 19 variants × 3 kernels of 2 s in 4 processes: 30 s; imports 20 s",
+                 compiled, read_last_lines, some_lines),
+        ),
+        (Step("headline", 195, 260, "ours and 9 peers: 30 rows of 3 s, first calls 80 s (Liger, CCE, QuACK compile)",
+              [headline], read_json, ours_measured, resumes=True),),
+        (Step("sweep", 65, 110, "23 variants, compiled before: 1.8 s each, import and inputs 15 s",
+              [[*sweep, "--out", "{out}", "--budget", "{budget}"]], read_json, some_row("measured"), resumes=True),),
+        (Step("fit", 105, 150, "2 losses: import 12 s, 8e9 random weights 8 s, compiling 10 s, 6 steps of 2 s",
+              [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
+              read_json, some_row("measured", "out of memory", key="fits")),),
+    ]  # fmt: skip
 
 
-def checks(runner: Runner, options: argparse.Namespace) -> None:
-    runner.step("poison and repetition", CHECKS, CHECK_SECONDS)
+def part_2(at: Setting) -> list[tuple[Step, ...]]:
+    if at.dry:
+        states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "materialised", "--block", "0.05")
+        trainer = ["--device", "cpu", "--tiny"]
+    else:
+        states = bench("kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL",
+                       "--block", "0.25")  # fmt: skip
+        if (inputs := at.wheels / "smollm2.npz").is_file():
+            states += ["--inputs", str(inputs.resolve())]
+        trainer = ["--device", "cuda", "--train=--iterations 2 --prompts_per_iteration 128 --max_new_tokens 64 "
+                   "--batch_pairs 128 --tokens_per_microbatch 16384 --sampling_batch_size 256"]  # fmt: skip
+    return [
+        *preparation(at),
+        (Step("states", 65, 90, "import 12 s, the model on the CPU 15 s, 14 rows of 1 s, compiling 24 s",
+              [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json, ours_measured, resumes=True),),
+        (Step("trainer", 90, 130, "2 iterations: sampling 2 × 64 tokens of 35 ms and loading 10 s each, fits 10 s, "
+              "evaluation 3 × 2 batches 15 s",
+              [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
+              read_json, run_has_rates),),
+        (Step("GPU tests", 40, 60, "10 tests, 40 kernels of 0.7 s, import 8 s",
+              kernel_tests(at, "test_on_gpu.py"), read_tests, tests_pass),),
+    ]  # fmt: skip
 
 
-def sanitize(runner: Runner, options: argparse.Namespace) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        start = time.monotonic()
-        name = f"compute-sanitizer {tool}"
-        if sanitizer is None:
-            runner.note(name, "not on the PATH", start)
-            continue
-        # without the allocator's cache, memory out of bounds is memory that nobody has
-        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool, "--error-exitcode", "9"]
-        command += [*CHECKS, "--tiny"]
-        status, output = runner.process(command, SANITIZER_SECONDS)
-        runner.note(name, sanitizer_outcome(status, output), start)
+def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
+    # without the allocator's cache, memory out of bounds is memory that nobody has
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool"]
+    return [
+        *preparation(at),
+        *(
+            (Step(tool, 125, 200, "one tiny shape once: import 10 s, 30 kernels of 1 s, launches 50 times slower",
+                  [[*command, tool, *bench("checks", "--tiny")]], read_reports, no_reports),)
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]  # fmt: skip
 
 
-def sanitizer_outcome(status: int | None, output: str) -> str:
-    """A report that names a kernel of ours is a failure; libraries' kernels are not ours to judge."""
+def read_reports(output: str, folder: Path) -> dict[str, Any]:
+    """Which kernels of ours compute-sanitizer names: libraries' kernels are not ours to judge."""
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
     kernels = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", sources)
     reports = [line for line in output.splitlines() if line.startswith("=====")]
     named = sorted({kernel for kernel in kernels if any(re.search(rf"\b{kernel}\b", line) for line in reports)})
-    if status == 0:
-        return "ok"
-    if named:
-        return f"FAILED: reports about {', '.join(named)}"
-    if status is None:
-        return "not finished in time"
-    if status == 9:
-        return "reports, none about our kernels: see the log"
-    return "could not run here: see the log"
+    return {"finished": any("SUMMARY" in line for line in reports), "kernels_named": named}
 
 
-def benchmark(runner: Runner, options: argparse.Namespace) -> None:
-    """Goes on in a new process where one was lost; ``--resume`` leaves out the row that took it along."""
-    start = time.monotonic()
-    command = [sys.executable, "-m", "bench", "kernels", "--out", str(runner.out)]
-    if (inputs := options.wheels / "smollm2.npz").is_file():
-        command += ["--inputs", str(inputs.resolve())]
-    lost, status = 0, None
-    while runner.left() > 2 * RESERVE and lost < 5:
-        budget = runner.left() - 2 * RESERVE  # a method that compiles for long may overrun it
-        resume = ["--resume"] if lost else []
-        status, output = runner.process([*command, "--budget", f"{budget:.0f}", *resume], budget + RESERVE)
-        if status in (0, None):
-            break
-        print(output[-1500:], flush=True)
-        lost += 1
-    again = f", in {lost + 1} processes" if lost else ""
-    outcome = "ok" if status == 0 else "stopped for the time" if status is None else f"FAILED: exit status {status}"
-    runner.note("benchmark", outcome + again, start)
+def no_reports(found: Any) -> str | None:
+    if found["kernels_named"]:
+        return f"reports about {', '.join(found['kernels_named'])}"
+    return None if found["finished"] else NOTHING
 
 
-STEPS = {"tests": tests, "checks": checks, "sanitizer": sanitize, "benchmark": benchmark}
+PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {
+    "1": part_1, "2": part_2, "sanitizer": part_sanitizer,
+}  # fmt: skip
 
 
-def training(runner: Runner, options: list[str]) -> None:
-    budget = runner.left() - 2 * RESERVE
-    command = [sys.executable, "-m", "bench", "training", "--out", str(runner.out), "--budget", f"{budget:.0f}"]
-    runner.step("training", [*command, *options], budget + RESERVE, show=True)
+def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
+    """The plan of a part as a table. Steps that run side by side count once."""
+    rows = [[("+ " if i else "") + step.name, f"{step.seconds:.0f}", f"{step.most:.0f}", step.assumption]
+            for group in groups for i, step in enumerate(group)]  # fmt: skip
+    total = sum(map(planned, groups)) + CLOSING
+    rows += [["closing", f"{CLOSING:.0f}", "", "summary"], ["in all", f"{total:.0f}", f"{LIMITS[part]:.0f}", ""]]
+    return [f"part {part}", *table(("step (+ beside the one before)", "seconds", "at most", "assumption"), rows)]
 
 
-def summary(runner: Runner) -> int:
-    """The end of the output, short: the benchmark's first shape, the targets, the steps. The rest is in the log."""
-    code = "import sys; from bench.kernels import summarise; summarise(sys.argv[1:])"
-    files = [str(path) for path in runner.out.glob("kernels-*.json") if path.stat().st_mtime > STARTED]
-    if files:
-        runner.process([sys.executable, "-c", code, *files], 60, show=True)
-    for step in runner.steps:
-        print(f"{step.name}: {step.outcome} ({step.seconds:.0f} s)")
-    return 1 if any(step.outcome.startswith("FAILED") for step in runner.steps) else 0
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-STARTED = time.time()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run parts 1 and 2 on a CPU")
+    parser.add_argument("--minutes", type=float, help="limit of the part; by default 9, 4 and 5")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results and logs")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
+    options = parser.parse_args()
+    if bool(options.part) == options.dry_run:
+        parser.error("give either --part or --dry-run")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error("--minutes must be positive")
+    if options.part == "sanitizer" and shutil.which("compute-sanitizer") is None:
+        parser.error("--part sanitizer needs compute-sanitizer, which is not on the PATH")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    options.out.mkdir(parents=True, exist_ok=True)
+    private = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    site = private / "site-packages"  # QuACK tells libraries from its users' code by this name
+    at = Setting(options.wheels.resolve(), site, options.dry_run)
+    if not options.dry_run:
+        return run_part(options.part, at, options)
+    real = Setting(at.wheels, site, dry=False)
+    for part, steps in PARTS.items():
+        print("\n".join([*plan_lines(part, steps(real)), ""]), flush=True)
+    return run_part("1", at, options) or run_part("2", at, options)
+
+
+def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
+    """Runs a part and prints its summary, whatever ends it. Returns the exit status."""
+    name = f"gpu-check-{'dry-' if at.dry else ''}{part}.json"
+    scale = DRY_SCALE if at.dry else 1.0
+    if options.minutes is not None:
+        scale = 60 * options.minutes / LIMITS[part]
+    data = {"part": part, "command": " ".join(["bench.gpu_check", *sys.argv[1:]]), "commit": commit(),
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "dry_run": at.dry}  # fmt: skip
+    runner = Runner(options.out.resolve() / name, LIMITS[part] * scale, data, at.site)
+
+    def go_on(results: dict[str, Any]) -> bool:
+        """Nothing is checked where torch sees no GPU."""
+        return at.dry or (results.get("survey") or {"gpu": True}).get("gpu", True)
+
+    status = 0
+    try:
+        runner.run(PARTS[part](at), scale, go_on)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except SystemExit as stopped:
+        status = stopped.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    print("\n".join(["", *lines(runner.data, str(runner.path))]), flush=True)
+    return status or int(runner.failed)
+
+
+def commit() -> str | None:
+    """The checkout's commit, or COMMIT in the environment where the checkout has no history."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return os.environ.get("COMMIT")
+    return found.stdout.strip() or os.environ.get("COMMIT")
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

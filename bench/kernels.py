@@ -1,9 +1,10 @@
 """python -m bench kernels: time, memory and error of the loss beside its peers and the bare products.
 
-For each shape: the bare products; then every method a first time, against float64, with its peak of memory and a block
-of timed calls; then a second block of each in reverse order, so that a drift of the machine shows in the spread. The
-results file is rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came
-back, because it took the process with it, is not tried again.
+For each shape: the bare products; then the rows in waves, those that matter most first and methods that compile for
+long last. In a wave every row has a first call, against float64, with its peak of memory and a block of timed calls;
+then a second block of each follows in reverse order, so that a drift of the machine shows in the spread. The results
+file is rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came back,
+because it took the process with it, is not tried again.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from onpo_fast.tracking import environment
 from . import errors, plots
 from .inputs import Unavailable
 from .memory import gradient_bytes, peak_bytes
-from .peers import MATERIALISED, METHODS, OURS, TASKS, TRL, Method, Task, run
+from .peers import MATERIALISED, METHODS, OURS, SLOW, TASKS, TORCH, TRL, Method, Task, run
 from .problems import CPU_SHAPES, GPU_SHAPES, SHAPES, Problem, Shape
+from .runner import GPU_GONE
 from .timing import Clock, Products, Spread
 from .verdicts import TARGET_DEVICE, verdicts
 
@@ -41,7 +43,6 @@ PHASES = ("forward", "backward", "both")
 ERRORS = ("logps_nats_max", "hidden_gradient", "weight_gradient")
 LEAST_SECONDS = 15.0  # a shape is not begun with less time left
 ERROR_SECONDS = 60.0  # a float64 reference that would take longer is left out
-GPU_GONE = 75  # exit status: the GPU refuses work after a failure; a new process may go on with --resume
 
 DID_NOT_RETURN = "did not return"  # the status of a row while it is measured
 
@@ -70,12 +71,6 @@ def main(options: argparse.Namespace) -> None:
     report.finish()
 
 
-def summarise(results: list[str]) -> None:
-    """What a run has left in its results files, though it did not come to its end: first shape, targets, plots."""
-    for path in results:
-        Report(Path(path), json.loads(Path(path).read_text(encoding="utf-8"))).finish(shapes=1)
-
-
 def slug(device: torch.device, command: str = "kernels") -> str:
     """Of a command's results on a device: the name of their file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -85,6 +80,21 @@ def slug(device: torch.device, command: str = "kernels") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def waves(methods: list[Method], thorough: bool, gpu: bool) -> list[list[tuple[Method, Task]]]:
+    """The rows of a shape in the order of measurement, in up to three waves.
+
+    1. Our methods at all tasks, then the peers at the first of theirs. 2. Where ``thorough``, two peers at their other
+    tasks. 3. Methods that compile for long, and on a GPU our PyTorch form, which nobody would pick there.
+    """
+    late = (*SLOW, TORCH) if gpu else SLOW
+    ours = [method for method in methods if method in OURS and method not in late]
+    peers = [method for method in methods if method not in OURS and method not in late]
+    first = [(method, task) for method in ours for task in method.tasks] + [(m, m.tasks[0]) for m in peers]
+    second = [(m, task) for m in peers if thorough and m in (MATERIALISED, TRL) for task in m.tasks[1:]]
+    third = [(m, task) for m in late if m in methods for task in (m.tasks if m in OURS else m.tasks[:1])]
+    return [wave for wave in (first, second, third) if wave]
 
 
 class Bench:
@@ -101,15 +111,13 @@ class Bench:
 
     def shape(self, shape: Shape, methods: list[Method], thorough: bool) -> None:
         """Every method at the first of its tasks, ours at all; ``thorough``: two peers at all of them too."""
-        everywhere = (*OURS, MATERIALISED, TRL) if thorough else OURS
-        plan = [
-            (method, task) for task in TASKS for method in methods
-            if task in method.tasks and (task is method.tasks[0] or method in everywhere)
-        ]  # fmt: skip
         record = self.report.shape(shape, self.dtype)
         done = {(row["method"], row["task"]) for row in record["rows"]}
-        plan = [(method, task) for method, task in plan if (method.name, task.name) not in done]
-        if not plan or record.get("unavailable"):
+        plan = [
+            [(method, task) for method, task in wave if (method.name, task.name) not in done]
+            for wave in waves(methods, thorough, self.device.type == "cuda")
+        ]
+        if not any(plan) or record.get("unavailable"):
             return
         if self.left() < LEAST_SECONDS:
             record["unavailable"] = "no time left"
@@ -117,12 +125,22 @@ class Bench:
         try:
             problem = Problem.make(shape, self.dtype, self.device, inputs=self.inputs)
         except (Unavailable, torch.OutOfMemoryError) as error:
-            record["unavailable"] = _reason(error)
+            record["unavailable"] = reason_of(error)
             self.release()
             return self.report.save()
         products: dict[str, list[float]] = {"logits": [], "hidden": [], "weight": []}
         self.floor(problem, products, record)
-        exact = self.exact(problem, {method.objective for method, _ in plan}, record)
+        exact = self.exact(problem, {method.objective for wave in plan for method, _ in wave}, record)
+        for wave in plan:
+            self.wave(wave, problem, exact, record)
+            if self.left() > 0:
+                self.floor(problem, products, record)
+            self.report.save()
+
+    def wave(
+        self, plan: list[tuple[Method, Task]], problem: Problem, exact: errors.Exact | None, record: dict[str, Any]
+    ) -> None:
+        """Rows in order, then once more in reverse."""
         samples: dict[tuple[Method, Task], list[list[float]]] = {}
         for method, task in plan:
             row = self.report.begin(record, method, task)
@@ -134,14 +152,11 @@ class Bench:
                 samples[method, task] = []
                 self.guarded(row, lambda: self.timed(method, task, problem, samples[method, task], row, record))  # noqa: B023
             self.report.save()
-            print(f"{shape.name}: {method.name}, {task.name}: {_brief(row)}", file=sys.stderr, flush=True)
+            print(f"{record['shape']}: {method.name}, {task.name}: {_brief(row)}", file=sys.stderr, flush=True)
         for method, task in reversed(samples):
             row = self.report.row(record, method, task)
             if self.left() > 0 and row["status"] == "measured":
                 self.guarded(row, lambda: self.timed(method, task, problem, samples[method, task], row, record))  # noqa: B023
-        if self.left() > 0:
-            self.floor(problem, products, record)
-        self.report.save()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -214,30 +229,38 @@ class Bench:
             measure()
             return True
         except torch.OutOfMemoryError as error:
-            row |= {"status": "out of memory", "reason": _reason(error)}
+            row |= {"status": "out of memory", "reason": reason_of(error)}
         except Exception as error:
-            row |= {"status": "failed", "reason": _reason(error)}
+            row |= {"status": "failed", "reason": reason_of(error)}
         finally:
             self.release(row)
         return False
 
     def release(self, row: dict[str, Any] | None = None) -> None:
-        """Gives memory back, and finds out whether the GPU still answers."""
-        if self.device.type != "cuda":
-            return
-        gc.collect()
-        try:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-        except Exception as error:
+        """Gives memory back; ends the process with ``GPU_GONE`` if the GPU no longer answers."""
+        if lost := release_memory(self.device):
             if row is not None:
-                row |= {"status": "failed", "reason": _reason(error)}
+                row |= {"status": "failed", "reason": lost}
             self.report.save()
-            print(f"the GPU is lost to this process: {_reason(error)}", file=sys.stderr, flush=True)
+            print(f"the GPU is lost to this process: {lost}", file=sys.stderr, flush=True)
             os._exit(GPU_GONE)  # an ordinary exit would wait for the GPU
 
 
-def _reason(error: BaseException) -> str:
+def release_memory(device: torch.device) -> str | None:
+    """Empties the allocator's cache. Returns why the GPU no longer answers, if it does not."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return reason_of(error)
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text, with its type."""
     return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
 
 
@@ -294,10 +317,10 @@ class Report:
         self.data["verdicts"] = verdicts(self.data["shapes"])
         atomic_write_text(self.path, json.dumps(self.data, indent=1) + "\n")
 
-    def finish(self, shapes: int | None = None) -> None:
-        """Prints the tables, of so many shapes, and draws the plots."""
+    def finish(self) -> None:
+        """Prints the tables and draws the plots."""
         console = Console(width=160, highlight=False)
-        for record in self.data["shapes"][:shapes]:
+        for record in self.data["shapes"]:
             if record.get("unavailable"):
                 console.print(f"{record['shape']}: not measured: {record['unavailable']}", markup=False)
             else:

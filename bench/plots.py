@@ -27,7 +27,7 @@ STYLES = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="a JSON file of `python -m bench kernels`")
+    parser.add_argument("results", type=Path, help="a JSON file of `python -m bench kernels` or `make gpu-check`")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -37,6 +37,8 @@ def main(options: argparse.Namespace) -> None:
 def draw(results: Path) -> Path:
     """Writes the figure beside the results and returns its path."""
     data = json.loads(results.read_text(encoding="utf-8"))
+    if "results" in data:  # of a part of the GPU check: part 1 has the headline shape, part 2 the real model's states
+        data = data["results"].get("headline") or data["results"].get("states") or {"shapes": []}
     shapes = [record for record in data["shapes"] if measured(record)]
     if not shapes:
         raise ValueError("nothing was measured")

@@ -65,6 +65,7 @@ class Shape:
 
 
 TARGET = Shape.of("qwen3-8b", 4, 2, 1024)  # the shape that the targets are about
+TINY = Shape("tiny", 2, 2, 40, features=64, vocabulary=520)
 
 # In the order in which they are measured: what time does not allow is at the end.
 GPU_SHAPES = (
@@ -86,7 +87,7 @@ CPU_SHAPES = (
     Shape.of("smollm2", 2, 2, 256),
     Shape.of("smollm2", 4, 2, 512),
 )
-SHAPES = {shape.name: shape for shape in (*GPU_SHAPES, *CPU_SHAPES)}
+SHAPES = {shape.name: shape for shape in (*GPU_SHAPES, *CPU_SHAPES, TINY)}
 
 
 @dataclass

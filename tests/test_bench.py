@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import checks, gpu_check, inputs, kernels, peers, plots
+from bench import checks, inputs, kernels, peers, plots
 from bench.errors import Exact, relative_error
 from bench.memory import gradient_bytes, peak_bytes
 from bench.peers import (
@@ -208,6 +208,22 @@ def test_a_run_goes_on_where_it_stopped(bench: kernels.Bench) -> None:
     assert status == {MATERIALISED.name: kernels.DID_NOT_RETURN, TORCH.name: "measured"}
 
 
+def test_the_order_of_measurement() -> None:
+    """What matters most first; what compiles for long last."""
+    methods = list(METHODS)
+    first, second, third = kernels.waves(methods, thorough=True, gpu=True)
+    assert [row[1] for row in first[:4]] == [FULL, CACHED, FROZEN, SCORING]
+    assert [row[0] for row in first[:8]] == [FAST] * 4 + [LEAN] * 2 + [MATERIALISED, TRL]
+    assert {row[0] for row in second} == {MATERIALISED, TRL}
+    assert [method for method, _ in third] == [*peers.SLOW, *[TORCH] * 4]
+    rows = [*first, *second, *third]
+    assert len(rows) == len(set(rows))
+    assert {row[0] for row in rows} == set(METHODS)
+    on_cpu = kernels.waves(methods, thorough=False, gpu=False)
+    assert TORCH in [method for method, _ in on_cpu[0]]
+    assert len(on_cpu) == 2
+
+
 def test_no_time_and_no_inputs_are_said(bench: kernels.Bench, tmp_path, capsys) -> None:
     bench.inputs = tmp_path / "few.npz"
     inputs.save(bench.inputs, torch.randn(4, 576), torch.randn(7, 576), torch.arange(4))
@@ -301,37 +317,6 @@ def test_checks_catch_what_they_are_for(exact: Exact) -> None:
     assert "logps is not finite" in unwritten
     assert wrong[0].startswith("error of logps_nats_max")
     assert checks.faults_of(NO_LUCK, FULL, exact.problem, exact) == ["RuntimeError: no such kernel"]
-
-
-def test_steps_of_the_gpu_check(tmp_path, capsys) -> None:
-    runner = gpu_check.Runner(tmp_path, budget=60)
-    assert "fine" in runner.step("good", [sys.executable, "-c", "print('fine')"], 30)
-    runner.step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
-    slow = "import time; print('so far', flush=True); time.sleep(60)"
-    assert "so far" in runner.step("slow", [sys.executable, "-c", slow], 1.5, show=True)
-    results = {"environment": {"device": "x"}, "shapes": [], "verdicts": []}
-    (tmp_path / "kernels-gpu.json").write_text(json.dumps(results))
-    assert gpu_check.summary(runner) == 1
-    outcomes = [step.outcome for step in runner.steps]
-    assert outcomes == ["ok", "FAILED: exit status 3", "FAILED: out of time"]
-    assert "fine" in (tmp_path / "gpu-check.log").read_text()
-    printed = capsys.readouterr().out
-    assert "so far" in printed
-    assert "slow: FAILED" in printed.splitlines()[-1]
-
-
-def test_the_gpu_check_takes_the_steps_that_it_is_told(tmp_path) -> None:
-    def run(only: str) -> subprocess.CompletedProcess:
-        folders = ["--out", str(tmp_path), "--wheels", str(tmp_path)]
-        command = [sys.executable, "-m", "bench.gpu_check", "--allow-cpu", *folders, "--only", only]
-        return subprocess.run(command, capture_output=True, text=True, cwd=gpu_check.ROOT, check=False)
-
-    done = run("sanitizer")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[-4:]] == [
-        "device", "wheels", "compute-sanitizer memcheck", "compute-sanitizer racecheck",
-    ]  # fmt: skip
-    assert run("all").returncode == 2
 
 
 def test_commands() -> None:

@@ -56,8 +56,9 @@ def test_drawing_tokens_waits_for_nothing(top_p: float) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", ["fast", "lean"])
-def test_a_cuda_graph(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["auto", "fast", "lean"])
+def test_a_cuda_graph(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mode "auto" the plan asks for the free memory, but not while a graph is being captured."""
     case = CASES["groups with all pairs"]
     values = on_gpu(case)
     hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
@@ -74,8 +75,13 @@ def test_a_cuda_graph(mode: str) -> None:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
+
+    def asked(*_: object) -> None:
+        raise AssertionError("asked for the free memory during a capture")
+
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with monkeypatch.context() as patched, torch.cuda.graph(graph):
+        patched.setattr(torch.cuda, "mem_get_info", asked)
         loss = step()
     with torch.no_grad():
         hidden.mul_(0.5)
@@ -103,9 +109,10 @@ def test_a_compiled_model_breaks_its_graph_and_is_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "limit"), [("fast", 2**30), ("lean", 0.35 * 2**30)], ids=["fast, 1 GiB", "lean, 0.35 GiB"]
-)
-def test_memory_beside_inputs_and_gradients(mode: str, limit: float) -> None:
+    ("mode", "workspace", "limit"), [("fast", None, 3e9), ("fast", 2**30, 2**30), ("lean", None, 0.35 * 2**30)],
+    ids=["fast, one chunk", "fast, 1 GiB", "lean, 0.35 GiB"],
+)  # fmt: skip
+def test_memory_beside_inputs_and_gradients(mode: str, workspace: int | None, limit: float) -> None:
     """Four pairs of 2×1024 tokens, H = 4096, V = 151936."""
     tokens, features, vocabulary = 8192, 4096, 151936
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -122,8 +129,9 @@ def test_memory_beside_inputs_and_gradients(mode: str, limit: float) -> None:
     def step() -> None:
         hidden.grad = weight.grad = None
         fused_linear_pair_loss(
-            hidden, weight, targets, edges, objective=Onpo(eta=1.0), ref_hidden=reference, mode=mode
-        ).loss.backward()
+            hidden, weight, targets, edges, objective=Onpo(eta=1.0), ref_hidden=reference, mode=mode,
+            workspace_bytes=workspace,
+        ).loss.backward()  # fmt: skip
 
     step()
     hidden.grad = weight.grad = None

@@ -1,0 +1,193 @@
+"""python -m bench summary FILE: a results file of `make gpu-check` as tables, in Markdown, of at most 60 lines.
+
+Standard library only: the check prints its summary with it, whatever could be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MOST_LINES = 60
+MOST_NAMES = 6  # of failed tests or faults
+GB = 1e9
+
+Row = dict[str, Any]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, help="gpu-check-….json")
+
+
+def main(options: argparse.Namespace) -> None:
+    print("\n".join(lines(json.loads(options.results.read_text(encoding="utf-8")), str(options.results))))
+
+
+def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
+    """The summary of a part, the longest tables cut where it would be more than ``most`` lines."""
+    results = data["results"]
+    sections = [
+        [f"GPU check, part {data['part']}, commit {(data.get('commit') or 'unknown')[:9]}"],
+        results.get("install") or [],
+        survey_lines(results.get("survey")),
+        *(test_lines(name, found) for name, found in results.items() if name.endswith("tests")),
+        check_lines(results.get("checks")),
+        headline_table(results.get("headline")),
+        headline_table(results.get("states")),
+        sweep_table(results.get("sweep")),
+        fit_table((results.get("fit") or {}).get("fits", [])),
+        run_table((results.get("trainer") or {}).get("runs", [])),
+        step_table(data["steps"]),
+        [f"results: {path}"],
+    ]
+    while (over := sum(map(len, sections)) - most) > 0:
+        longest = max(sections, key=len)
+        keep = max(len(longest) - over - 1, 4)
+        if keep >= len(longest) - 1:
+            break
+        longest[keep:] = [f"… {len(longest) - keep} more lines in {path}"]
+    return [line for section in sections for line in section]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table whose columns are aligned as plain text too."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
+
+
+def number(value: float | None, form: str = ".3g", scale: float = 1.0) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value * scale:{form}}"
+
+
+def survey_lines(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return ["survey: nothing"]
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items() if version)
+    if "device" not in found:
+        return [f"survey: no GPU; {versions}"]
+    products = found.get("products", {})
+    wrong = [f"; {name}: {verdict}" for name, verdict in products.items() if verdict != "right"]
+    copy, product = number(found.get("copy_gb_per_second"), ".0f"), number(found.get("product_tflops"))
+    return [
+        f"{found['device']}, BLAS {found.get('blas', '-')}, copy {copy} GB/s, product {product} TFLOP/s; {versions}",
+        f"products with float32 results: {len(products) - len(wrong)} of {len(products)} right" + "".join(wrong),
+    ]
+
+
+def test_lines(name: str, found: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{found.get(kind, 0)} {kind}" for kind in ("passed", "failed", "skipped"))
+    names = found.get("failures", [])
+    more = [f"  … {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return [f"{name}: {counts}", *(f"  failed: {test}" for test in names[:MOST_NAMES]), *more]
+
+
+def check_lines(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    faults, left_out = found.get("faults", []), found.get("left_out", [])
+    more = [f"  … {len(faults) - MOST_NAMES} more"] if len(faults) > MOST_NAMES else []
+    return [
+        f"poisoned memory and repeated runs: {found.get('ok', 0)} ok, {len(faults)} with faults",
+        *(f"  {line}" for line in (*faults[:MOST_NAMES], *left_out)), *more,
+    ]  # fmt: skip
+
+
+def headline_table(found: dict[str, Any] | None) -> list[str]:
+    """The first shape of ``bench kernels``: every row that was measured, and the targets."""
+    if not found or not found.get("shapes"):
+        return []
+    record = found["shapes"][0]
+    floor = record.get("floor_seconds")
+    bare = "" if not floor else "; bare products, ms: " + ", ".join(f"{n} {s * 1e3:.4g}" for n, s in floor.items())
+    rows, absent = [], []
+    for row in record["rows"]:
+        if row["status"] == "measured":
+            error = row.get("error", {})
+            rows.append([
+                row["method"], row["task"], number(row["seconds"]["both"]["median"], ".4g", 1e3),
+                number(row.get("over_floor"), ".3f"), number(row["peak_extra_bytes"], ".0f", 1e-6),
+                *(number(error.get(key), ".1e") for key in ("logps_nats_max", "hidden_gradient", "weight_gradient")),
+            ])  # fmt: skip
+        elif row["status"] != "skipped":
+            reason = f": {row['reason'][:60]}" if row.get("reason") else ""
+            absent.append(f"{row['method']} ({row['status']}{reason})")
+    title = f"{record['shape']}, {record['dtype']}, H {record['features']}, V {record['vocabulary']}{bare}"
+    if record.get("unavailable"):
+        return [title, f"not measured: {record['unavailable']}"]
+    said = [f"not measured: {'; '.join(dict.fromkeys(absent))}"] if absent else []
+    columns = ("method", "task", "ms", "× products", "extra MB", "nats", "dX", "dW")
+    return [title, *(table(columns, rows) if rows else []), *said, *target_lines(found.get("verdicts", []))]
+
+
+def target_lines(verdicts: list[Row]) -> list[str]:
+    judged = [row for row in verdicts if row["verdict"] != "not measured"]
+    if not judged:
+        return []
+    missed = [row for row in judged if row["verdict"] == "missed"]
+    met = f"targets: {len(judged) - len(missed)} met, {len(missed)} missed, {len(verdicts) - len(judged)} not measured"
+    return [met, *(f"  missed: {row['claim']}: {row['measured']:.3g} (target {row['limit']})" for row in missed)]
+
+
+def sweep_table(found: dict[str, Any] | None) -> list[str]:
+    """Every variant of ``bench sweep``: times over the bare products, the prediction before the outcome."""
+    if not found or not found.get("rows"):
+        return []
+    rows = [
+        [row["line"], number(row["predicted"], ".2f"), number(row.get("over_products"), ".3f"),
+         number(row["predicted_scoring"], ".2f"), number(row.get("scoring_over_product"), ".3f"),
+         "" if row["status"] == "measured" else f"{row['status']}: {row.get('reason', '')}"[:70]]
+        for row in found["rows"]
+    ]  # fmt: skip
+    columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "")
+    return [f"variants of the kernels at {found['shape']}", *table(columns, rows)]
+
+
+def fit_table(fits: list[Row]) -> list[str]:
+    """The fits of ``bench training``: memory in GB; ``loss`` is what the loss adds to what the forward pass keeps."""
+    if not fits:
+        return []
+    parts = ("weights", "gradients", "moments", "kept by the forward pass", "loss")
+    rows = []
+    for fit in fits:
+        size, peaks = fit.get("bytes", {}), fit.get("peak_bytes", {})
+        measured = fit["status"] == "measured"
+        rows.append([
+            fit["loss"], f"{fit.get('layers', '-')} of {fit.get('of_layers', '-')}",
+            number(fit.get("pairs_per_second")) if measured else fit["status"],
+            number(fit.get("seconds", {}).get("median")), *(number(size.get(part), ".2f", 1 / GB) for part in parts),
+            number(max(peaks.values(), default=None), ".2f", 1 / GB),
+        ])  # fmt: skip
+    title = f"fit of {fits[0]['shape']} with random bf16 weights, {fits[0]['pairs']} pairs a step; memory in GB"
+    columns = ("loss", "layers", "pairs/s", "s a step", "weights", "gradients", "moments", "forward", "loss", "peak")
+    return [title, *table(columns, rows)]
+
+
+def run_table(runs: list[Row]) -> list[str]:
+    """The trainer's runs: by stage, tokens/s, seconds in all, and the most memory up to its end."""
+    text = []
+    for run in runs:
+        ended = "" if run["status"] == "measured" else f" ({run['status']}: {run.get('reason', '')[:100]})"
+        if "win_rate" in run:
+            ended = f": π_T against π_1 {run['win_rate']:.1%}, KL {run['kl_to_initial']:.2f} nats"
+        seconds, rates, peaks = (run.get(key, {}) for key in ("stage_seconds", "tokens_per_second", "peak_bytes"))
+        stages = list(dict.fromkeys([*seconds, *rates]))
+        rows = [
+            [stage, number(rates.get(stage), ".4g"), number(seconds.get(stage)),
+             number(peaks.get(stage), ".2f", 1 / GB)] for stage in stages
+        ]  # fmt: skip
+        text += [f"trainer, {run['options']}{ended}"]
+        text += table(("stage", "tokens/s", "seconds", "peak GB"), rows) if rows else []
+    return text
+
+
+def step_table(steps: list[Row]) -> list[str]:
+    return table(
+        ("step", "planned s", "s", "outcome"),
+        [[step["name"], f"{step['planned']:.0f}", f"{step['seconds']:.0f}", step["outcome"]] for step in steps],
+    )

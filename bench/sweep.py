@@ -1,0 +1,273 @@
+"""python -m bench sweep: variants of the loss's kernels at one shape, each beside what was predicted for it.
+
+A line is an epilogue of the logits product, a tile of it, or a size of the workspace. Measured are a forward and
+backward pass with the reference through its own head, over the four bare products of the same run, and, where the line
+is about the logits product, scoring over one of them. Gradients are compared with those of the first line that ran. A
+variant that does not compile or does not fit the GPU is a line too. ``--resume`` continues after a lost GPU.
+
+``--compile`` only compiles: every variant once on a small problem, in several processes, into Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onpo_fast import fused_linear_pair_loss, linear_logprobs
+from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.kernels.variants import Variant, using
+
+from .errors import relative_error
+from .kernels import DID_NOT_RETURN, reason_of, release_memory, surroundings
+from .problems import ONPO, SHAPES, TARGET, Problem, Shape
+from .runner import GPU_GONE
+from .timing import Clock, Products, Spread
+
+GIB = 2**30
+MOST_DIFFERENCE = 0.02  # of dX from the first line's, relative; two correct variants in bf16 differ by about 0.003
+
+# Predicted milliseconds at TARGET on an H100, from the machine code of the kernels compiled for sm_90 and a product of
+# 13.7 ms (745 TFLOP/s). The masked epilogue in four chunks: scoring the reference 15.8, the policy's exponentials 16.2,
+# the second launch for rows whose shift moved 0.45, dX by cuBLAS 14.0, dW carried over the chunks 17.3, and small
+# launches: 64.2.
+PRODUCT, FOUR_CHUNKS, LOGITS, SCORING = 13.7, 64.2, 15.8 + 16.2, 15.8
+LIGHT = 0.035 * LOGITS  # saved by the light epilogue: 3 to 4% of a pass over the logits
+LOOPING = 0.4  # saved by moved rows on a looping grid; counted with the light epilogue
+ONE_CHUNK = 3.5  # saved where all exponentials fit at once: nothing is carried
+PERSISTENT = 0.02 * FOUR_CHUNKS  # saved by a persistent grid beyond the light epilogue
+SAVED = {"masked": 0.0, "light": LIGHT + LOOPING, "persistent": LIGHT + LOOPING + PERSISTENT}
+
+
+def predicted(epilogue: str, gib: int) -> float | None:
+    """Over four bare products, with the table's tile. Workspaces of 1 and 3 GiB are four chunks and one."""
+    if gib == 2:
+        return None
+    return (FOUR_CHUNKS - SAVED[epilogue] - (ONE_CHUNK if gib == 3 else 0)) / (4 * PRODUCT)
+
+
+def predicted_scoring(epilogue: str) -> float:
+    """Over one bare product, with the table's tile: the same shares of the one pass over the logits."""
+    shares = {"masked": 1.0, "light": 1 - 0.035, "persistent": (1 - 0.035) * (1 - 0.02)}
+    return shares[epilogue] * SCORING / PRODUCT
+
+
+@dataclass(frozen=True)
+class Line:
+    """One variant in one workspace."""
+
+    variant: Variant
+    gib: int = 3
+    predicted: float | None = None  # over four bare products
+    predicted_scoring: float | None = None  # over one
+    scores: bool = True  # scoring is measured too
+
+    @property
+    def name(self) -> str:
+        tile = "×".join(str(x or "·") for x in (self.variant.rows, self.variant.columns, self.variant.depth))
+        parts = [self.variant.epilogue, "" if tile == "·×·×·" else tile]
+        parts += [f"{word} {value}" for word in ("warps", "stages", "group") if (value := getattr(self.variant, word))]
+        return ", ".join([*filter(None, parts), f"{self.gib} GiB"])
+
+
+def epilogue_line(epilogue: str, gib: int) -> Line:
+    return Line(
+        Variant(epilogue), gib, predicted(epilogue, gib), predicted_scoring(epilogue) if gib == 3 else None,
+        scores=gib == 3,
+    )  # fmt: skip
+
+
+LINES = (
+    *(epilogue_line(epilogue, gib) for gib in (3, 1) for epilogue in ("masked", "light", "persistent")),
+    epilogue_line("light", 2),
+    *(Line(Variant(stages=stages)) for stages in (3, 4)),
+    *(Line(Variant("persistent", stages=stages)) for stages in (3, 4)),
+    *(Line(Variant(rows=rows, columns=columns, depth=64)) for rows, columns in ((128, 256), (256, 128), (128, 128))),
+    Line(Variant(rows=128, columns=128, depth=64, warps=4, stages=4)),
+    Line(Variant("persistent", rows=128, columns=128, depth=64, warps=4, stages=4)),
+    Line(Variant(rows=128, columns=256, depth=128, stages=2)),
+    Line(Variant(rows=128, columns=128, depth=128, stages=3)),
+    *(Line(Variant(group=group)) for group in (8, 16, 32)),
+    *(Line(Variant("persistent", group=group)) for group in (8, 32)),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default=TARGET.name, metavar="SHAPE", help="as of `bench kernels`")
+    parser.add_argument("--lines", nargs="*", metavar="PART", help="those whose names contain one of these")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
+    parser.add_argument("--block", type=float, default=0.3, metavar="SECONDS", help="of timed calls; two a line")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for sweep.json")
+    parser.add_argument("--resume", action="store_true", help="continue the results in that folder")
+    parser.add_argument("--compile", action="store_true", help="compile the variants, measure nothing")
+    parser.add_argument("--workers", type=int, default=4, help="processes that compile")
+
+
+def main(options: argparse.Namespace) -> int:
+    parts = options.lines or [""]
+    lines = [line for line in LINES if any(part in line.name for part in parts)]
+    device, shape = torch.device(options.device), SHAPES[options.shape]
+    if options.compile:
+        compile_lines(lines, shape, options.device, options.workers)
+        return 0
+    sweep = Sweep(options.out / "sweep.json", device, shape, time.monotonic() + options.budget, options.block)
+    if options.resume:
+        sweep.data = json.loads(sweep.path.read_text(encoding="utf-8"))
+    sweep.run(lines)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+    """A forward and backward pass: the gradients by hidden (N, H) and weight (V, H)."""
+    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
+    mark()
+    out = fused_linear_pair_loss(
+        hidden, weight, problem.targets, problem.cu_seqlens, problem.pairs, objective=ONPO,
+        ref_hidden=problem.ref_hidden, ref_weight=problem.ref_weight, backend="triton", mode="fast",
+        workspace_bytes=workspace,
+    )  # fmt: skip
+    out.loss.backward()
+    mark()
+    return hidden.grad, weight.grad
+
+
+@torch.no_grad()
+def score(problem: Problem, mark: Callable[[], None]) -> None:
+    mark()
+    linear_logprobs(problem.hidden, problem.weight, problem.targets, backend="triton")
+    mark()
+
+
+class Sweep:
+    """Measures lines into ``data``, rewritten to ``path`` after each, until the deadline (monotonic seconds)."""
+
+    def __init__(self, path: Path, device: torch.device, shape: Shape, deadline: float, block: float) -> None:
+        self.path, self.device, self.shape, self.deadline = path, device, shape, deadline
+        self.block = (block, 3, 20)  # seconds, and rounds at least and at most
+        self.data: dict[str, Any] = {"environment": surroundings(device), "shape": shape.name, "rows": []}
+
+    def run(self, lines: list[Line]) -> None:
+        done = {row["line"] for row in self.data["rows"]}
+        gpu = self.device.type == "cuda"
+        problem = Problem.make(self.shape, torch.bfloat16 if gpu else torch.float32, self.device)
+        clock = Clock(self.device)
+        self.floor(problem, clock)
+        first: list[Tensor] = []  # dX of the first line that ran
+        samples: dict[Line, tuple[list[float], list[float]]] = {}
+        for line in lines:
+            if line.name in done:
+                continue
+            row = {
+                "line": line.name, "epilogue": line.variant.epilogue, "variant": asdict(line.variant), "gib": line.gib,
+                "predicted": line.predicted, "predicted_scoring": line.predicted_scoring, "status": DID_NOT_RETURN,
+            }  # fmt: skip
+            self.data["rows"].append(row)
+            self.save()
+            if time.monotonic() > self.deadline:
+                row |= {"status": "skipped", "reason": "no time left"}
+                continue
+            if self.guarded(row, partial(self.check, line, problem, first, row)):
+                samples[line] = [], []
+                self.guarded(row, partial(self.time, line, problem, clock, samples[line], row))
+            said = row.get("reason") or f"{row.get('over_products', 0):.3f} of the four products"
+            print(f"{line.name}: {row['status']}: {said}", file=sys.stderr, flush=True)
+        for line in reversed(samples):
+            row = next(row for row in self.data["rows"] if row["line"] == line.name)
+            if time.monotonic() < self.deadline and row["status"] == "measured":
+                self.guarded(row, partial(self.time, line, problem, clock, samples[line], row))
+        self.save()
+
+    def floor(self, problem: Problem, clock: Clock) -> None:
+        bare = Products(problem.hidden, problem.weight)
+        laps = clock.block(bare.all, *self.block)
+        names = ("logits", "hidden", "weight")
+        self.data["floor_seconds"] = {n: Spread.of(list(x)).median for n, x in zip(names, zip(*laps))}
+
+    def check(self, line: Line, problem: Problem, first: list[Tensor], row: dict[str, Any]) -> None:
+        """The first call, which compiles what is not in the cache."""
+        with using(line.variant):
+            gradient, _ = train(problem, line.gib * GIB)
+        if not first:
+            first.append(gradient)
+        row["difference"] = relative_error(gradient, first[0])
+        if not row["difference"] <= MOST_DIFFERENCE:  # what is not a number is wrong too
+            raise ArithmeticError(f"dX differs by {row['difference']:.1e} from the first line's")
+
+    def time(
+        self, line: Line, problem: Problem, clock: Clock, samples: tuple[list[float], list[float]], row: dict[str, Any]
+    ) -> None:
+        """Adds a block of calls to the samples; the row's figures are over all of them."""
+        floor = self.data["floor_seconds"]
+        with using(line.variant):
+            samples[0].extend(
+                sum(x) for x in clock.block(lambda mark: train(problem, line.gib * GIB, mark), *self.block)
+            )
+            if line.scores:
+                samples[1].extend(sum(x) for x in clock.block(lambda mark: score(problem, mark), *self.block))
+        row["seconds"] = Spread.of(samples[0])._asdict()
+        row["over_products"] = row["seconds"]["median"] / (2 * floor["logits"] + floor["hidden"] + floor["weight"])
+        if line.scores:
+            row["scoring_seconds"] = Spread.of(samples[1])._asdict()
+            row["scoring_over_product"] = row["scoring_seconds"]["median"] / floor["logits"]
+        row["status"] = "measured"
+
+    def guarded(self, row: dict[str, Any], measure: Callable[[], None]) -> bool:
+        """Whether it went well. An error is the row's status; a lost GPU ends the process with ``GPU_GONE``."""
+        try:
+            measure()
+        except Exception as error:
+            row |= {"status": "failed", "reason": reason_of(error)}
+        lost = release_memory(self.device)
+        if lost:
+            row |= {"status": "failed", "reason": lost}
+        self.save()
+        if lost:
+            os._exit(GPU_GONE)  # an ordinary exit would wait for the GPU
+        return row["status"] != "failed"
+
+    def save(self) -> None:
+        atomic_write_text(self.path, json.dumps(self.data, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling beforehand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compile_lines(lines: list[Line], shape: Shape, device: str, workers: int) -> None:
+    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do."""
+    small = replace(shape, groups=2, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
+    variants = list(dict.fromkeys(line.variant for line in lines))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for said in pool.map(partial(compile_variant, shape=small, device=device), variants):
+            print(said, flush=True)
+
+
+def compile_variant(variant: Variant, shape: Shape, device: str) -> str:
+    start = time.perf_counter()
+    try:
+        problem = Problem.make(shape, torch.bfloat16 if device == "cuda" else torch.float32, device)
+        with using(variant):
+            train(problem, GIB)
+        outcome = "ok"
+    except Exception as error:
+        outcome = reason_of(error)
+    return f"{variant}: {outcome} ({time.perf_counter() - start:.1f} s)"

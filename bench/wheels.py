@@ -1,0 +1,147 @@
+"""Wheels for a machine without a network: fetched here, split where they are large, joined and installed there.
+
+    python -m bench.wheels fetch FOLDER [PIP OPTIONS]    pip download of bench/wheels.txt, split, listed (make wheels)
+    python -m bench.wheels install FOLDER SITE           into the folder SITE, what is not installed already
+
+A wheel of more than 60 MiB is cut into NAME.whl.part1of2, NAME.whl.part2of2, …, with its SHA-256 in NAME.whl.sha256.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+LIST = Path(__file__).with_name("wheels.txt")
+MOST_BYTES = 60 * 2**20  # of a piece
+# A folder on PYTHONPATH is no site folder: its .pth files, with which a package may add folders, are read only so.
+READ_PTH_FILES = "import os, site\nsite.addsitedir(os.path.dirname(os.path.abspath(__file__)))\n"
+PART = re.compile(r"(?P<wheel>.+\.whl)\.part(?P<number>\d+)of(?P<count>\d+)")
+
+
+class Broken(Exception):
+    """A wheel that cannot be joined; the message says why in one line."""
+
+
+def fetch(folder: Path, options: list[str]) -> int:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), "--requirement", str(LIST)]
+    status = subprocess.run([*command, *options], check=False).returncode
+    if status == 0:
+        split(folder)
+        print(listing(folder))
+    return status
+
+
+def split(folder: Path, most: int = MOST_BYTES) -> None:
+    """Replaces every wheel of more than ``most`` bytes by its pieces and its checksum."""
+    for wheel in sorted(folder.glob("*.whl")):
+        count = -(-wheel.stat().st_size // most)
+        if count < 2:
+            continue
+        for old in folder.glob(f"{wheel.name}.*"):
+            old.unlink()
+        digest = hashlib.sha256()
+        size = -(-wheel.stat().st_size // count)
+        with open(wheel, "rb") as whole:
+            for number in range(1, count + 1):
+                piece = whole.read(size)
+                digest.update(piece)
+                (folder / f"{wheel.name}.part{number}of{count}").write_bytes(piece)
+        (folder / f"{wheel.name}.sha256").write_text(f"{digest.hexdigest()}  {wheel.name}\n", encoding="utf-8")
+        wheel.unlink()
+
+
+def listing(folder: Path) -> str:
+    """What has to be brought to the machine: every file with its size, and the sum."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    lines = [f"{size / 2**20:8.1f} MiB  {path.name}" for size, path in zip(sizes, files)]
+    return "\n".join([*lines, f"{sum(sizes) / 2**20:8.1f} MiB  in all, {len(files)} files in {folder}"])
+
+
+def split_wheels(folder: Path) -> list[str]:
+    """Names of the wheels that are here in pieces, complete or not."""
+    found = {match["wheel"] for path in folder.glob("*.whl.part*") if (match := PART.fullmatch(path.name))}
+    return sorted(found | {path.name.removesuffix(".sha256") for path in folder.glob("*.whl.sha256")})
+
+
+def join(folder: Path, name: str, destination: Path) -> Path:
+    """Puts the pieces of the wheel ``name`` together in ``destination``.
+
+    Raises:
+        Broken: if a piece or the checksum is missing, or the whole is not what was split.
+    """
+    record = folder / f"{name}.sha256"
+    if not record.is_file():
+        raise Broken(f"{record.name} is missing: copy it again from where `make wheels` ran")
+    counts = {int(PART.fullmatch(path.name)["count"]) for path in folder.glob(f"{name}.part*of*")}
+    count = max(counts, default=2)
+    parts = [folder / f"{name}.part{number}of{count}" for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise Broken(f"{', '.join(missing)} is missing: copy it again from where `make wheels` ran")
+    digest = hashlib.sha256()
+    whole = destination / name
+    with open(whole, "wb") as file:
+        for part in parts:
+            piece = part.read_bytes()
+            digest.update(piece)
+            file.write(piece)
+    if digest.hexdigest() != record.read_text(encoding="utf-8").split()[0]:
+        whole.unlink()
+        raise Broken(f"{name}: its {count} pieces are damaged (SHA-256 differs): copy them again")
+    return whole
+
+
+def install(folder: Path, site: Path) -> int:
+    """Installs missing packages into ``site``, a folder to be put on PYTHONPATH.
+
+    Packages that are installed stay as they are: torch and triton go with the GPU's driver.
+    """
+    broken: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="wheels-") as work:
+        wheels = [wheel for wheel in sorted(folder.glob("*.whl")) if not installed(wheel.name)]
+        for name in split_wheels(folder):
+            if not installed(name):
+                try:
+                    wheels.append(join(folder, name, Path(work)))
+                except Broken as error:
+                    broken.append(str(error))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
+               "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
+        refused: list[str] = []
+        if wheels and subprocess.run([*pip, *map(str, wheels)], check=False).returncode != 0:
+            # one at a time, so that a wheel made for another machine does not stop the others
+            refused = [w.name for w in wheels if subprocess.run([*pip, str(w)], check=False).returncode != 0]
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(READ_PTH_FILES, encoding="utf-8")
+    print("\n".join(broken), end="\n" if broken else "")
+    said = f"{len(wheels) - len(refused)} wheels installed from {folder}"
+    print(said + (f"; refused: {', '.join(refused)}" if refused else ""))
+    return 1 if broken else 0
+
+
+def installed(wheel: str) -> bool:
+    """Whether the package of a wheel of this name is installed, in whatever version."""
+    try:
+        metadata.version(wheel.split("-")[0])
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) >= 2 and arguments[0] == "fetch":
+        return fetch(Path(arguments[1]), arguments[2:])
+    if len(arguments) == 3 and arguments[0] == "install":
+        return install(Path(arguments[1]), Path(arguments[2]))
+    print(__doc__)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
