@@ -8,10 +8,15 @@ from __future__ import annotations
 import re
 from collections import deque
 
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 TARGET = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
+
+LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 
 
 class Listing:
@@ -62,11 +67,36 @@ class Listing:
                     waiting.append(there)
         return distance
 
+    def spills_in_the_product(self) -> bool:
+        """Whether local memory is read or written in an innermost loop that has a matrix instruction."""
+        local = {i for i, text in enumerate(self.instructions) if LOCAL_MEMORY.search(text)}
+        return any(local & loop for loop in self._innermost(set(range(len(self.instructions)))))
+
+    def _innermost(self, among: set[int]) -> list[set[int]]:
+        """The innermost loops with a matrix instruction: strongly connected parts that are none without their entry."""
+        numbers = sorted(among)
+        position = {i: n for n, i in enumerate(numbers)}
+        sources = [position[i] for i in numbers for j in self.after[i] if j in among]
+        ends = [position[j] for i in numbers for j in self.after[i] if j in among]
+        graph = coo_array(([True] * len(ends), (sources, ends)), shape=(len(numbers),) * 2)
+        _, label = connected_components(graph, directed=True, connection="strong")
+        parts: dict[int, set[int]] = {}
+        for i, part in zip(numbers, label):
+            parts.setdefault(part, set()).add(i)
+        loops = []
+        for loop in parts.values():
+            if len(loop) > 1 and any(MATRIX_INSTRUCTION.search(self.instructions[i]) for i in loop):
+                entries = {j for i, after in enumerate(self.after) if i not in loop for j in after if j in loop}
+                loops += self._innermost(loop - (entries or {min(loop)})) or [loop]
+        return loops
+
     def serialised(self) -> bool:
         """Whether every Hopper matrix instruction waits for the one before: each ends a group (gsb0), with a wait for
         all groups between any two."""
-        kinds = "".join(
-            "M" if "gsb0" in text else "m" if "HGMMA" in text else "w" for text in self.instructions
-            if "HGMMA" in text or re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", text)
-        )  # fmt: skip
+        kinds = ""
+        for text in self.instructions:
+            if "HGMMA" in text:
+                kinds += "M" if "gsb0" in text else "m"
+            elif re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", text):
+                kinds += "w"
         return kinds.count("M") > 1 and "m" not in kinds and re.search("MM", kinds) is None

@@ -75,7 +75,7 @@ TARGETS = (
     Target("fast: time over TRL's", 0.80, lambda m: m.over(FAST, TRL, "seconds", "both", "median")),
     Target("fast: time over Liger's FusedLinearDPO", 0.45,
            lambda m: m.over(FAST, LIGER_DPO, "seconds", "both", "median")),
-    Target("fast: memory beyond inputs and gradients", 1.0, _extra_gib(FAST), unit="GiB"),
+    Target("fast, in one chunk: memory beyond inputs and gradients", 2.8, _extra_gib(FAST), unit="GiB"),
     Target("lean, policy + reference: time over five bare products", 1.12,
            lambda m: m.over_floor(LEAN, FULL, recomputed=1)),
     Target("lean: memory beyond inputs and gradients", 0.35, _extra_gib(LEAN), unit="GiB"),

@@ -224,11 +224,11 @@ class Pass:
     def recompute_moved(self, shift: Tensor, first_shift: Tensor) -> None:
         """Computes the tiles again in which a row's shift is above the first one. Asynchronous."""
         programs = min(self.column_tiles, multiprocessors(self.hidden.device))
-        # the columns are those of the pieces; with fewer rows and one stage two more loops fit the registers, as
+        # the columns are those of the pieces; with few rows and one stage two more loops fit the registers, as
         # `python -m bench compile` shows
         two_bytes = self.hidden.element_size() == 2
         warps = 4 if two_bytes and self.head.softcap is not None else self.tile.warps
-        shape = self.tile._replace(rows=min(self.tile.rows, 64 if two_bytes else 32), warps=warps, stages=1)
+        shape = self.tile._replace(rows=64 if two_bytes else 32, warps=warps, stages=1)
         self._launch(moved_exponentials_kernel, programs, shift, first_shift, shape=shape)
 
     def _launch(

@@ -16,7 +16,7 @@ ALIGNMENT = 16  # bytes: what a tensor descriptor asks of its base and of its ro
 
 
 LEAST = (16, 32, 16)  # a dot takes 16 of everything; half the columns, a byte each, fill the 16 of a descriptor
-FEW = tuple(4 * least for least in LEAST)
+FEW = (16, 128, 64)  # the size between the least and the whole, where there is one
 
 
 class Tile(NamedTuple):
@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
 
     def cut_to(self, rows: int, columns: int, depth: int) -> Tile:
-        """The tile cut to a small problem, which a large one would mostly miss: three sizes a dimension, since each
-        combination is compiled when it is first met."""
+        """The tile cut to a small problem, which a large one would mostly miss. Few sizes, since each combination is
+        compiled when it is first met."""
         sizes = []
         for own, need, least, few in zip(self[:3], (rows, columns, depth), LEAST, FEW):
             sizes.append(max(least, min(own, least if need <= least else few if need <= few else own)))
