@@ -297,9 +297,11 @@ def main(options: argparse.Namespace) -> int:
                 )  # fmt: skip
                 number, faults = number + 1, faults + (c.fault is not None)
                 if c.epilogue is not None and architecture in COUNTED_ON:
-                    counted.setdefault(str(architecture), {})[f"{c.name} {c.tile}"] = round(c.epilogue, 2)
+                    of_architecture = counted.setdefault(str(architecture), {})
+                    key = f"{c.name} {c.tile}"
+                    of_architecture[key] = max(of_architecture.get(key, 0.0), round(c.epilogue, 2))
     Console(width=200).print(table)
     print(f"{number} kernels, {faults} faults")
     if options.record:
-        atomic_write_text(INSTRUCTIONS, json.dumps(counted, indent=1) + "\n")
+        atomic_write_text(INSTRUCTIONS, json.dumps(counted, indent=1, ensure_ascii=False) + "\n")
     return 1 if faults else 0

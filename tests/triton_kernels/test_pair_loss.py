@@ -96,12 +96,16 @@ def test_fp16(name: str, device: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_without_tensor_descriptors(dtype: torch.dtype, way: str, device: str, monkeypatch) -> None:
-    """As on GPUs older than Hopper: the same numbers through pointers."""
+    """As on GPUs older than Hopper: the same numbers through pointers. On a GPU that is other machine code, which may sum
+    in another order."""
     case = CASES["everything"]
     want = run(case, way, dtype, device)
     monkeypatch.setattr(launch, "uses_descriptors", lambda: False)
     got = run(case, way, dtype, device)
-    assert all(torch.equal(got[key], want[key]) for key in want)
+    if device == "cpu":
+        assert all(torch.equal(got[key], want[key]) for key in want)
+    else:
+        check(got, want, 2e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_autocast(device: str) -> None:
