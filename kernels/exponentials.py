@@ -44,6 +44,8 @@ from .launch import (
 from .logits import logits_tile
 from .variants import current
 
+ROWS_AT_A_GLANCE = tl.constexpr(2048)  # when rows are searched for moved ones
+
 
 @triton.jit
 def write_exponentials_tile(
@@ -152,20 +154,30 @@ def moved_exponentials_kernel(
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``exponentials_kernel`` again, in the tiles of rows whose shift has moved. Programs share the columns."""
-    for row_tile in range(0, tl.cdiv(rows, ROWS)):
-        row = row_tile * ROWS + tl.arange(0, ROWS)
-        inside = row < rows
-        before = tl.load(first_shift + row, mask=inside, other=0.0)
-        after = tl.load(shift + row, mask=inside, other=0.0)
-        if tl.max((after > before).to(tl.int32)) > 0:
-            for column_tile in range(tl.program_id(0), tl.cdiv(vocabulary, COLUMNS), tl.num_programs(0)):
-                write_exponentials_tile(
-                    hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
-                    row_tile, column_tile, rows, stored_rows, vocabulary, first_token, inner, outer,
-                    hidden_stride, weight_stride, stored_stride,
-                    FEATURES, BIAS, SOFTCAP, NEGATIVE, SUMS, STORE, TARGET_VALUES, ROWS, COLUMNS, DEPTH,
-                    DTYPE, PRECISION, DESCRIPTORS, INTERPRET,
-                )  # fmt: skip
+    moved = tl.zeros((ROWS_AT_A_GLANCE,), tl.int32)
+    for start in range(0, rows, ROWS_AT_A_GLANCE):  # first all rows at a glance: hardly ever has one moved
+        row = start + tl.arange(0, ROWS_AT_A_GLANCE)
+        moved = tl.maximum(moved, has_moved(shift, first_shift, row, rows))
+    if tl.max(moved) > 0:
+        for row_tile in range(0, tl.cdiv(rows, ROWS)):
+            row = row_tile * ROWS + tl.arange(0, ROWS)
+            if tl.max(has_moved(shift, first_shift, row, rows)) > 0:
+                for column_tile in range(tl.program_id(0), tl.cdiv(vocabulary, COLUMNS), tl.num_programs(0)):
+                    write_exponentials_tile(
+                        hidden, weight, stored, bias, targets, shift, target_values, peaks, sums,
+                        row_tile, column_tile, rows, stored_rows, vocabulary, first_token, inner, outer,
+                        hidden_stride, weight_stride, stored_stride,
+                        FEATURES, BIAS, SOFTCAP, NEGATIVE, SUMS, STORE, TARGET_VALUES, ROWS, COLUMNS, DEPTH,
+                        DTYPE, PRECISION, DESCRIPTORS, INTERPRET,
+                    )  # fmt: skip
+
+
+@triton.jit
+def has_moved(shift, first_shift, row, rows):
+    """1 for the rows whose shift is above the first one."""
+    before = tl.load(first_shift + row, mask=row < rows, other=0.0)
+    after = tl.load(shift + row, mask=row < rows, other=0.0)
+    return (after > before).to(tl.int32)
 
 
 class PartialSums(NamedTuple):
