@@ -60,7 +60,7 @@ def weight_gradient_kernel(
     column_tile, row_tile = tile_of(tl.program_id(0), column_tiles, row_tiles, GROUP)
     row, column = row_tile * ROWS, column_tile * COLUMNS
 
-    if ADD:  # the products are added to what is there: its loads run beside theirs
+    if ADD:  # the products are added to what is there: nothing is left to unpack and add behind them
         before = load_tile(gradient, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS)
         if CARRY_IN:
             packed = load_tile(
