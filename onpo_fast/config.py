@@ -132,7 +132,7 @@ class Config:
     """A step without a finite loss and gradient leaves the weights as they are; so many in a row are put up with."""
     checkpoint_steps: int = 50
     """Save the state of a fit after this many optimizer steps; --resume goes on from the newest one, and two are kept.
-    Training goes on while a state is written; until then, a copy of it is in host memory (12 bytes a parameter: weights
+    Training goes on while a state is written; meanwhile a copy of it is in host memory (12 bytes a parameter: weights
     and two moments in float32). If saving one took s seconds, the next is saved 20·s seconds later at the earliest, so
     that at most about 5% of the time goes into states. A stop by Ctrl-C or SIGTERM always saves one."""
     checkpoint_minutes: float = 10.0

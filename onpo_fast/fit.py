@@ -192,8 +192,9 @@ def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
 class MicroBatch:
     """P pairs of S responses that go through the model together.
 
-    It is prepared on the host and sent to the device before the forward pass, so that nothing between there and the end
-    of the backward pass waits for the device.
+    It is prepared on the host and sent to the device before the forward pass, so that nothing here waits for the device
+    between there and the end of the backward pass. (With separate rows the model itself does: transformers looks
+    whether there is padding.)
     """
 
     packed: Packed

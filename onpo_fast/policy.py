@@ -211,6 +211,8 @@ def score(
         sums += [part.sum() for part in per_token.double().split(lengths)]
         order += chosen
         progress(len(chosen))
+    if not sums:
+        return []
     parts = torch.stack(sums).cpu().split([len(groups[i].responses) for i in order])
     scores = dict(zip(order, parts))
     return [scores[i] for i in range(len(groups))]
