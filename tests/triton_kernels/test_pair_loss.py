@@ -96,8 +96,7 @@ def test_fp16(name: str, device: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_without_tensor_descriptors(dtype: torch.dtype, way: str, device: str, monkeypatch) -> None:
-    """As on GPUs older than Hopper: the same numbers through pointers. On a GPU that is other machine code, which may sum
-    in another order."""
+    """As on GPUs older than Hopper: the same numbers through pointers. A GPU may sum them in another order then."""
     case = CASES["everything"]
     want = run(case, way, dtype, device)
     monkeypatch.setattr(launch, "uses_descriptors", lambda: False)
