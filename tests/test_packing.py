@@ -87,3 +87,4 @@ def test_scores_are_the_models_own(policy: Policy) -> None:
                     logps = logits.log_softmax(-1)
                     want = sum(float(logps[len(prompt) - 1 + i, t]) for i, t in enumerate(y))
                     assert value == pytest.approx(want, rel=1e-5, abs=1e-4)
+    assert score(policy, [], 1000) == []
