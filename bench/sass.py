@@ -1,12 +1,14 @@
 """Machine code of NVIDIA GPUs, as ``cuobjdump -sass`` prints it: what runs after the matrix product, and what waits.
 
-Instructions are counted along the shortest path, so that a branch that few tiles take does not count.
+Instructions are counted along the shortest path by way of the tile's store: a branch that few tiles take does not
+count, nor would one that all tiles take.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from functools import cached_property
 
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -67,10 +69,29 @@ class Listing:
                     waiting.append(there)
         return distance
 
-    def spills_in_the_product(self) -> bool:
-        """Whether local memory is read or written in an innermost loop that has a matrix instruction."""
-        local = {i for i, text in enumerate(self.instructions) if LOCAL_MEMORY.search(text)}
-        return any(local & loop for loop in self._innermost(set(range(len(self.instructions)))))
+    @cached_property
+    def products(self) -> list[list[int]]:
+        """The innermost loops with a matrix instruction, each in order."""
+        return [sorted(loop) for loop in self._innermost(set(range(len(self.instructions))))]
+
+    def spills_in_a_product(self) -> bool:
+        """Whether local memory is read or written in the loop of a product."""
+        return any(LOCAL_MEMORY.search(self.instructions[i]) for loop in self.products for i in loop)
+
+    def serialised(self) -> bool:
+        """Whether each of Hopper's matrix instructions waits for the one before, in the loop of a product: it ends a
+        group of its own (gsb0), and a wait for all groups comes before the next one."""
+        return any(re.fullmatch("w?(Mw)+M?", self._waits(loop)) for loop in self.products)
+
+    def _waits(self, loop: list[int]) -> str:
+        """m for a matrix instruction, M for one that ends a group, w for a wait for all groups, p for another wait."""
+        kinds = ""
+        for text in (self.instructions[i] for i in loop):
+            if "HGMMA" in text:
+                kinds += "M" if "gsb0" in text else "m"
+            elif "WARPGROUP.DEPBAR" in text:
+                kinds += "w" if re.search(r"gsb0, 0x0\b", text) else "p"
+        return kinds
 
     def _innermost(self, among: set[int]) -> list[set[int]]:
         """The innermost loops with a matrix instruction: strongly connected parts that are none without their entry."""
@@ -89,14 +110,3 @@ class Listing:
                 entries = {j for i, after in enumerate(self.after) if i not in loop for j in after if j in loop}
                 loops += self._innermost(loop - (entries or {min(loop)})) or [loop]
         return loops
-
-    def serialised(self) -> bool:
-        """Whether every Hopper matrix instruction waits for the one before: each ends a group (gsb0), with a wait for
-        all groups between any two."""
-        kinds = ""
-        for text in self.instructions:
-            if "HGMMA" in text:
-                kinds += "M" if "gsb0" in text else "m"
-            elif re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", text):
-                kinds += "w"
-        return kinds.count("M") > 1 and "m" not in kinds and re.search("MM", kinds) is None

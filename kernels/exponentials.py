@@ -188,7 +188,7 @@ class PartialSums(NamedTuple):
 
 
 class Pass:
-    """Rows on their way through the head: what a launch and the one that repeats some of its tiles share."""
+    """One pass of hidden states through the head: every tile, then again those of rows whose shift moved."""
 
     def __init__(
         self,

@@ -127,7 +127,8 @@ def _recompute(
     own = target_logits(hidden, head, targets)
     normaliser = own - logps * BITS  # the log-sum-exp: E is then the softmax itself
     shift = normaliser.float()
-    rounding = (shift - normaliser).exp2()  # which divides E by this, and is made good in the row scales
+    # of the shift, which divides E by this; made good in the row scales. A row that is not finite stays by itself
+    rounding = (shift - normaliser).exp2().nan_to_num(nan=1.0, posinf=1.0)
     target_values = (logps.expm1() / rounding).float()  # p − 1, without cancellation
     scale = (upstream * rounding).float() * -(head.logit_scale / head.temperature)
     if hidden.dtype == torch.float16:  # which could hold neither small probabilities nor small coefficients on X's rows

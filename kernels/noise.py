@@ -2,7 +2,7 @@
 
 A token is drawn as argmax(logits / temperature + Gumbel noise), which is an exact draw from the softmax. The noise of a
 token is a pure function of the response's key, the position in the response and the token. There is no state: the
-batch and what was drawn before have no part in it, and the device only in the last bit of a logarithm.
+batch and what was drawn before have no part in it, and the device only in the last bits, where it rounds otherwise.
 
     words = Philox4x32-10(key, counter = (token // 4, position, 0, 0))
     u     = (words[token % 4] + 1/2) · (1 − 2⁻²⁴) / 2³², in float32
@@ -88,6 +88,7 @@ def _draw_rows(
         score += gumbel(keys, position, start, x.shape[1])
         if allowed is not None:
             score[~allowed[:, start : start + width]] = -np.inf
+        np.putmask(score, score != score, -np.inf)  # NaN is not drawn
         first = score.argmax(1)
         better = score[each, first] > best
         best = np.where(better, score[each, first], best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .groups import Layout
 
-Made = TypeVar("Made")
+Planned = TypeVar("Planned")
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -24,7 +25,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class PerStream(Generic[Made]):
+class PerStream(Generic[Planned]):
     """Keeps what ``make(layout, device)`` returned, one copy for each CUDA stream.
 
     A copy to the device is in order with the work of its own stream only; another stream could read it too early. While
@@ -34,22 +35,24 @@ class PerStream(Generic[Made]):
 
     KEPT = 32  # layouts and streams, the least recently used go first
 
-    def __init__(self, make: Callable[[Layout, torch.device], Made]) -> None:
+    def __init__(self, make: Callable[[Layout, torch.device], Planned]) -> None:
         self.make = make
-        self.made: OrderedDict[tuple[Layout, torch.device, int], Made] = OrderedDict()
-        self.in_graphs: list[Made] = []
+        self.kept: OrderedDict[tuple[Layout, torch.device, int], Planned] = OrderedDict()
+        self.read_by_graphs: list[Planned] = []  # for good
+        self.lock = threading.Lock()  # a second backward pass runs in a thread of autograd's
 
-    def __call__(self, layout: Layout, device: torch.device) -> Made:
+    def __call__(self, layout: Layout, device: torch.device) -> Planned:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (layout, device, stream)
-        if capturing(device):
-            known = [made for (other, place, _), made in self.made.items() if other is layout and place == device]
-            result = known[-1] if known else self.make(layout, device)
-            self.in_graphs.append(result)
-            return result
-        if key not in self.made:
-            self.made[key] = self.make(layout, device)
-            if len(self.made) > self.KEPT:
-                self.made.popitem(last=False)
-        self.made.move_to_end(key)
-        return self.made[key]
+        with self.lock:
+            if capturing(device):
+                known = [kept for (other, place, _), kept in self.kept.items() if other is layout and place == device]
+                result = known[-1] if known else self.make(layout, device)
+                self.read_by_graphs.append(result)
+                return result
+            if key not in self.kept:
+                self.kept[key] = self.make(layout, device)
+                if len(self.kept) > self.KEPT:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(key)
+            return self.kept[key]

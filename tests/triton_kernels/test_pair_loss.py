@@ -149,15 +149,16 @@ def test_targets_far_from_likely(way: str, dtype: torch.dtype, device: str) -> N
     check(got, want, 2e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0])
 @pytest.mark.parametrize("mode", ["fast", "lean"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_some_rows_far_from_likely(epilogue: str, mode: str, device: str) -> None:
+def test_some_rows_far_from_likely(epilogue: str, mode: str, scale: float, device: str) -> None:
     """One row's shift moves by 300 nats and more: the rows beside it keep their values."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(40, 16, generator=generator), torch.randn(300, 16, generator=generator)
     hidden[7] *= 40
     targets = torch.randint(300, (40,), generator=generator)
-    targets[7] = (weight @ hidden[7]).argmin()
+    targets[7] = (scale * weight @ hidden[7]).argmin()
     edges = torch.tensor([0, 15, 40], dtype=torch.int32)
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
@@ -165,9 +166,9 @@ def test_some_rows_far_from_likely(epilogue: str, mode: str, device: str) -> Non
         with using(Variant(epilogue)):
             out = fused_linear_pair_loss(
                 *leaves, targets.to(device), edges, objective=Onpo(eta=1.0), backend=backend, mode=mode,
-                ref_logps=torch.zeros(2, device=device),
+                ref_logps=torch.zeros(2, device=device), logit_scale=scale,
             )  # fmt: skip
-            scored = linear_logprobs(*leaves, targets.to(device), backend=backend)
+            scored = linear_logprobs(*leaves, targets.to(device), backend=backend, logit_scale=scale)
         out.loss.backward()
         results.append([scored.detach().cpu(), out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     assert results[1][0][7] < -300
@@ -175,6 +176,40 @@ def test_some_rows_far_from_likely(epilogue: str, mode: str, device: str) -> Non
         assert relative_error(got, want) < 2e-5
     unlikely = torch.arange(40) != 7
     torch.testing.assert_close(results[0][0][unlikely].double(), results[1][0][unlikely], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+@pytest.mark.parametrize("distance", [59, 61, 88, 89, 300])
+def test_many_tokens_above_the_target(distance: int, mode: str, device: str) -> None:
+    """Just below and above the distance from which a row's shift moves: 20,000 exponentials of this size are added."""
+    vocabulary = 20_000
+    weight = torch.zeros(vocabulary, 8)
+    weight[:, 0] = distance
+    weight[7] = 0.0
+    weight[:, 1:] = torch.randn(vocabulary, 7, generator=torch.Generator().manual_seed(0)) * 0.1
+    hidden = torch.ones(4, 8)
+    targets = torch.tensor([7, 7, 8, 7])
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        out = fused_linear_pair_loss(
+            *leaves, targets.to(device), torch.tensor([0, 2, 4], dtype=torch.int32), objective=Dpo(beta=0.01),
+            ref_logps=torch.zeros(2, device=device), backend=backend, mode=mode,
+        )  # fmt: skip
+        out.loss.backward()
+        results.append([out.logps.cpu(), out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    for got, want in zip(*results):
+        assert relative_error(got, want) < 2e-5
+
+
+@pytest.mark.parametrize("way", ["one chunk", "lean"])
+def test_a_scale_of_zero(way: str, device: str) -> None:
+    """Every token is as likely as any other; padding of a tile is not a token."""
+    case = Case([5, 7], vocabulary=97, logit_scale=0.0)
+    got, want = run(case, way, torch.float32, device), case.exact(torch.float32)
+    for name in ("loss", "logps", "margins"):
+        torch.testing.assert_close(got[name].double(), want[name].detach(), rtol=1e-6, atol=1e-5)
+    assert got["hidden gradient"].abs().max() == got["weight gradient"].abs().max() == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -373,8 +408,8 @@ def test_a_layout_is_copied_once_for_each_stream(monkeypatch) -> None:
     graph[0] = False
     for layout in layouts[1:]:
         cache(layout, device)
-    assert len(cache.made) == PerStream.KEPT
-    assert cache.in_graphs == [second]
+    assert len(cache.kept) == PerStream.KEPT
+    assert cache.read_by_graphs == [second]
 
 
 class TestManyTiles:

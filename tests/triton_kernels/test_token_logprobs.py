@@ -7,6 +7,7 @@ import torch
 from loss_cases import CASES, Case, relative_error
 
 from onpo_fast import linear_logprobs
+from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 
 
 def run(case: Case, dtype: torch.dtype, device: str, backend: str, upstream: torch.Tensor, **options):
@@ -66,6 +67,38 @@ def test_a_sure_token_keeps_its_small_logp(device: str) -> None:
     exact = torch.log_softmax(torch.tensor([30.0, 5.0, 4.0], dtype=torch.float64), 0)[0]
     got = linear_logprobs(hidden, weight, torch.tensor([0], device=device), backend="triton")
     assert relative_error(got[0].cpu(), exact) < 1e-6
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_sure_tokens_down_to_the_smallest(epilogue: str, device: str) -> None:
+    """log p from −10⁻⁵ to −10⁻²⁵: 1 + the others' share is 1 in float64 long before."""
+    gaps = torch.tensor([12.0, 27.0, 38.0, 46.0, 57.0], dtype=torch.float64)  # nats to the second token
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], device=device)
+    with using(Variant(epilogue)):
+        got = linear_logprobs(
+            gaps.float().to(device)[:, None], weight, torch.zeros(5, dtype=torch.int64, device=device), backend="triton"
+        )
+    exact = -torch.log1p(torch.exp(-gaps) + torch.exp(-2 * gaps))
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", ["hidden", "bias"])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(bad: str, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 16, generator=generator), torch.randn(50, 16, generator=generator) * 0.3
+    bias, targets = torch.zeros(50), torch.arange(12)
+    if bad == "hidden":
+        hidden[5, 2] = float("nan")
+    else:
+        bias[targets[5]] = float("-inf")
+    states = hidden.to(device, dtype).requires_grad_()
+    logps = linear_logprobs(
+        states, weight.to(device, dtype), targets.to(device), bias=bias.to(device, dtype), backend="triton"
+    )
+    logps.float().sum().backward()
+    finite = states.grad.isfinite().all(1).cpu()
+    assert finite[torch.arange(12) != 5].all()
 
 
 def test_no_rows(device: str) -> None:
