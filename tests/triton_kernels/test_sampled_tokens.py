@@ -75,6 +75,17 @@ def test_columns_apart_and_one_row_for_all(device: str) -> None:
         same(logps, want_logps)
 
 
+def test_nan_is_never_drawn(device: str) -> None:
+    logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
+    logits[0, 7] = logits[1, 17_000] = float("nan")
+    keys = random_keys(3)
+    tokens, logps = sampled_tokens.draw(logits.to(device), keys.to(device), 0)
+    want, want_logps = noise.draw(logits, keys, 0)
+    assert torch.equal(tokens.cpu(), want)
+    assert logits.gather(1, want[:, None]).isfinite().all()
+    assert logps.isnan().tolist() == want_logps.isnan().tolist() == [True, True, False]
+
+
 def test_no_rows(device: str) -> None:
     empty = torch.zeros(0, 7, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     tokens, logps = sampled_tokens.draw(*empty, 0)
