@@ -13,7 +13,8 @@ from typing import Any
 
 MOST_LINES = 60
 MOST_NAMES = 6  # of failed tests or faults
-LEAST_ROWS = 8  # of the headline and of the sweep, while anything else can be cut
+LARGE = ("headline", "states", "sweep")  # sections of many rows, ordered so that the last ones matter least
+NEVER_CUT = ("title", "absent", "targets", "steps", "end")
 OURS = ("onpo_fast fast", "onpo_fast lean")
 GB = 1e9
 
@@ -29,8 +30,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
-    """The summary of a part in at most ``most`` lines. Targets, what was not measured, and failed steps are never cut;
-    of the sweep and the headline, in turn, the last rows are, then of the other sections."""
+    """The summary of a part in at most ``most`` lines. Targets, what was not measured, and failed steps are never cut.
+    The large tables are cut first, the longer one each time, to no less than five rows; then the other sections."""
     results = data["results"]
     headline, states = results.get("headline"), results.get("states")
     tests = [(name, found) for name, found in results.items() if name.endswith("tests")]
@@ -51,16 +52,17 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
         "end": [f"results: {path}"],
     }
     hidden = dict.fromkeys(sections, 0)
-    never_cut = ("title", "absent", "targets", "steps", "end")
+    others = [name for name in sections if name not in (*LARGE, *NEVER_CUT)]
 
     def shown() -> int:
         return sum(len(section) + (hidden[name] > 0) for name, section in sections.items())
 
     def cut_next() -> str | None:
-        """The longer of the two large tables, as long as it has so many rows; then the longest of the others."""
-        large = [name for name in ("sweep", "headline", "states") if len(sections[name]) > LEAST_ROWS]
-        others = [name for name in sections if name not in never_cut and len(sections[name]) > 3]
-        return max(large or others, key=lambda name: len(sections[name]), default=None)
+        """The section to lose its last line: the longest of the first kind that has one with more than so many."""
+        for names, least in ((LARGE, 8), (others, 3), (LARGE, 4)):
+            if longer := [name for name in names if len(sections[name]) > least]:
+                return max(longer, key=lambda name: len(sections[name]))
+        return None
 
     while shown() > most and (name := cut_next()):
         del sections[name][-1]
