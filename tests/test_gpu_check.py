@@ -262,7 +262,8 @@ run.run([tuple(step(name, code) for name, code in zip("ab", codes)), (step("late
 @pytest.fixture
 def two_sleepers(tmp_path: Path):
     """A run in a process of its own, both of whose steps have a child that sleeps; and the files with their ids."""
-    run = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a run that is killed leaves its folder there
+    run = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=environment)
     files = [tmp_path / name for name in "ab"]
     until(lambda: all(file.is_file() and file.read_text() for file in files))
     assert all(map(alive, files))
