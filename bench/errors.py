@@ -13,7 +13,7 @@ from torch import Tensor
 from onpo_fast.objectives import Objective
 
 from .peers import Result
-from .problems import Problem
+from .problems import Problem, Shape
 
 PIECE_BYTES = 2**29  # of float64 logits
 TOKENS = 1000  # errors of summed log-probs are given for a response of this length
@@ -78,12 +78,26 @@ def seconds(problem: Problem, objectives: int) -> float:
     """About how long ``Exact.of`` takes here: logits of the policy twice, of the reference once, and the gradients."""
     a = torch.randn(1024, 2048, dtype=torch.float64, device=problem.device)
     a @ a.T  # sets the library up
-    _wait(problem.device)
-    start = time.perf_counter()
-    a @ a.T
-    _wait(problem.device)
+    samples = []
+    for _ in range(3):  # the least: other processes may share the device
+        _wait(problem.device)
+        start = time.perf_counter()
+        a @ a.T
+        _wait(problem.device)
+        samples.append(time.perf_counter() - start)
     flops = (4 + objectives) * problem.shape.gemm_flops
-    return (time.perf_counter() - start) * flops / (2 * 1024 * 1024 * 2048)
+    return min(samples) * flops / (2 * 1024 * 1024 * 2048)
+
+
+def bytes_kept(shape: Shape) -> int:
+    """Of gradients by hidden and weight in float32, which ``Exact`` keeps for each objective."""
+    return 4 * (shape.rows + shape.vocabulary) * shape.features
+
+
+def bytes_while_made(shape: Shape) -> int:
+    """The most that ``Exact.of`` takes for one objective: head and its gradient in float64, the pieces of logits and
+    their temporaries, and what is kept."""
+    return 2 * 8 * shape.vocabulary * shape.features + 4 * PIECE_BYTES + bytes_kept(shape)
 
 
 def _wait(device: torch.device) -> None:

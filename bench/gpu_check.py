@@ -10,18 +10,18 @@ a private folder. A file ``smollm2.npz`` among the wheels (``python -m bench inp
 model's states, for part 2 without the model's own wheel.
 
 Each step has planned seconds and a maximum (``--dry-run`` lists them with what they assume) and is cut when its time
-is up; the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales its plan. ``--out`` has
-at any time ``gpu-check-PART.json``, which ``python -m bench summary`` and ``python -m bench plots`` read, and the log
-of all steps. A summary comes last, also after Ctrl-C or SIGTERM. Exit status 1 if a step failed or was not reached; a
-missed target, or a cut step with results, is a result.
+is up; the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales its plan, the preparation
+excepted. ``--out`` has at any time ``gpu-check-PART.json``, which ``python -m bench summary`` and ``python -m bench
+plots`` read, and the log of all steps. A summary comes last, also after Ctrl-C, SIGTERM or a lost terminal. Exit status
+1 if a step failed or was not reached; a missed target, or a cut step with results, is a result.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -33,17 +33,21 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from .runner import CLOSING, ROOT, Runner, Step, planned
+from .runner import CLOSING, ROOT, Runner, Step, planned, say
 from .summary import lines, table
 
 # the standard library alone: packages may be missing until they are installed
 
-TESTS = ROOT / "tests" / "triton_kernels"
+TESTS = ROOT / "tests"
 LIMITS = {"1": 540.0, "2": 240.0, "sanitizer": 300.0}  # seconds
 DRY_SCALE = 4.0  # the dry run's times are the plan's times this: it is there to run everything, on any CPU
+LEAST_SCALE = 1 / 3  # of a plan's times: with less, steps would end before they have imported torch
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TARGET, TEXT, TINY = "qwen3-8b-4x2x1024", "smollm2-text-4x2x1024", "tiny-2x2x40"  # names in problems.py
 CHECK_SHAPES = ((TARGET,), ("groups-3x8x129", "long-pair-1x2x3000"), (TINY, "odd-3x3x37", "one-token-2x2x1"))
 
@@ -74,7 +78,7 @@ def read_json(output: str, folder: Path) -> Any:
 
 
 def read_last_lines(output: str, folder: Path) -> list[str]:
-    return output.strip().splitlines()[-5:]
+    return [line[:300] for line in output.strip().splitlines()[-5:]]
 
 
 TEST_OUTCOME = re.compile(
@@ -82,11 +86,12 @@ TEST_OUTCOME = re.compile(
     r"(?: +\[ *\d+%\])?) *$",
     re.MULTILINE,
 )
+TEST_BEGAN = re.compile(r"^(\S+\.py::.*?) *$", re.MULTILINE)
 TEST_KINDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
 
 
 def read_tests(output: str, folder: Path) -> dict[str, Any]:
-    """Counts and names of failures from ``pytest -v``, also of one that was cut."""
+    """From ``pytest -v``, also where it was cut: counts, names of failures, and of tests that began and did not end."""
     outcomes: dict[str, str] = {}
     for match in TEST_OUTCOME.finditer(output):
         kind = TEST_KINDS.get(match["first"] or match["last"])
@@ -94,20 +99,24 @@ def read_tests(output: str, folder: Path) -> dict[str, Any]:
         if kind and outcomes.get(name) != "failed":  # an error in the teardown comes after PASSED
             outcomes[name] = kind
     counts = {kind: sum(found == kind for found in outcomes.values()) for kind in ("passed", "failed", "skipped")}
-    return {**counts, "failures": [name for name, found in outcomes.items() if found == "failed"]}
+    began = [match[1] for match in TEST_BEGAN.finditer(TEST_OUTCOME.sub("", output))]
+    return {
+        **counts, "failures": [name for name, found in outcomes.items() if found == "failed"],
+        "unfinished": [name for name in dict.fromkeys(began) if name not in outcomes],
+    }  # fmt: skip
 
 
 def read_checks(output: str, folder: Path) -> dict[str, Any]:
-    """The lines of ``bench checks``: SHAPE: METHOD, TASK: ok, or what is wrong."""
-    found: dict[str, Any] = {"ok": 0, "faults": [], "left_out": []}
+    """The lines of ``bench checks``: SHAPE: METHOD, TASK: ok, or what is wrong, or why it was not checked."""
+    found: dict[str, Any] = {"ok": 0, "faults": [], "not_checked": []}
     for line in output.splitlines():
-        if match := re.fullmatch(r"([\w.-]+\dx\d+x\d+: .+, [^:]+): (.+)", line):
+        if ": not checked: " in line:
+            found["not_checked"].append(line)
+        elif match := re.fullmatch(r"([\w.-]+\dx\d+x\d+: .+, [^:]+): (.+)", line):
             if match[2] == "ok":
                 found["ok"] += 1
             else:
                 found["faults"].append(line)
-        elif ": left out: " in line:
-            found["left_out"].append(line)
     return found
 
 
@@ -121,12 +130,14 @@ def some_lines(found: Any) -> str | None:
 def tests_pass(found: Any) -> str | None:
     if found["failed"]:
         return f"{found['failed']} tests failed"
-    return None if found["passed"] + found["skipped"] else NOTHING
+    return None if found["passed"] else NOTHING
 
 
 def checks_pass(found: Any) -> str | None:
     if found["faults"]:
         return f"{len(found['faults'])} faults"
+    if found["not_checked"]:
+        return f"not checked: {len(found['not_checked'])}"
     return None if found["ok"] else NOTHING
 
 
@@ -134,18 +145,39 @@ def products_were_tried(found: Any) -> str | None:
     return None if found and "products" in found else NOTHING
 
 
-def some_row(*statuses: str, key: str = "rows") -> Callable[[Any], str | None]:
-    """Results must have a row of one of these statuses."""
-    return lambda found: None if any(row["status"] in statuses for row in (found or {}).get(key, [])) else NOTHING
+def ours_measured(method: str) -> Callable[[Any], str | None]:
+    """``method`` must have a measured row and no row of ours may have failed; peers may be absent or fail."""
+
+    def fault(found: Any) -> str | None:
+        rows = [row for record in (found or {}).get("shapes", []) for row in record["rows"]]
+        ours = [row for row in rows if row["method"] in (method, "onpo_fast lean")]
+        if failed := [row for row in ours if row["status"] not in ("measured", "absent", "skipped")]:
+            return f"{failed[0]['method']}, {failed[0]['task']}: {failed[0]['status']}"
+        measured = any(row["method"] == method and row["status"] == "measured" for row in ours)
+        return None if measured else f"{method} was not measured"
+
+    return fault
 
 
-def ours_measured(found: Any) -> str | None:
-    """Peers may be absent or fail; our kernels may not fail."""
-    rows = [row for record in (found or {}).get("shapes", []) for row in record["rows"]]
-    ours = [row for row in rows if row["method"] in ("onpo_fast fast", "onpo_fast lean")]
-    if failed := [row for row in ours if row["status"] not in ("measured", "absent", "skipped")]:
-        return f"{failed[0]['method']}, {failed[0]['task']}: {failed[0]['status']}"
-    return some_row("measured")({"rows": rows})
+def fit_measured(loss: str) -> Callable[[Any], str | None]:
+    """The fit with this loss must have been measured; the other one may not fit the memory."""
+
+    def fault(found: Any) -> str | None:
+        statuses = [row["status"] for row in (found or {}).get("fits", []) if row["loss"] == loss]
+        return None if "measured" in statuses else f"the fit with {loss}: {(statuses or ['not run'])[-1]}"
+
+    return fault
+
+
+def epilogues_measured(found: Any) -> str | None:
+    """The light epilogue in its default form must have been measured; no epilogue with the table's tile may fail."""
+    rows = (found or {}).get("rows", [])
+    for row in rows:
+        own_tile = all(value is None for name, value in row["variant"].items() if name != "epilogue")
+        if own_tile and row["status"] not in ("measured", "skipped"):
+            return f"{row['line']}: {row['status']}"
+    light = [row["status"] for row in rows if row["line"] == "light, 3 GiB"]
+    return None if "measured" in light else f"light, 3 GiB: {(light or ['not run'])[0]}"
 
 
 def run_has_rates(found: Any) -> str | None:
@@ -161,29 +193,43 @@ def preparation(at: Setting) -> list[tuple[Step, ...]]:
     command = [sys.executable, "-m", "bench.wheels", "install", str(at.wheels), str(at.site)]
     survey = bench("survey", "--out", "{out}", "--device", "cpu" if at.dry else "cuda")
     return [
-        (Step("install", 20, 40, "one pip call for 20 wheels of 0.2 GB: 10 s; were one refused, 20 calls of 0.7 s",
-              [command], read_last_lines, some_lines),),
+        (Step("install", 20, 40, "one pip call for 34 wheels of 0.2 GB: 10 s; one more, of 1 s, for each one refused",
+              [command], read_last_lines, some_lines, scales=at.dry),),
         (Step("survey", 15, 40, "first import of torch 8 s, products 3 s, ceilings 2 s",
-              [survey], read_json, products_were_tried),),
+              [survey], read_json, products_were_tried, scales=at.dry),),
     ]  # fmt: skip
 
 
-def kernel_tests(at: Setting, *files: str, pick: str = "") -> list[list[str]]:
-    """pytest on files of tests/triton_kernels: over several processes with xdist, else a process a file."""
-    # the other tests' conftest.py wants the real model and the packages of the trainer: it is left out, its path not
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--confcutdir={TESTS}",
-              "-o", f"pythonpath={TESTS.parent}", *(["-k", pick] if pick else [])]  # fmt: skip
+def run_tests(at: Setting, *files: str, pick: str = "") -> Callable[[], list[list[str]]]:
+    """pytest on files of tests/: over several processes with xdist, else a process a file."""
+    return partial(pytest_commands, at, files, pick)
+
+
+def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list[str]]:
+    # conftest.py of tests/ wants the real model: it is left out, that of the kernels' tests is not
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider",
+              f"--confcutdir={TESTS / 'triton_kernels'}", "-o", f"pythonpath={TESTS}",
+              *(["-k", pick] if pick else [])]  # fmt: skip
     pytest = [*(INTERPRETED if at.dry else []), *pytest]
     paths = [str(TESTS / file) for file in files]
-    if importlib.util.find_spec("xdist") and len(files) > 1:
+    PathFinder.invalidate_caches()
+    if len(files) > 1 and PathFinder.find_spec("xdist", [str(at.site), *sys.path]):
         workers = max(2, min(8, (os.cpu_count() or 1) // 2))  # nearly all of the time is compilation
         return [[*pytest, "-n", str(workers), "--dist", "worksteal", *paths]]
     return [[*pytest, path] for path in paths]
 
 
+# the properties first: each of their examples has kernels of its own to compile
+KERNEL_TESTS = tuple(f"triton_kernels/test_{name}.py" for name in (
+    "properties", "on_gpu", "pair_loss", "token_logprobs", "sampled_tokens",
+))  # fmt: skip
+
+
 def part_1(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
-        tests = kernel_tests(at, "test_token_logprobs.py", pick="values_and_gradients and float32 and pairs")
+        tests = run_tests(
+            at, "triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs"
+        )
         checks = [bench("checks", "--device", "cpu", "--tiny")]
         compiled = [[*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--compile", "--workers", "1",
                                           "--lines", "light, 3 GiB")]]  # fmt: skip
@@ -193,40 +239,43 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
                                       "light, 3 GiB", "persistent, 3 GiB", "--block", "0.05")]  # fmt: skip
         fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
     else:
-        # the properties first: each of their examples has kernels of its own to compile. The test of memory wants the
-        # GPU for itself: part 2 has it.
-        tests = kernel_tests(at, "test_properties.py", "test_on_gpu.py", "test_pair_loss.py", "test_token_logprobs.py",
-                             pick="not test_memory_beside")  # fmt: skip
+        # the test of memory wants the GPU for itself: part 2 has it
+        tests = run_tests(at, *KERNEL_TESTS, pick="not test_memory_beside")
         checks = [bench("checks", "--shapes", *shapes) for shapes in CHECK_SHAPES]
         compiled = [bench("sweep", "--compile", "--workers", "4")]
-        headline = bench("kernels", "--shapes", TARGET, "--out", "{out}", "--budget", "{budget}")
+        headline = bench("kernels", "--shapes", TARGET, "--block", "0.35", "--out", "{out}", "--budget", "{budget}")
         sweep = bench("sweep")
         fit = ["--device", "cuda", "--shape", "llama3-8b", "--losses", "triton", "materialised", "--pairs", "2"]
+    method, loss = ("onpo_fast torch", "torch") if at.dry else ("onpo_fast fast", "triton")
     return [
         *preparation(at),
         (
             Step("kernel tests", 130, 170,
-                 "230 tests, some 1000 kernels of 0.6 s, on 8 of 16 cores: 90 s; imports 15 s",
+                 "286 tests, some 1000 kernels of 0.6 s, on 8 of 16 cores: 90 s; imports 15 s",
                  tests, read_tests, tests_pass),
             Step("checks", 130, 170,
                  "target shape: 15 kernels of 1 s, 60 runs of 0.3 s, float64 10 s; others beside it",
                  checks, read_checks, checks_pass),
-            Step("compile", 80, 130, "the sweep's 19 variants × 3 kernels of 2 s in 4 processes: 30 s; imports 20 s",
+            Step("compile", 80, 130,
+                 "the sweep's 19 variants × 3 kernels of 2 s, 3 of them in chunks too, in 4 processes: 35 s; "
+                 "imports 20 s",
                  compiled, read_last_lines, some_lines),
         ),
-        (Step("headline", 195, 260, "ours and 9 peers: 30 rows of 3 s, first calls 80 s (Liger, CCE, QuACK compile)",
-              [headline], read_json, ours_measured, resumes=True),),
-        (Step("sweep", 65, 110, "23 variants, compiled before: 1.8 s each, import and inputs 15 s",
-              [[*sweep, "--out", "{out}", "--budget", "{budget}"]], read_json, some_row("measured"), resumes=True),),
+        (Step("headline", 178, 260,
+              "inputs and float64 20 s, 25 rows of 3 s, first calls 80 s (Liger, CCE, QuACK compile)",
+              [headline], read_json, ours_measured(method), resumes=True),),
+        (Step("sweep", 65, 110, "23 lines, compiled before: 2 s each, import and inputs 15 s",
+              [[*sweep, "--out", "{out}", "--budget", "{budget}"]], read_json, epilogues_measured, resumes=True),),
         (Step("fit", 105, 150, "2 losses: import 12 s, 8e9 random weights 8 s, compiling 10 s, 6 steps of 2 s",
               [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
-              read_json, some_row("measured", "out of memory", key="fits")),),
+              read_json, fit_measured(loss)),),
     ]  # fmt: skip
 
 
 def part_2(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
-        states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "materialised", "--block", "0.05")
+        states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "materialised",
+                       "--block", "0.05")  # fmt: skip
         trainer = ["--device", "cpu", "--tiny"]
     else:
         states = bench("kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL",
@@ -234,17 +283,18 @@ def part_2(at: Setting) -> list[tuple[Step, ...]]:
         if (inputs := at.wheels / "smollm2.npz").is_file():
             states += ["--inputs", str(inputs.resolve())]
         trainer = ["--device", "cuda", "--train=--iterations 2 --prompts_per_iteration 128 --max_new_tokens 64 "
-                   "--batch_pairs 128 --tokens_per_microbatch 16384 --sampling_batch_size 256"]  # fmt: skip
+                   "--batch_pairs 128"]  # fmt: skip
     return [
         *preparation(at),
-        (Step("states", 65, 90, "import 12 s, the model on the CPU 15 s, 14 rows of 1 s, compiling 24 s",
-              [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json, ours_measured, resumes=True),),
-        (Step("trainer", 90, 130, "2 iterations: sampling 2 × 64 tokens of 35 ms and loading 10 s each, fits 10 s, "
-              "evaluation 3 × 2 batches 15 s",
+        (Step("states", 60, 90, "import 12 s, the model on the CPU 15 s, 14 rows of 1 s, compiling 19 s",
+              [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json,
+              ours_measured("onpo_fast torch" if at.dry else "onpo_fast fast"), resumes=True),),
+        (Step("trainer", 85, 130, "import and loading 15 s; an iteration: 2 batches × 64 tokens of 35 ms, scores and "
+              "fits 16 s; evaluation 3 × 2 batches 25 s",
               [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
               read_json, run_has_rates),),
-        (Step("GPU tests", 40, 60, "10 tests, 40 kernels of 0.7 s, import 8 s",
-              kernel_tests(at, "test_on_gpu.py"), read_tests, tests_pass),),
+        (Step("GPU tests", 40, 60, "28 tests, 40 kernels of 0.7 s in 2 processes, import 12 s",
+              run_tests(at, "triton_kernels/test_on_gpu.py", "test_fit_device.py"), read_tests, tests_pass),),
     ]  # fmt: skip
 
 
@@ -286,7 +336,10 @@ def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
     rows = [[("+ " if i else "") + step.name, f"{step.seconds:.0f}", f"{step.most:.0f}", step.assumption]
             for group in groups for i, step in enumerate(group)]  # fmt: skip
     total = sum(map(planned, groups)) + CLOSING
-    rows += [["closing", f"{CLOSING:.0f}", "", "summary"], ["in all", f"{total:.0f}", f"{LIMITS[part]:.0f}", ""]]
+    rows += [
+        ["closing", f"{CLOSING:.0f}", "", "summary"],
+        ["in all", f"{total:.0f}", f"{LIMITS[part]:.0f}", "the rest is for the first that takes longer than planned"],
+    ]
     return [f"part {part}", *table(("step (+ beside the one before)", "seconds", "at most", "assumption"), rows)]
 
 
@@ -305,33 +358,56 @@ def main() -> int:
     options = parser.parse_args()
     if bool(options.part) == options.dry_run:
         parser.error("give either --part or --dry-run")
-    if options.minutes is not None and not options.minutes > 0:
-        parser.error("--minutes must be positive")
     if options.part == "sanitizer" and shutil.which("compute-sanitizer") is None:
         parser.error("--part sanitizer needs compute-sanitizer, which is not on the PATH")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    options.out.mkdir(parents=True, exist_ok=True)
     private = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     site = private / "site-packages"  # QuACK tells libraries from its users' code by this name
     at = Setting(options.wheels.resolve(), site, options.dry_run)
-    if not options.dry_run:
-        return run_part(options.part, at, options)
-    real = Setting(at.wheels, site, dry=False)
-    for part, steps in PARTS.items():
-        print("\n".join([*plan_lines(part, steps(real)), ""]), flush=True)
-    return run_part("1", at, options) or run_part("2", at, options)
+    parts = ("1", "2") if options.dry_run else (options.part,)
+    for part in parts if options.minutes is not None else ():
+        least = least_minutes(PARTS[part](at), LIMITS[part])
+        if not options.minutes >= least:
+            parser.error(f"--minutes must be at least {least:.1f} for part {part}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder: {error}")
+    if not os.access(options.out, os.W_OK):
+        parser.error(f"--out must be a folder that can be written to, and {options.out} cannot")
+    if options.dry_run:
+        real = Setting(at.wheels, site, dry=False)
+        for part, steps in PARTS.items():
+            print("\n".join([*plan_lines(part, steps(real)), ""]), flush=True)
+    for part in parts:
+        if status := run_part(part, at, options):
+            return status
+    return 0
+
+
+def fixed_seconds(groups: list[tuple[Step, ...]]) -> float:
+    """What a part takes whatever its limit."""
+    return CLOSING + sum(planned(group) for group in groups if not group[0].scales)
+
+
+def least_minutes(groups: list[tuple[Step, ...]], limit: float) -> float:
+    """The lowest limit of a part, in minutes, rounded up to tenths; ``limit``: that of its plan, in seconds."""
+    fixed = fixed_seconds(groups)
+    return math.ceil((fixed + LEAST_SCALE * (limit - fixed)) / 6) / 10
 
 
 def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
     """Runs a part and prints its summary, whatever ends it. Returns the exit status."""
     name = f"gpu-check-{'dry-' if at.dry else ''}{part}.json"
-    scale = DRY_SCALE if at.dry else 1.0
-    if options.minutes is not None:
-        scale = 60 * options.minutes / LIMITS[part]
+    groups, limit = PARTS[part](at), LIMITS[part]
+    seconds = limit * (DRY_SCALE if at.dry else 1.0) if options.minutes is None else 60 * options.minutes
+    fixed = fixed_seconds(groups)
     data = {"part": part, "command": " ".join(["bench.gpu_check", *sys.argv[1:]]), "commit": commit(),
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "dry_run": at.dry}  # fmt: skip
-    runner = Runner(options.out.resolve() / name, LIMITS[part] * scale, data, at.site)
+    runner = Runner(options.out.resolve() / name, seconds, data, at.site)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, runner.stop)
 
     def go_on(results: dict[str, Any]) -> bool:
         """Nothing is checked where torch sees no GPU."""
@@ -339,15 +415,13 @@ def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
 
     status = 0
     try:
-        runner.run(PARTS[part](at), scale, go_on)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+        runner.run(groups, (seconds - fixed) / (limit - fixed), go_on)
     except SystemExit as stopped:
         status = stopped.code
     except Exception:
         traceback.print_exc()
         status = 1
-    print("\n".join(["", *lines(runner.data, str(runner.path))]), flush=True)
+    say("\n".join(["", *lines(runner.data, str(runner.path))]))
     return status or int(runner.failed)
 
 

@@ -3,7 +3,10 @@
 Every step has planned seconds and a maximum. It may use what the steps before it left over, up to its maximum, but
 never what is planned for the steps after it. When its time is up its process group is killed and the next step begins.
 Results are collected from each step's own folder and written to one JSON file after every step, and every few seconds
-in between.
+in between. A disk that is full costs the files, not the run.
+
+No process outlives the run: a signal that is passed to ``Runner.stop`` ends them, and if the run itself is killed, a
+watcher does.
 
 Standard library only: this runs before missing packages are installed.
 """
@@ -14,11 +17,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,22 @@ SAVE_SECONDS = 5.0  # between two writes while a step runs
 GPU_GONE = 75  # exit status of a benchmark that lost the GPU: a new process may continue with --resume
 MOST_RESTARTS = 4
 LEAST_RESTART_SECONDS = 20.0
+KEPT_CHARACTERS = 2**20  # of a process's output: so many from its beginning and so many from its end
+LINE_CHARACTERS = 2**16  # of a line; a longer one counts as several
+
+# Reads the ids of process groups that begin, and with a minus of those that have ended; when the writer is gone, kills
+# those that are left.
+WATCHER = """
+import os, sys
+groups = set()
+for group in map(int, sys.stdin):
+    groups.add(group) if group > 0 else groups.discard(-group)
+for group in groups:
+    try:
+        os.killpg(group, 9)
+    except OSError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -39,16 +60,63 @@ class Step:
     seconds: float  # planned
     most: float  # seconds at most, if earlier steps left some over
     assumption: str  # what the planned seconds stand for
+    # A function is asked when the step begins: what runs may depend on what was installed by then.
     # ``{out}`` in an argument becomes the step's own folder, ``{budget}`` the seconds in which to begin new work
-    commands: list[list[str]]
+    commands: list[list[str]] | Callable[[], list[list[str]]]
     read: Callable[[str, Path], Any]  # (output, the step's folder) -> results that JSON can hold
     fault: Callable[[Any], str | None]  # what is wrong with these results; None where they show what they should
     resumes: bool = False  # restart with --resume after a lost GPU or a crash
+    scales: bool = True  # its times follow the limit of the run
+
+    def commands_now(self) -> list[list[str]]:
+        return self.commands() if callable(self.commands) else self.commands
+
+    def times(self, scale: float) -> tuple[float, float]:
+        """Planned seconds and the maximum, in a run whose times are the plan's times ``scale``."""
+        return (self.seconds * scale, self.most * scale) if self.scales else (self.seconds, self.most)
 
 
-def planned(group: tuple[Step, ...]) -> float:
+def planned(group: tuple[Step, ...], scale: float = 1.0) -> float:
     """Seconds of steps that run side by side."""
-    return max(step.seconds for step in group)
+    return max(step.times(scale)[0] for step in group)
+
+
+def say(text: str) -> None:
+    """Prints, where there is still somebody to read it."""
+    with suppress(OSError):  # the terminal is gone, or a pipe's reader
+        print(text, flush=True)
+
+
+class Output:
+    """The beginning and the end of what a process prints."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.last: deque[str] = deque()
+        self.sizes = [0, 0]  # characters in ``first`` and in ``last``
+        self.left_out = 0  # characters between them
+
+    def add(self, text: str) -> bool:
+        """Whether the text is part of the beginning."""
+        if not self.last and self.sizes[0] + len(text) <= KEPT_CHARACTERS:
+            self.first.append(text)
+            self.sizes[0] += len(text)
+            return True
+        self.last.append(text)
+        self.sizes[1] += len(text)
+        while self.sizes[1] > KEPT_CHARACTERS:
+            dropped = len(self.last.popleft())
+            self.sizes[1] -= dropped
+            self.left_out += dropped
+        return False
+
+    def end(self) -> str:
+        """What comes after the beginning."""
+        gap = f"\n[{self.left_out} characters left out]\n" if self.left_out else ""
+        return gap + "".join(list(self.last))  # a copy: more may come meanwhile
+
+    def text(self) -> str:
+        return "".join(self.first) + self.end()
 
 
 @dataclass
@@ -61,7 +129,9 @@ class Process:
     end: float  # on the monotonic clock
     environment: dict[str, str]
     log: Callable[[str], None]
-    output: list[str] = field(default_factory=list)
+    watch: Callable[[int], None]  # is told the id of a process group that begins, and its negative when it has ended
+    output: Output = field(default_factory=Output)
+    child: subprocess.Popen | None = None
     status: int | None = None
     cut: bool = False
     restarts: int = 0
@@ -75,17 +145,23 @@ class Process:
             for part in self.command + extra
         ]
         self.log(f"\n$ {' '.join(self.arguments)}\n")
-        self.child = subprocess.Popen(
-            self.arguments, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        try:
+            self.child = subprocess.Popen(
+                self.arguments, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:  # there is no such command
+            self.output.add(f"{error}\n")
+            self.status = 127
+            return
+        self.watch(self.child.pid)
         self.reader = threading.Thread(target=self._read, args=(self.child,), daemon=True)
         self.reader.start()
 
     def _read(self, child: subprocess.Popen) -> None:
-        for line in child.stdout:
-            self.output.append(line)
-            self.log(f"[{self.step.name}] {line}")
+        while line := child.stdout.readline(LINE_CHARACTERS):
+            if self.output.add(line):
+                self.log(f"[{self.step.name}] {line}")
 
     def running(self) -> bool:
         """Whether it still runs; ends it if its time is up, restarts it if it lost the GPU."""
@@ -95,9 +171,9 @@ class Process:
             if time.monotonic() < self.end:
                 return True
             self.cut = True
-            self.kill()
+            self.end_group()
             return False
-        self.kill()  # helpers that it left behind
+        self.end_group()  # helpers that it left behind
         status = self.child.returncode
         lost = status == GPU_GONE or status < 0
         in_time = self.end - time.monotonic() > LEAST_RESTART_SECONDS
@@ -109,10 +185,19 @@ class Process:
         return False
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # none of the group is left
-            os.killpg(self.child.pid, signal.SIGKILL)
+        """Kills its group, and waits for nothing."""
+        if self.child is not None:
+            with suppress(ProcessLookupError, PermissionError):  # none of the group is left
+                os.killpg(self.child.pid, signal.SIGKILL)
+
+    def end_group(self) -> None:
+        """Kills its group, and has read all that it printed."""
+        if self.child is None:
+            return
+        self.kill()
         with suppress(subprocess.TimeoutExpired):  # it hangs in a driver: go on without it
             self.child.wait(5)
+            self.watch(-self.child.pid)
         self.reader.join(5)
 
 
@@ -123,39 +208,63 @@ class Runner:
         """``site``: a folder that is put first on the import path of every step."""
         self.path, self.end = path, time.monotonic() + seconds
         self.data: dict[str, Any] = {**data, "limit_seconds": seconds, "steps": [], "results": {}}
-        self.log_file = open(path.with_suffix(".log"), "w", encoding="utf-8")
+        self.log_file = open(path.with_suffix(".log"), "wb", buffering=0)
         self.lock = threading.Lock()
+        self.disk_failed = False
+        self.stopped: int | None = None  # by this signal
         paths = [str(site or ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "150",
         }  # fmt: skip
+        self.watcher = subprocess.Popen([sys.executable, "-S", "-c", WATCHER], stdin=subprocess.PIPE, text=True,
+                                        bufsize=1, start_new_session=True)  # fmt: skip
+
+    def stop(self, number: int, frame: object = None) -> None:
+        """A signal handler. It raises nothing, so that however many signals come, the processes are ended once and the
+        results kept: ``run`` sees within a moment that there was one, and raises SystemExit."""
+        self.stopped = number
+
+    def watch(self, group: int) -> None:
+        """Tells the watcher of a process group: its id, or the negative of it."""
+        with suppress(OSError):  # somebody killed the watcher
+            self.watcher.stdin.write(f"{group}\n")
 
     def left(self) -> float:
         """Seconds for steps."""
         return self.end - CLOSING - time.monotonic()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A file that cannot be written is said once; the next write is tried all the same."""
+        try:
+            yield
+        except OSError as error:
+            if not self.disk_failed:
+                self.disk_failed = True
+                say(f"cannot write {self.path} or its log ({error}): the check goes on")
+
     def log(self, text: str) -> None:
-        with self.lock:
-            self.log_file.write(text)
-            self.log_file.flush()
+        with self.lock, self._writing():
+            self.log_file.write(text.encode())
 
     def save(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.new")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        with self._writing():
+            temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
 
     def run(
         self,
         groups: list[tuple[Step, ...]],
-        scale: float = 1.0,  # of all times
+        scale: float = 1.0,  # of the times of steps that scale
         go_on: Callable[[dict[str, Any]], bool] = lambda results: True,  # asked with all results after every group
     ) -> None:
         """The steps of a group run side by side, the groups one after the other."""
         waiting = [step for group in groups for step in group]
         try:
             for number, group in enumerate(groups):
-                later = sum(planned(other) for other in groups[number + 1 :]) * scale
+                later = sum(planned(other, scale) for other in groups[number + 1 :])
                 waiting = waiting[len(group) :]
                 self._run_group(group, later, scale)
                 if not go_on(self.data["results"]):
@@ -164,68 +273,82 @@ class Runner:
             for step in waiting:
                 self._note(step, "not run", 0.0)
             self.save()
+            with suppress(OSError):
+                self.watcher.communicate()
 
     def _run_group(self, group: tuple[Step, ...], later: float, scale: float) -> None:
         begin = time.monotonic()
         room = max(self.left() - later, 0.0)
-        open_steps: dict[str, list[Process]] = {}
+        open_steps: dict[str, list[Process]] = {step.name: [] for step in group}
         with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
             try:
                 for step in group:
                     folder = Path(work, step.name.replace(" ", "-"))
                     folder.mkdir()
-                    end = begin + min(step.most * scale, room)
-                    processes = open_steps[step.name] = []
-                    for command in step.commands:
-                        process = Process(step, command, folder, end, self.environment, self.log)
+                    end = begin + min(step.times(scale)[1], room)
+                    for command in step.commands_now():
+                        process = Process(step, command, folder, end, self.environment, self.log, self.watch)
+                        open_steps[step.name].append(process)
                         process.start()
-                        processes.append(process)
                 saved = begin
                 while open_steps:
+                    if self.stopped:
+                        raise SystemExit(128 + self.stopped)
                     for step in group:
                         processes = open_steps.get(step.name)
                         if processes is not None and not any([process.running() for process in processes]):
-                            self._finish(step, processes, time.monotonic() - begin)
                             del open_steps[step.name]
+                            self._finish(step, processes, time.monotonic() - begin)
                     if time.monotonic() - saved > SAVE_SECONDS:
-                        for processes in open_steps.values():
-                            self._collect(processes)
+                        for step in group:
+                            self._collect(step, open_steps.get(step.name, []))
                         self.save()
                         saved = time.monotonic()
                     time.sleep(0.1)
-            except BaseException as error:  # this process is being stopped, or cannot start one: leave none behind
-                for processes in open_steps.values():
-                    for process in processes:
-                        process.kill()
-                    self._collect(processes)
-                    if processes:
-                        said = f"FAILED: stopped by {type(error).__name__}"
-                        self._note(processes[0].step, said, time.monotonic() - begin)
-                self.save()
+            except BaseException as error:  # this process is being stopped: leave none behind
+                left = [process for processes in open_steps.values() for process in processes]
+                for process in left:  # all at once: a second signal may be one that cannot be caught
+                    process.kill()
+                for process in left:
+                    process.end_group()
+                said = signal.Signals(self.stopped).name if self.stopped else f"{type(error).__name__}: {error}"
+                for step in group:
+                    if step.name in open_steps:
+                        self._collect(step, open_steps[step.name])
+                        self._note(step, f"FAILED: stopped by {said}", time.monotonic() - begin)
+                for process in left:
+                    self.log(process.output.end())
                 raise
 
-    def _collect(self, processes: list[Process]) -> Any:
+    def _collect(self, step: Step, processes: list[Process]) -> Any:
+        """What the step has left so far; in ``data`` too."""
         if not processes:
             return None
-        output = "".join("".join(process.output) for process in processes)
+        output = "".join(process.output.text() for process in processes)
         try:
-            results = processes[0].step.read(output, processes[0].folder)
+            results = step.read(output, processes[0].folder)
         except Exception as error:  # half-written or unexpected: the log has it
             results = {"unreadable": f"{type(error).__name__}: {error}"}
-        self.data["results"][processes[0].step.name] = results
+        self.data["results"][step.name] = results
         return results
 
     def _finish(self, step: Step, processes: list[Process], seconds: float) -> None:
-        results = self._collect(processes)
+        results = self._collect(step, processes)
+        for process in processes:
+            self.log(process.output.end())
         statuses = [process.status for process in processes if process.status]
         restarts = sum(process.restarts for process in processes)
         cut = [f"cut after {seconds:.0f} s"] if any(process.cut for process in processes) else []
-        wrong = [said for said in (step.fault(results), f"exit status {statuses[0]}" if statuses else None) if said]
+        try:
+            fault = step.fault(results)
+        except Exception as error:
+            fault = f"unexpected results, {type(error).__name__}: {error}"
+        wrong = [said for said in (fault, f"exit status {statuses[0]}" if statuses else None) if said]
         said = [f"restarted {restarts} times"] if restarts else []
         outcome = f"FAILED: {', '.join(wrong + cut + said)}" if wrong else ", ".join((cut or ["ok"]) + said)
         self._note(step, outcome, seconds)
         if outcome.startswith("FAILED"):
-            print("".join("".join(process.output[-15:]) for process in processes), end="", flush=True)
+            say("".join("".join(process.output.text().splitlines(keepends=True)[-15:]) for process in processes))
 
     def _note(self, step: Step, outcome: str, seconds: float) -> None:
         self.data["steps"].append(
@@ -233,7 +356,7 @@ class Runner:
              "outcome": outcome}
         )  # fmt: skip
         self.save()
-        print(f"[{max(self.left(), 0):4.0f} s left] {step.name}: {outcome} ({seconds:.0f} s)", flush=True)
+        say(f"[{max(self.left(), 0):4.0f} s left] {step.name}: {outcome} ({seconds:.0f} s)")
 
     @property
     def failed(self) -> bool:

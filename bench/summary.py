@@ -13,6 +13,9 @@ from typing import Any
 
 MOST_LINES = 60
 MOST_NAMES = 6  # of failed tests or faults
+LARGE = ("headline", "states", "sweep")  # sections of many rows, ordered so that the last ones matter least
+NEVER_CUT = ("title", "absent", "targets", "steps", "end")
+OURS = ("onpo_fast fast", "onpo_fast lean")
 GB = 1e9
 
 Row = dict[str, Any]
@@ -27,29 +30,47 @@ def main(options: argparse.Namespace) -> None:
 
 
 def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
-    """The summary of a part, the longest tables cut where it would be more than ``most`` lines."""
+    """The summary of a part in at most ``most`` lines. Targets, what was not measured, and failed steps are never cut.
+    The large tables are cut first, the longer one each time, to no less than five rows; then the other sections."""
     results = data["results"]
-    sections = [
-        [f"GPU check, part {data['part']}, commit {(data.get('commit') or 'unknown')[:9]}"],
-        results.get("install") or [],
-        survey_lines(results.get("survey")),
-        *(test_lines(name, found) for name, found in results.items() if name.endswith("tests")),
-        check_lines(results.get("checks")),
-        headline_table(results.get("headline")),
-        headline_table(results.get("states")),
-        sweep_table(results.get("sweep")),
-        fit_table((results.get("fit") or {}).get("fits", [])),
-        run_table((results.get("trainer") or {}).get("runs", [])),
-        step_table(data["steps"]),
-        [f"results: {path}"],
-    ]
-    while (over := sum(map(len, sections)) - most) > 0:
-        longest = max(sections, key=len)
-        keep = max(len(longest) - over - 1, 4)
-        if keep >= len(longest) - 1:
-            break
-        longest[keep:] = [f"… {len(longest) - keep} more lines in {path}"]
-    return [line for section in sections for line in section]
+    headline, states = results.get("headline"), results.get("states")
+    tests = [(name, found) for name, found in results.items() if name.endswith("tests")]
+    sections = {
+        "title": [f"GPU check, part {data['part']}, commit {(data.get('commit') or 'unknown')[:9]}"],
+        "install": results.get("install") or [],
+        "survey": survey_lines(results.get("survey")),
+        "tests": [line for name, found in tests for line in test_lines(name, found)],
+        "checks": check_lines(results.get("checks")),
+        "headline": headline_table(headline),
+        "states": headline_table(states),
+        "absent": [*absent_lines(headline), *absent_lines(states)],
+        "targets": target_lines((headline or {}).get("verdicts", [])),
+        "sweep": sweep_table(results.get("sweep")),
+        "fit": fit_table((results.get("fit") or {}).get("fits", [])),
+        "trainer": run_table((results.get("trainer") or {}).get("runs", [])),
+        "steps": step_lines(data["steps"]),
+        "end": [f"results: {path}"],
+    }
+    hidden = dict.fromkeys(sections, 0)
+    others = [name for name in sections if name not in (*LARGE, *NEVER_CUT)]
+
+    def shown() -> int:
+        return sum(len(section) + (hidden[name] > 0) for name, section in sections.items())
+
+    def cut_next() -> str | None:
+        """The section to lose its last line: the longest of the first kind that has one with more than so many."""
+        for names, least in ((LARGE, 8), (others, 3), (LARGE, 4)):
+            if longer := [name for name in names if len(sections[name]) > least]:
+                return max(longer, key=lambda name: len(sections[name]))
+        return None
+
+    while shown() > most and (name := cut_next()):
+        del sections[name][-1]
+        hidden[name] += 1
+    return [
+        line for name, section in sections.items()
+        for line in (*section, *([f"… {hidden[name]} more lines in {path}"] if hidden[name] else []))
+    ]  # fmt: skip
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -82,47 +103,58 @@ def survey_lines(found: dict[str, Any] | None) -> list[str]:
 
 def test_lines(name: str, found: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{found.get(kind, 0)} {kind}" for kind in ("passed", "failed", "skipped"))
-    names = found.get("failures", [])
-    more = [f"  … {len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
-    return [f"{name}: {counts}", *(f"  failed: {test}" for test in names[:MOST_NAMES]), *more]
+    named = [f"  failed: {test}" for test in found.get("failures", [])]
+    named += [f"  did not end: {test}" for test in found.get("unfinished", [])]
+    return [f"{name}: {counts}", *first_of(named)]
+
+
+def first_of(texts: list[str]) -> list[str]:
+    more = [f"  … {len(texts) - MOST_NAMES} more"] if len(texts) > MOST_NAMES else []
+    return [*texts[:MOST_NAMES], *more]
 
 
 def check_lines(found: dict[str, Any] | None) -> list[str]:
     if not found:
         return []
-    faults, left_out = found.get("faults", []), found.get("left_out", [])
-    more = [f"  … {len(faults) - MOST_NAMES} more"] if len(faults) > MOST_NAMES else []
-    return [
-        f"poisoned memory and repeated runs: {found.get('ok', 0)} ok, {len(faults)} with faults",
-        *(f"  {line}" for line in (*faults[:MOST_NAMES], *left_out)), *more,
-    ]  # fmt: skip
+    faults, unchecked = found.get("faults", []), found.get("not_checked", [])
+    said = f"{found.get('ok', 0)} ok, {len(faults)} with faults, {len(unchecked)} not checked"
+    return [f"poisoned memory and repeated runs: {said}", *first_of([f"  {line}" for line in (*faults, *unchecked)])]
 
 
 def headline_table(found: dict[str, Any] | None) -> list[str]:
-    """The first shape of ``bench kernels``: every row that was measured, and the targets."""
+    """The first shape of ``bench kernels``: ours at every task, a peer at the first of its tasks."""
     if not found or not found.get("shapes"):
         return []
     record = found["shapes"][0]
     floor = record.get("floor_seconds")
     bare = "" if not floor else "; bare products, ms: " + ", ".join(f"{n} {s * 1e3:.4g}" for n, s in floor.items())
-    rows, absent = [], []
+    title = f"{record['shape']}, {record['dtype']}, H {record['features']}, V {record['vocabulary']}{bare}"
+    if record.get("unavailable"):
+        return [title, f"not measured: {record['unavailable']}"]
+    rows: list[list[str]] = []
+    seen: set[str] = set()
     for row in record["rows"]:
-        if row["status"] == "measured":
+        if row["status"] == "measured" and (row["method"] in OURS or row["method"] not in seen):
+            seen.add(row["method"])
             error = row.get("error", {})
             rows.append([
                 row["method"], row["task"], number(row["seconds"]["both"]["median"], ".4g", 1e3),
                 number(row.get("over_floor"), ".3f"), number(row["peak_extra_bytes"], ".0f", 1e-6),
                 *(number(error.get(key), ".1e") for key in ("logps_nats_max", "hidden_gradient", "weight_gradient")),
             ])  # fmt: skip
-        elif row["status"] != "skipped":
-            reason = f": {row['reason'][:60]}" if row.get("reason") else ""
-            absent.append(f"{row['method']} ({row['status']}{reason})")
-    title = f"{record['shape']}, {record['dtype']}, H {record['features']}, V {record['vocabulary']}{bare}"
-    if record.get("unavailable"):
-        return [title, f"not measured: {record['unavailable']}"]
-    said = [f"not measured: {'; '.join(dict.fromkeys(absent))}"] if absent else []
     columns = ("method", "task", "ms", "× products", "extra MB", "nats", "dX", "dW")
-    return [title, *(table(columns, rows) if rows else []), *said, *target_lines(found.get("verdicts", []))]
+    return [title, *(table(columns, rows) if rows else [])]
+
+
+def absent_lines(found: dict[str, Any] | None) -> list[str]:
+    """What the first shape of ``bench kernels`` was not measured with, in one line."""
+    if not found or not found.get("shapes"):
+        return []
+    said = [
+        f"{row['method']} ({row['status']}{': ' + row['reason'][:60] if row.get('reason') else ''})"
+        for row in found["shapes"][0]["rows"] if row["status"] != "measured"
+    ]  # fmt: skip
+    return [f"not measured: {'; '.join(dict.fromkeys(said))}"] if said else []
 
 
 def target_lines(verdicts: list[Row]) -> list[str]:
@@ -135,14 +167,17 @@ def target_lines(verdicts: list[Row]) -> list[str]:
 
 
 def sweep_table(found: dict[str, Any] | None) -> list[str]:
-    """Every variant of ``bench sweep``: times over the bare products, the prediction before the outcome."""
+    """The variants of ``bench sweep``, times over the bare products, the prediction before the outcome: the three
+    fastest, those for which something was predicted, then the others by time."""
     if not found or not found.get("rows"):
         return []
+    by_time = sorted(found["rows"], key=lambda row: row.get("over_products") or float("inf"))
+    ordered = [*by_time[:3], *sorted(by_time[3:], key=lambda row: row["predicted"] is None)]
     rows = [
         [row["line"], number(row["predicted"], ".2f"), number(row.get("over_products"), ".3f"),
          number(row["predicted_scoring"], ".2f"), number(row.get("scoring_over_product"), ".3f"),
          "" if row["status"] == "measured" else f"{row['status']}: {row.get('reason', '')}"[:70]]
-        for row in found["rows"]
+        for row in ordered
     ]  # fmt: skip
     columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "")
     return [f"variants of the kernels at {found['shape']}", *table(columns, rows)]
@@ -186,8 +221,13 @@ def run_table(runs: list[Row]) -> list[str]:
     return text
 
 
-def step_table(steps: list[Row]) -> list[str]:
-    return table(
-        ("step", "planned s", "s", "outcome"),
-        [[step["name"], f"{step['planned']:.0f}", f"{step['seconds']:.0f}", step["outcome"]] for step in steps],
-    )
+def step_lines(steps: list[Row]) -> list[str]:
+    """A table of the steps that did not simply do their work, and a line about the others."""
+    ok = [step for step in steps if step["outcome"] == "ok"]
+    rows = [
+        [step["name"], f"{step['planned']:.0f}", f"{step['seconds']:.0f}", step["outcome"][:150]]
+        for step in steps if step["outcome"] != "ok"
+    ]  # fmt: skip
+    total = ", ".join(f"{step['name']} {step['seconds']:.0f} s" for step in ok)
+    said = [f"{len(ok)} of {len(steps)} steps ok: {total}"] if ok else []
+    return [*(table(("step", "planned s", "s", "outcome"), rows) if rows else []), *said]

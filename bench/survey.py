@@ -42,7 +42,9 @@ def main(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     found |= describe(device)
     print(", ".join(f"{k} {v}" for k, v in found.items() if k not in ("gpu", "versions")), flush=True)
+    _written(found, options.out)
     found["products"] = products(device)
+    _written(found, options.out)
     for name, verdict in found["products"].items():
         print(f"{name}: {verdict}", flush=True)
     found |= ceilings(device)
@@ -51,7 +53,8 @@ def main(options: argparse.Namespace) -> int:
     return _written(found, options.out, 1 if wrong and found["gpu"] else 0)
 
 
-def _written(found: dict[str, Any], folder: Path | None, status: int) -> int:
+def _written(found: dict[str, Any], folder: Path | None, status: int = 0) -> int:
+    """Writes what was found so far; returns the status."""
     if folder is not None:
         (folder / "survey.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return status

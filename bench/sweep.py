@@ -5,7 +5,9 @@ backward pass with the reference through its own head, over the four bare produc
 is about the logits product, scoring over one of them. Gradients are compared with those of the first line that ran. A
 variant that does not compile or does not fit the GPU is a line too. ``--resume`` continues after a lost GPU.
 
-``--compile`` only compiles: every variant once on a small problem, in several processes, into Triton's cache.
+``--compile`` only compiles: every variant on a small problem, in one chunk and, where a line has a workspace for it, in
+several, by several processes, into Triton's cache. Exit status 1 if an epilogue fails with the tile that it has by
+default: nothing of the kind is expected, while other tiles may ask for more than the GPU has.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from .runner import GPU_GONE
 from .timing import Clock, Products, Spread
 
 GIB = 2**30
+ONE_CHUNK_GIB = 3  # of workspace: all exponentials of TARGET in bf16
 MOST_DIFFERENCE = 0.02  # of dX from the first line's, relative; two correct variants in bf16 differ by about 0.003
 
 # Predicted milliseconds at TARGET on an H100, from the machine code of the kernels compiled for sm_90 and a product of
@@ -55,7 +58,7 @@ def predicted(epilogue: str, gib: int) -> float | None:
     """Over four bare products, with the table's tile. Workspaces of 1 and 3 GiB are four chunks and one."""
     if gib == 2:
         return None
-    return (FOUR_CHUNKS - SAVED[epilogue] - (ONE_CHUNK if gib == 3 else 0)) / (4 * PRODUCT)
+    return (FOUR_CHUNKS - SAVED[epilogue] - (ONE_CHUNK if gib == ONE_CHUNK_GIB else 0)) / (4 * PRODUCT)
 
 
 def predicted_scoring(epilogue: str) -> float:
@@ -121,10 +124,9 @@ def main(options: argparse.Namespace) -> int:
     lines = [line for line in LINES if any(part in line.name for part in parts)]
     device, shape = torch.device(options.device), SHAPES[options.shape]
     if options.compile:
-        compile_lines(lines, shape, options.device, options.workers)
-        return 0
+        return compile_lines(lines, shape, options.device, options.workers)
     sweep = Sweep(options.out / "sweep.json", device, shape, time.monotonic() + options.budget, options.block)
-    if options.resume:
+    if options.resume and sweep.path.is_file():
         sweep.data = json.loads(sweep.path.read_text(encoding="utf-8"))
     sweep.run(lines)
     return 0
@@ -170,7 +172,7 @@ class Sweep:
         problem = Problem.make(self.shape, torch.bfloat16 if gpu else torch.float32, self.device)
         clock = Clock(self.device)
         self.floor(problem, clock)
-        first: list[Tensor] = []  # dX of the first line that ran
+        first = self.again(problem)
         samples: dict[Line, tuple[list[float], list[float]]] = {}
         for line in lines:
             if line.name in done:
@@ -201,12 +203,22 @@ class Sweep:
         names = ("logits", "hidden", "weight")
         self.data["floor_seconds"] = {n: Spread.of(list(x)).median for n, x in zip(names, zip(*laps))}
 
+    def again(self, problem: Problem) -> list[Tensor]:
+        """dX of the line that the rows so far were compared with; empty if there is none, or it fails now."""
+        found: list[Tensor] = []
+        for row in self.data["rows"]:
+            if row["line"] == self.data.get("compared_with"):
+                line = next(line for line in LINES if line.name == row["line"])
+                self.guarded(row, partial(self.check, line, problem, found, row))
+        return found
+
     def check(self, line: Line, problem: Problem, first: list[Tensor], row: dict[str, Any]) -> None:
         """The first call, which compiles what is not in the cache."""
         with using(line.variant):
             gradient, _ = train(problem, line.gib * GIB)
         if not first:
             first.append(gradient)
+            self.data["compared_with"] = line.name
         row["difference"] = relative_error(gradient, first[0])
         if not row["difference"] <= MOST_DIFFERENCE:  # what is not a number is wrong too
             raise ArithmeticError(f"dX differs by {row['difference']:.1e} from the first line's")
@@ -252,22 +264,38 @@ class Sweep:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compile_lines(lines: list[Line], shape: Shape, device: str, workers: int) -> None:
-    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do."""
-    small = replace(shape, groups=2, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
-    variants = list(dict.fromkeys(line.variant for line in lines))
+def compile_lines(lines: list[Line], shape: Shape, device: str, workers: int) -> int:
+    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do. Returns the exit status."""
+    small = replace(shape, groups=4, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
+    in_chunks: dict[Variant, bool] = {}  # whether a line of the variant has too small a workspace for one chunk
+    for line in lines:
+        in_chunks[line.variant] = in_chunks.get(line.variant, False) or line.gib < ONE_CHUNK_GIB
+    status = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for said in pool.map(partial(compile_variant, shape=small, device=device), variants):
+        tried = pool.map(partial(compile_variant, shape=small, device=device), in_chunks, in_chunks.values())
+        for variant, (ok, said) in zip(in_chunks, tried):
             print(said, flush=True)
+            if not ok and variant == Variant(variant.epilogue):
+                status = 1
+    return status
 
 
-def compile_variant(variant: Variant, shape: Shape, device: str) -> str:
+def compile_variant(variant: Variant, in_chunks: bool, shape: Shape, device: str) -> tuple[bool, str]:
+    """Whether it went well, and a line about it."""
     start = time.perf_counter()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        problem = Problem.make(shape, torch.bfloat16 if device == "cuda" else torch.float32, device)
+        problem = Problem.make(shape, dtype, device)
         with using(variant):
-            train(problem, GIB)
-        outcome = "ok"
+            for workspace in (GIB, chunk_bytes(shape, dtype.itemsize))[: 1 + in_chunks]:
+                train(problem, workspace)
+        outcome = None
     except Exception as error:
         outcome = reason_of(error)
-    return f"{variant}: {outcome} ({time.perf_counter() - start:.1f} s)"
+    return outcome is None, f"{variant}: {outcome or 'ok'} ({time.perf_counter() - start:.1f} s)"
+
+
+def chunk_bytes(shape: Shape, itemsize: int) -> int:
+    """A workspace for chunks of one group: E and the scaled states of one and a half, and what is carried for dW."""
+    row = itemsize * shape.vocabulary + (itemsize + 4) * shape.features
+    return row * shape.responses * shape.tokens * 3 // 2 + shape.vocabulary * shape.features // 2

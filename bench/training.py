@@ -7,7 +7,8 @@ the memory is too small for all layers, fewer are taken, and the table says so.
 run: the trainer with its own defaults, or the options of --train: tokens/s, seconds and memory by stage, also of a run
 that the time was too short for.
 
-Every fit and run is a process of its own. The results file, training.json, is rewritten after each.
+Every fit and run is a process of its own. The results file, training.json, is rewritten after each, and every few
+seconds during a run.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onpo_fast.checkpoint import atomic_write_text, read_jsonl
+from onpo_fast.checkpoint import atomic_write_text
 
 from . import drill
 from .fits import LOSSES, SHAPES
-from .kernels import RESULTS
+from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
 from .summary import fit_table, run_table
 
 FEWER_LAYERS = 4  # at a time, should the memory be smaller than computed
+LOOK_SECONDS = 2.0  # between two looks at what a run has written
 
 Row = dict[str, Any]
 
@@ -76,30 +79,41 @@ class Bench:
             "runs": [],
         }  # fmt: skip
 
-    def save(self, what: str, row: Row) -> None:
+    def save(self, row: Row) -> None:
         self.data["environment"] = row.pop("environment", None) or self.data["environment"]
         atomic_write_text(self.path, json.dumps(self.data, indent=1) + "\n")
+
+    def ended(self, what: str, row: Row) -> None:
+        self.save(row)
         reason = f": {row['reason']}" if row.get("reason") else ""
         print(f"{what}: {row['status']}{reason}", file=sys.stderr, flush=True)
 
-    def process(self, command: list[str], **environment: str) -> tuple[Row, str]:
-        """How it ended, and what it printed. ``environment``: unless it is set already."""
-        left = self.end - time.monotonic()
-        if left <= 0:
+    def process(
+        self, command: list[str], meanwhile: Callable[[], None] = lambda: None, **environment: str
+    ) -> tuple[Row, str]:
+        """How it ended, and what it printed. ``meanwhile`` is called every few seconds; ``environment``: unless it is
+        set already."""
+        if time.monotonic() >= self.end:
             return {"status": "skipped", "reason": "no time left"}, ""
         start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command], cwd=ROOT, env={**environment, **os.environ}, capture_output=True,
-                text=True, errors="replace", timeout=None if left == float("inf") else left, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"status": "stopped", "reason": f"no time left after {left:.0f} s"}, ""
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env={**environment, **os.environ}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, errors="replace",
+        )  # fmt: skip
+        while child.returncode is None:
+            if time.monotonic() >= self.end:
+                child.kill()
+                child.communicate()
+                return {"status": "stopped", "reason": f"no time left after {time.monotonic() - start:.0f} s"}, ""
+            try:
+                output, errors = child.communicate(timeout=min(LOOK_SECONDS, max(self.end - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                meanwhile()
         ended = {"wall_seconds": time.monotonic() - start}
-        if done.returncode == 0:
-            return {"status": "measured", **ended}, done.stdout
-        print(done.stdout[-1000:], done.stderr[-3000:], sep="\n", file=sys.stderr, flush=True)
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").split("\n")[-1]
+        if child.returncode == 0:
+            return {"status": "measured", **ended}, output
+        print(output[-1000:], errors[-3000:], sep="\n", file=sys.stderr, flush=True)
+        said = (errors.strip() or output.strip() or f"exit status {child.returncode}").split("\n")[-1]
         return {"status": "out of memory" if "OutOfMemoryError" in said else "failed", "reason": said[:300]}, ""
 
     def job(self, **arguments: Any) -> Row:
@@ -120,7 +134,7 @@ class Bench:
                 row = self.job(loss=loss, device=chosen.device, layers=layers, **size)
                 row = {"loss": loss, **size, **row}
                 self.data["fits"].append(row)
-                self.save(f"fit with {loss}", row)
+                self.ended(f"fit with {loss}", row)
                 layers = row.get("layers", layers)
                 none_yet = not any(row["status"] == "measured" for row in self.data["fits"])
                 if not (none_yet and row["status"] == "out of memory" and layers and layers > FEWER_LAYERS):
@@ -134,16 +148,20 @@ class Bench:
             drill.prepare(work, "smollm2")
             tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **drill.SMALL}
             train = " ".join([*(f"--{name} {value}" for name, value in tiny.items()), train])
-        row, _ = self.process([
-            "onpo_fast.train", "--out", str(directory), "--device", self.options.device, "--report_to", "none",
-            *shlex.split(train),
-        ])  # fmt: skip
-        row = {"options": self.options.train or "defaults", **row}
-        if (directory / "metrics.jsonl").is_file():
-            row |= measures(directory)
-            row["environment"] = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+        command = ["onpo_fast.train", "--out", str(directory), "--device", self.options.device, "--report_to", "none",
+                   *shlex.split(train)]  # fmt: skip
+        row: Row = {"options": self.options.train or "defaults", "status": DID_NOT_RETURN}
         self.data["runs"].append(row)
-        self.save("run", row)
+
+        def look() -> None:
+            if (directory / "metrics.jsonl").is_file():
+                row.update(measures(directory), environment=read_json(directory / "environment.json"))
+                self.save(row)
+
+        ended, _ = self.process(command, meanwhile=look)
+        row |= ended
+        look()
+        self.ended("run", row)
 
     def show(self) -> None:
         print("\n".join([*fit_table(self.data["fits"]), *run_table(self.data["runs"])]))
@@ -155,7 +173,9 @@ def measures(run: Path) -> Row:
     rates: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for record in read_jsonl(run / "metrics.jsonl"):
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may be half-written
+        record = json.loads(line)
         stage = record["stage"]
         if "tokens_per_second" in record:
             rates.setdefault(stage, []).append(record["tokens_per_second"])
@@ -170,6 +190,10 @@ def measures(run: Path) -> Row:
         "peak_bytes": peaks, "stage_seconds": seconds,
     }  # fmt: skip
     if (run / "evaluation.json").is_file():
-        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        evaluation = read_json(run / "evaluation.json")
         found |= {"win_rate": evaluation["win_rate"][-1][0], "kl_to_initial": evaluation["kl_to_initial"][-1]}
     return found
+
+
+def read_json(path: Path) -> Row:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -91,17 +91,19 @@ def join(folder: Path, name: str, destination: Path) -> Path:
             piece = part.read_bytes()
             digest.update(piece)
             file.write(piece)
-    if digest.hexdigest() != record.read_text(encoding="utf-8").split()[0]:
+    if record.read_text(encoding="utf-8", errors="replace").split()[:1] != [digest.hexdigest()]:
         whole.unlink()
-        raise Broken(f"{name}: its {count} pieces are damaged (SHA-256 differs): copy them again")
+        raise Broken(f"{name}: its {count} pieces or {record.name} are damaged (SHA-256 differs): copy them again")
     return whole
 
 
 def install(folder: Path, site: Path) -> int:
-    """Installs missing packages into ``site``, a folder to be put on PYTHONPATH.
+    """Installs missing packages into ``site``, a folder to be put on PYTHONPATH. Exit status 1 if one was not.
 
     Packages that are installed stay as they are: torch and triton go with the GPU's driver.
     """
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(READ_PTH_FILES, encoding="utf-8")
     broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="wheels-") as work:
         wheels = [wheel for wheel in sorted(folder.glob("*.whl")) if not installed(wheel.name)]
@@ -111,18 +113,36 @@ def install(folder: Path, site: Path) -> int:
                     wheels.append(join(folder, name, Path(work)))
                 except Broken as error:
                     broken.append(str(error))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
-               "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
-        refused: list[str] = []
-        if wheels and subprocess.run([*pip, *map(str, wheels)], check=False).returncode != 0:
-            # one at a time, so that a wheel made for another machine does not stop the others
-            refused = [w.name for w in wheels if subprocess.run([*pip, str(w)], check=False).returncode != 0]
-    site.mkdir(parents=True, exist_ok=True)
-    (site / "sitecustomize.py").write_text(READ_PTH_FILES, encoding="utf-8")
+        refused = pip_install(wheels, site)
     print("\n".join(broken), end="\n" if broken else "")
-    said = f"{len(wheels) - len(refused)} wheels installed from {folder}"
-    print(said + (f"; refused: {', '.join(refused)}" if refused else ""))
-    return 1 if broken else 0
+    print(f"{len(wheels) - len(refused)} wheels installed from {folder}")
+    if refused:
+        print(f"refused by pip: {', '.join(refused)}")
+    return 1 if broken or refused else 0
+
+
+def pip_install(wheels: list[Path], site: Path) -> list[str]:
+    """Installs wheels; names those that pip refused. pip stops at the first that it cannot use, as one for another
+    machine, before it has installed any, and names it: it is called again with the others."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
+           "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
+    refused: list[str] = []
+    while wheels:
+        done = subprocess.run([*pip, *map(str, wheels)], stderr=subprocess.PIPE, text=True, check=False)
+        print(done.stderr, end="", file=sys.stderr, flush=True)
+        if done.returncode == 0:
+            break
+        wrong = [wheel for wheel in wheels if is_named(wheel, done.stderr)] or wheels
+        refused += [wheel.name for wheel in wrong]
+        wheels = [wheel for wheel in wheels if wheel not in wrong]
+    return refused
+
+
+def is_named(wheel: Path, said: str) -> bool:
+    """Whether an error of pip's is about this wheel: it has the name of the file or of the package."""
+    package = re.escape(wheel.name.split("-")[0]).replace("_", "[-_.]")
+    about = rf"\b{re.escape(wheel.name)}|['\s]{package}['\s]"
+    return any(re.search(about, line, re.IGNORECASE) for line in said.splitlines() if line.startswith("ERROR"))
 
 
 def installed(wheel: str) -> bool:

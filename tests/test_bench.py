@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import checks, inputs, kernels, peers, plots
+from bench import checks, errors, inputs, kernels, peers, plots
 from bench.errors import Exact, relative_error
 from bench.memory import gradient_bytes, peak_bytes
 from bench.peers import (
@@ -317,6 +318,24 @@ def test_checks_catch_what_they_are_for(exact: Exact) -> None:
     assert "logps is not finite" in unwritten
     assert wrong[0].startswith("error of logps_nats_max")
     assert checks.faults_of(NO_LUCK, FULL, exact.problem, exact) == ["RuntimeError: no such kernel"]
+
+
+def test_memory_that_does_not_suffice_is_no_fault(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(checks, "OURS", (TORCH, NO_MEMORY))
+    parser = argparse.ArgumentParser()
+    checks.arguments(parser)
+    assert checks.main(parser.parse_args(["--device", "cpu", "--tiny"])) == 0
+    printed = capsys.readouterr().out
+    assert "tiny-2x2x40: too large, policy + reference: not checked: out of memory\n" in printed
+    assert printed.endswith("0 faults, 1 not checked\n")
+
+
+def test_one_slow_sample_does_not_make_float64_slow(monkeypatch) -> None:
+    ticks = iter([0.0, 60.0, 100.0, 100.001, 200.0, 205.0])
+    monkeypatch.setattr(errors.time, "perf_counter", lambda: next(ticks))
+    problem = Problem.make(PAIRS)
+    product = 2 * 1024 * 1024 * 2048
+    assert errors.seconds(problem, 1) == pytest.approx(0.001 * 5 * problem.shape.gemm_flops / product)
 
 
 def test_commands() -> None:

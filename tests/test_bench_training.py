@@ -170,6 +170,38 @@ def test_a_run_that_was_stopped_has_the_stages_up_to_there(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_rates_are_written_as_they_come(bench, tmp_path, monkeypatch) -> None:
+    """What a run has shown is in the results before it ends, should this process be killed."""
+    tried = bench()
+
+    def killed(command: list[str], meanwhile) -> None:
+        directory = tmp_path / "run"
+        meanwhile()  # nothing yet
+        directory.mkdir()
+        (directory / "environment.json").write_text('{"device": "some GPU"}')
+        (directory / "metrics.jsonl").write_text(
+            '{"stage": "sample", "iteration": 1, "tokens_per_second": 10.0}\n{"stage": "score", "iter'
+        )
+        meanwhile()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tried, "process", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tried.run(tmp_path)
+    found = written(tried)
+    assert found["environment"] == {"device": "some GPU"}
+    (run,) = found["runs"]
+    assert (run["status"], run["tokens_per_second"]) == ("did not return", {"sample": 10.0})
+
+
+def test_a_process_is_looked_at_while_it_runs_and_stopped_in_time(bench, monkeypatch) -> None:
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0.1)
+    tried, looks = bench(budget=1.0), []
+    row, _ = tried.process(["http.server", "0", "--bind", "127.0.0.1"], meanwhile=lambda: looks.append(1))
+    assert (row["status"], row["reason"]) == ("stopped", "no time left after 1 s")
+    assert len(looks) > 2
+
+
 def test_fits_are_processes() -> None:
     command = [sys.executable, "-m", "bench.fits", json.dumps({"loss": "torch", **SIZE})]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=training.ROOT)
