@@ -19,10 +19,19 @@ test: .venv/.test
 bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)
 
-# On a machine with a GPU, its own torch and perhaps no network: no .venv. bench/gpu_check.py says what it does.
-#   make gpu-check ARGS="--part 1"     "--part 2", "--part sanitizer"; "--dry-run" anywhere
+# On a machine with a GPU: its own Python with its own torch, and perhaps no network. bench/gpu_check.py says what it does.
+#   make gpu-check ARGS="--part 1"     "--part 2", "--part sanitizer"
+#   make gpu-check ARGS="--dry-run"    anywhere: with .venv, unless PYTHON is given
+ifneq ($(findstring --dry-run,$(ARGS)),)
+ifeq ($(origin PYTHON),file)
+gpu-check: .venv/.test
+gpu-check: CHECK_PYTHON = .venv/bin/python
+endif
+endif
+CHECK_PYTHON = $(PYTHON)
+
 gpu-check:
-	$(PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
+	$(CHECK_PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
 
 # What that machine may lack, fetched where there is a network, in files of at most 60 MiB:
 #   make wheels ARGS="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
