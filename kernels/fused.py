@@ -127,7 +127,8 @@ def _recompute(
     own = target_logits(hidden, head, targets)
     normaliser = own - logps * BITS  # the log-sum-exp: E is then the softmax itself
     shift = normaliser.float()
-    # of the shift, which divides E by this; made good in the row scales. A row that is not finite stays by itself
+    # rounding the shift divides E by this factor, which the row scales give back; 1 in a row that is not finite, whose
+    # NaN would otherwise reach all rows through the largest scale in fp16
     rounding = (shift - normaliser).exp2().nan_to_num(nan=1.0, posinf=1.0)
     target_values = (logps.expm1() / rounding).float()  # p − 1, without cancellation
     scale = (upstream * rounding).float() * -(head.logit_scale / head.temperature)
@@ -326,7 +327,7 @@ class _Order:
             entries[winner].append((pair, 1))
             entries[loser].append((pair, -1))
 
-        self.groups, self.device = groups, device
+        self.groups = groups
         self.plans: dict[tuple, Plan] = {}  # of the calls so far: a CUDA graph takes that of the call before it
         self.edges = _running_sum(lengths)
         self.entry_edges = _running_sum([len(e) for e in entries])

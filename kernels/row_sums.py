@@ -91,7 +91,7 @@ def merge_kernel(
 
 
 class RowSums(NamedTuple):
-    """What a row's softmax comes down to. Exponentials are relative to ``shift``."""
+    """What a row's softmax comes down to. Exponentials are relative to the row's shift."""
 
     logps: Tensor  # (N,) float64: the target's log-prob, nats
     others: Tensor  # (N,) float32: the sum of the exponentials of all other tokens
