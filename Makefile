@@ -20,7 +20,7 @@ bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)
 
 # On a machine with a GPU: its own Python with its own torch, and perhaps no network. bench/gpu_check.py says what it does.
-#   make gpu-check ARGS="--part 1"     "--part 2", "--part sanitizer"
+#   make gpu-check ARGS="--part 1"     "--part 2", "--part 3", "--part sanitizer"
 #   make gpu-check ARGS="--dry-run"    anywhere: with .venv, unless PYTHON is given
 ifneq ($(findstring --dry-run,$(ARGS)),)
 ifeq ($(origin PYTHON),file)

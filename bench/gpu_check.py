@@ -1,13 +1,14 @@
 """Everything that only a GPU can show, in minutes and without a network:
 
-    make gpu-check ARGS="--part 1"            at most 9 minutes: tests, checks, the headline benchmark, a sweep, a fit
-    make gpu-check ARGS="--part 2"            at most 4 minutes: a real model's states, the trainer, CUDA graphs
+    make gpu-check ARGS="--part 1"            at most 4 minutes, is it right: tests, poisoned memory, CUDA graphs
+    make gpu-check ARGS="--part 2"            at most 7 minutes, is it fast: the headline benchmark, a sweep, an 8B fit
+    make gpu-check ARGS="--part 3"            at most 4 minutes, a real model: the trainer, the loss on its states
     make gpu-check ARGS="--part sanitizer"    at most 5 minutes: the kernels under compute-sanitizer
-    make gpu-check ARGS="--dry-run"           prints the plan; runs both parts on a CPU with tiny shapes
+    make gpu-check ARGS="--dry-run"           prints the plan; runs parts 1 to 3 on a CPU with tiny shapes
 
 ``make wheels`` fetches beforehand, where there is a network, what the machine may lack; nothing is installed outside
 a private folder. A file ``smollm2.npz`` among the wheels (``python -m bench inputs wheels/smollm2.npz``) has the real
-model's states, for part 2 without the model's own wheel.
+model's states, for part 3 without the model's own wheel.
 
 Each step has planned seconds and a maximum (``--dry-run`` lists them with what they assume) and is cut when its time
 is up; the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales its plan, the preparation
@@ -44,7 +45,7 @@ from .summary import lines, table
 # the standard library alone: packages may be missing until they are installed
 
 TESTS = ROOT / "tests"
-LIMITS = {"1": 540.0, "2": 240.0, "sanitizer": 300.0}  # seconds
+LIMITS = {"1": 240.0, "2": 420.0, "3": 240.0, "sanitizer": 300.0}  # seconds
 DRY_SCALE = 4.0  # the dry run's times are the plan's times this: it is there to run everything, on any CPU
 LEAST_SCALE = 1 / 3  # of a plan's times: with less, steps would end before they have imported torch
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -223,6 +224,7 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
 KERNEL_TESTS = tuple(f"triton_kernels/test_{name}.py" for name in (
     "properties", "on_gpu", "pair_loss", "token_logprobs", "sampled_tokens",
 ))  # fmt: skip
+MEMORY_TEST = "test_memory_beside"  # wants the GPU for itself: it runs among the GPU tests, after the others
 
 
 def part_1(at: Setting) -> list[tuple[Step, ...]]:
@@ -233,27 +235,17 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
         checks = [bench("checks", "--device", "cpu", "--tiny")]
         compiled = [[*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--compile", "--workers", "1",
                                           "--lines", "light, 3 GiB")]]  # fmt: skip
-        headline = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "PyTorch",
-                         "--block", "0.05", "--out", "{out}", "--budget", "{budget}")  # fmt: skip
-        sweep = [*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--lines", "masked, 3 GiB",
-                                      "light, 3 GiB", "persistent, 3 GiB", "--block", "0.05")]  # fmt: skip
-        fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
     else:
-        # the test of memory wants the GPU for itself: part 2 has it
-        tests = run_tests(at, *KERNEL_TESTS, pick="not test_memory_beside")
+        tests = run_tests(at, *KERNEL_TESTS, pick=f"not {MEMORY_TEST}")
         checks = [bench("checks", "--shapes", *shapes) for shapes in CHECK_SHAPES]
         compiled = [bench("sweep", "--compile", "--workers", "4")]
-        headline = bench("kernels", "--shapes", TARGET, "--block", "0.35", "--out", "{out}", "--budget", "{budget}")
-        sweep = bench("sweep")
-        fit = ["--device", "cuda", "--shape", "llama3-8b", "--losses", "triton", "materialised", "--pairs", "2"]
-    method, loss = ("onpo_fast torch", "torch") if at.dry else ("onpo_fast fast", "triton")
     return [
         *preparation(at),
         (
-            Step("kernel tests", 130, 170,
+            Step("kernel tests", 120, 150,
                  "286 tests, some 1000 kernels of 0.6 s, on 8 of 16 cores: 90 s; imports 15 s",
                  tests, read_tests, tests_pass),
-            Step("checks", 130, 170,
+            Step("checks", 120, 150,
                  "target shape: 15 kernels of 1 s, 60 runs of 0.3 s, float64 10 s; others beside it",
                  checks, read_checks, checks_pass),
             Step("compile", 80, 130,
@@ -261,10 +253,29 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
                  "imports 20 s",
                  compiled, read_last_lines, some_lines),
         ),
+        (Step("GPU tests", 40, 60, "28 tests, 40 kernels of 0.7 s in 2 processes, import 12 s",
+              run_tests(at, "triton_kernels/test_on_gpu.py", "test_fit_device.py"), read_tests, tests_pass),),
+    ]  # fmt: skip
+
+
+def part_2(at: Setting) -> list[tuple[Step, ...]]:
+    if at.dry:
+        headline = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "PyTorch",
+                         "--block", "0.05", "--out", "{out}", "--budget", "{budget}")  # fmt: skip
+        sweep = [*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--lines", "masked, 3 GiB",
+                                      "light, 3 GiB", "persistent, 3 GiB", "--block", "0.05")]  # fmt: skip
+        fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
+    else:
+        headline = bench("kernels", "--shapes", TARGET, "--block", "0.35", "--out", "{out}", "--budget", "{budget}")
+        sweep = bench("sweep")
+        fit = ["--device", "cuda", "--shape", "llama3-8b", "--losses", "triton", "materialised", "--pairs", "2"]
+    method, loss = ("onpo_fast torch", "torch") if at.dry else ("onpo_fast fast", "triton")
+    return [
+        *preparation(at),
         (Step("headline", 178, 260,
               "inputs and float64 20 s, 25 rows of 3 s, first calls 80 s (Liger, CCE, QuACK compile)",
               [headline], read_json, ours_measured(method), resumes=True),),
-        (Step("sweep", 65, 110, "23 lines, compiled before: 2 s each, import and inputs 15 s",
+        (Step("sweep", 65, 110, "23 lines, compiled in part 1: 2 s each, import and inputs 15 s",
               [[*sweep, "--out", "{out}", "--budget", "{budget}"]], read_json, epilogues_measured, resumes=True),),
         (Step("fit", 105, 150, "2 losses: import 12 s, 8e9 random weights 8 s, compiling 10 s, 6 steps of 2 s",
               [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
@@ -272,7 +283,7 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
     ]  # fmt: skip
 
 
-def part_2(at: Setting) -> list[tuple[Step, ...]]:
+def part_3(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
         states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "materialised",
                        "--block", "0.05")  # fmt: skip
@@ -282,19 +293,17 @@ def part_2(at: Setting) -> list[tuple[Step, ...]]:
                        "--block", "0.25")  # fmt: skip
         if (inputs := at.wheels / "smollm2.npz").is_file():
             states += ["--inputs", str(inputs.resolve())]
-        trainer = ["--device", "cuda", "--train=--iterations 2 --prompts_per_iteration 128 --max_new_tokens 64 "
+        trainer = ["--device", "cuda", "--train=--iterations 3 --prompts_per_iteration 128 --max_new_tokens 64 "
                    "--batch_pairs 128"]  # fmt: skip
     return [
         *preparation(at),
+        (Step("trainer", 105, 150, "import and loading 15 s; an iteration: 2 batches × 64 tokens of 35 ms, scores and "
+              "fits 16 s; evaluation 4 × 2 batches 25 s",
+              [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
+              read_json, run_has_rates),),
         (Step("states", 60, 90, "import 12 s, the model on the CPU 15 s, 14 rows of 1 s, compiling 19 s",
               [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json,
               ours_measured("onpo_fast torch" if at.dry else "onpo_fast fast"), resumes=True),),
-        (Step("trainer", 85, 130, "import and loading 15 s; an iteration: 2 batches × 64 tokens of 35 ms, scores and "
-              "fits 16 s; evaluation 3 × 2 batches 25 s",
-              [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
-              read_json, run_has_rates),),
-        (Step("GPU tests", 40, 60, "28 tests, 40 kernels of 0.7 s in 2 processes, import 12 s",
-              run_tests(at, "triton_kernels/test_on_gpu.py", "test_fit_device.py"), read_tests, tests_pass),),
     ]  # fmt: skip
 
 
@@ -327,7 +336,7 @@ def no_reports(found: Any) -> str | None:
 
 
 PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {
-    "1": part_1, "2": part_2, "sanitizer": part_sanitizer,
+    "1": part_1, "2": part_2, "3": part_3, "sanitizer": part_sanitizer,
 }  # fmt: skip
 
 
@@ -351,8 +360,8 @@ def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, run parts 1 and 2 on a CPU")
-    parser.add_argument("--minutes", type=float, help="limit of the part; by default 9, 4 and 5")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run parts 1 to 3 on a CPU")
+    parser.add_argument("--minutes", type=float, help="limit of the part; by default 4, 7, 4 and 5")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results and logs")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
     options = parser.parse_args()
@@ -364,7 +373,7 @@ def main() -> int:
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     site = private / "site-packages"  # QuACK tells libraries from its users' code by this name
     at = Setting(options.wheels.resolve(), site, options.dry_run)
-    parts = ("1", "2") if options.dry_run else (options.part,)
+    parts = ("1", "2", "3") if options.dry_run else (options.part,)
     for part in parts if options.minutes is not None else ():
         least = least_minutes(PARTS[part](at), LIMITS[part])
         if not options.minutes >= least:

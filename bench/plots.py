@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> None:
 def draw(results: Path) -> Path:
     """Writes the figure beside the results and returns its path."""
     data = json.loads(results.read_text(encoding="utf-8"))
-    if "results" in data:  # of a part of the GPU check: part 1 has the headline shape, part 2 the real model's states
+    if "results" in data:  # of a part of the GPU check: part 2 has the headline shape, part 3 the real model's states
         data = data["results"].get("headline") or data["results"].get("states") or {"shapes": []}
     shapes = [record for record in data["shapes"] if measured(record)]
     if not shapes:
