@@ -1,6 +1,7 @@
 """Hidden states through the head, a tile at a time: the matrix product whose results are never written as logits.
 
-A tile's logits stay in registers, fp32, as the tensor cores accumulated them. For every row, the epilogue makes of them
+A tile's logits stay in registers, fp32, as the tensor cores accumulated them; the factor that makes bits of them also
+makes up for what the tensor cores lose of long sums (``launch.lost_share``). For every row, the epilogue makes of them
 
 - the sum of exp(logit − shift) over the tile and the tile's peak, the target left out: what the log-sum-exp is put
   together from (``row_sums.py``);
@@ -35,6 +36,7 @@ from .launch import (
     TRITON_DTYPES,
     Tile,
     dot_precision,
+    lost_share,
     operand,
     rounded,
     store_tile,
@@ -250,6 +252,8 @@ class Pass:
         hidden, weight, shape = self.hidden, self.head.weight, shape or self.tile
         store, unused = self.store, shift
         inner, outer = self.head.factors
+        regained = 1 + lost_share(hidden.dtype, hidden.shape[1])
+        inner, outer = (inner, outer * regained) if self.head.softcap is None else (inner * regained, outer)
         hidden_operand = operand(hidden, (shape.rows, shape.depth))
         kernel[(programs,)](
             hidden_operand,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_cases import CASES, Case, relative_error
 
-from onpo_fast import fused_linear_pair_loss
+from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.objectives import Onpo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -106,6 +106,20 @@ def test_a_compiled_model_breaks_its_graph_and_is_right() -> None:
     (gradient,) = torch.autograd.grad(got, layer.weight)
     assert relative_error(got, want) < 1e-3
     assert relative_error(gradient, expected) < 1e-2
+
+
+def test_the_tensor_cores_rounding_does_not_add_up() -> None:
+    """A long sum comes out too small; uncorrected, that is 0.016 nats of a response of 1000 tokens at H = 4096."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("known for compute capability 9.0")
+    tokens, features, vocabulary = 1000, 4096, 32768
+    draw = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(tokens, features, generator=draw, device="cuda").bfloat16()
+    weight = (torch.randn(vocabulary, features, generator=draw, device="cuda") * 2 / features**0.5).bfloat16()
+    targets = torch.randint(vocabulary, (tokens,), generator=draw, device="cuda")
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    got = linear_logprobs(hidden, weight, targets, backend="triton")
+    assert abs(float((got.double() - exact).sum())) < 0.005
 
 
 @pytest.mark.parametrize(

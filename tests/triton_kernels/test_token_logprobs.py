@@ -7,6 +7,9 @@ import torch
 from loss_cases import CASES, Case, relative_error
 
 from onpo_fast import linear_logprobs
+from onpo_fast.kernels import exponentials, fused
+from onpo_fast.kernels.head import Head
+from onpo_fast.kernels.target_logits import target_logits
 from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 
 
@@ -49,6 +52,31 @@ def _materialised(case: Case, dtype: torch.dtype, upstream: torch.Tensor) -> lis
     logps = (logits / case.temperature).log_softmax(-1).gather(1, values["targets"][:, None])[:, 0]
     logps.backward(upstream.to(dtype))
     return [logps.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_what_tensor_cores_lose_is_made_up_for(softcap: float | None, device: str, monkeypatch) -> None:
+    """A head whose products are too small by a known share has the log-probs of the whole one: the target's logit,
+    which is taken apart from the others, is that of the whole head."""
+    share = 1e-3
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(30, 24, generator=generator), torch.randn(70, 24, generator=generator)
+    targets = torch.randint(70, (30,), generator=generator)
+    logits = hidden.double() @ weight.double().T
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    def run(lost: float) -> torch.Tensor:
+        smaller = weight * (1 - share)
+        monkeypatch.setattr(exponentials, "lost_share", lambda dtype, terms: lost)
+        monkeypatch.setattr(fused, "target_logits", lambda h, head, t: target_logits(h, whole, t))
+        whole = Head(weight.to(device), softcap=softcap)
+        return linear_logprobs(
+            hidden.to(device), smaller.to(device), targets.to(device), softcap=softcap, backend="triton"
+        ).cpu()  # fmt: skip
+
+    assert relative_error(run(share), want) < 1e-5
+    assert relative_error(run(0.0), want) > 1e-4
 
 
 def test_more_rows_than_a_grid_dimension_holds(device: str) -> None:
