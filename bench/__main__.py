@@ -3,7 +3,7 @@
 kernels     time, memory and error of the loss beside its peers: results, tables and plots
 compile     registers, stack and shared memory of every Triton kernel, compiled for GPUs that need not be here
 checks      the same bits from repeated runs, whatever lay in the memory before
-sweep       variants of the kernels at one shape, each beside what was predicted for it
+sweep       variants of the kernels, each beside what was predicted for it
 survey      the machine: versions, products with float32 results, bandwidth and TFLOP/s
 plots       draws a results file again
 summary     prints a results file of `make gpu-check` as tables

@@ -54,13 +54,24 @@ class Exact:
     def errors(self, result: Result, objective: Objective) -> dict[str, float]:
         """Nats per response of 1000 tokens (the largest and the root mean square over the responses); gradients
         relative, in the Frobenius norm."""
-        nats = (result.logps.double() - self.logps).abs() * (TOKENS / self.problem.shape.tokens)
+        nats = nats_off(result.logps, self.logps, self.problem)
         errors = {"logps_nats_max": float(nats.max()), "logps_nats_rms": float(nats.square().mean().sqrt())}
         got = {"hidden_gradient": result.hidden_gradient, "weight_gradient": result.weight_gradient}
         for (name, gradient), exact in zip(got.items(), self.gradients[objective]):
             if gradient is not None:
                 errors[name] = relative_error(gradient, exact)
         return errors
+
+
+@torch.no_grad()
+def exact_logps(problem: Problem) -> Tensor:
+    """(S,) float64: the policy's summed log-probs, without the reference and the gradients of ``Exact``."""
+    return problem.sums(_normalisers(problem.hidden, problem.weight, problem.targets)[1])
+
+
+def nats_off(logps: Tensor, exact: Tensor, problem: Problem) -> Tensor:
+    """(S,), (S,) -> (S,) float64: how far summed log-probs are off, in nats per response of 1000 tokens."""
+    return (logps.double() - exact).abs() * (TOKENS / problem.shape.tokens)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -76,6 +87,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def seconds(problem: Problem, objectives: int) -> float:
     """About how long ``Exact.of`` takes here: logits of the policy twice, of the reference once, and the gradients."""
+    return (4 + objectives) * product_seconds(problem)
+
+
+def product_seconds(problem: Problem) -> float:
+    """About how long a float64 product through the head takes here; ``exact_logps`` is little more."""
     a = torch.randn(1024, 2048, dtype=torch.float64, device=problem.device)
     a @ a.T  # sets the library up
     samples = []
@@ -85,8 +101,7 @@ def seconds(problem: Problem, objectives: int) -> float:
         a @ a.T
         _wait(problem.device)
         samples.append(time.perf_counter() - start)
-    flops = (4 + objectives) * problem.shape.gemm_flops
-    return min(samples) * flops / (2 * 1024 * 1024 * 2048)
+    return min(samples) * problem.shape.gemm_flops / (2 * 1024 * 1024 * 2048)
 
 
 def bytes_kept(shape: Shape) -> int:

@@ -35,7 +35,7 @@ from .peers import MATERIALISED, METHODS, OURS, SLOW, TASKS, TORCH, TRL, Method,
 from .problems import CPU_SHAPES, GPU_SHAPES, SHAPES, Problem, Shape
 from .runner import GPU_GONE
 from .timing import Clock, Products, Spread
-from .verdicts import TARGET_DEVICE, verdicts
+from .verdicts import TARGET_DEVICES, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 PEER_PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "datasets")
@@ -327,8 +327,8 @@ class Report:
                 console.print(shape_table(record))
         for line in absences(self.data["shapes"]):
             console.print(line, markup=False)
-        on_target = TARGET_DEVICE in self.data["environment"]["device"]
-        remark = "" if on_target else f" (they are set for an {TARGET_DEVICE})"
+        on_target = any(name in self.data["environment"]["device"] for name in TARGET_DEVICES)
+        remark = "" if on_target else f" (they are set for an {' or '.join(TARGET_DEVICES)})"
         console.print(verdict_table(self.data["verdicts"], remark))
         try:
             print(f"written: {self.path}, {plots.draw(self.path)}")
@@ -337,14 +337,14 @@ class Report:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit. COMMIT in the environment names it where the checkout has no history."""
+    """Device, versions and commit. COMMIT in the environment wins over git's."""
     found = environment(device)
     for package in PEER_PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    found["commit"] = found["commit"] or os.environ.get("COMMIT")
+    found["commit"] = os.environ.get("COMMIT") or found["commit"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {

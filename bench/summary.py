@@ -13,7 +13,7 @@ from typing import Any
 
 MOST_LINES = 60
 MOST_NAMES = 6  # of failed tests or faults
-LARGE = ("headline", "states", "sweep")  # sections of many rows, ordered so that the last ones matter least
+LARGE = ("headline", "states", "sweep", "other sweeps")  # sections of many rows; the last ones matter least
 NEVER_CUT = ("title", "absent", "targets", "steps", "end")
 OURS = ("onpo_fast fast", "onpo_fast lean")
 GB = 1e9
@@ -31,9 +31,11 @@ def main(options: argparse.Namespace) -> None:
 
 def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
     """The summary of a part in at most ``most`` lines. Targets, what was not measured, and failed steps are never cut.
-    The large tables are cut first, the longer one each time, to no less than five rows; then the other sections."""
+    The sweeps' tables are cut first, the longer one each time; then all large ones, to no less than five rows but that
+    of the other sweeps; then the other sections."""
     results = data["results"]
     headline, states = results.get("headline"), results.get("states")
+    sweeps = (results.get("sweep") or {}).get("shapes", [])
     tests = [(name, found) for name, found in results.items() if name.endswith("tests")]
     sections = {
         "title": [f"GPU check, part {data['part']}, commit {(data.get('commit') or 'unknown')[:9]}"],
@@ -45,7 +47,8 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
         "states": headline_table(states),
         "absent": [*absent_lines(headline), *absent_lines(states)],
         "targets": target_lines((headline or {}).get("verdicts", [])),
-        "sweep": sweep_table(results.get("sweep")),
+        "sweep": [line for record in sweeps[:1] for line in sweep_table(record)],
+        "other sweeps": [line for record in sweeps[1:] for line in sweep_table(record)],
         "fit": fit_table((results.get("fit") or {}).get("fits", [])),
         "trainer": run_table((results.get("trainer") or {}).get("runs", [])),
         "steps": step_lines(data["steps"]),
@@ -59,7 +62,7 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
 
     def cut_next() -> str | None:
         """The section to lose its last line: the longest of the first kind that has one with more than so many."""
-        for names, least in ((LARGE, 8), (others, 3), (LARGE, 4)):
+        for names, least in ((LARGE[2:], 12), (LARGE[3:], 4), (LARGE, 8), (others, 3), (LARGE, 4)):
             if longer := [name for name in names if len(sections[name]) > least]:
                 return max(longer, key=lambda name: len(sections[name]))
         return None
@@ -95,10 +98,19 @@ def survey_lines(found: dict[str, Any] | None) -> list[str]:
     products = found.get("products", {})
     wrong = [f"; {name}: {verdict}" for name, verdict in products.items() if verdict != "right"]
     copy, product = number(found.get("copy_gb_per_second"), ".0f"), number(found.get("product_tflops"))
+    lost = found.get("lost_share")
     return [
         f"{found['device']}, BLAS {found.get('blas', '-')}, copy {copy} GB/s, product {product} TFLOP/s; {versions}",
         f"products with float32 results: {len(products) - len(wrong)} of {len(products)} right" + "".join(wrong),
+        *([lost_share_line(lost)] if lost else []),
     ]
+
+
+def lost_share_line(shares: dict[str, float]) -> str:
+    """``shares``: by the number of terms, the share by which sums are too small; also over 2^-24 a step of 16 terms."""
+    steps = {terms: 2**-24 * int(terms) / 16 for terms in shares}
+    said = (f"{share:.1e} at K = {terms} ({share / steps[terms]:.2f})" for terms, share in shares.items())
+    return f"lost of a long product (in brackets: over 2^-24 per step of 16 terms): {', '.join(said)}"
 
 
 def test_lines(name: str, found: dict[str, Any]) -> list[str]:
@@ -166,21 +178,22 @@ def target_lines(verdicts: list[Row]) -> list[str]:
     return [met, *(f"  missed: {row['claim']}: {row['measured']:.3g} (target {row['limit']})" for row in missed)]
 
 
-def sweep_table(found: dict[str, Any] | None) -> list[str]:
-    """The variants of ``bench sweep``, times over the bare products, the prediction before the outcome: the three
-    fastest, those for which something was predicted, then the others by time."""
-    if not found or not found.get("rows"):
+def sweep_table(record: dict[str, Any]) -> list[str]:
+    """The variants of ``bench sweep`` at a shape, times over the bare products, the prediction before the outcome: the
+    three fastest, those for which something was predicted, then the others by time."""
+    if not record["rows"]:
         return []
-    by_time = sorted(found["rows"], key=lambda row: row.get("over_products") or float("inf"))
+    by_time = sorted(record["rows"], key=lambda row: row.get("over_products") or float("inf"))
     ordered = [*by_time[:3], *sorted(by_time[3:], key=lambda row: row["predicted"] is None)]
     rows = [
         [row["line"], number(row["predicted"], ".2f"), number(row.get("over_products"), ".3f"),
          number(row["predicted_scoring"], ".2f"), number(row.get("scoring_over_product"), ".3f"),
+         number(row.get("nats"), ".1e"),
          "" if row["status"] == "measured" else f"{row['status']}: {row.get('reason', '')}"[:70]]
         for row in ordered
     ]  # fmt: skip
-    columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "")
-    return [f"variants of the kernels at {found['shape']}", *table(columns, rows)]
+    columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "nats", "")
+    return [f"variants of the kernels at {record['shape']}", *table(columns, rows)]
 
 
 def fit_table(fits: list[Row]) -> list[str]:

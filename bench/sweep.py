@@ -1,9 +1,10 @@
-"""python -m bench sweep: variants of the loss's kernels at one shape, each beside what was predicted for it.
+"""python -m bench sweep: variants of the loss's kernels at one or more shapes, beside what was predicted for them.
 
 A line is an epilogue of the logits product, a tile of it, or a size of the workspace. Measured are a forward and
 backward pass with the reference through its own head, over the four bare products of the same run, and, where the line
-is about the logits product, scoring over one of them. Gradients are compared with those of the first line that ran. A
-variant that does not compile or does not fit the GPU is a line too. ``--resume`` continues after a lost GPU.
+is about the logits product, scoring over one of them. Gradients are compared with those of the first line that ran,
+log-probs with float64. A variant that does not compile or does not fit the GPU is a line too. ``--resume`` continues
+after a lost GPU.
 
 ``--compile`` only compiles: every variant on a small problem, in one chunk and, where a line has a workspace for it, in
 several, by several processes, into Triton's cache. Exit status 1 if an epilogue fails with the tile that it has by
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -32,14 +34,15 @@ from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.checkpoint import atomic_write_text
 from onpo_fast.kernels.variants import Variant, using
 
-from .errors import relative_error
+from .errors import exact_logps, nats_off, product_seconds, relative_error
 from .kernels import DID_NOT_RETURN, reason_of, release_memory, surroundings
-from .problems import ONPO, SHAPES, TARGET, Problem, Shape
+from .problems import ONPO, SHAPES, SMALL_HEAD, TARGET, Problem, Shape
 from .runner import GPU_GONE
 from .timing import Clock, Products, Spread
 
 GIB = 2**30
 ONE_CHUNK_GIB = 3  # of workspace: all exponentials of TARGET in bf16
+EXACT_SECONDS = 10.0  # float64 log-probs that would take longer are left out
 MOST_DIFFERENCE = 0.02  # of dX from the first line's, relative; two correct variants in bf16 differ by about 0.003
 
 # Predicted milliseconds at TARGET on an H100, from the machine code of the kernels compiled for sm_90 and a product of
@@ -105,11 +108,30 @@ LINES = (
     *(Line(Variant(group=group)) for group in (8, 16, 32)),
     *(Line(Variant("persistent", group=group)) for group in (8, 32)),
 )
+SMALL_HEAD_LINES = {
+    line.name for line in (
+        *(Line(Variant(epilogue)) for epilogue in ("light", "persistent")),
+        Line(Variant("persistent", stages=3)),
+        Line(Variant(rows=128, columns=128, depth=64)),
+        *(Line(Variant(epilogue, rows=128, columns=128, depth=64, warps=4, stages=4))
+          for epilogue in ("light", "persistent")),
+        *(Line(Variant(group=group)) for group in (8, 16)),
+    )
+}  # fmt: skip
+
+
+def lines_of(shape: Shape) -> list[Line]:
+    """What is measured at a shape: all lines but at the small head. Predictions hold at ``TARGET``."""
+    if shape == TARGET:
+        return list(LINES)
+    lines = [line for line in LINES if shape != SMALL_HEAD or line.name in SMALL_HEAD_LINES]
+    return [replace(line, predicted=None, predicted_scoring=None) for line in lines]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=SHAPES, default=TARGET.name, metavar="SHAPE", help="as of `bench kernels`")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[TARGET.name], metavar="SHAPE",
+                        help="as of `bench kernels`; measured one after the other")  # fmt: skip
     parser.add_argument("--lines", nargs="*", metavar="PART", help="those whose names contain one of these")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
     parser.add_argument("--block", type=float, default=0.3, metavar="SECONDS", help="of timed calls; two a line")
@@ -121,14 +143,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     parts = options.lines or [""]
-    lines = [line for line in LINES if any(part in line.name for part in parts)]
-    device, shape = torch.device(options.device), SHAPES[options.shape]
+    lines = {
+        shape: [line for line in lines_of(shape) if any(part in line.name for part in parts)]
+        for shape in map(SHAPES.get, options.shape)
+    }
     if options.compile:
-        return compile_lines(lines, shape, options.device, options.workers)
-    sweep = Sweep(options.out / "sweep.json", device, shape, time.monotonic() + options.budget, options.block)
-    if options.resume and sweep.path.is_file():
-        sweep.data = json.loads(sweep.path.read_text(encoding="utf-8"))
-    sweep.run(lines)
+        return compile_lines(lines, options.device, options.workers)
+    path, device, deadline = options.out / "sweep.json", torch.device(options.device), time.monotonic() + options.budget
+    data = {"environment": surroundings(device), "shapes": []}
+    if options.resume and path.is_file():
+        data = json.loads(path.read_text(encoding="utf-8"))
+    for shape in lines:
+        Sweep(path, data, device, shape, deadline, options.block).run(lines[shape])
     return 0
 
 
@@ -138,7 +164,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
-    """A forward and backward pass: the gradients by hidden (N, H) and weight (V, H)."""
+    """A forward and backward pass: the gradient by hidden (N, H), and the policy's summed log-probs (S,)."""
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
     mark()
     out = fused_linear_pair_loss(
@@ -148,7 +174,7 @@ def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: N
     )  # fmt: skip
     out.loss.backward()
     mark()
-    return hidden.grad, weight.grad
+    return hidden.grad, out.logps.detach()
 
 
 @torch.no_grad()
@@ -159,19 +185,30 @@ def score(problem: Problem, mark: Callable[[], None]) -> None:
 
 
 class Sweep:
-    """Measures lines into ``data``, rewritten to ``path`` after each, until the deadline (monotonic seconds)."""
+    """Measures lines at a shape into its record in ``data``, which is rewritten to ``path`` after each, until the
+    deadline (monotonic seconds)."""
 
-    def __init__(self, path: Path, device: torch.device, shape: Shape, deadline: float, block: float) -> None:
-        self.path, self.device, self.shape, self.deadline = path, device, shape, deadline
+    def __init__(
+        self, path: Path, data: dict[str, Any], device: torch.device, shape: Shape, deadline: float, block: float
+    ) -> None:
+        self.path, self.data, self.device, self.shape, self.deadline = path, data, device, shape, deadline
         self.block = (block, 3, 20)  # seconds, and rounds at least and at most
-        self.data: dict[str, Any] = {"environment": surroundings(device), "shape": shape.name, "rows": []}
+        self.exact: Tensor | None = None  # (S,) float64, the policy's log-probs
+        records = {record["shape"]: record for record in data["shapes"]}
+        self.record = records.get(shape.name, {"shape": shape.name, "rows": []})
+        if shape.name not in records:
+            data["shapes"].append(self.record)
 
     def run(self, lines: list[Line]) -> None:
-        done = {row["line"] for row in self.data["rows"]}
+        """Measures the lines that the record does not have yet."""
+        done = {row["line"] for row in self.record["rows"]}
+        if done.issuperset(line.name for line in lines):
+            return
         gpu = self.device.type == "cuda"
         problem = Problem.make(self.shape, torch.bfloat16 if gpu else torch.float32, self.device)
         clock = Clock(self.device)
         self.floor(problem, clock)
+        self.reference(problem)
         first = self.again(problem)
         samples: dict[Line, tuple[list[float], list[float]]] = {}
         for line in lines:
@@ -181,7 +218,7 @@ class Sweep:
                 "line": line.name, "epilogue": line.variant.epilogue, "variant": asdict(line.variant), "gib": line.gib,
                 "predicted": line.predicted, "predicted_scoring": line.predicted_scoring, "status": DID_NOT_RETURN,
             }  # fmt: skip
-            self.data["rows"].append(row)
+            self.record["rows"].append(row)
             self.save()
             if time.monotonic() > self.deadline:
                 row |= {"status": "skipped", "reason": "no time left"}
@@ -190,9 +227,9 @@ class Sweep:
                 samples[line] = [], []
                 self.guarded(row, partial(self.time, line, problem, clock, samples[line], row))
             said = row.get("reason") or f"{row.get('over_products', 0):.3f} of the four products"
-            print(f"{line.name}: {row['status']}: {said}", file=sys.stderr, flush=True)
+            print(f"{self.shape.name}: {line.name}: {row['status']}: {said}", file=sys.stderr, flush=True)
         for line in reversed(samples):
-            row = next(row for row in self.data["rows"] if row["line"] == line.name)
+            row = next(row for row in self.record["rows"] if row["line"] == line.name)
             if time.monotonic() < self.deadline and row["status"] == "measured":
                 self.guarded(row, partial(self.time, line, problem, clock, samples[line], row))
         self.save()
@@ -201,13 +238,20 @@ class Sweep:
         bare = Products(problem.hidden, problem.weight)
         laps = clock.block(bare.all, *self.block)
         names = ("logits", "hidden", "weight")
-        self.data["floor_seconds"] = {n: Spread.of(list(x)).median for n, x in zip(names, zip(*laps))}
+        self.record["floor_seconds"] = {n: Spread.of(list(x)).median for n, x in zip(names, zip(*laps))}
+
+    def reference(self, problem: Problem) -> None:
+        """The exact log-probs, if they are had in reasonable time and memory."""
+        if product_seconds(problem) < EXACT_SECONDS:
+            with suppress(torch.OutOfMemoryError):
+                self.exact = exact_logps(problem)
+        release_memory(self.device)
 
     def again(self, problem: Problem) -> list[Tensor]:
         """dX of the line that the rows so far were compared with; empty if there is none, or it fails now."""
         found: list[Tensor] = []
-        for row in self.data["rows"]:
-            if row["line"] == self.data.get("compared_with"):
+        for row in self.record["rows"]:
+            if row["line"] == self.record.get("compared_with"):
                 line = next(line for line in LINES if line.name == row["line"])
                 self.guarded(row, partial(self.check, line, problem, found, row))
         return found
@@ -215,10 +259,12 @@ class Sweep:
     def check(self, line: Line, problem: Problem, first: list[Tensor], row: dict[str, Any]) -> None:
         """The first call, which compiles what is not in the cache."""
         with using(line.variant):
-            gradient, _ = train(problem, line.gib * GIB)
+            gradient, logps = train(problem, line.gib * GIB)
+        if self.exact is not None:
+            row["nats"] = float(nats_off(logps, self.exact, problem).max())
         if not first:
             first.append(gradient)
-            self.data["compared_with"] = line.name
+            self.record["compared_with"] = line.name
         row["difference"] = relative_error(gradient, first[0])
         if not row["difference"] <= MOST_DIFFERENCE:  # what is not a number is wrong too
             raise ArithmeticError(f"dX differs by {row['difference']:.1e} from the first line's")
@@ -227,7 +273,7 @@ class Sweep:
         self, line: Line, problem: Problem, clock: Clock, samples: tuple[list[float], list[float]], row: dict[str, Any]
     ) -> None:
         """Adds a block of calls to the samples; the row's figures are over all of them."""
-        floor = self.data["floor_seconds"]
+        floor = self.record["floor_seconds"]
         with using(line.variant):
             samples[0].extend(
                 sum(x) for x in clock.block(lambda mark: train(problem, line.gib * GIB, mark), *self.block)
@@ -264,25 +310,33 @@ class Sweep:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compile_lines(lines: list[Line], shape: Shape, device: str, workers: int) -> int:
-    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do. Returns the exit status."""
-    small = replace(shape, groups=4, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
-    in_chunks: dict[Variant, bool] = {}  # whether a line of the variant has too small a workspace for one chunk
-    for line in lines:
-        in_chunks[line.variant] = in_chunks.get(line.variant, False) or line.gib < ONE_CHUNK_GIB
+def compile_lines(lines: dict[Shape, list[Line]], device: str, workers: int) -> int:
+    """Compiles lines by shape. Returns the exit status."""
+    in_chunks: dict[tuple[Variant, Shape], bool] = {}  # whether a line has too small a workspace for one chunk
+    for shape in lines:
+        small = small_problem(shape)
+        for line in lines[shape]:
+            key = line.variant, small
+            in_chunks[key] = in_chunks.get(key, False) or line.gib < ONE_CHUNK_GIB
     status = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        tried = pool.map(partial(compile_variant, shape=small, device=device), in_chunks, in_chunks.values())
-        for variant, (ok, said) in zip(in_chunks, tried):
+        tried = pool.map(partial(compile_variant, device=device), in_chunks, in_chunks.values())
+        for (variant, _), (ok, said) in zip(in_chunks, tried):
             print(said, flush=True)
             if not ok and variant == Variant(variant.epilogue):
                 status = 1
     return status
 
 
-def compile_variant(variant: Variant, in_chunks: bool, shape: Shape, device: str) -> tuple[bool, str]:
+def small_problem(shape: Shape) -> Shape:
+    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do."""
+    return replace(shape, groups=4, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
+
+
+def compile_variant(compiled: tuple[Variant, Shape], in_chunks: bool, device: str) -> tuple[bool, str]:
     """Whether it went well, and a line about it."""
     start = time.perf_counter()
+    variant, shape = compiled
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         problem = Problem.make(shape, dtype, device)
@@ -292,7 +346,7 @@ def compile_variant(variant: Variant, in_chunks: bool, shape: Shape, device: str
         outcome = None
     except Exception as error:
         outcome = reason_of(error)
-    return outcome is None, f"{variant}: {outcome or 'ok'} ({time.perf_counter() - start:.1f} s)"
+    return outcome is None, f"H {shape.features}, {variant}: {outcome or 'ok'} ({time.perf_counter() - start:.1f} s)"
 
 
 def chunk_bytes(shape: Shape, itemsize: int) -> int:

@@ -19,8 +19,15 @@ from pathlib import Path
 
 LIST = Path(__file__).with_name("wheels.txt")
 MOST_BYTES = 60 * 2**20  # of a piece
-# A folder on PYTHONPATH is no site folder: its .pth files, with which a package may add folders, are read only so.
-READ_PTH_FILES = "import os, site\nsite.addsitedir(os.path.dirname(os.path.abspath(__file__)))\n"
+# A folder on PYTHONPATH is no site folder: its .pth files, with which a package may add folders, are read only so. The
+# first sitecustomize hides those of other such folders: it reads their files too.
+READ_PTH_FILES = """\
+import os, site
+own = os.path.dirname(os.path.abspath(__file__))
+for folder in dict.fromkeys([own, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]):
+    if folder == own or os.path.basename(folder) == "site-packages":
+        site.addsitedir(folder)
+"""
 PART = re.compile(r"(?P<wheel>.+\.whl)\.part(?P<number>\d+)of(?P<count>\d+)")
 
 

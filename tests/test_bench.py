@@ -26,6 +26,7 @@ from bench.peers import (
     LIGER_DPO,
     MATERIALISED,
     METHODS,
+    OURS,
     SCORING,
     TORCH,
     TRL,
@@ -67,6 +68,7 @@ def test_the_float64_reference_is_the_definition(exact: Exact, objective) -> Non
     torch.testing.assert_close(exact.logps, out.logps)
     torch.testing.assert_close(exact.ref_logps, out.ref_logps)
     torch.testing.assert_close(exact.problem.loss(exact.logps, exact.ref_logps, objective), out.loss.detach())
+    torch.testing.assert_close(errors.exact_logps(problem), out.logps)
     for got, want in zip(exact.gradients[objective], (hidden.grad, weight.grad)):
         assert relative_error(got, want) < 1e-7
 
@@ -196,6 +198,7 @@ def test_a_run(bench: kernels.Bench, capsys) -> None:
     assert "out of memory at tiny-pairs-3x2x9: too large: OutOfMemoryError: it wanted more" in printed
     assert "failed at tiny-pairs-3x2x9: broken: RuntimeError: no such kernel\n" in printed
     assert printed.count("not measured") == len(TARGETS)
+    assert "(they are set for an H100 or H200)" in printed
     assert "<svg" in bench.report.path.with_suffix(".svg").read_text()
 
 
@@ -253,26 +256,44 @@ def _row(method: Method, task, seconds: float, extra_gib: float = 0, nats: float
 
 def test_verdicts_are_computed() -> None:
     rows = [
-        _row(FAST, FULL, 4.5, extra_gib=0.9, nats=0.009, gradient=0.9),
-        _row(FAST, CACHED, 3.5),
+        _row(FAST, FULL, 4.5, extra_gib=0.9, nats=0.009, gradient=1.6),
+        _row(FAST, CACHED, 3.3),
         _row(FAST, SCORING, 1.05),
-        _row(LEAN, FULL, 5.5, extra_gib=0.4),
-        _row(TRL, FULL, 5.0, nats=0.9),
-        _row(LIGER_DPO, FULL, 12.0),
-        _row(MATERIALISED, FULL, 9.0, gradient=0.8),
+        _row(LEAN, FULL, 5.5, extra_gib=0.4, nats=0.001),
+        _row(TRL, FULL, 5.1, nats=0.9),
+        _row(LIGER_DPO, FULL, 12.0, nats=0.01),
+        _row(MATERIALISED, FULL, 9.0),
+        _row(TORCH, FULL, 1.0, nats=0.001),  # ours is no peer
+        _row(TRL, CACHED, 2.0),
     ]
     record = {"shape": TARGET.name, "floor_seconds": {"logits": 1.0, "hidden": 1.0, "weight": 1.0}, "rows": rows}
     found = verdicts([record])
     assert [v["measured"] for v in found] == pytest.approx(
-        [4.5 / 4, 4.5 / 5, 4.5 / 12, 0.9, 5.5 / 5, 0.4, 3.5 / 3, 1.05, 0.009, 100, 9 / 8, 9 / 8]
+        [4.5 / 4, 4.5 / 5.1, 0.9, 5.5 / 5, 0.4, 3.3 / 3, 1.05, 0.009, 0.9, 1.6, 1.6]
     )
-    words = "met missed met met met missed missed met met met missed missed"
+    words = "missed met met met missed met met met met missed missed"
     assert [v["verdict"] for v in found] == words.split()
-    rows[0]["error"]["logps_nats_max"] = float("nan")
+    assert [v["claim"] for v in found if "peer" in v["claim"]] == [
+        "fast: time over the fastest peer's (TRL)",
+        "fast: log-prob error over that of the most exact peer (Liger FusedLinearDPO)",
+    ]
+    rows[0]["error"]["logps_nats_max"] = rows[5]["error"]["logps_nats_rms"] = float("nan")
     rows[4]["status"] = "out of memory"
-    words = "met|not measured|met|met|met|missed|missed|met|missed|not measured|missed|missed"
-    assert [v["verdict"] for v in verdicts([record])] == words.split("|")
+    found = verdicts([record])
+    words = "missed met met met missed met met missed met missed missed"
+    assert [v["verdict"] for v in found] == words.split()
+    assert [v["claim"].rpartition("(")[2] for v in (found[1], found[8])] == [f"{MATERIALISED.name})"] * 2
+    for row in rows:
+        row["status"] = row["status"] if row["method"] in {method.name for method in OURS} else "absent"
+    assert [v["verdict"] for v in verdicts([record]) if "peer" in v["claim"]] == ["not measured"] * 2
     assert {v["verdict"] for v in verdicts([{**record, "shape": "another"}])} == {"not measured"}
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_targets_are_for_hopper_gpus(device: str, bench: kernels.Bench, capsys) -> None:
+    bench.report.data["environment"]["device"] = device
+    bench.report.finish()
+    assert "they are set for" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
