@@ -152,9 +152,10 @@ def tails(device: torch.device, terms: int, padding: int = 0) -> str:
 
 
 def long_product(device: torch.device, terms: int) -> tuple[Tensor, Tensor]:
-    """Logits with float32 results and the exact ones in float64, (512, 4096) both: sums of so many bf16 products."""
+    """Logits with float32 results and the exact ones in float64, (N, 4096) both: sums of so many bf16 products."""
     draw = torch.Generator(device).manual_seed(0)
-    hidden, weight = (torch.randn(rows, terms, generator=draw, device=device) for rows in (512, 4096))
+    rows = 4096 if device.type == "cuda" else 512  # as many tiles as fill a GPU: else each sum may be cut into pieces
+    hidden, weight = (torch.randn(n, terms, generator=draw, device=device) for n in (rows, 4096))
     hidden, weight = hidden.bfloat16(), (weight * (2 / terms**0.5)).bfloat16()
     exact = hidden.double() @ weight.double().T
     if device.type != "cuda":
