@@ -207,11 +207,21 @@ class Pass:
         self.target_values, self.first_token = target_values, first_token
         self.variant = current()
         self.tile = self._tile()
+        self.inner, self.outer, self.bias = self._factors()
         self.column_tiles = triton.cdiv(len(head.weight), self.tile.columns)
         self.partial = None
         if sums:
             pieces = torch.empty(2, self.column_tiles, len(hidden), dtype=torch.float32, device=hidden.device)
             self.partial = PartialSums(*pieces)
+
+    def _factors(self) -> tuple[float, float, Tensor | None]:
+        """The head's factors and bias, as the kernel wants them: the product is made larger by what is lost of it."""
+        (inner, outer), bias = self.head.factors, self.head.bias
+        if share := lost_share(self.hidden.dtype, self.hidden.shape[1]):
+            regained = 1 + share
+            inner, outer = (inner, outer * regained) if self.head.softcap is None else (inner * regained, outer)
+            bias = None if bias is None else bias.float() / regained  # nothing is lost of it
+        return inner, outer, bias
 
     def _tile(self) -> Tile:
         problem = (len(self.hidden), len(self.head.weight), self.hidden.shape[1])
@@ -251,22 +261,19 @@ class Pass:
     ) -> None:  # fmt: skip
         hidden, weight, shape = self.hidden, self.head.weight, shape or self.tile
         store, unused = self.store, shift
-        inner, outer = self.head.factors
-        regained = 1 + lost_share(hidden.dtype, hidden.shape[1])
-        inner, outer = (inner, outer * regained) if self.head.softcap is None else (inner * regained, outer)
         hidden_operand = operand(hidden, (shape.rows, shape.depth))
         kernel[(programs,)](
             hidden_operand,
             operand(weight, (shape.columns, shape.depth)),
             operand(hidden if store is None else store, (shape.rows, store_columns or shape.columns)),
-            unused if self.head.bias is None else self.head.bias,
+            unused if self.bias is None else self.bias,
             self.targets, shift,
             unused if self.target_values is None else self.target_values,
             *(self.partial or (unused, unused)), *more,
             len(hidden), 0 if store is None else len(store), len(weight), self.first_token,
-            inner, outer, hidden.stride(0), weight.stride(0), 0 if store is None else store.stride(0),
-            FEATURES=hidden.shape[1], BIAS=self.head.bias is not None, SOFTCAP=self.head.softcap is not None,
-            NEGATIVE=outer < 0, SUMS=self.partial is not None, STORE=store is not None,
+            self.inner, self.outer, hidden.stride(0), weight.stride(0), 0 if store is None else store.stride(0),
+            FEATURES=hidden.shape[1], BIAS=self.bias is not None, SOFTCAP=self.head.softcap is not None,
+            NEGATIVE=self.outer < 0, SUMS=self.partial is not None, STORE=store is not None,
             TARGET_VALUES=self.target_values is not None,
             ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=self.variant.group or GROUP,
             DTYPE=TRITON_DTYPES[hidden.dtype], PRECISION=dot_precision(hidden.dtype),

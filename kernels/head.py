@@ -30,9 +30,9 @@ class Head(NamedTuple):
         outer·(1 − 2/(2^(inner·(h·w + b)) + 1)), which is the tanh.
 
         The rounding of ``outer`` is part of the model that the kernels compute: it multiplies the logits of target and
-        vocabulary alike, so that a log-prob changes by at most 2⁻²⁴ of a difference of logits, not of a logit (where
-        ``launch.lost_share`` is not 0, of a logit). A scale of 0 is taken as the least number above, which makes a bias
-        of −∞ a probability of 0 and not NaN.
+        vocabulary alike, so that a log-prob changes by at most 2⁻²⁴ of a difference of logits, not of a logit. (Where
+        the kernels correct for a ``launch.lost_share``, the two are not rounded alike: then it is 2⁻²⁴ of a logit.) A
+        scale of 0 is taken as the least number above, which makes a bias of −∞ a probability of 0 and not NaN.
         """
         if self.softcap is None:
             inner, outer = 0.0, self.logit_scale / self.temperature

@@ -67,16 +67,17 @@ def dot_precision(operand: torch.dtype) -> str:
     return "tf32"
 
 
-# By compute capability: the share of a product of 2-byte operands that is lost with every 16 terms. Tensor cores round
-# towards zero after each such step (arXiv 2512.07004): a long sum comes out too small by a share that grows with its
-# length, and what log-probs lose so adds up over a response. 0.26 of 2⁻²⁴ is from log-probs measured on an H200 at
-# H = 2560 and 4096 (``docs/tuning.md``); ``python -m bench survey`` measures it.
+# By compute capability: the share of a product's magnitude that is lost with every 16 terms of bf16 operands. Tensor
+# cores round towards zero after each such step (arXiv 2512.07004): a long sum comes out too small, and in the summed
+# log-prob of a response this error adds up. The share holds for sums of many terms of mixed signs in no order, as the
+# logits of a language model are; where a few terms are most of the sum it is smaller, and the correction then is wrong
+# by at most what it corrects elsewhere. 0.26 of 2⁻²⁴ fits log-probs measured on an H200 (``docs/tuning.md``).
 LOST_A_STEP = {90: 0.26 * 2.0**-24}
 
 
 def lost_share(operand: torch.dtype, terms: int) -> float:
     """The share by which the current device makes a product of so many terms too small, where it is known; else 0."""
-    if INTERPRETED or operand.itemsize != 2:
+    if INTERPRETED or operand != torch.bfloat16:
         return 0.0
     return LOST_A_STEP.get(triton.runtime.driver.active.get_current_target().arch, 0.0) * terms / 16
 

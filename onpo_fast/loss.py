@@ -102,7 +102,7 @@ def fused_linear_pair_loss(
             there, and a GPU tensor costs a wait for the device.
         pairs: (winner, loser) indices into the S responses; default (0, 1), (2, 3), …
         objective: ``objectives.Onpo(eta=…)`` or another.
-        ref_logps: cached summed log-probs of the anchor; or else
+        ref_logps: cached summed log-probs of the anchor, best from the same backend, whose errors they share; or else
         ref_hidden, ref_weight, ref_bias: the anchor's own hidden states and head (default: the policy's head). No
             gradient flows to the anchor.
         preference: P(winner ≻ loser) in [0, 1] for soft labels; default 1.

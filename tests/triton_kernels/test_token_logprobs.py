@@ -54,29 +54,38 @@ def _materialised(case: Case, dtype: torch.dtype, upstream: torch.Tensor) -> lis
     return [logps.detach(), *(x.grad for x in leaves)]
 
 
-@pytest.mark.parametrize("softcap", [None, 20.0])
-def test_what_tensor_cores_lose_is_made_up_for(softcap: float | None, device: str, monkeypatch) -> None:
-    """A head whose products are too small by a known share has the log-probs of the whole one: the target's logit,
-    which is taken apart from the others, is that of the whole head."""
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(
+    ("options", "bias"), [({}, 0.0), ({}, 30.0), ({"softcap": 20.0}, 0.0), ({"softcap": 20.0}, 30.0),
+                          ({"logit_scale": -1.0}, 0.0)], ids=str,
+)  # fmt: skip
+def test_what_tensor_cores_lose_is_made_up_for(options: dict, bias: float, epilogue: str, device, monkeypatch) -> None:
+    """A head whose products are too small by a known share gives the probabilities of the whole one, if the target's
+    logit, which is taken apart from the others, is that of the whole one."""
     share = 1e-3
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 24, generator=generator), torch.randn(70, 24, generator=generator)
     targets = torch.randint(70, (30,), generator=generator)
-    logits = hidden.double() @ weight.double().T
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    offsets = bias + torch.randn(70, generator=generator) if bias else None
+    whole = Head(weight.to(device), None if offsets is None else offsets.to(device), **options)
+    exact_weight = weight.double().requires_grad_()
+    logits = Head(exact_weight, None if offsets is None else offsets.double(), **options).logits(hidden.double())
     want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    want.sum().backward()
+    monkeypatch.setattr(fused, "target_logits", lambda h, head, t: target_logits(h, whole, t))
 
-    def run(lost: float) -> torch.Tensor:
-        smaller = weight * (1 - share)
+    def errors(lost: float) -> tuple[float, float]:
         monkeypatch.setattr(exponentials, "lost_share", lambda dtype, terms: lost)
-        monkeypatch.setattr(fused, "target_logits", lambda h, head, t: target_logits(h, whole, t))
-        whole = Head(weight.to(device), softcap=softcap)
-        return linear_logprobs(
-            hidden.to(device), smaller.to(device), targets.to(device), softcap=softcap, backend="triton"
-        ).cpu()  # fmt: skip
+        smaller = (weight * (1 - share)).to(device).requires_grad_()
+        with using(Variant(epilogue)):
+            got = linear_logprobs(
+                hidden.to(device), smaller, targets.to(device), bias=whole.bias, backend="triton", **options
+            )
+            got.sum().backward()
+        return relative_error(got.detach().cpu(), want.detach()), relative_error(smaller.grad.cpu(), exact_weight.grad)
 
-    assert relative_error(run(share), want) < 1e-5
-    assert relative_error(run(0.0), want) > 1e-4
+    assert max(errors(share)) < 1e-5
+    assert min(errors(0.0)) > 2e-5
 
 
 def test_more_rows_than_a_grid_dimension_holds(device: str) -> None:
