@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -148,6 +147,8 @@ def main(options: argparse.Namespace) -> int:
     data = {"environment": surroundings(device), "shapes": []}
     if options.resume and path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))
+        if "shapes" not in data:
+            raise SystemExit(f"{path} was written by an earlier version: move it away, or leave --resume out")
     for shape in lines:
         Sweep(path, data, device, shape, deadline, options.block).run(lines[shape])
     return 0
@@ -199,12 +200,12 @@ class Sweep:
         done = {row["line"] for row in self.record["rows"]}
         if done.issuperset(line.name for line in lines):
             return
-        gpu = self.device.type == "cuda"
-        problem = Problem.make(self.shape, torch.bfloat16 if gpu else torch.float32, self.device)
-        clock = Clock(self.device)
-        self.floor(problem, clock)
-        self.reference(problem)
-        first = self.again(problem)
+        if time.monotonic() < self.deadline:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            problem, clock = Problem.make(self.shape, dtype, self.device), Clock(self.device)
+            self.floor(problem, clock)
+            self.reference(problem)
+            first = self.again(problem)
         samples: dict[Line, tuple[list[float], list[float]]] = {}
         for line in lines:
             if line.name in done:
@@ -215,7 +216,7 @@ class Sweep:
             }  # fmt: skip
             self.record["rows"].append(row)
             self.save()
-            if time.monotonic() > self.deadline:
+            if time.monotonic() >= self.deadline:
                 row |= {"status": "skipped", "reason": "no time left"}
                 continue
             if self.guarded(row, partial(self.check, line, problem, first, row)):
@@ -230,6 +231,8 @@ class Sweep:
         self.save()
 
     def floor(self, problem: Problem, clock: Clock) -> None:
+        if "floor_seconds" in self.record:  # what the rows so far were held against
+            return
         bare = Products(problem.hidden, problem.weight)
         laps = clock.block(bare.all, *self.block)
         names = ("logits", "hidden", "weight")
@@ -237,9 +240,13 @@ class Sweep:
 
     def reference(self, problem: Problem) -> None:
         """The exact log-probs, if they are had in reasonable time and memory."""
-        if product_seconds(problem) < EXACT_SECONDS:
-            with suppress(torch.OutOfMemoryError):
-                self.exact = exact_logps(problem)
+        if product_seconds(problem) > EXACT_SECONDS:
+            self.record["no_nats"] = "float64 would take too long here"
+            return
+        try:
+            self.exact = exact_logps(problem)
+        except RuntimeError as error:  # the memory is too small; cuBLAS has an error of its own for that
+            self.record["no_nats"] = reason_of(error)
         release_memory(self.device)
 
     def again(self, problem: Problem) -> list[Tensor]:

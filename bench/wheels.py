@@ -25,7 +25,7 @@ READ_PTH_FILES = """\
 import os, site
 own = os.path.dirname(os.path.abspath(__file__))
 for folder in dict.fromkeys([own, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]):
-    if folder == own or os.path.basename(folder) == "site-packages":
+    if folder == own or os.path.basename(os.path.normpath(folder)) == "site-packages":
         site.addsitedir(folder)
 """
 PART = re.compile(r"(?P<wheel>.+\.whl)\.part(?P<number>\d+)of(?P<count>\d+)")
