@@ -13,7 +13,8 @@ from typing import Any
 
 MOST_LINES = 60
 MOST_NAMES = 6  # of failed tests or faults
-LARGE = ("headline", "states", "sweep", "other sweeps")  # sections of many rows; the last ones matter least
+SWEEPS = ("sweep", "other sweeps")
+LARGE = ("headline", "states", *SWEEPS)  # sections of many rows; the last ones matter least
 NEVER_CUT = ("title", "absent", "targets", "steps", "end")
 OURS = ("onpo_fast fast", "onpo_fast lean")
 GB = 1e9
@@ -62,7 +63,7 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
 
     def cut_next() -> str | None:
         """The section to lose its last line: the longest of the first kind that has one with more than so many."""
-        for names, least in ((LARGE[2:], 12), (LARGE[3:], 4), (LARGE, 8), (others, 3), (LARGE, 4)):
+        for names, least in ((SWEEPS, 12), (SWEEPS[1:], 4), (LARGE, 8), (others, 3), (LARGE, 4)):
             if longer := [name for name in names if len(sections[name]) > least]:
                 return max(longer, key=lambda name: len(sections[name]))
         return None
