@@ -70,8 +70,8 @@ def dot_precision(operand: torch.dtype) -> str:
 # By compute capability: the share of a product's magnitude that is lost with every 16 terms of bf16 operands. Tensor
 # cores round towards zero after each such step (arXiv 2512.07004): a long sum comes out too small, and in the summed
 # log-prob of a response this error adds up. 0.26 of 2⁻²⁴ comes from log-probs of random states measured on an H200
-# (``docs/tuning.md``). By the terms and their order less may be lost or more: where nothing is, the correction is wrong by
-# as much as it corrects elsewhere, 4·10⁻⁶ of a logit at H = 4096.
+# (``docs/tuning.md``). By the terms and their order less may be lost or more: where nothing is, the correction is
+# wrong by as much as it corrects elsewhere, 4·10⁻⁶ of a logit at H = 4096.
 LOST_A_STEP = {90: 0.26 * 2.0**-24}
 
 
