@@ -22,7 +22,7 @@ from .errors import UserError
 from .loss import PairLossOutput, choose_backend, fused_linear_pair_loss
 from .objectives import Objective
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
-from .policy import Policy, probe, token_group
+from .policy import Policy, disagreement, probe, token_group
 from .tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
@@ -66,6 +66,7 @@ def fit(
     config: Config,
     on_step: Callable[[dict[str, float | None]], None],
     checkpoints: Checkpoints | None = None,
+    starts_at_anchor: bool = False,
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
 
@@ -75,14 +76,18 @@ def fit(
         anchor: its summed log-probs, cached; or the anchor itself, which must not be ``policy``.
         on_step: told the metrics of every optimizer step.
         checkpoints: where the fit goes on from, if there is one; saved as often as they say, and when a signal asks.
+        starts_at_anchor: whether ``policy`` is the anchor so far: then the first step's log-probs must be the anchor's,
+            and are compared with them.
 
     Raises:
+        UserError: if they are not, to the tolerance of ``agreement``: whatever was fitted would be wrong.
         UserError: if more than ``config.max_skipped_steps`` steps in a row, or all of them, had a loss or a gradient
             that is not finite (such a step leaves the weights as they are), or if the policy is not finite in the end.
             The saved states are removed: from there a lower learning rate would come too late.
         Stopped: if a signal asked for it, after the step, with its state saved.
     """
-    model = policy.model.train()
+    model = policy.model
+    policy.begin_fit()
     fused = policy.device.type == "cuda"  # what it would otherwise take in passing is as large as the gradients
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
@@ -110,6 +115,11 @@ def fit(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         rate = schedule.get_last_lr()[0]
         summary = metrics.summary(gradient_norm=norm)
+        if step == 1 and starts_at_anchor and (differ := metrics.differ_from_anchor(policy.compute_dtype)):
+            give_up(
+                f"step 1 of {len(batches)}: the fit starts at its anchor, but its log-probs differ from the anchor's "
+                f"{differ}: the family {policy.family} computes something else in training than in scoring"
+            )
         skipped = 0 if None not in (summary["gradient_norm"], summary["loss"]) else skipped + 1
         if skipped > min(config.max_skipped_steps, len(batches) - 1):
             often = "in any step" if skipped == len(batches) else f"for {skipped} steps in a row (--max_skipped_steps)"
@@ -174,7 +184,7 @@ def _weight(batch: Batch) -> float:
 def _microbatches(policy: Policy, groups: Sequence[Group], batch: Batch, config: Config) -> Iterator[Batch]:
     members = list(batch)
     tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
-    for chosen in microbatches(tokens, policy.layout, config.tokens_per_microbatch):
+    for chosen in microbatches(tokens, policy.layout, config.tokens_per_microbatch, policy.rotary_boundary):
         yield {members[m]: batch[members[m]] for m in chosen}
 
 
@@ -270,6 +280,7 @@ class _Metrics:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.tokens = 0  # packed
+        self.responses: list[Tensor] = []  # a micro-batch: (3, S), log-probs, the anchor's, and numbers of tokens
         self.columns: dict[str, list[Tensor]] = {}
 
     def add(self, microbatch: MicroBatch, output: PairLossOutput) -> None:
@@ -290,6 +301,14 @@ class _Metrics:
         }
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column.double())
+        lengths = to_device(microbatch.packed.cu_seqlens.diff(), ratio.device)
+        self.responses.append(
+            torch.stack([column.detach().double() for column in (output.logps, output.ref_logps, lengths)])
+        )
+
+    def differ_from_anchor(self, dtype: torch.dtype) -> str | None:
+        """How the responses' log-probs differ from the anchor's, in words; None if they do not."""
+        return disagreement(*torch.cat(self.responses, 1).cpu(), dtype)
 
     def summary(self, **more: Tensor) -> dict[str, float | None]:
         """Means over pairs, the loss also normalised, and ``more`` scalars; None where a number is not finite, as DPO's

@@ -101,10 +101,13 @@ def row_length(prompt: list[int], responses: list[list[int]]) -> int:
     return len(prompt) + sum(max(len(response) - 1, 0) for response in responses)
 
 
-def microbatches(groups: Sequence[TokenGroup], layout: Layout, tokens: int) -> Iterator[list[int]]:
+def microbatches(
+    groups: Sequence[TokenGroup], layout: Layout, tokens: int, boundary: int | None = None
+) -> Iterator[list[int]]:
     """Indices of groups that go through the model together: rows × longest row ≤ ``tokens``, similar lengths together.
 
-    A group that is larger by itself stands alone.
+    A group that is larger by itself stands alone. Groups with prompts of more than ``boundary`` tokens are never with
+    others: LongRoPE rotates a whole batch by the angles of its longest row (``Policy.rotary_boundary``).
     """
 
     def shape(index: int) -> tuple[int, int]:  # rows, longest row
@@ -113,11 +116,14 @@ def microbatches(groups: Sequence[TokenGroup], layout: Layout, tokens: int) -> I
             return 1, row_length(prompt, responses)
         return len(responses), max((row_length(prompt, [response]) for response in responses), default=0)
 
+    def is_long(index: int) -> bool:
+        return boundary is not None and len(groups[index][0]) > boundary
+
     current: list[int] = []
     rows = 0
-    for index in sorted(range(len(groups)), key=lambda i: shape(i)[1]):
+    for index in sorted(range(len(groups)), key=lambda i: (is_long(i), shape(i)[1])):
         more, length = shape(index)
-        if current and (rows + more) * length > tokens:
+        if current and ((rows + more) * length > tokens or is_long(current[0]) != is_long(index)):
             yield current
             current, rows = [], 0
         current.append(index)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 from .checkpoint import atomic_write_directory
 from .config import Config
@@ -42,6 +51,9 @@ class Policy:
     compute_dtype: torch.dtype  # of autocast; the weights are float32
     layout: Layout
     converted: bool = False  # its weights on disk are in another format than the one it is saved in
+    generation_config: dict[str, object] = field(default_factory=dict)  # the model's own, for whoever uses a policy
+    processor_files: dict[str, bytes] = field(default_factory=dict)  # of a model that also takes images or sound
+    notes: list[str] = field(default_factory=list)  # what a user should know about how it was loaded
 
     @property
     def head(self) -> dict[str, object]:
@@ -57,6 +69,51 @@ class Policy:
     def context(self) -> int | None:
         """Positions that the model knows, in tokens; None if it does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def family(self) -> str:
+        """What transformers calls the architecture, as "llama"."""
+        return self.model.config.model_type
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation, as transformers calls it."""
+        return self.model.config._attn_implementation
+
+    @property
+    def rotary_boundary(self) -> int | None:
+        """The row length, in tokens, beyond which LongRoPE rotates a whole batch by other angles; None without it."""
+        parameters = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        of_layers = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+        boundaries = [
+            one["original_max_position_embeddings"] for one in of_layers if one.get("rope_type") == "longrope"
+        ]
+        return min(boundaries, default=None)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Computes in float32 meanwhile, without flash-attention, which cannot."""
+        dtype, attention = self.compute_dtype, self.attention
+        other = "sdpa" if self.model._supports_sdpa else "eager"
+        self.compute_dtype = torch.float32
+        if is_flash(attention):
+            self.model.set_attn_implementation(other)
+        try:
+            yield
+        finally:
+            self.compute_dtype = dtype
+            if is_flash(attention):
+                self.model.set_attn_implementation(attention)
+
+    def begin_fit(self) -> None:
+        """Puts the model into the mode for training: evaluation mode, where no dropout and no router noise is drawn.
+
+        A policy's log-probs are not random. Only the layers that recompute their activations (gradient checkpointing)
+        are marked as training, which is what they look at; see ``_checkpoint_layers``.
+        """
+        self.model.eval()
+        for layer in _checkpointed_layers(self.model):
+            layer.training = True
 
     def autocast(self) -> torch.autocast:
         enabled = self.compute_dtype != torch.float32
@@ -83,6 +140,19 @@ class Policy:
                 f"{where}{about} has {len(tokens)} tokens: with --max_new_tokens {room} it exceeds the model's context "
                 f"of {self.context} tokens"
             )
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(tokens) >= rows:
+            raise UserError(
+                f"{where}{about} has the token {self.tokenizer.convert_ids_to_tokens(max(tokens))!r} ({max(tokens)}), "
+                f"and the model's embedding has {rows} rows: leave it out of the prompt"
+            )
+        boundary = self.rotary_boundary
+        if boundary and len(tokens) <= boundary < len(tokens) + room - 1:
+            raise UserError(
+                f"{where}{about} has {len(tokens)} tokens: with --max_new_tokens {room} a response may cross the "
+                f"{boundary} tokens at which the model's rotary embedding (longrope) changes all of its angles, so "
+                "that what was sampled is not what is scored; lower --max_new_tokens, or leave the prompt out"
+            )
         return tokens
 
     def usable(self, prompts: Sequence[Messages], room: int, skipped: Skipped | None) -> list[Messages]:
@@ -107,11 +177,10 @@ class Policy:
 
     def hidden_states(self, packed: Packed) -> Tensor:
         """(N, H): the hidden states that predict the response tokens. Differentiable."""
-        output = self.model.base_model(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=packed.attention_mask,
-            use_cache=False,
+        # rows of their own need no positions, which not every family takes
+        positions = {} if packed.layout == "separate" else {"position_ids": packed.position_ids}
+        output = backbone(self.model)(
+            input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False, **positions
         )
         return output.last_hidden_state.flatten(0, 1)[packed.rows]
 
@@ -121,12 +190,17 @@ class Policy:
         return self
 
     def save(self, directory: Path) -> None:
-        """Writes weights (safetensors), configuration and tokenizer, atomically."""
+        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically."""
 
         def fill(partial: Path) -> None:
             with quiet():
                 self.model.save_pretrained(partial)
                 self.tokenizer.save_pretrained(partial)
+            # the model's own, with the tokens that end a response here: it holds settings that are not for training
+            settings = {**self.generation_config, **self.model.generation_config.to_diff_dict()}
+            (partial / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            for name, content in self.processor_files.items():
+                (partial / name).write_bytes(content)
 
         atomic_write_directory(directory, fill)
 
@@ -137,54 +211,71 @@ def load(source: str | Path, config: Config) -> Policy:
     Raises:
         UserError: if there is no model, or one that cannot be trained here; the message names it.
     """
-    device = device_of(config.device)
-    location = locate(str(source))
-    attention = config.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
-    with _loading("the tokenizer of", str(source)):
-        tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=config.trust_remote_code)
+    name, device, location = str(source), device_of(config.device), locate(str(source))
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with _loading("the tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(**location, **trust)
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {source} has no chat template, which is how prompts are put to the model")
-    with _loading("the model", str(source)):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        raise UserError(f"the tokenizer of {name} has no chat template, which is how prompts are put to the model")
+    is_gguf = "gguf_file" in location
+    attention = {"auto": "sdpa" if is_gguf else None}.get(config.attention, config.attention)
+    with _loading("the model", name):
+        model_config = AutoConfig.from_pretrained(**location, **trust)
+        loader = _loader(model_config, name)
+        quantised = is_gguf or _dequantise(model_config, name)
+        model, found = loader.from_pretrained(
             **location,
+            **trust,
+            **({} if is_gguf else {"config": model_config}),
             dtype=torch.float32,
             attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if "gguf_file" in location else True,  # a pickle may run code as it is read
+            use_safetensors=None if is_gguf else True,  # a pickle may run code as it is read
             ignore_mismatched_sizes=True,  # for _check_complete to name them
             output_loading_info=True,
         )
-    _check_complete(found, str(source))
-    _check_vocabulary(model, tokenizer, str(source))
-    if "gguf_file" in location:  # the weights are dequantised: from here on an ordinary model, which can be saved
+    _check_complete(found, name)
+    _check_vocabulary(model, tokenizer, name)
+    if model.hf_quantizer is not None and not quantised:
+        raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
+    if quantised:  # from here on an ordinary model, which can be saved
         model.hf_quantizer = None
+        model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
         del model.config.quantization_config
+        model.float()
+    if is_gguf:
         # the file says which token it is; transformers 5.17 names another one in the tokenizer
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    if tokenizer.pad_token_id is None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
+            raise UserError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
-    for module in model.modules():  # a policy's log-probs are not random
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    _only_tokens(model, tokenizer, str(source))
+    if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
+        model.config.rescale_every = 0
+    own_generation = model.generation_config.to_diff_dict()
+    _only_tokens(model, tokenizer, name)
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
+    flash = device.type == "cuda" and is_flash_attn_2_available() and model._supports_flash_attn
+    if config.attention == "auto" and flash:
+        model.set_attn_implementation("flash_attention_2")
     if config.gradient_checkpointing:
-        # renamed in transformers 5.23
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _checkpoint_layers(model, name)
     _apply_liger(model, device, config.liger)
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
-    policy = Policy(model, tokenizer, device, dtype or getattr(torch, config.dtype), "separate",
-                    converted="gguf_file" in location)  # fmt: skip
-    _check_head(policy, str(source))
-    policy.layout = _layout(policy)
+    policy = Policy(
+        model, tokenizer, device, dtype or getattr(torch, config.dtype), "separate",
+        converted=quantised,
+        generation_config=own_generation,
+        processor_files={} if is_gguf else _processor_files(name),
+        notes=[] if is_gguf else _left_out(model, name),
+    )  # fmt: skip
+    _check_template(policy, name)
+    may_share = not (is_flash(model.config._attn_implementation) or _has_window(model.config))
+    with policy.in_float32():
+        _check_log_probs(policy, name)
+        if may_share:
+            policy.layout = _layout(policy)
     return policy
 
 
@@ -203,7 +294,7 @@ def score(
     order: list[int] = []  # the groups, as they were scored
     sums: list[Tensor] = []  # of their responses, on the device: read once, at the end
     policy.model.eval()
-    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch):
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
         packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
         with policy.autocast():
             per_token = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
@@ -225,6 +316,31 @@ def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:
     """
     own = torch.tensor([response.logp for group in groups for response in group.responses], dtype=torch.float64)
     return float((own - torch.cat(list(other))).mean())
+
+
+# What log-probs of the same responses, computed in two ways, may differ by: nats, times the square root of a response's
+# number of tokens, as errors of rounding add up. In bfloat16 a logit of 16 is rounded by 1/16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+OUTLIERS = 0.01  # the share of responses that may differ by more: a mixture of experts may choose others at a tie
+
+
+def disagreement(ours: Tensor, theirs: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | None:
+    """Whether summed log-probs of the same responses differ by more than rounding explains.
+
+    Args:
+        ours, theirs: (n,) float64, nats.
+        tokens: (n,) of each response.
+        dtype: of the computation.
+
+    Returns:
+        None if not; else by how much, in words.
+    """
+    differences = (ours - theirs).abs()
+    beyond = ~(differences <= TOLERANCE[dtype] * tokens.clamp(min=1).sqrt())  # NaN is beyond
+    if beyond.double().mean() <= OUTLIERS:
+        return None
+    worst = (differences / tokens.clamp(min=1)).max()
+    return f"in {int(beyond.sum())} of {len(beyond)} responses, by up to {worst:.2g} nats a token"
 
 
 def token_group(group: Group) -> TokenGroup:
@@ -282,7 +398,12 @@ def _loading(what: str, source: str) -> Iterator[None]:
             yield
     except Exception as error:  # what is loaded is the user's: anything may be wrong with it
         reason = str(error).partition("Model type should be one of")[0].rstrip()  # of hundreds
-        if "trust_remote_code" in reason:
+        if "attn_implementation" in reason:
+            reason = (
+                f"its family does not have this attention ({reason.partition('.')[0]}). Leave out --attention, and the "
+                "model chooses, or take --attention eager"
+            )
+        elif "trust_remote_code" in reason:
             reason = "it comes with Python code. Read that, and add --trust_remote_code if you trust its authors"
         elif "safetensors" in reason and isinstance(error, OSError) and not Path(source).is_dir():
             reason = f"{reason} {SAFETENSORS.format(source=source)}"
@@ -291,8 +412,49 @@ def _loading(what: str, source: str) -> Iterator[None]:
         raise UserError(f"cannot load {what} {source}: {reason}") from error
 
 
+def _loader(config: PretrainedConfig, source: str) -> type:
+    """Loads the model: as a causal language model, or as what it names itself where it is more than that.
+
+    A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without
+    the rest.
+
+    Raises:
+        UserError: if it is an encoder with a decoder.
+    """
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{source} ({config.model_type}) is an encoder with a decoder: a policy is a causal language model, a "
+            "decoder alone"
+        )
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    whole = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
+    return named if whole and config.get_text_config() is not config else AutoModelForCausalLM
+
+
+DEQUANTISED = ("fp8", "mxfp4")  # quant_method of the formats that transformers turns into plain weights while loading
+
+
+def _dequantise(config: PretrainedConfig, source: str) -> bool:
+    """Asks for plain weights of a quantised checkpoint; returns whether it is one.
+
+    Raises:
+        UserError: if its format cannot be had as plain weights.
+    """
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return False
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    if method not in DEQUANTISED:
+        raise UserError(
+            f"{source} is quantised ({method}), and training needs plain weights: take the model that it was made "
+            f"from, or dequantise it and save that (of quantised ones, {' and '.join(DEQUANTISED)} are read)"
+        )
+    config.quantization_config = {**dict(quantisation), "dequantize": True}
+    return True
+
+
 def _check_complete(found: dict, source: str) -> None:
-    """Weights that the files lack would be random numbers."""
+    """Weights that the files lack would be random numbers; those that the model lacks would be lost."""
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} lacks {len(missing)} of the weights that its config.json asks for, as {missing[0]}")
     if mismatched := sorted(found["mismatched_keys"], key=str):
@@ -301,17 +463,167 @@ def _check_complete(found: dict, source: str) -> None:
             f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
             f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
         )
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise UserError(
+            f"{source} has {len(unexpected)} weights that its config.json does not know, as {unexpected[0]}: they "
+            "would be left out of what is computed and saved. A config.json of another model, or of a quantised one "
+            "without its quantization_config, looks like this"
+        )
+
+
+DERIVED = re.compile(r"(inv_freq|position_ids|attn\.bias|attention\.bias|masked_bias)$")  # computed, never trained
+
+
+def _left_out(model: PreTrainedModel, source: str) -> list[str]:
+    """A line on tensors that the checkpoint has and the model's class leaves out on purpose; none without them."""
+    patterns = model._keys_to_ignore_on_load_unexpected
+    left_out = [
+        name
+        for name in _tensor_names(source)
+        if any(re.search(pattern, name) for pattern in patterns) and not DERIVED.search(name)
+    ]  # fmt: skip
+    if not left_out:
+        return []
+    return [
+        f"{len(left_out)} tensors of {source}, as {sorted(left_out)[0]}, are no part of {type(model).__name__}, and no "
+        "policy of this run will have them"
+    ]
+
+
+def _tensor_names(source: str) -> Iterator[str]:
+    """Of a checkpoint in safetensors: those in its files."""
+    for path in weight_files(source):
+        with safe_open(path, "pt") as file:
+            yield from file.keys()
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model, as transformers chooses them: the one, or the shards that its index lists.
+
+    Raises:
+        UserError: if the index is damaged, or lists what is no safetensors file of the model's own directory.
+    """
+    if single := _file_of(source, SINGLE):
+        return [single]
+    index = _file_of(source, INDEX)
+    if index is None:
+        return []
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        paths = [Path(shard) for shard in shards]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is damaged: no index of shards ({type(error).__name__}: {error})") from None
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise UserError(
+                f"{index} lists {str(path)!r} as a shard: it must be a .safetensors file in the model's own directory"
+            )
+    found = [_file_of(source, shard) for shard in shards]
+    if None in found:
+        raise UserError(f"{index} lists {shards[found.index(None)]!r}, which is not there")
+    return found
+
+
+def _file_of(source: str, name: str) -> Path | None:
+    """A file of a model, from its directory or the hub's cache; None if it has none of that name."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def _processor_files(source: str) -> dict[str, bytes]:
+    """How a model's images and sound are prepared: kept as they are, for the policies to be used as the model is."""
+    found = {name: _file_of(source, name) for name in PROCESSOR_FILES}
+    return {name: path.read_bytes() for name, path in found.items() if path is not None}
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Every token that the tokenizer has needs its row; rows beyond are padding."""
+    """Every token of the tokenizer's own vocabulary needs its row; rows beyond are padding.
+
+    A token that was added may lie beyond: text-only Gemma-3 has one for images. ``_check_template`` and
+    ``Policy.render`` see to it that none of them reaches the model.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    added = set(tokenizer.added_tokens_decoder)
+    highest = max((token for token in tokenizer.get_vocab().values() if token not in added), default=-1)
     if highest >= rows:
+        raise _too_few_rows(source, highest, rows)
+
+
+def _check_template(policy: Policy, source: str) -> None:
+    """The tokens that the chat template puts around words need rows, too."""
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    try:
+        tokens = policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    except Exception:  # a template may want something else of a conversation: prompts are rendered, and refused, later
+        return
+    if tokens and max(tokens) >= rows:
+        raise _too_few_rows(source, max(tokens), rows)
+
+
+def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
+    return UserError(
+        f"the tokenizer of {source} does not fit its model: it has tokens up to {highest}, and the embedding has "
+        f"{rows} rows. Take the tokenizer that the model was trained with, or resize_token_embeddings and save"
+    )
+
+
+def is_flash(attention: str | None) -> bool:
+    return "flash" in (attention or "")
+
+
+def _checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that recompute their activations in the backward pass, when they are in training mode."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]
+
+
+def _checkpoint_layers(model: PreTrainedModel, source: str) -> None:
+    """Turns gradient checkpointing on.
+
+    transformers couples it to training mode, in which a layer also draws dropout. So what is recomputed runs with the
+    layer's own mode off.
+
+    Raises:
+        UserError: if the model has no layers that can be recomputed.
+    """
+    # renamed in transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    with _loading("with --gradient_checkpointing the model", source):
+        enable({"use_reentrant": False})
+    layers = _checkpointed_layers(model)
+    if not layers:
         raise UserError(
-            f"the tokenizer of {source} does not fit its model: it has tokens up to {highest}, and the embedding has "
-            f"{rows} rows. Take the tokenizer that the model was trained with, or resize_token_embeddings and save"
+            f"--gradient_checkpointing: {source} ({model.config.model_type}) has no layers that know it: leave it out"
         )
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(
+            _checkpoint_in_evaluation, layer, layer._gradient_checkpointing_func
+        )
+
+
+def _checkpoint_in_evaluation(layer: nn.Module, checkpoint: Callable, forward: Callable, *inputs: object) -> object:
+    def undisturbed(*arguments: object) -> object:
+        layer.training = False
+        try:
+            return forward(*arguments)
+        finally:
+            layer.training = True
+
+    return checkpoint(undisturbed, *inputs)
 
 
 def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> None:
@@ -338,7 +650,10 @@ def without_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]), ([2, 5], [[6, 4], [3, 1]])]  # groups to ask a model about itself
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a model below its LM head."""
+    body = model.base_model
+    return getattr(model, "model", body) if body is model else body
 
 
 def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
@@ -356,21 +671,17 @@ def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sou
     )
 
 
-@torch.no_grad()
-def _check_head(policy: Policy, source: str) -> None:
-    """The head as we apply it must be the head as the model does: log-probs of a few tokens, both ways."""
-    ours = probe(policy, source)
-    packed = pack(_probe_groups(policy), "separate").to(policy.device)
-    with policy.autocast():
-        logits = policy.model(
-            input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids
-        ).logits.flatten(0, 1)[packed.rows]
-    theirs = logits.float().log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
-    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02):
-        raise UserError(
-            f"the model {source} shapes its logits in a way that is not known here: log-probs from its head differ by "
-            f"up to {(ours - theirs).abs().max():.3g} nats from the model's own"
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking a model about itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+# groups of different lengths, of tokens that a vocabulary of any size is taken to
+PROBE: list[TokenGroup] = [
+    ([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]),
+    ([2, 5], [[6, 4], [3, 1]]),
+    (list(range(11, 40, 2)), [list(range(12, 30, 3)), [8, 6, 5, 3, 9]]),
+]
+ROUNDING = 1e-3  # nats a token: more than float32 computations of the same thing differ by, less than any mistake seen
 
 
 @torch.no_grad()
@@ -384,30 +695,87 @@ def probe(policy: Policy, name: str) -> Tensor:
         if not parameter.isfinite().all():
             raise UserError(f"the weights of {name} are not finite ({weight})")
     policy.model.eval()
-    packed = pack(_probe_groups(policy), "separate").to(policy.device)
-    with policy.autocast():
-        logps = linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+    logps = _probe_log_probs(policy, "separate")
     if not logps.isfinite().all():
         raise UserError(f"the weights of {name} are finite, but not its log-probs")
     return logps
 
 
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """``PROBE``, in a vocabulary of any size."""
+    """``PROBE``, in the policy's vocabulary."""
     size = len(policy.head["weight"])
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in PROBE]
 
 
+def _probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
+    """(N,) log-probs of the probe's response tokens, all groups in one batch, as a run computes them; nats."""
+    packed = pack(_probe_groups(policy), layout).to(policy.device)
+    with policy.autocast():
+        return linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+
+
+@torch.no_grad()
+def _check_log_probs(policy: Policy, source: str) -> None:
+    """What a run computes must be what the model itself says of one row after the other, without padding or a mask.
+
+    Raises:
+        UserError: if it is not; names the family and the difference.
+    """
+    ours = probe(policy, source).double()
+    what = f"the model {source} ({policy.family})"
+    again = (ours - _probe_log_probs(policy, "separate")).abs().max()
+    if again > ROUNDING:
+        raise UserError(
+            f"{what} gives log-probs that differ by up to {again:.2g} nats from one time to the "
+            "next: noise is on in it"
+        )
+    packed = pack(_probe_groups(policy), "separate").to(policy.device)
+    # the same hidden states through both heads: only rounding may differ
+    logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
+    logits = logits.flatten(0, 1)[packed.rows].double()
+    theirs = logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
+    allowed = 32 * torch.finfo(torch.float32).eps * (1 + theirs.abs().max() + logits.abs().max())
+    if (error := (ours - theirs).abs().max()) > allowed:
+        raise UserError(
+            f"{what} shapes its logits in a way that is not known here: log-probs from its head differ by up to "
+            f"{error:.3g} nats from the model's own"
+        )
+    alone = torch.cat([
+        _log_probs_alone(policy, prompt, response) for prompt, responses in _probe_groups(policy) for response in responses
+    ])  # fmt: skip
+    if (error := (ours - alone).abs().max()) > ROUNDING:
+        raise UserError(
+            f"{what} gives other log-probs in a batch, by up to {error:.2g} nats a token, than to each row alone: its "
+            "implementation does not mask padding, and a run would learn from wrong numbers"
+        )
+
+
+def _log_probs_alone(policy: Policy, prompt: list[int], response: list[int]) -> Tensor:
+    """(n,) log-probs of a response's tokens from the model's own logits for this row alone, nats, float64."""
+    row = torch.tensor([prompt + response[:-1]], device=policy.device)
+    logits = policy.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :].double()
+    targets = torch.tensor(response, device=policy.device)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+WINDOW = re.compile(r"(window|attention_chunk)(_size)?$")  # names of options that limit how far attention sees
+
+
+def _has_window(config: PretrainedConfig) -> bool:
+    """Whether attention sees a part of a row only: the one mask of shared prompts would widen a window, or, where the
+    model counts positions along the row, hide the prompt. It may be narrower or wider than the probe could show."""
+    text = config.get_text_config()
+    windows = [value for name, value in vars(text).items() if WINDOW.search(name) and value]
+    return bool(windows) or bool(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
+
+
 @torch.no_grad()
 def _layout(policy: Policy) -> Layout:
-    """Prompts are shared if the model, asked, gives the same hidden states either way."""
-    if policy.model.config._attn_implementation == "flash_attention_2":
-        return "separate"  # flash-attention has no 4-D mask
-    config = policy.model.config.get_text_config()
-    if getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
-        return "separate"  # a window is narrower than the probe can show, and the one 4-D mask would widen it
-    with policy.autocast():
-        apart, together = (
-            policy.hidden_states(pack(PROBE, layout).to(policy.device)).float() for layout in ("separate", "shared")
-        )
-    return "shared" if torch.allclose(apart, together, rtol=0.02, atol=0.02 * float(apart.std())) else "separate"
+    """Prompts are shared if the model, asked, gives the same log-probs either way."""
+    apart = _probe_log_probs(policy, "separate")
+    try:
+        together = _probe_log_probs(policy, "shared")
+    except Exception as error:  # whatever a family makes of a 4-D mask that it does not take
+        logging.getLogger("onpo_fast").debug("no shared prompts for %s: %s", policy.family, error)
+        return "separate"
+    return "shared" if (apart - together).abs().max() <= ROUNDING else "separate"

@@ -9,8 +9,11 @@ tokens; on a CPU in float32 that has not been seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +23,17 @@ from transformers.generation import TopPLogitsWarper
 
 from .config import Config
 from .data import Group, Messages, Response
+from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
-from .policy import Policy
+from .policy import ROUNDING, Policy, score
+from .tracking import console
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
+Job = TypeVar("Job")
+
+PROBE_LENGTHS = (3, 9, 22)  # of the prompts that a sampler is checked with, in tokens
+PROBE_TOKENS = 6  # sampled after each
 
 
 class Sampler(Protocol):
@@ -41,14 +50,20 @@ class Sampler(Protocol):
 
 
 def make_sampler(policy: Policy, config: Config) -> Sampler:
-    """The sampler that the configuration asks for."""
-    return TransformersSampler(
+    """The sampler that the configuration asks for.
+
+    Raises:
+        UserError: if the policy's implementation generates from another distribution than it is scored by.
+    """
+    sampler = TransformersSampler(
         policy,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         batch_size=config.sampling_batch_size,
     )
+    sampler.check()
+    return sampler
 
 
 class TransformersSampler:
@@ -59,6 +74,7 @@ class TransformersSampler:
     ) -> None:
         self.policy, self.batch_size = policy, batch_size
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.pads = True  # prompts of different lengths may be in one batch, padded on the left
 
     @torch.no_grad()
     def __call__(
@@ -84,20 +100,84 @@ class TransformersSampler:
         rendered = [self.policy.render(prompt, self.max_new_tokens) for prompt in prompts]
         self.policy.model.eval()
         jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
-        jobs.sort(key=lambda job: len(rendered[job[0]]))
         responses: dict[tuple[int, int], Response] = {}
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
+        for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
             keys = _keys([[*seed, first + p, k] for p, k in batch], self.policy.device)
-            for job, response in zip(batch, self._generate([rendered[p] for p, _ in batch], keys)):
-                responses[job] = response
+            chosen = [rendered[p] for p, _ in batch]
+            generated = self._generate(chosen, keys, self.max_new_tokens, self.policy.eos_tokens)
+            responses.update(zip(batch, generated))
             progress(len(batch))
         return [
             Group(list(prompt), rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
             for p, prompt in enumerate(prompts)
         ]
 
-    def _generate(self, prompts: list[list[int]], keys: Tensor) -> list[Response]:
+    def check(self) -> None:
+        """Compares the log-probs of a few sampled tokens with those that the policy is scored by, in float32.
+
+        Where they agree only without padding (left padding is wrong in transformers for some recurrent families), no
+        batch has any from here on: prompts of different lengths are sampled one after the other.
+
+        Raises:
+            UserError: if they differ without padding, too; names the family and the difference.
+        """
+        model = f"a model of the family {self.policy.family}"
+        difference = self._difference()
+        if difference <= ROUNDING:
+            return
+        self.pads = False
+        _say_once(
+            f"{model} gives log-probs that are up to {difference:.2g} nats a token off where prompts of different "
+            "lengths are in one batch: such prompts are sampled one after the other"
+        )
+        if (difference := self._difference()) > ROUNDING:
+            raise UserError(
+                f"{model} cannot be trained with this version of transformers: the log-probs that it generates "
+                f"with and those that it is scored by differ by up to {difference:.2g} nats a token; try --attention eager"
+            )
+
+    @torch.no_grad()
+    def _difference(self) -> float:
+        """How far sampled and scored log-probs of ``PROBE_LENGTHS`` are apart at most, in nats a token."""
+        policy = self.policy
+        limits = [limit for limit in (policy.context, policy.rotary_boundary) if limit]
+        size = len(policy.head["weight"])
+        prompts = [
+            [(7 * i + 3 * length) % size for i in range(length)]
+            for length in PROBE_LENGTHS
+            for _ in range(2)
+            if length + PROBE_TOKENS <= min(limits, default=math.inf)
+        ]
+        if not prompts:
+            return 0.0
+        policy.model.eval()
+        groups: list[Group] = []
+        with policy.in_float32():
+            for batch in self._batches(range(len(prompts)), lambda p: len(prompts[p])):
+                chosen = [prompts[p] for p in batch]
+                keys = _keys([[p] for p in batch], policy.device)
+                responses = self._generate(chosen, keys, PROBE_TOKENS, [])
+                groups += [Group([], prompt, [one]) for prompt, one in zip(chosen, responses)]
+            scored = torch.cat(score(policy, groups, len(prompts) * (max(PROBE_LENGTHS) + PROBE_TOKENS)))
+        sampled = torch.tensor([group.responses[0].logp for group in groups], dtype=torch.float64)
+        difference = (sampled - scored).abs().max() / PROBE_TOKENS
+        return float(difference.nan_to_num(math.inf))
+
+    def _batches(self, jobs: Sequence[Job], length: Callable[[Job], int]) -> Iterator[list[Job]]:
+        """Jobs in batches, the shortest prompts first; ``length`` is that of a job's prompt in tokens."""
+        boundary = self.policy.rotary_boundary or math.inf
+
+        def kind(job: Job) -> tuple[bool, int]:  # what must not differ in a batch
+            return length(job) > boundary, 0 if self.pads else length(job)
+
+        for _, alike in itertools.groupby(sorted(jobs, key=length), key=kind):
+            alike = list(alike)
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
+
+    def _generate(
+        self, prompts: list[list[int]], keys: Tensor, max_new_tokens: int, eos_tokens: list[int]
+    ) -> list[Response]:
         policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id
@@ -111,20 +191,24 @@ class TransformersSampler:
                 logits_processor=LogitsProcessorList([draw]),
                 generation_config=GenerationConfig(
                     do_sample=False,  # the draw is in the processor: what is left is an argmax
-                    max_new_tokens=self.max_new_tokens,
-                    eos_token_id=policy.eos_tokens,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=eos_tokens or None,
                     pad_token_id=pad,
                 ),
             )
         logps = torch.stack(draw.logps, 1).double().cpu()
-        return [self._response(row, lp) for row, lp in zip(output[:, width:].tolist(), logps)]
+        return [self._response(row, lp, eos_tokens) for row, lp in zip(output[:, width:].tolist(), logps)]
 
-    def _response(self, tokens: list[int], logps: Tensor) -> Response:
-        eos = self.policy.eos_tokens
-        end = next((i for i, token in enumerate(tokens) if token in eos), None)
+    def _response(self, tokens: list[int], logps: Tensor, eos_tokens: list[int]) -> Response:
+        end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
         kept = tokens if end is None else tokens[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    console.print(line)
 
 
 class _Draw(LogitsProcessor):

@@ -54,7 +54,7 @@ from .evaluate import HELD_OUT, evaluate, initial_policy, summary
 from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import Policy, kl_estimate, load, locate, score
+from .policy import Policy, disagreement, kl_estimate, load, locate, score
 from .report import write_report
 from .sampling import make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
@@ -127,6 +127,7 @@ class Run:
             usable,
         )  # fmt: skip
         policy = self.load(config.model)
+        self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
         self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
@@ -156,19 +157,17 @@ class Run:
         self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
         self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
         console.print(
-            f"{config.objective} on {config.model} ({self.device}), {len(self.prompts)} prompts to train on and "
-            f"{len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
+            f"{config.objective} on {config.model} ({self.device}, {policy.attention} attention), {len(self.prompts)} "
+            f"prompts to train on and {len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
+        for note in policy.notes:
+            console.print(one_line(note))
         if skipped and skipped.count:
             console.print(one_line(str(skipped)))
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             console.print(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
             )
-
-    @property
-    def device(self) -> torch.device:
-        return self.resident[1].device
 
     def load(self, source: Source) -> Policy:
         """The policy from here, and no other: at most one model is in memory."""
@@ -207,9 +206,23 @@ class Run:
         self.notes, self.numbers = {}, {}
         name = f"{self.name(t)}/responses.jsonl"
         groups = list(read_groups(self.directory / name)) if self.whole(name) else self._sample(t, source, name)
+        if t == 1:
+            self._check_sampled(groups)
         lengths = [len(response.tokens) for group in groups for response in group.responses]
         self.numbers["response_tokens_mean"] = sum(lengths) / len(lengths)
         return groups
+
+    def _check_sampled(self, groups: list[Group]) -> None:
+        """What π_1 said of its responses when it was sampled must be what it is scored by; it is scored anyway."""
+        scores = self._score(1, self.initial, groups)
+        tokens = torch.tensor([len(response.tokens) for group in groups for response in group.responses])
+        sampled = torch.tensor([response.logp for group in groups for response in group.responses], dtype=torch.float64)
+        if differ := disagreement(sampled, torch.cat(scores), tokens, self.compute_dtype):
+            raise UserError(
+                f"the log-probs that {self.config.model} (family {self.family}) generates with differ from those that "
+                f"it is scored by {differ}: it would learn from wrong numbers. Try --sampling_batch_size 1 or "
+                "--attention eager in a new run"
+            )
 
     def _sample(self, t: int, source: Source, name: str) -> list[Group]:
         config, prompts, count = self.config, self.prompts_of(t), self.config.responses_per_prompt
@@ -297,9 +310,11 @@ class Run:
         Cached, its log-probs of all responses, also those in no pair: KL estimates need the ones that the oracle did
         not choose. Live, where the policy is: the fit loads it, and lets go of it.
         """
+        share = objective.initial_share
+        # the policy that the anchor is; a mixture is none, unless of π_1 with itself
+        self.anchored_at = self.initial if share == 1 else source if share == 0 or source == self.initial else None
         initial = self._score(t, self.initial, groups)
         self.numbers.setdefault("kl_to_initial", kl_estimate(groups, initial))
-        share = objective.initial_share
         if self.config.anchor == "live":
             return self.initial if share == 1 else source
         known = source == self.initial or share == 1
@@ -340,7 +355,8 @@ class Run:
 
             reference = anchor if isinstance(anchor, list) else load(anchor, config).frozen()
             try:
-                fit(policy, groups, batches, reference, objective, config, on_step, checkpoints)
+                at_anchor = source == self.anchored_at
+                fit(policy, groups, batches, reference, objective, config, on_step, checkpoints, at_anchor)
             except UserError as error:
                 raise UserError(f"iteration {t}, fit {name}, {error}") from error
             finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
