@@ -49,10 +49,13 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     """How the model's family scales and caps its logits."""
     text = config.get_text_config()
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse
         scale *= getattr(text, name, None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite
-    return {"logit_scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+    if scaling := getattr(text, "logits_scaling", None):  # Granite divides by it, HyperCLOVAX multiplies
+        scale *= scaling if text.model_type.startswith("hyperclovax") else 1 / scaling
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    cap = next((value for name in caps if (value := getattr(text, name, None))), None)
+    return {"logit_scale": scale, "softcap": cap}
 
 
 def _weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -235,7 +235,7 @@ def load(source: str | Path, config: Config) -> Policy:
         )
     _check_complete(found, name)
     _check_vocabulary(model, tokenizer, name)
-    if model.hf_quantizer is not None and not quantised:
+    if getattr(model, "hf_quantizer", None) is not None and not quantised:
         raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
     if quantised:  # from here on an ordinary model, which can be saved
         model.hf_quantizer = None
@@ -271,8 +271,8 @@ def load(source: str | Path, config: Config) -> Policy:
         notes=[] if is_gguf else _left_out(model, name),
     )  # fmt: skip
     _check_template(policy, name)
-    may_share = not (is_flash(model.config._attn_implementation) or _has_window(model.config))
-    with policy.in_float32():
+    may_share = not (is_flash(policy.attention) or _has_window(model.config))
+    with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
         _check_log_probs(policy, name)
         if may_share:
             policy.layout = _layout(policy)
@@ -396,6 +396,8 @@ def _loading(what: str, source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except UserError:
+        raise
     except Exception as error:  # what is loaded is the user's: anything may be wrong with it
         reason = str(error).partition("Model type should be one of")[0].rstrip()  # of hundreds
         if "attn_implementation" in reason:
@@ -701,6 +703,16 @@ def probe(policy: Policy, name: str) -> Tensor:
     return logps
 
 
+@contextmanager
+def computing(model: str) -> Iterator[None]:
+    """What a model's own code raises where it is first tried, in one line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{model} does not compute here: {type(error).__name__}: {reason}") from error
+
+
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
     """``PROBE``, in the policy's vocabulary."""
     size = len(policy.head["weight"])
@@ -726,10 +738,10 @@ def _check_log_probs(policy: Policy, source: str) -> None:
     again = (ours - _probe_log_probs(policy, "separate")).abs().max()
     if again > ROUNDING:
         raise UserError(
-            f"{what} gives log-probs that differ by up to {again:.2g} nats from one time to the "
-            "next: noise is on in it"
+            f"{what} gives log-probs that differ by up to {again:.2g} nats from one time to the next: noise is on in it"
         )
-    packed = pack(_probe_groups(policy), "separate").to(policy.device)
+    groups = _probe_groups(policy)
+    packed = pack(groups, "separate").to(policy.device)
     # the same hidden states through both heads: only rounding may differ
     logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
     logits = logits.flatten(0, 1)[packed.rows].double()
@@ -740,10 +752,8 @@ def _check_log_probs(policy: Policy, source: str) -> None:
             f"{what} shapes its logits in a way that is not known here: log-probs from its head differ by up to "
             f"{error:.3g} nats from the model's own"
         )
-    alone = torch.cat([
-        _log_probs_alone(policy, prompt, response) for prompt, responses in _probe_groups(policy) for response in responses
-    ])  # fmt: skip
-    if (error := (ours - alone).abs().max()) > ROUNDING:
+    alone = [_log_probs_alone(policy, prompt, response) for prompt, responses in groups for response in responses]
+    if (error := (ours - torch.cat(alone)).abs().max()) > ROUNDING:
         raise UserError(
             f"{what} gives other log-probs in a batch, by up to {error:.2g} nats a token, than to each row alone: its "
             "implementation does not mask padding, and a run would learn from wrong numbers"

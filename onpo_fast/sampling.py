@@ -26,7 +26,7 @@ from .data import Group, Messages, Response
 from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
-from .policy import ROUNDING, Policy, score
+from .policy import ROUNDING, Policy, computing, score
 from .tracking import console
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
@@ -133,7 +133,8 @@ class TransformersSampler:
         if (difference := self._difference()) > ROUNDING:
             raise UserError(
                 f"{model} cannot be trained with this version of transformers: the log-probs that it generates "
-                f"with and those that it is scored by differ by up to {difference:.2g} nats a token; try --attention eager"
+                f"with and those that it is scored by differ by up to {difference:.2g} nats a token; try --attention "
+                "eager"
             )
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class TransformersSampler:
             return 0.0
         policy.model.eval()
         groups: list[Group] = []
-        with policy.in_float32():
+        with policy.in_float32(), computing(f"a model of the family {policy.family}"):
             for batch in self._batches(range(len(prompts)), lambda p: len(prompts[p])):
                 chosen = [prompts[p] for p in batch]
                 keys = _keys([[p] for p in batch], policy.device)
