@@ -235,12 +235,13 @@ def load(source: str | Path, config: Config) -> Policy:
         )
     _check_complete(found, name)
     _check_vocabulary(model, tokenizer, name)
-    if getattr(model, "hf_quantizer", None) is not None and not quantised:
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantised:
         raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
     if quantised:  # from here on an ordinary model, which can be saved
-        model.hf_quantizer = None
+        if quantiser is not None:
+            quantiser.remove_quantization_config(model)
         model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
-        del model.config.quantization_config
         model.float()
     if is_gguf:
         # the file says which token it is; transformers 5.17 names another one in the tokenizer
@@ -253,6 +254,7 @@ def load(source: str | Path, config: Config) -> Policy:
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
     own_generation = model.generation_config.to_diff_dict()
+    own_generation.pop("_from_model_config", None)
     _only_tokens(model, tokenizer, name)
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
@@ -655,7 +657,9 @@ def without_cudnn_attention() -> None:
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The part of a model below its LM head."""
     body = model.base_model
-    return getattr(model, "model", body) if body is model else body
+    if body is model:  # Llama 4 does not say
+        body = getattr(model, "model", None) or model.get_decoder()
+    return backbone(body) if body is not model and hasattr(body, "lm_head") else body
 
 
 def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
