@@ -326,8 +326,8 @@ def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[Tensor]
 
 
 def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Summed log-probs, a (K,) float64 tensor a group in nats; and the gradient of the mean ONPO loss of ``PAIRS`` at the
-    anchor, by parameter name."""
+    """Summed log-probs, a (K,) float64 tensor a group in nats; and the gradient of the mean ONPO loss of ``PAIRS`` at
+    the anchor, by parameter name."""
     logps = [torch.stack([row_logps(model, g.prompt_tokens, r.tokens) for r in g.responses]) for g in groups]
     losses = []
     for pair in PAIRS:
@@ -418,8 +418,9 @@ def make_page(rows: Sequence[Row]) -> str:
     told = [row for row in rows if row.verdict != "absent"]
     for row in told:
         numbers = (row.logps, row.gradient, row.sampled, row.saved)
-        cells = [row.name, row.about, row.layout or "", *("" if n is None else f"{n:.0e}" if n else "0" for n in numbers)]
-        lines.append(f"| {' | '.join([*cells, row.verdict.partition(':')[0]])} |")
+        shown = ["" if number is None else f"{number:.0e}" if number else "0" for number in numbers]
+        cells = [row.name, row.about, row.layout or "", *shown, row.verdict.partition(":")[0]]
+        lines.append(f"| {' | '.join(cells)} |")
     for title, texts in (
         ("Wrong", {row.name: row.verdict for row in told if row.verdict.startswith("WRONG")}),
         ("Refused, and what is said", {row.name: row.verdict for row in told if row.verdict.startswith("refused")}),
@@ -457,8 +458,8 @@ has the configurations, and `python -m bench families --only llama` tries one.
 - **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. The largest
   difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
 
-`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: by one line, before anything
-is trained."""
+`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: by one line, before
+anything is trained."""
 
 
 def versions() -> str:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # tokens 0, 1 and 2: padding, begin, end
@@ -71,6 +71,9 @@ def make_model(family: Family) -> PreTrainedModel:
         for parameter in model.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.1
             parameter.add_(torch.randn(parameter.shape), alpha=scale)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as where it gets no gradient; some models clear it at loading
     return model
 
 
@@ -97,7 +100,7 @@ def to_fp8(tensors: dict[str, Tensor], block: int = 128) -> tuple[dict[str, Tens
     """The linear layers in float8 with a scale a block, as DeepSeek-V3's."""
     quantised = {}
     for name, weight in tensors.items():
-        if not name.endswith("_proj.weight"):
+        if weight.dim() != 2 or name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight")):
             quantised[name] = weight
             continue
         rows, columns = (-(-size // block) for size in weight.shape)
@@ -169,6 +172,7 @@ def encoder_decoder(**changes) -> dict[str, Any]:
 
 
 WINDOW = {"sliding_window": 8}
+SLIDING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 DEEPSEEK = {
@@ -191,7 +195,7 @@ QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_head
 PICTURES = {"image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN + 1}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 32, "patch_size": 8}  # fmt: skip
-GEMMA3 = text(head_dim=16, query_pre_attn_scalar=16, **WINDOW, layer_types=["sliding_attention", "full_attention"])
+GEMMA3 = text(head_dim=16, query_pre_attn_scalar=16, **SLIDING)
 
 FAMILIES = {
     # dense transformers
@@ -210,11 +214,10 @@ FAMILIES = {
                     "attention_dropout": 0.1}, "ALiBi, functional dropout"),
     "codegen": Family("CodeGenConfig", gpt(rotary_dim=8)),
     "cohere": Family("CohereConfig", text(logit_scale=0.25), "logit scale, tied head"),
-    "cohere2": Family("Cohere2Config", text(logit_scale=0.25, **WINDOW, head_dim=16,
-                      layer_types=["sliding_attention", "full_attention"]), "sliding window, logit scale"),
+    "cohere2": Family("Cohere2Config", text(logit_scale=0.25, **SLIDING, head_dim=16), "sliding window, logit scale"),
     "ctrl": Family("CTRLConfig", {"vocab_size": VOCABULARY, "n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4,
                    "n_positions": 512}, "sinusoidal positions, dropout"),
-    "cwm": Family("CwmConfig", text(head_dim=16, **WINDOW, layer_types=["sliding_attention", "full_attention"],
+    "cwm": Family("CwmConfig", text(head_dim=16, **SLIDING,
                   rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "sliding window"),
     "diffllama": Family("DiffLlamaConfig", text(), "differential attention"),
     "doge": Family("DogeConfig", text(hidden_dropout=0.1), "hidden dropout"),
@@ -234,8 +237,7 @@ FAMILIES = {
                            vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16, laurel_rank=8,
                            altup_num_inputs=2, activation_sparsity_pattern=[0.0, 0.0], final_logit_softcapping=3.0),
                            "per-layer embeddings, softcap"),
-    "gemma4_text": Family("Gemma4TextConfig", text(head_dim=16, global_head_dim=16, **WINDOW,
-                          layer_types=["sliding_attention", "full_attention"],
+    "gemma4_text": Family("Gemma4TextConfig", text(head_dim=16, global_head_dim=16, **SLIDING,
                           vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16), "sliding window"),
     "glm": Family("GlmConfig", text(head_dim=16, attention_dropout=0.1), "attention dropout"),
     "glm4": Family("Glm4Config", text(head_dim=16)),
@@ -272,7 +274,7 @@ FAMILIES = {
     "nemotron": Family("NemotronConfig", text(hidden_dropout=0.1)),
     "olmo": Family("OlmoConfig", text(clip_qkv=2.0)),
     "olmo2": Family("Olmo2Config", text()),
-    "olmo3": Family("Olmo3Config", text(**WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "olmo3": Family("Olmo3Config", text(**SLIDING),
                     "sliding window"),
     "openai-gpt": Family("OpenAIGPTConfig", gpt(), "learned positions, dropout"),
     "opt": Family("OPTConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
@@ -311,8 +313,13 @@ FAMILIES = {
     "youtu": Family("YoutuConfig", text(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16,
                     qk_rope_head_dim=8, v_head_dim=16), "latent attention"),
     # mixtures of experts
-    "afmoe": Family("AfmoeConfig", text(**EXPERTS, num_shared_experts=1, num_dense_layers=1, head_dim=16, **WINDOW,
-                    layer_types=["sliding_attention", "full_attention"]), "experts, sliding window"),
+    "afmoe": Family("AfmoeConfig", text(**EXPERTS, num_shared_experts=1, num_dense_layers=1, head_dim=16,
+                    **SLIDING), "experts, sliding window"),
+    "aria_text": Family("AriaTextConfig", text(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1), "experts"),
+    "axk1": Family("AXK1Config", text(**{k: v for k, v in DEEPSEEK.items() if k != "first_k_dense_replace"},
+                   mlp_layer_types=["dense", "sparse"]), "experts, latent attention"),
+    "cohere2_moe": Family("Cohere2MoeConfig", text(num_experts=4, num_experts_per_tok=2, logit_scale=0.25, head_dim=16,
+                          num_shared_experts=1, **SLIDING), "experts, sliding window, logit scale"),
     "dbrx": Family("DbrxConfig", {"vocab_size": VOCABULARY, "d_model": 64, "n_heads": 4, "n_layers": 2,
                    "max_seq_len": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
                    "resid_pdrop": 0.1, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
@@ -320,28 +327,40 @@ FAMILIES = {
                                   "moe_jitter_eps": 0.1}}, "experts, router jitter, functional dropout"),
     "deepseek_v2": Family("DeepseekV2Config", {**text(**DEEPSEEK), "q_lora_rank": None}, "experts, latent attention"),
     "deepseek_v3": Family("DeepseekV3Config", text(**{**DEEPSEEK, "n_group": 2}), "experts, latent attention"),
+    "deepseek_v32": Family("DeepseekV32Config", text(**DEEPSEEK, index_topk=16, index_head_dim=16, index_n_heads=2),
+                           "experts, latent attention to the 16 best tokens"),
     "dots1": Family("Dots1Config", text(**{k: v for k, v in DEEPSEEK.items() if "lora" not in k and "head" not in k},
                     num_attention_heads=4, head_dim=16), "experts"),
     "ernie4_5_moe": Family("Ernie4_5_MoeConfig", text(moe_num_experts=4, moe_k=2, moe_intermediate_size=48,
                            moe_num_shared_experts=1, moe_layer_start_index=1), "experts"),
     "exaone_moe": Family("ExaoneMoeConfig", text(**EXPERTS, num_shared_experts=1, first_k_dense_replace=1,
-                         n_group=1, topk_group=1, **WINDOW, layer_types=["sliding_attention", "full_attention"],
+                         n_group=1, topk_group=1, **SLIDING,
                          mlp_layer_types=["dense", "sparse"]), "experts, sliding window"),
+    "flint": Family("FlintConfig", text(**EXPERTS, shared_expert_intermediate_size=48, head_dim=16, **SLIDING,
+                    mlp_only_layers=[0]), "experts, sliding window"),
     "flex_olmo": Family("FlexOlmoConfig", text(num_experts=4, num_experts_per_tok=2), "experts"),
     "glm4_moe": Family("Glm4MoeConfig", text(head_dim=16, moe_intermediate_size=48, n_routed_experts=4,
                        n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1),
                        "experts"),
     "glm4_moe_lite": Family("Glm4MoeLiteConfig", text(**DEEPSEEK), "experts, latent attention"),
+    "glm_moe_dsa": Family("GlmMoeDsaConfig", text(**DEEPSEEK, index_topk=16, index_head_dim=16, index_n_heads=2),
+                          "experts, latent attention to the 16 best tokens"),
     "gpt_oss": Family("GptOssConfig", text(head_dim=16, **LOCAL, **WINDOW, rope_parameters={"rope_type": "default",
                       "rope_theta": 1e4}), "experts, sliding window, attention sinks"),
     "granitemoe": Family("GraniteMoeConfig", text(**LOCAL, **GRANITE), "experts, logit scale"),
     "granitemoeshared": Family("GraniteMoeSharedConfig", text(**LOCAL, **GRANITE, shared_intermediate_size=64),
                                "experts, logit scale"),
+    "granitemoe_swa": Family("GraniteMoeSWAConfig", text(**LOCAL, **GRANITE, **SLIDING),
+                             "experts, sliding window, logit scale"),
     "hunyuan_v1_moe": Family("HunYuanMoEV1Config", text(num_experts=4, moe_topk=2, head_dim=16), "experts"),
     "hy_v3": Family("HYV3Config", text(**EXPERTS, num_shared_experts=1, first_k_dense_replace=1, head_dim=16),
                     "experts"),
     "jetmoe": Family("JetMoeConfig", text(num_key_value_heads=2, kv_channels=16, num_local_experts=4,
                      num_experts_per_tok=2, num_attention_heads=None), "experts in attention"),
+    "kolibri1": Family("Kolibri1Config", text(**EXPERTS, intermediate_size=None, shared_expert_intermediate_size=48,
+                       head_dim=16, **SLIDING), "experts, sliding window"),
+    "laguna": Family("LagunaConfig", text(**EXPERTS, shared_expert_intermediate_size=48, head_dim=16, **SLIDING,
+                     mlp_layer_types=["dense", "sparse"]), "experts, sliding window, gated attention"),
     "llama4_text": Family("Llama4TextConfig", text(head_dim=16, intermediate_size_mlp=96, num_local_experts=4,
                           num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=16,
                           num_hidden_layers=4), "experts, chunked attention"),
@@ -349,6 +368,11 @@ FAMILIES = {
                             expert_ffn_hidden_size=48, n_routed_experts=4, zero_expert_num=2, moe_topk=2,
                             kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
                             intermediate_size=None, num_key_value_heads=4, head_dim=8), "experts, some of them idle"),
+    "mellum": Family("MellumConfig", text(**EXPERTS, head_dim=16, **SLIDING, mlp_layer_types=["dense", "sparse"]),
+                     "experts, sliding window"),
+    "mimo_v2_flash": Family("MiMoV2FlashConfig", text(n_routed_experts=4, num_experts_per_tok=2,
+                            moe_intermediate_size=48, head_dim=16, v_head_dim=16, **SLIDING,
+                            mlp_layer_types=["dense", "sparse"]), "experts, sliding window, scaled values"),
     "minimax_m2": Family("MiniMaxM2Config", text(head_dim=16, **LOCAL, router_jitter_noise=0.1, rotary_dim=8),
                          "experts, router jitter"),
     "mixtral": Family("MixtralConfig", text(**LOCAL, router_jitter_noise=0.1), "experts, router jitter"),
@@ -360,6 +384,9 @@ FAMILIES = {
     "solar_open": Family("SolarOpenConfig", text(head_dim=16, moe_intermediate_size=48, n_routed_experts=4,
                          n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1), "experts"),
     # state-space, recurrent and linear attention
+    "bailing_hybrid": Family("BailingHybridConfig", text(**{k: v for k, v in DEEPSEEK.items() if k not in (
+                             "n_routed_experts", "q_lora_rank")}, num_local_experts=4, head_dim=16, num_mtp_layers=0,
+                             layer_types=["linear_attention", "full_attention"]), "linear attention, experts"),
     "bamba": Family("BambaConfig", text(attn_layer_indices=[1], **MAMBA2), "state space and attention"),
     "falcon_h1": Family("FalconH1Config", text(mamba_d_ssm=64, **{**MAMBA2, "mamba_d_head": 8}, head_dim=16,
                         lm_head_multiplier=0.3, embedding_multiplier=5.6), "state space and attention, logit scale"),
@@ -378,6 +405,8 @@ FAMILIES = {
                    "convolution and attention"),
     "lfm2_moe": Family("Lfm2MoeConfig", text(layer_types=["conv", "full_attention"], **EXPERTS, num_dense_layers=1),
                        "convolution, attention, experts"),
+    "lfm3": Family("Lfm3Config", text(head_dim=16, **WINDOW, layer_types=["conv", "sliding_attention"]),
+                   "convolution, sliding window"),
     "mamba": Family("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2,
                     "state_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "state space"),
     "mamba2": Family("Mamba2Config", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2,
@@ -412,6 +441,8 @@ FAMILIES = {
     # quantised
     "llama-fp8": Family("LlamaConfig", text(hidden_size=128, intermediate_size=256), "float8 with a scale a block",
                         quantise=to_fp8),
+    "deepseek_v3-fp8": Family("DeepseekV3Config", text(**DEEPSEEK), "experts in float8 with a scale a block",
+                              quantise=to_fp8),
     "gpt_oss-mxfp4": Family("GptOssConfig", text(head_dim=16, **LOCAL, **WINDOW, intermediate_size=64,
                             rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "experts in MXFP4",
                             quantise=to_mxfp4),
@@ -421,6 +452,11 @@ FAMILIES = {
                      "image_token_index": IMAGE_TOKEN, "boi_token_index": IMAGE_TOKEN + 1,
                      "eoi_token_index": IMAGE_TOKEN + 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
                      "vision tower", "Gemma3ForConditionalGeneration"),
+    "gemma4": Family("Gemma4Config", {"text_config": {"model_type": "gemma4_text", **text(head_dim=16,
+                     global_head_dim=16, **SLIDING, vocab_size_per_layer_input=VOCABULARY,
+                     hidden_size_per_layer_input=16)}, "vision_config": {"model_type": "gemma4_vision", **VISION},
+                     "image_token_id": IMAGE_TOKEN, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+                     "vision tower, sliding window", "Gemma4ForConditionalGeneration"),
     "llama4": Family("Llama4Config", {"text_config": text(head_dim=16, intermediate_size_mlp=96, num_local_experts=4,
                      num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=16),
                      "vision_config": {**VISION, "intermediate_size": 64, "vision_output_dim": 64,
@@ -436,15 +472,29 @@ FAMILIES = {
                          "out_hidden_size": 64, "fullatt_block_indexes": [0], "window_size": 16}, **PICTURES,
                          "vision_start_token_id": IMAGE_TOKEN + 2, "vision_end_token_id": IMAGE_TOKEN + 3},
                          "vision tower", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": Family("Qwen3VLConfig", {"text_config": text(head_dim=16, rope_parameters={"rope_type": "default",
+                       "rope_theta": 1e4, "mrope_section": [3, 3, 2]}), "vision_config": {**QWEN_VISION,
+                       "spatial_merge_size": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
+                       "deepstack_visual_indexes": [0]}, **PICTURES, "vision_start_token_id": IMAGE_TOKEN + 2,
+                       "vision_end_token_id": IMAGE_TOKEN + 3}, "vision tower", "Qwen3VLForConditionalGeneration"),
     "qwen3_5": Family("Qwen3_5Config", {"text_config": text(**DELTA), "vision_config": {**QWEN_VISION,
                       "spatial_merge_size": 2, "out_hidden_size": 64, "num_position_embeddings": 16}, **PICTURES,
                       "vision_start_token_id": IMAGE_TOKEN + 2, "vision_end_token_id": IMAGE_TOKEN + 3},
                       "vision tower, linear attention", "Qwen3_5ForConditionalGeneration"),
+    "smolvlm": Family("SmolVLMConfig", {"text_config": {"model_type": "llama", **text()}, "vision_config": VISION,
+                      "image_token_id": IMAGE_TOKEN, "scale_factor": 2, "pad_token_id": 0}, "vision tower",
+                      "SmolVLMForConditionalGeneration"),
     # not causal language models, or only in part
     "bart-decoder": Family("BartConfig", encoder_decoder(is_decoder=True, is_encoder_decoder=False, dropout=0.1),
                            "the decoder alone, functional dropout", "BartForCausalLM"),
     "roberta-decoder": Family("RobertaConfig", text(num_key_value_heads=None, is_decoder=True),
                               "an encoder with a causal mask, dropout", "RobertaForCausalLM"),
+    "reformer": Family("ReformerConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 2,
+                       "attention_head_size": 32, "feed_forward_size": 96, "attn_layers": ["local", "lsh"],
+                       "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32], "is_decoder": True,
+                       "max_position_embeddings": 512, "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8,
+                       "num_buckets": 4, "pad_token_id": 0, "eos_token_id": 2}, "attention by random hashes",
+                       "ReformerModelWithLMHead"),
     "bart": Family("BartConfig", encoder_decoder(), "encoder and decoder", "BartForConditionalGeneration",
                    causal=False),
     "t5": Family("T5Config", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2,
