@@ -11,6 +11,7 @@ one line that says why; or WRONG, which makes the exit status 1. Without --only,
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import math
 import os
@@ -263,7 +264,7 @@ def first_gradient(
 
 
 def real_run(source: Path, work: Path) -> list[Group]:
-    """The responses of a run's first iteration, in its own words: with all the checks of ``onpo_fast.train``.
+    """Starts a run of one iteration, with all the checks of ``onpo_fast.train``; returns the responses it trained on.
 
     Raises:
         UserError: if the run refuses the model.
@@ -416,19 +417,23 @@ def make_page(rows: Sequence[Row]) -> str:
     lines += ["", "| family | what is special | layout | log-probs | gradient | sampled | saved | result |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     told = [row for row in rows if row.verdict != "absent"]
+
+    def said(word: str) -> dict[str, str]:
+        return {row.name: row.verdict.removeprefix(word) for row in told if row.verdict.startswith(word)}
+
     for row in told:
         numbers = (row.logps, row.gradient, row.sampled, row.saved)
         shown = ["" if number is None else f"{number:.0e}" if number else "0" for number in numbers]
         cells = [row.name, row.about, row.layout or "", *shown, row.verdict.partition(":")[0]]
         lines.append(f"| {' | '.join(cells)} |")
     for title, texts in (
-        ("Wrong", {row.name: row.verdict for row in told if row.verdict.startswith("WRONG")}),
-        ("Refused, and what is said", {row.name: row.verdict for row in told if row.verdict.startswith("refused")}),
+        ("Wrong", said("WRONG: ")),
+        ("Refused, and what is said", said("refused: ")),
         ("Exact in another way", {row.name: "; ".join(row.notes) for row in told if row.notes}),
     ):
         if texts:
             lines += ["", f"## {title}", ""]
-            lines += [f"- **{name}**: {text.partition(': ')[2] or text}" for name, text in texts.items()]
+            lines += [f"- **{name}**: {html.escape(text, quote=False)}" for name, text in texts.items()]
     if absent := [row.name for row in rows if row.verdict == "absent"]:
         lines += ["", "## Absent", "", f"This version of transformers does not have: {', '.join(absent)}."]
     return "\n".join(lines) + "\n"

@@ -180,6 +180,8 @@ DEEPSEEK = {
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+# With few heads many scores are exactly 0, and which of them is kept depends on the length of the row.
+SPARSE = {**DEEPSEEK, "index_topk": 16, "index_head_dim": 8, "index_n_heads": 16}
 MAMBA2 = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_n_groups": 1,
     "mamba_expand": 2,
@@ -327,7 +329,7 @@ FAMILIES = {
                                   "moe_jitter_eps": 0.1}}, "experts, router jitter, functional dropout"),
     "deepseek_v2": Family("DeepseekV2Config", {**text(**DEEPSEEK), "q_lora_rank": None}, "experts, latent attention"),
     "deepseek_v3": Family("DeepseekV3Config", text(**{**DEEPSEEK, "n_group": 2}), "experts, latent attention"),
-    "deepseek_v32": Family("DeepseekV32Config", text(**DEEPSEEK, index_topk=16, index_head_dim=16, index_n_heads=2),
+    "deepseek_v32": Family("DeepseekV32Config", text(**SPARSE),
                            "experts, latent attention to the 16 best tokens"),
     "dots1": Family("Dots1Config", text(**{k: v for k, v in DEEPSEEK.items() if "lora" not in k and "head" not in k},
                     num_attention_heads=4, head_dim=16), "experts"),
@@ -343,7 +345,7 @@ FAMILIES = {
                        n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1),
                        "experts"),
     "glm4_moe_lite": Family("Glm4MoeLiteConfig", text(**DEEPSEEK), "experts, latent attention"),
-    "glm_moe_dsa": Family("GlmMoeDsaConfig", text(**DEEPSEEK, index_topk=16, index_head_dim=16, index_n_heads=2),
+    "glm_moe_dsa": Family("GlmMoeDsaConfig", text(**SPARSE),
                           "experts, latent attention to the 16 best tokens"),
     "gpt_oss": Family("GptOssConfig", text(head_dim=16, **LOCAL, **WINDOW, rope_parameters={"rope_type": "default",
                       "rope_theta": 1e4}), "experts, sliding window, attention sinks"),
