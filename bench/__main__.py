@@ -8,6 +8,7 @@ survey      the machine: versions, products with float32 results, bandwidth and 
 plots       draws a results file again
 summary     prints a results file of `make gpu-check` as tables
 drill       runs killed and resumed, runs with damaged files: do they end with the same bits?
+families    tiny models of every family, through all that a run does: docs/models.md
 training    a run of the trainer and fits of a Llama-3-8B: tokens/s, pairs/s, memory by part
 inputs      puts the real model's hidden states and head in a file, for machines without the model
 """
@@ -20,7 +21,7 @@ from importlib import import_module
 
 # each a module with ``arguments(parser)`` and ``main(options)``
 COMMANDS = (
-    "kernels", "compile", "checks", "sweep", "survey", "plots", "summary", "drill", "training", "inputs",
+    "kernels", "compile", "checks", "sweep", "survey", "plots", "summary", "drill", "families", "training", "inputs",
 )  # fmt: skip
 
 

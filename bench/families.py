@@ -1,0 +1,479 @@
+"""Model families, each as a tiny checkpoint with random weights: does all that a run does to it give the right numbers?
+
+    python -m bench families [--only NAME …] [--json FILE] [--page docs/models.md]
+
+A checkpoint of every family in bench/zoo.py goes through what a run does: it is loaded, responses are scored in padded
+batches, a fit takes its first gradient, responses are sampled, the policy is saved and loaded again. The results are
+compared with plain transformers, which gets every prompt and response alone in a row. A family is exact; or refused, by
+one line that says why; or WRONG, which makes the exit status 1. Without --only, the table goes to docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import math
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import onpo_fast
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Pair, Response, read_groups
+from onpo_fast.errors import UserError, one_line
+from onpo_fast.fit import fit, plan
+from onpo_fast.objectives import Onpo
+from onpo_fast.policy import Policy, load, score
+from onpo_fast.sampling import make_sampler
+from onpo_fast.sources import quiet
+from onpo_fast.train import train
+
+from .drill import fork
+from .zoo import FAMILIES, SPECIAL, Family, build
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+SECONDS = 120.0  # that a family may take
+MEMORY = 4 * 2**30  # bytes that it may allocate
+
+NATS = 1e-4  # a summed log-prob of at most 12 tokens may be off by so much
+RELATIVE = 1e-4  # and a gradient, ‖difference‖ / ‖gradient‖ over all parameters
+
+CONVERSATIONS = [
+    [{"role": "user", "content": text}]
+    for text in ("Hi", "Name a colour, please", "Tell me about the weather in Paris, and do be brief, please.")
+]
+LENGTHS = ((5, 1, 12), (12, 7, 3), (9, 12, 2))  # tokens of the responses to each of them
+PAIRS = [Pair(g, w, lo, p) for g in range(3) for w, lo, p in ((0, 1, 1.0), (2, 0, 0.7), (1, 2, 0.9))]
+ETA = 2.0  # nats; the target of a sure pair is half of it
+TOKENS = 4096  # of a microbatch: all rows go through the model together
+
+
+@dataclass
+class Row:
+    """A family in the table; None where it did not come so far."""
+
+    name: str
+    about: str
+    layout: str | None = None  # of rows: "shared" prompts or "separate"
+    logps: float | None = None  # nats: the largest difference of a response's summed log-prob to plain transformers'
+    gradient: float | None = None  # relative, of the first step of a fit: the larger of two runs
+    sampled: float | None = None  # nats: the largest difference between the sampler's log-probs and the scorer's
+    saved: float | None = None  # nats: the largest difference after saving and loading, here and in plain transformers
+    notes: list[str] = field(default_factory=list)  # how it is done, where that is not as usual
+    verdict: str = ""  # "exact", "refused: why", "absent" or "WRONG: what"
+    seconds: float = 0.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=FAMILIES, help="these families of bench/zoo.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table to this page (default: "
+                        "docs/models.md, or nowhere with --only)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at a time (default: one a core)")
+
+
+def main(options: argparse.Namespace) -> int:
+    torch.set_num_threads(1)  # before anything is computed: children are forked
+    begin = time.monotonic()
+    rows = check_all(options.only or list(FAMILIES), max(1, options.jobs))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    page = options.page or (None if options.only else PAGE)
+    if page:
+        page.write_text(make_page(rows), encoding="utf-8")
+    print(f"{summary(rows)}, in {time.monotonic() - begin:.0f} s" + (f"; written to {page}" if page else ""))
+    return 1 if any(row.verdict.startswith("WRONG") for row in rows) else 0
+
+
+def check_all(names: Sequence[str], jobs: int) -> list[Row]:
+    """Every family in a process of its own, ``jobs`` at a time; prints a line for each when it is done."""
+    rows: dict[str, Row] = {}
+    running: dict[int, tuple[str, float]] = {}  # by process id: family, when it started
+    waiting = list(names)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+
+        def start(name: str) -> None:
+            def child() -> None:
+                resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+                row = check(name, FAMILIES[name], work / name)
+                (work / f"{name}.json").write_text(json.dumps(asdict(row)), encoding="utf-8")
+
+            running[fork(child, work / f"{name}.log")] = name, time.monotonic()
+
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                start(waiting.pop(0))
+            time.sleep(0.02)
+            for process, (name, started) in list(running.items()):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if not ended and time.monotonic() - started < SECONDS:
+                    continue
+                if not ended:
+                    os.kill(process, signal.SIGKILL)
+                    os.waitpid(process, 0)
+                del running[process]
+                result = work / f"{name}.json"
+                if result.exists():
+                    rows[name] = Row(**json.loads(result.read_text(encoding="utf-8")))
+                else:
+                    why = f"exit status {os.waitstatus_to_exitcode(status)}" if ended else f"more than {SECONDS:g} s"
+                    rows[name] = Row(name, FAMILIES[name].about, verdict=f"WRONG: its process ended with {why}")
+                print(f"{len(rows):3} of {len(names)}: {describe(rows[name])}", flush=True)
+    return [rows[name] for name in names]
+
+
+def check(name: str, family: Family, work: Path) -> Row:
+    """Builds a tiny checkpoint in ``work`` and compares all that a run does to it with plain transformers."""
+    row, begin, faults = Row(name, family.about), time.monotonic(), []
+    if not family.exists:
+        row.verdict = "absent"
+        return row
+    source = work / name
+    try:
+        with quiet():
+            build(family, source)
+            faults.extend(_faults(row, family, source, work))
+        row.verdict = f"WRONG: {'; '.join(faults)}" if faults else "exact"
+    except UserError as error:
+        row.verdict = "refused: " + one_line(str(error)).replace(str(source), "MODEL")
+    except Exception as error:  # whatever a family makes of it is a row of the table
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"traceback {type(error).__name__} ({Path(where.filename).name}, line {where.lineno}): {error}"
+        row.verdict = f"WRONG: {'; '.join([*faults, one_line(what)[:300]])}"
+    row.seconds = time.monotonic() - begin
+    return row
+
+
+def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]:
+    """Fills the row; says what is wrong.
+
+    Raises:
+        UserError: if the family is refused.
+    """
+    config = Config(
+        model=str(source), device="cpu", max_new_tokens=max(map(max, LENGTHS)), sampling_batch_size=6,
+        tokens_per_microbatch=TOKENS, batch_pairs=len(PAIRS), max_grad_norm=1e9, warmup_ratio=0.0,
+    )  # fmt: skip
+    policy = load(source, config)
+    row.layout = policy.layout
+    if not family.causal:
+        real_run(source, work)
+        yield "it is taken, and is no causal language model"
+        return
+    groups = make_groups(policy)
+    plain = load_plain(source)
+    exact, exact_gradient = plain_results(plain, groups)
+
+    scores = score(policy, groups, TOKENS)
+    row.logps = difference(scores, exact)
+    if not row.logps <= NATS:
+        yield f"log-probs are off by {row.logps:.2g} nats"
+
+    gradients = []
+    for seed in (1, 2):  # what is random in a fit shows as two gradients
+        torch.manual_seed(seed)
+        gradients.append(first_gradient(policy, groups, scores, config))
+    row.gradient = max(relative_error(gradient, exact_gradient) for gradient in gradients)
+    if not row.gradient <= RELATIVE:
+        yield f"the gradient of a fit has a relative error of {row.gradient:.2g}"
+    if twice := relative_error(*gradients):
+        yield f"two fits from the same weights have different gradients (by {twice:.2g} of their norm)"
+
+    drawn = make_sampler(policy, config)(CONVERSATIONS, 2, [0], lambda done: None)
+    row.sampled = difference(logps_of(drawn), score(policy, drawn, TOKENS))
+    if not row.sampled <= NATS:  # a run must notice: it refuses, or samples in another way
+        alone = row.sampled
+        drawn = real_run(source, work)
+        row.sampled = difference(logps_of(drawn), plain_logps(plain, drawn))
+        if row.sampled <= NATS:
+            row.notes.append(f"batches of prompts would be off by {alone:.2g} nats, so a run samples in another way")
+        else:
+            yield f"sampled log-probs are off by {row.sampled:.2g} nats, and a run goes on"
+
+    saved = work / "saved"
+    policy.save(saved)
+    yield from compare_files(family, source, saved)
+    try:
+        again = score(load(saved, config), groups, TOKENS)
+    except UserError as error:
+        yield "the saved policy cannot be loaded: " + one_line(str(error)).replace(str(saved), "SAVED")
+        return
+    row.saved = max(difference(again, scores), difference(plain_logps(load_plain(saved), groups), exact))
+    if not row.saved <= NATS:
+        yield f"log-probs change by {row.saved:.2g} nats when it is saved and loaded"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run does
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_groups(policy: Policy) -> list[Group]:
+    """Prompts of three lengths with three seeded random responses each, which end with the end-of-sequence token."""
+    chance = random.Random(0)
+    eos = policy.tokenizer.eos_token_id
+    groups = []
+    for messages, lengths in zip(CONVERSATIONS, LENGTHS):
+        tokens = [[chance.randrange(len(SPECIAL), 259) for _ in range(n - 1)] + [eos] for n in lengths]
+        responses = [Response(policy.tokenizer.decode(t), t, "eos", 0.0) for t in tokens]
+        groups.append(Group(messages, policy.render(messages), responses))
+    return groups
+
+
+def first_gradient(
+    policy: Policy, groups: Sequence[Group], anchor: Sequence[Tensor], config: Config
+) -> dict[str, Tensor]:
+    """The gradient of a fit's one step, as it reaches the optimizer: by parameter name. The weights stay as they are.
+
+    Raises:
+        UserError: what ``fit`` says.
+    """
+    found: dict[str, Tensor] = {}
+
+    def take(optimizer: torch.optim.Optimizer, *arguments) -> None:
+        for name, parameter in policy.model.named_parameters():
+            if parameter.grad is not None:
+                found[name], parameter.grad = parameter.grad, None
+
+    hook = register_optimizer_step_pre_hook(take)
+    try:
+        batches = plan(PAIRS, 1, len(PAIRS), [0])
+        fit(policy, groups, batches, anchor, Onpo(eta=ETA), config, lambda metrics: None)
+    finally:
+        hook.remove()
+    return found
+
+
+def real_run(source: Path, work: Path) -> list[Group]:
+    """Starts a run of one iteration, with all the checks of ``onpo_fast.train``; returns the responses it trained on.
+
+    Raises:
+        UserError: if the run refuses the model.
+    """
+    prompts = work / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": messages}) + "\n" for messages in CONVERSATIONS))
+    held_out = work / "heldout.jsonl"
+    held_out.write_text(json.dumps({"prompt": "What?"}) + "\n")
+    out = work / "run"
+    train(
+        Config(
+            model=str(source), device="cpu", prompts=str(prompts), eval_prompts=str(held_out), out=str(out),
+            iterations=1, prompts_per_iteration=len(CONVERSATIONS), responses_per_prompt=2, eval_samples=1,
+            max_new_tokens=max(map(max, LENGTHS)), sampling_batch_size=6, tokens_per_microbatch=TOKENS,
+            batch_pairs=len(PAIRS), report_to="none",
+        )
+    )  # fmt: skip
+    return list(read_groups(out / "iteration_01" / "responses.jsonl"))
+
+
+def logps_of(groups: Sequence[Group]) -> list[Tensor]:
+    """The sampler's summed log-probs: a (K,) float64 tensor a group, nats."""
+    return [torch.tensor([r.logp for r in group.responses], dtype=torch.float64) for group in groups]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What plain transformers does
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_plain(source: Path) -> PreTrainedModel:
+    """The class that the checkpoint names, in float32.
+
+    Raises:
+        ValueError: if weights are missing, left over or of another shape.
+    """
+    named = (AutoConfig.from_pretrained(source).architectures or [""])[0]
+    model, found = getattr(transformers, named, AutoModelForCausalLM).from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, found[kind])):
+            raise ValueError(f"plain transformers has {len(keys)} {kind.replace('_', ' ')}, as {keys[0]}")
+    model.config.get_text_config().use_cache = False
+    return model.eval().requires_grad_(True)
+
+
+def row_logps(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+    """() float64: the summed log-prob of a response, alone in a row, in nats. Differentiable."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+
+
+@torch.no_grad()
+def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[Tensor]:
+    """Summed log-probs: a (K,) float64 tensor a group, nats."""
+    return [
+        torch.stack([row_logps(model, group.prompt_tokens, r.tokens) for r in group.responses]) for group in groups
+    ]
+
+
+def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Summed log-probs, a (K,) float64 tensor a group in nats; and the gradient of the mean ONPO loss of ``PAIRS`` at
+    the anchor, by parameter name."""
+    logps = [torch.stack([row_logps(model, g.prompt_tokens, r.tokens) for r in g.responses]) for g in groups]
+    losses = []
+    for pair in PAIRS:
+        log_ratios = logps[pair.group] - logps[pair.group].detach()
+        margin = log_ratios[pair.winner] - log_ratios[pair.loser]
+        losses.append((margin - ETA * (pair.preference - 0.5)).square())
+    torch.stack(losses).mean().backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [one.detach() for one in logps], gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest, in nats; NaN if one is."""
+    return float((torch.cat(list(ours)) - torch.cat(list(theirs))).abs().max())
+
+
+def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ over all parameters; one that has no gradient has the gradient 0.
+
+    A model with pictures may be trained without the modules around its language model, under shorter names.
+    """
+    ours, theirs = ({name.replace("language_model.", ""): g.double() for name, g in one.items()}
+                    for one in (ours, theirs))  # fmt: skip
+    square = 0.0
+    for name in ours.keys() | theirs.keys():
+        square += float((ours.get(name, 0.0) - theirs.get(name, torch.zeros(()))).square().sum())
+    return math.sqrt(square / sum(float(gradient.square().sum()) for gradient in theirs.values()))
+
+
+def compare_files(family: Family, source: Path, saved: Path) -> Iterator[str]:
+    """What the saved policy lacks of its source, or has besides. It has not been trained: its tensors are the same."""
+    names = {path.name for path in source.iterdir()} - {path.name for path in saved.iterdir()}
+    if lost := sorted(name for name in names if not name.endswith((".safetensors", ".safetensors.index.json"))):
+        yield f"files are not saved: {', '.join(lost)}"
+    before, after = tensors(source), tensors(saved)
+    if family.quantise:  # saved plain: the scales are gone, and the values are in the log-probs
+        before = {name.removesuffix("_blocks"): None for name in before if not name.endswith(("_scales", "_scale_inv"))}
+    if before.keys() != after.keys():
+        lost, more = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+        yield (f"of {len(before)} tensors {len(lost)} are not saved{f' (as {lost[0]})' if lost else ''}, and "
+               f"{len(more)} are new{f' (as {more[0]})' if more else ''}")  # fmt: skip
+    for name, tensor in after.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            yield f"{name} is saved in {str(tensor.dtype).removeprefix('torch.')}"
+            return
+        if before.get(name) is not None and not torch.equal(before[name], tensor):
+            yield f"{name} is not saved as it was"
+            return
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """All those of the safetensors files in a directory."""
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(row: Row) -> str:
+    """A line for the terminal."""
+    numbers = ("logps", "gradient", "sampled", "saved")
+    known = [f"{name} {getattr(row, name):.1e}" for name in numbers if getattr(row, name) is not None]
+    return f"{', '.join([row.name, *([row.layout] if row.layout else []), *known])}: {row.verdict}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many families there are of each verdict."""
+    words = [row.verdict.partition(":")[0] for row in rows]
+    return f"{len(rows)} families: " + ", ".join(
+        f"{words.count(word)} {word}" for word in ("exact", "refused", "WRONG", "absent") if word in words
+    )
+
+
+def make_page(rows: Sequence[Row]) -> str:
+    """docs/models.md."""
+    lines = [PREFACE.format(
+        summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
+    )]  # fmt: skip
+    lines += ["", "| family | what is special | layout | log-probs | gradient | sampled | saved | result |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    told = [row for row in rows if row.verdict != "absent"]
+
+    def said(word: str) -> dict[str, str]:
+        return {row.name: row.verdict.removeprefix(word) for row in told if row.verdict.startswith(word)}
+
+    for row in told:
+        numbers = (row.logps, row.gradient, row.sampled, row.saved)
+        shown = ["" if number is None else f"{number:.0e}" if number else "0" for number in numbers]
+        cells = [row.name, row.about, row.layout or "", *shown, row.verdict.partition(":")[0]]
+        lines.append(f"| {' | '.join(cells)} |")
+    for title, texts in (
+        ("Wrong", said("WRONG: ")),
+        ("Refused, and what is said", said("refused: ")),
+        ("Exact in another way", {row.name: "; ".join(row.notes) for row in told if row.notes}),
+    ):
+        if texts:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- **{name}**: {html.escape(text, quote=False)}" for name, text in texts.items()]
+    if absent := [row.name for row in rows if row.verdict == "absent"]:
+        lines += ["", "## Absent", "", f"This version of transformers does not have: {', '.join(absent)}."]
+    return "\n".join(lines) + "\n"
+
+
+PREFACE = """\
+# Model families
+
+Whether a model family gives the right numbers here, by tiny models with random weights: two to four layers of the real
+model classes, with weights larger than a fresh model's and dropout, router jitter and biases that are not 0, so that
+mistakes show. Trained weights have not been used, and no GPU. `python -m bench families` made this page; bench/zoo.py
+has the configurations, and `python -m bench families --only llama` tries one.
+
+{summary}.
+{versions}
+
+- **layout**: how a prompt's responses go through the model. `shared`: in one row, the prompt computed once, under a
+  mask. `separate`: a row a response.
+- **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
+  one padded batch, against plain transformers with each prompt and response alone in a row. The largest difference, in
+  nats.
+- **gradient**: of the first step of a fit over nine pairs, in train mode, by all parameters, against plain autograd on
+  those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Taken twice, the larger of both; the two must have the same
+  bits, which dropout or router jitter would change.
+- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. The largest difference, in
+  nats. If they disagree, a whole run is started: it must refuse the model, or sample in a way that agrees.
+- **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. The largest
+  difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
+
+`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: by one line, before
+anything is trained."""
+
+
+def versions() -> str:
+    """Of what made the page."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    commit = (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
+    return (f"onpo_fast {onpo_fast.__version__} (commit {commit}), transformers {transformers.__version__}, "
+            f"torch {torch.__version__}, Python {platform.python_version()}.")  # fmt: skip
