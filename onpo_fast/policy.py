@@ -386,7 +386,7 @@ def _check_directory(source: str) -> None:
         raise UserError(f"{source} is an adapter: merge it into its model first (merge_and_unload, save_pretrained)")
     if "config.json" not in names:
         raise UserError(f"{source} is no model's directory: it has no config.json")
-    if not any(name.endswith(".safetensors") for name in names):
+    if not weight_files(source) and not any(name.endswith(".safetensors") for name in names):
         if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(f"{source} has its weights in {pickles[0]}: {SAFETENSORS.format(source=source)}")
         raise UserError(f"{source} has no weights: expected model.safetensors, as save_pretrained writes it")

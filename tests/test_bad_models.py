@@ -91,7 +91,7 @@ def huge(tensors: dict) -> None:
         (weights(huge), "the weights of broken are finite, but not its log-probs", ""),
         (lambda directory: (directory / "model.safetensors").rename(directory / "other.safetensors"),
          "cannot load the model broken: Error no file named model.safetensors", "pickle"),
-        (shard_missing, "cannot load the model broken: No such file or directory", "pickle"),
+        (shard_missing, "broken/model.safetensors.index.json lists 'gone.safetensors', which is not there", "pickle"),
         (configured("config.json", model_type="t5"),
          "cannot load the model broken: Unrecognized configuration class", "ApertusConfig"),
         (configured("generation_config.json", eos_token_id="x"),

@@ -58,10 +58,8 @@ def rewrite(path: Path, **values: object) -> None:
 
 def groups_of(policy, sizes: tuple[int, ...] = (3, 9)) -> list[Group]:
     texts = ["Yes.", "No, thank you very much!", "Perhaps."]
-    return [
-        Group([], [7 + 11 * i % 500 for i in range(size)], [Response(t, policy.tokenizer(t)["input_ids"], "eos", 0.0) for t in texts])
-        for size in sizes
-    ]  # fmt: skip
+    responses = [Response(text, policy.tokenizer(text)["input_ids"], "eos", 0.0) for text in texts]
+    return [Group([], [7 + 11 * i % 500 for i in range(size)], responses) for size in sizes]
 
 
 @torch.no_grad()
@@ -108,8 +106,9 @@ KINDS = {
     "state space": ("Mamba2Config", {
         "state_size": 16, "head_dim": 8, "num_heads": 8, "expand": 2, "n_groups": 1, "chunk_size": 8,
     }),
-    "encoder's sinks": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 2, "sliding_window": 8,
-                                         "rope_scaling": None}),
+    "attention sinks": ("GptOssConfig", {
+        "head_dim": 8, "num_local_experts": 4, "sliding_window": 8, "rope_scaling": None,
+    }),
 }  # fmt: skip
 
 
@@ -119,7 +118,8 @@ def test_scores_are_those_of_each_row_alone(build, kind: str) -> None:
     directory = build(config_class, **{**SMALL, **options})
     policy = load(directory, Config())
     groups = groups_of(policy, (3, 24, 9))
-    torch.testing.assert_close(torch.cat(score(policy, groups, 1000)), plain_scores(directory, groups), atol=1e-3, rtol=0)
+    expected = plain_scores(directory, groups)
+    torch.testing.assert_close(torch.cat(score(policy, groups, 1000)), expected, atol=1e-3, rtol=0)
 
 
 def test_a_softcap_that_is_not_known_is_seen(build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def in_mxfp4(directory: Path) -> None:
 QUANTISED = {
     "fp8": (in_fp8, "LlamaConfig", {}),
     "mxfp4": (in_mxfp4, "GptOssConfig", {
-        "head_dim": 8, "num_local_experts": 2, "sliding_window": 8, "rope_scaling": None, "intermediate_size": 32,
+        "head_dim": 8, "num_local_experts": 4, "sliding_window": 8, "rope_scaling": None, "intermediate_size": 32,
     }),
 }  # fmt: skip
 
@@ -382,8 +382,8 @@ def test_a_model_that_also_sees_is_kept_whole(build, tmp_path: Path) -> None:
         "Qwen3_5Config", "Qwen3_5ForConditionalGeneration",
         text_config={
             **SMALL, "vocab_size": 49152, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-            "eos_token_id": 2,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "eos_token_id": 2,
         },
         vision_config={
             "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
@@ -480,7 +480,7 @@ def test_shards_may_be_in_a_folder_of_the_model(build) -> None:
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "model-1.bin", "a/../../stolen.safetensors"])
 def test_shards_that_leave_the_directory_or_are_no_safetensors_are_refused(build, name: str) -> None:
     directory = sharded(build, lambda _: name)
-    with pytest.raises(UserError, match=r"index.json lists .* must be a .safetensors file in the model's own directory"):
+    with pytest.raises(UserError, match=r"index.json lists .* must be a .safetensors file in"):
         load(directory, Config())
 
 
