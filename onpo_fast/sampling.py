@@ -26,7 +26,7 @@ from .data import Group, Messages, Response
 from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
-from .policy import ROUNDING, Policy, computing, score
+from .policy import TOLERANCE, Policy, computing, score
 from .tracking import console
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
@@ -104,7 +104,7 @@ class TransformersSampler:
         for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
             keys = _keys([[*seed, first + p, k] for p, k in batch], self.policy.device)
             chosen = [rendered[p] for p, _ in batch]
-            generated = self._generate(chosen, keys, self.max_new_tokens, self.policy.eos_tokens)
+            generated = self._generate(chosen, keys, self.max_new_tokens)
             responses.update(zip(batch, generated))
             progress(len(batch))
         return [
@@ -123,14 +123,14 @@ class TransformersSampler:
         """
         model = f"a model of the family {self.policy.family}"
         difference = self._difference()
-        if difference <= ROUNDING:
+        if difference <= TOLERANCE[torch.float32]:
             return
         self.pads = False
         _say_once(
             f"{model} gives log-probs that are up to {difference:.2g} nats a token off where prompts of different "
             "lengths are in one batch: such prompts are sampled one after the other"
         )
-        if (difference := self._difference()) > ROUNDING:
+        if (difference := self._difference()) > TOLERANCE[torch.float32]:
             raise UserError(
                 f"{model} cannot be trained with this version of transformers: the log-probs that it generates "
                 f"with and those that it is scored by differ by up to {difference:.2g} nats a token; try --attention "
@@ -139,7 +139,7 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _difference(self) -> float:
-        """How far sampled and scored log-probs of ``PROBE_LENGTHS`` are apart at most, in nats a token."""
+        """How far sampled and scored log-probs of a few responses are apart, in nats over the root of their tokens."""
         policy = self.policy
         limits = [limit for limit in (policy.context, policy.rotary_boundary) if limit]
         size = len(policy.head["weight"])
@@ -157,11 +157,12 @@ class TransformersSampler:
             for batch in self._batches(range(len(prompts)), lambda p: len(prompts[p])):
                 chosen = [prompts[p] for p in batch]
                 keys = _keys([[p] for p in batch], policy.device)
-                responses = self._generate(chosen, keys, PROBE_TOKENS, [])
+                responses = self._generate(chosen, keys, PROBE_TOKENS)
                 groups += [Group([], prompt, [one]) for prompt, one in zip(chosen, responses)]
             scored = torch.cat(score(policy, groups, len(prompts) * (max(PROBE_LENGTHS) + PROBE_TOKENS)))
         sampled = torch.tensor([group.responses[0].logp for group in groups], dtype=torch.float64)
-        difference = (sampled - scored).abs().max() / PROBE_TOKENS
+        tokens = torch.tensor([len(group.responses[0].tokens) for group in groups])
+        difference = ((sampled - scored).abs() / tokens.sqrt()).max()
         return float(difference.nan_to_num(math.inf))
 
     def _batches(self, jobs: Sequence[Job], length: Callable[[Job], int]) -> Iterator[list[Job]]:
@@ -176,9 +177,7 @@ class TransformersSampler:
             for start in range(0, len(alike), self.batch_size):
                 yield alike[start : start + self.batch_size]
 
-    def _generate(
-        self, prompts: list[list[int]], keys: Tensor, max_new_tokens: int, eos_tokens: list[int]
-    ) -> list[Response]:
+    def _generate(self, prompts: list[list[int]], keys: Tensor, max_new_tokens: int) -> list[Response]:
         policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id
@@ -193,15 +192,16 @@ class TransformersSampler:
                 generation_config=GenerationConfig(
                     do_sample=False,  # the draw is in the processor: what is left is an argmax
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=eos_tokens or None,
+                    eos_token_id=policy.eos_tokens,
                     pad_token_id=pad,
                 ),
             )
         logps = torch.stack(draw.logps, 1).double().cpu()
-        return [self._response(row, lp, eos_tokens) for row, lp in zip(output[:, width:].tolist(), logps)]
+        return [self._response(row, lp) for row, lp in zip(output[:, width:].tolist(), logps)]
 
-    def _response(self, tokens: list[int], logps: Tensor, eos_tokens: list[int]) -> Response:
-        end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
+    def _response(self, tokens: list[int], logps: Tensor) -> Response:
+        eos = self.policy.eos_tokens
+        end = next((i for i, token in enumerate(tokens) if token in eos), None)
         kept = tokens if end is None else tokens[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))
