@@ -80,7 +80,7 @@ class Answers:
     def claim(self, key: str) -> bool:
         """Whether the question is this run's to ask, until ``release``."""
         now = time.time()
-        valid = (key, now, now + 2 * self.CLAIM_SECONDS)  # what ends later was written by a clock that has been put back
+        latest = now + 2 * self.CLAIM_SECONDS  # a claim that ends later is of a clock that was put back since
         with self._naming():
             if not self.has_claims:
                 self.connection.execute(
@@ -89,10 +89,10 @@ class Answers:
                 )
                 self.has_claims = True
             with_other = "SELECT 1 FROM claims WHERE key = ? AND expires BETWEEN ? AND ?"
-            if self.connection.execute(with_other, valid).fetchone():  # most looks end here, and take no lock
+            if self.connection.execute(with_other, (key, now, latest)).fetchone():  # a look takes no lock
                 return False
             with self._transaction():
-                if self.connection.execute(with_other, valid).fetchone():
+                if self.connection.execute(with_other, (key, now, latest)).fetchone():
                     return False
                 values = (key, self.owner, now + self.CLAIM_SECONDS)
                 self.connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", values)
@@ -126,10 +126,10 @@ class Answers:
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.connection.commit()
         except BaseException:
             self.connection.rollback()
             raise
-        self.connection.commit()
 
     def _naming(self) -> _Naming:
         return _Naming(self.path)

@@ -211,7 +211,7 @@ class _Sitting:
         openai, key = self.judge.openai, self.judge.key or "none"  # the client insists on one
         try:
             http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_bound]})
-        except (ImportError, ValueError, TypeError, openai.OpenAIError) as error:
+        except Exception as error:  # of several kinds, all of them the proxy's
             if not (names := [f"${name}" for name in os.environ if name.lower() in PROXIES and os.environ[name]]):
                 raise
             missing = f": {error}" if isinstance(error, ImportError) else ""  # else it may hold the proxy's password
@@ -400,9 +400,10 @@ class _Sitting:
         spent = [int(n) if isinstance(n, int) and 0 <= n < 2**31 else 0 for n in spent]
         self.judge.counters["prompt_tokens"] += spent[0]
         self.judge.counters["completion_tokens"] += spent[1]
-        reading = read_answer(said)
+        at_limit = choice.get("finish_reason") == "length"
+        reading = read_answer(said, ended=not at_limit)
         preference = preference_of(said, reading, top_logprobs(choice))
-        cut_off = reading.unfinished or choice.get("finish_reason") == "length"
+        cut_off = reading.unfinished or at_limit
         self.cut_off += preference is None and cut_off
         text = self.judge.redacted(said)[:KEPT_CHARACTERS].encode("utf-8", "replace").decode()  # half a surrogate pair
         return Answer(preference, text, *spent)

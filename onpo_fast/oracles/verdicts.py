@@ -68,8 +68,12 @@ def verdict(said: str) -> str | None:
     return read_answer(said).verdict
 
 
-def read_answer(said: str) -> Reading:
-    """Reads an answer of any length; of one that is longer than ``READ_CHARACTERS``, its beginning and its end."""
+def read_answer(said: str, ended: bool = True) -> Reading:
+    """Reads an answer of any length; of one that is longer than ``READ_CHARACTERS``, its beginning and its end.
+
+    ``ended`` is False for one that was cut off at its token limit: that it has named only one response so far says
+    nothing then.
+    """
     head, tail = READ_CHARACTERS
     text, dropped = said, 0
     if len(said) > head + tail:
@@ -78,7 +82,7 @@ def read_answer(said: str) -> Reading:
     start = _end_of_reasoning(text)
     if start is None:
         return Reading(None, unfinished=True)
-    decided, at = _decided(_blanked(SPECIAL_TOKEN, text[start:]))
+    decided, at = _decided(_blanked(SPECIAL_TOKEN, text[start:]), ended)
     if decided in (None, TIE) or at is None:
         return Reading(decided)
     at += start
@@ -232,7 +236,7 @@ NO_KEY = re.compile(
 )
 
 
-def _decided(text: str) -> tuple[str | None, int | None]:
+def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     """The verdict of a text without reasoning, and the index of its letter."""
     bare = _blanked(re.compile(r"</?[A-Za-z][\w:-]{1,40}\s?/?>"), text)
     alone = re.sub(r"[\W_]+", "", bare).upper()
@@ -240,7 +244,7 @@ def _decided(text: str) -> tuple[str | None, int | None]:
         return alone, re.search("[A-Za-z]", bare).start()
     marks = sorted(_marks(text, bare), key=lambda mark: (mark.end, mark.start))
     if not marks:
-        return _in_prose(bare)
+        return _in_prose(bare, ended)
     last = marks[-1]
     others = [mark for mark in marks if mark.verdict != last.verdict and mark.end <= last.start]
     if others:
@@ -427,7 +431,7 @@ def _said_first(text: str) -> int | None:
     return None if first[2] and doubtful and not _clearly_better(letter, sentence) else at
 
 
-def _in_prose(text: str) -> tuple[str | None, int | None]:
+def _in_prose(text: str, ended: bool) -> tuple[str | None, int | None]:
     """The verdict of a text without an explicit one."""
     candidates: list[tuple[str, int | None]] = []
     if (first := _said_first(text)) is not None:
@@ -440,13 +444,16 @@ def _in_prose(text: str) -> tuple[str | None, int | None]:
             candidates.append((letter, line.start() + _index_of(letter, line[0])))
     if candidates:
         return candidates[0] if len({decided for decided, _ in candidates}) == 1 else (None, None)
+    ended = ended and not text.lstrip(" \n`json").startswith("{")  # JSON that can be none was cut off
     named: dict[str, int] = {}
+    guarded = False  # whether one was named as the answer, verdict or choice
     for found in NAMED.finditer(text):
         letter = found["named"] or found["guarded"] or found["bracketed"]
         at = found.start(found.lastgroup)
         if not (found["guarded"] == "A" and AFTER_ARTICLE.match(text, at + 1)):
             named.setdefault(letter, at)
-    if len(named) != 1:
+            guarded = guarded or found["guarded"] is not None
+    if len(named) != 1 or not (ended or guarded):
         return None, None
     ((letter, at),) = named.items()
     sentences = [sentence for sentence in re.split(r"[.!?\n]+", text) if re.search(rf"\b{letter}\b", sentence)]
