@@ -8,7 +8,7 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -77,27 +77,30 @@ class Answers:
         with self._naming():
             self.connection.executemany("DELETE FROM answers WHERE key = ?", ((key,) for key in keys))
 
-    def claim(self, key: str) -> bool:
-        """Whether the question is this run's to ask, until ``release``."""
+    def claim(self, keys: Sequence[str]) -> bool:
+        """Makes questions this run's to ask, until ``release``, as far as no other run has them. Whether all are."""
+        wanted = [key for key in keys if key not in self.claimed]
         now = time.time()
         latest = now + 2 * self.CLAIM_SECONDS  # a claim that ends later is of a clock that was put back since
+
+        def has_other(key: str) -> bool:
+            held = "SELECT 1 FROM claims WHERE key = ? AND expires BETWEEN ? AND ?"
+            return self.connection.execute(held, (key, now, latest)).fetchone() is not None
+
         with self._naming():
-            if not self.has_claims:
+            if wanted and not self.has_claims:
                 self.connection.execute(
                     "CREATE TABLE IF NOT EXISTS claims "
                     "(key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL)"
                 )
                 self.has_claims = True
-            with_other = "SELECT 1 FROM claims WHERE key = ? AND expires BETWEEN ? AND ?"
-            if self.connection.execute(with_other, (key, now, latest)).fetchone():  # a look takes no lock
-                return False
-            with self._transaction():
-                if self.connection.execute(with_other, (key, now, latest)).fetchone():
-                    return False
-                values = (key, self.owner, now + self.CLAIM_SECONDS)
-                self.connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", values)
-        self.claimed.add(key)
-        return True
+            if any(not has_other(key) for key in wanted):  # a look takes no lock
+                with self._transaction():
+                    free = [key for key in wanted if not has_other(key)]
+                    rows = [(key, self.owner, now + self.CLAIM_SECONDS) for key in free]
+                    self.connection.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", rows)
+                self.claimed.update(free)
+        return self.claimed.issuperset(keys)
 
     def renew(self) -> None:
         """Puts off the end of this run's claims."""
@@ -119,7 +122,13 @@ class Answers:
             self.connection.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
 
     def close(self) -> None:
-        self.connection.close()
+        """Ends all claims too."""
+        try:
+            if self.claimed:
+                with self._naming():
+                    self.connection.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
+        finally:
+            self.connection.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

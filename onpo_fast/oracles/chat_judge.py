@@ -13,6 +13,7 @@ a server says is anybody's text: its length is bounded, and it is cleaned before
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -165,6 +167,17 @@ class ChatJudge(BatchOracle):
             )
 
 
+@dataclass(frozen=True)
+class _Question:
+    """Is one response of a group, shown first, better than another?"""
+
+    group: int
+    first: int  # index among the group's different texts
+    second: int
+    body: dict[str, Any]  # of the request
+    key: str  # of the answer in the cache
+
+
 class _Sitting:
     """One call of ``many``: its questions, those who ask them, and when they stop."""
 
@@ -186,7 +199,7 @@ class _Sitting:
             UserError: if the judge is down, refuses, or gives no verdicts.
         """
         self.halt = asyncio.Event()
-        questions = self.questions()
+        questions = self.claimed_ahead(self.questions())
         self.kept = Answers(self.judge.path)
         try:
             async with self.connected() as self.client:
@@ -233,7 +246,20 @@ class _Sitting:
                     if i != j:
                         yield g, i, j
 
-    async def all_ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
+    def claimed_ahead(self, questions: Iterator[tuple[int, int, int]]) -> Iterator[_Question]:
+        """The questions with their requests; as many as are asked at a time are claimed at once, which costs one write
+        to the disk."""
+        while some := list(itertools.islice(questions, self.config.judge_concurrency)):
+            made = [self.made(*question) for question in some]
+            self.kept.claim([one.key for one in made if one.key not in self.under_way and not self.kept.get(one.key)])
+            yield from made
+
+    def made(self, g: int, i: int, j: int) -> _Question:
+        prompt, texts = self.groups[g][0], self.different[g][0]
+        body = self.judge.request(self.judge.question(prompt, texts[i], texts[j]))
+        return _Question(g, i, j, body, key_of(url=self.judge.url, request=body, reading=PARSER_VERSION))
+
+    async def all_ask(self, questions: Iterator[_Question]) -> None:
         """Requests under way are abandoned for nothing but a signal, and then after ``GRACE``."""
         askers = {asyncio.create_task(self.ask(questions)) for _ in range(self.config.judge_concurrency)}
         renewer = asyncio.create_task(self.renew_claims())
@@ -271,15 +297,19 @@ class _Sitting:
         self.error = self.error or error
         self.halt.set()
 
-    async def ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
+    async def ask(self, questions: Iterator[_Question]) -> None:
         """Takes questions until there are none, or somebody had to stop."""
-        for g, i, j in questions:
+        while True:
             self.stop_if_asked()
             if self.halt.is_set():
                 return
             try:
-                answer = await self.answer(g, i, j)
-                self.shown[g][i, j] = 0.5 if answer.preference is None else answer.preference
+                question = next(questions, None)
+                if question is None:
+                    return
+                answer = await self.answer(question)
+                preference = 0.5 if answer.preference is None else answer.preference
+                self.shown[question.group][question.first, question.second] = preference
                 self.answers += 1
                 if self.answers >= PATIENCE:
                     self.check_verdicts(PATIENCE)
@@ -288,10 +318,8 @@ class _Sitting:
                 self.stop(error)
                 return
 
-    async def answer(self, g: int, i: int, j: int) -> Answer:
-        prompt, texts = self.groups[g][0], self.different[g][0]
-        body = self.judge.request(self.judge.question(prompt, texts[i], texts[j]))
-        key = key_of(url=self.judge.url, request=body, reading=PARSER_VERSION)
+    async def answer(self, question: _Question) -> Answer:
+        key, here = question.key, where(question.group, self.groups[question.group][0])
         answer = await self.under_way[key] if key in self.under_way else self.kept.get(key)
         counted_as = "cached"
         if answer is None:
@@ -299,7 +327,7 @@ class _Sitting:
             try:
                 answer = await self.of_another_run(key)
                 if answer is None:
-                    answer = self.kept.put(key, await self.fresh(body, where(g, prompt)))
+                    answer = self.kept.put(key, await self.fresh(question.body, here))
                     counted_as = "answered"
                 future.set_result(answer)
             except Exception as error:
@@ -309,6 +337,7 @@ class _Sitting:
             finally:
                 del self.under_way[key]
                 self.kept.release(key)
+        self.kept.release(key)  # of one that was claimed ahead just when another run had its answer
         self.judge.counters[counted_as] += 1
         if answer.preference is None:
             self.without_verdict.append(key)
@@ -317,7 +346,7 @@ class _Sitting:
 
     async def of_another_run(self, key: str) -> Answer | None:
         """The answer that another run with the same file gets meanwhile; None once this one has to ask."""
-        while not self.kept.claim(key):
+        while not self.kept.claim([key]):
             await self.sleep(CLAIM_POLL)
         return self.kept.get(key)  # the other may have put it there just before
 
