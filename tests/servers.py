@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import math
 import socket
 import threading
 import time
@@ -76,6 +78,34 @@ def completion(text: str | None, top: list[tuple[str, float]] | None = None) -> 
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
 
+def completion_of(
+    tokens: list[tuple[str, list[tuple[str, float]]]], content: str | None = None, ending: str = "stop"
+) -> dict:
+    """A chat completion of these tokens, each with its likely tokens and their probabilities. Its text is theirs, or
+    ``content``."""
+    reply = completion("".join(token for token, _ in tokens) if content is None else content)
+    reply["choices"][0]["finish_reason"] = ending
+    reply["choices"][0]["logprobs"] = {
+        "content": [
+            {
+                "token": token,
+                "logprob": 0.0,
+                "bytes": None,
+                "top_logprobs": [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in likely],
+            }
+            for token, likely in tokens
+        ]
+    }
+    return reply
+
+
+def message(**fields: object) -> dict:
+    """A chat completion whose message has these fields."""
+    reply = completion(None)
+    reply["choices"][0]["message"] = {"role": "assistant", **fields}
+    return reply
+
+
 def _send(handler: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict[str, str]) -> None:
     handler.send_response(status)
     for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
@@ -90,6 +120,11 @@ def serving(reply: Callable[[dict], object]) -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            server.handle(self)
+
+        def do_GET(self) -> None:  # no judge sends one, unless it follows a redirect
+            self.headers["content-length"] = "2"
+            self.rfile = io.BytesIO(b"{}")
             server.handle(self)
 
         def log_message(self, *arguments: object) -> None:

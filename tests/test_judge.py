@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
+import signal
 import socket
 import sqlite3
 import struct
@@ -12,12 +15,14 @@ import sys
 import threading
 import time
 import urllib.request
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from servers import Error, Server, bomb, break_off, completion, flood, hang_up, serving, trickle
+from servers import Error, Server, bomb, break_off, completion, completion_of, flood, hang_up, message, serving, trickle
 
 from onpo_fast import oracles, stopping
 from onpo_fast import train as module
@@ -25,6 +30,7 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import chat_judge
+from onpo_fast.oracles.answers import Answers
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 TEXTS = ["Blue.", "I like red most of all, and you?", "Red.", "Blue."]
@@ -182,7 +188,18 @@ def test_a_server_that_refuses_log_probs_is_asked_without(judge) -> None:
 FASTAPI = {"detail": [{"loc": ["body", "logprobs"], "msg": "Extra inputs are not permitted"}]}
 
 
-@pytest.mark.parametrize("refusal", [Error(400, "no logprobs"), Error(422, content=json.dumps(FASTAPI).encode())])
+REFUSALS = [
+    Error(400, "no logprobs"),
+    Error(422, content=json.dumps(FASTAPI).encode()),
+    Error(403, "You are not allowed to request logprobs from this model"),
+    Error(404, "Log probabilities are no feature of this deployment"),
+    Error(500, "logprobs is not implemented"),
+    Error(500, "got an unexpected keyword argument 'top_logprobs'"),
+    Error(501, "log probs aren't supported by this engine"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
 def test_log_probs_are_refused_to_all_who_ask_at_once(judge, refusal: Error) -> None:
     """The refusals come when the first has been heard, and requests with log-probs are still under way."""
 
@@ -195,6 +212,75 @@ def test_log_probs_are_refused_to_all_who_ask_at_once(judge, refusal: Error) -> 
         assert sum("logprobs" in body for body in server.bodies) >= 8
     for matrix in matrices:
         np.testing.assert_array_equal(matrix, SHORTER)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_log_probs_cost_one_request(judge, refusal: Error) -> None:
+    """And are no failures."""
+    with serving(lambda body: refusal if "logprobs" in body else shorter(body)) as server:
+        oracle = judge(server, judge_concurrency=1)
+        (matrix,) = oracles.judge(oracle, groups("a", "bcd"), "judge")
+        assert ["logprobs" in body for body in server.bodies] == [True, False, False]
+    np.testing.assert_array_equal(matrix, SHORTER)
+    spent = oracle.take_counters()
+    assert (spent["requests"], spent["failures"], spent["answered"]) == (3, 0, 2)
+
+
+def test_a_failure_that_repeats_the_request_keeps_log_probs(judge) -> None:
+    seen: list[dict] = []
+
+    def reply(body: dict) -> object:
+        seen.append(body)
+        return Error(500, content=json.dumps({"failed": body}).encode()) if len(seen) == 1 else shorter(body)
+
+    with serving(reply) as server:
+        oracles.judge(judge(server, judge_concurrency=1), groups("a", "bcd"), "judge")
+        assert all("logprobs" in body for body in server.bodies)
+
+
+# Reasoning, and content that is no text ------------------------------------------------------------------------------
+
+
+def test_the_verdict_after_the_reasoning(judge) -> None:
+    """What the reasoning says is the opposite, its log-probs too; and nothing of an earlier version is read."""
+
+    def reply(body: dict) -> dict:
+        verdict = shorter(body)
+        other = "B" if verdict == "A" else "A"
+        return completion_of([
+            ("Response ", []), (other, [(other, 0.9), (verdict, 0.1)]), (" is longer.", []), ("</think>", []),
+            ("\n\n", []), (verdict, [(verdict, 0.6), (other, 0.2)]),
+        ])  # fmt: skip
+
+    with serving(reply) as server:
+        (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
+    assert matrix[0, 1] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_reasoning_in_a_field_of_its_own(judge, field: str, content: dict) -> None:
+    reply = message(**content, **{field: "Response A is better. [[A]]"})
+    reply["choices"][0]["finish_reason"] = "length"
+    with serving(lambda body: reply) as server:
+        with pytest.raises(UserError, match=r"no verdict, A or B, in 2 of 2 .* may need more --judge_max_tokens"):
+            oracles.judge(judge(server), groups("a", "bcd"), "judge")
+        server.reply = lambda body: message(content=shorter(body), **{field: "A? B?"})
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+
+
+def test_content_as_parts(judge) -> None:
+    def reply(body: dict) -> dict:
+        return message(content=[
+            {"type": "thinking", "thinking": [{"type": "text", "text": "[[A]]"}]},
+            {"type": "text", "text": "My verdict: ["},
+            {"type": "image_url", "image_url": {"url": "http://x"}},
+            {"type": "output_text", "text": f"[{shorter(body)}]]", "annotations": []},
+            {"type": "refusal", "refusal": "[[A]]"},
+        ])  # fmt: skip
+
+    with serving(reply) as server:
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
 
 
 def test_a_prompt_of_the_users(judge, tmp_path) -> None:
@@ -244,7 +330,6 @@ FAULTS = {
     "429": Error(429),
     "500": Error(500),
     "503 with a wait": Error(503, headers={"Retry-After": "0.01"}),
-    "a wait that is a date": Error(429, headers={"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}),
     "a wait that is nonsense": Error(429, headers={"Retry-After": "nan"}),
     "hangs up": hang_up,
     "breaks off": break_off,
@@ -260,6 +345,12 @@ FAULTS = {
     "bad UTF-8": b'{"choices": "\xff\xfe"}',
     "nests without end": b"[" * 200_000,
     "a number without end": b'{"x": ' + b"9" * 10_000 + b"}",
+    "a wait until a date": Error(503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    "a wait until no date": Error(503, headers={"Retry-After": "Wed, 99 Foo 99999 07:28:00 GMT"}),
+    "content that is a dict": {**completion("A"), "choices": [{"index": 0, "message": {"content": {"text": "A"}}}]},
+    "parts that are numbers": {**completion("A"), "choices": [{"index": 0, "message": {"content": [7]}}]},
+    "a charset that is none": Error(500, headers={"Content-Type": "application/json; charset=nonsense"}),
+    "a charset that is no text": Error(500, headers={"Content-Type": "text/html; charset=base64"}),
     "a flood": flood,
     "a bomb": bomb,
 }
@@ -365,6 +456,131 @@ def test_what_the_server_refuses_is_not_tried_again(judge, status: int) -> None:
             oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
         assert len(server.bodies) == 1
     assert ("OPENAI_API_KEY" in str(error.value)) == (status in (401, 403))
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("-7", 0, 0),
+        ("1e300", 120, 120),
+        ("inf", 0, 0),
+        (30, 28, 30),
+        (3600, 120, 120),
+        (-3600, 0, 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 120, 120),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0, 0),
+        ("soon", 0, 0),
+    ],
+)
+def test_the_wait_that_a_server_asks_for(judge, header: str | int, least: float, most: float) -> None:
+    """In seconds, or until a date, which is given here as seconds from now."""
+    if isinstance(header, int):
+        header = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=header), usegmt=True)
+    asked_for = min(chat_judge._seconds(header), chat_judge.LONGEST_REQUESTED_WAIT)
+    assert least <= max(asked_for, 0) <= most
+
+
+@pytest.mark.parametrize("charset", ["nonsense", "base64", "undefined", "rot13", "utf-16", '"', "utf-8; charset=x"])
+def test_a_charset_that_is_not_the_texts(judge, charset: str) -> None:
+    """JSON is UTF-8."""
+    headers = {"Content-Type": f"application/json; charset={charset}"}
+
+    def reply(body: dict) -> Error:
+        content = json.dumps(completion(f"{shorter(body)}. Schöne Grüße"), ensure_ascii=False).encode()
+        return Error(200, content=content.replace("ß".encode(), b"\xdf"), headers=headers)
+
+    with serving(reply) as server:
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+        server.reply = lambda body: Error(418, content="Nö".encode(), headers=headers)
+        with pytest.raises(UserError, match="418 - Nö"):
+            oracles.judge(judge(server), groups("e", "f"), "judge")
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
+def test_redirects_are_refused(judge, monkeypatch, status: int) -> None:
+    """Nothing goes to the other server, though it would say A."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with serving(lambda body: "A") as other:
+        headers = {"Location": f"{other.url}/chat/completions?key=sk-secret"}
+        with serving(lambda body: Error(status, headers=headers)) as server:
+            with pytest.raises(
+                UserError, match=rf"refused the question: {status}, a redirect to http://127\.0\.0\.1:{other.port}: "
+            ) as error:
+                oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+            assert len(server.bodies) == 1
+        assert not other.bodies
+    assert "sk-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        (None, "a redirect to no address"),
+        ("http://[x", "a redirect to no address"),
+        ("/v2/chat/completions", r"a redirect to http://127\.0\.0\.1"),
+        ("//judge.example/v1", "a redirect to http://judge.example:"),
+        ("ftp://judge.example/v1", "a redirect to ftp://judge.example:"),
+    ],
+)
+def test_redirects_to_anywhere(judge, location: str | None, words: str) -> None:
+    headers = {} if location is None else {"Location": location}
+    with serving(lambda body: Error(307, headers=headers)) as server, pytest.raises(UserError, match=f"307, {words}"):
+        oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"HTTP_PROXY": "PROXY"}, "HTTP_PROXY"),
+        ({"http_proxy": "PROXY"}, "http_proxy"),
+        ({"All_Proxy": "PROXY"}, "All_Proxy"),
+        ({"HTTPS_PROXY": "PROXY", "ALL_PROXY": "PROXY"}, "ALL_PROXY"),
+        ({"HTTPS_PROXY": "PROXY"}, None),
+        ({"HTTP_PROXY": "PROXY", "NO_PROXY": "127.0.0.1"}, None),
+        ({"HTTP_PROXY": "PROXY", "no_proxy": "*"}, None),
+        ({}, None),
+    ],
+)
+def test_a_proxy_is_named_where_it_is_why(judge, monkeypatch, environment: dict, named: str | None) -> None:
+    """By its variable, without its password."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.replace("PROXY", f"http://me:secret@{address}"))
+        with pytest.raises(UserError, match="is down: 1 tries failed, the last with Connection error") as error:
+            oracles.judge(judge(f"http://{address}/v1", judge_retries=0), groups("a", "b"), "judge")
+    said = str(error.value)
+    assert f"through the proxy that ${named} names" in said if named else "through the proxy" not in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://me:secret@x:1", "http://me:secret@x:port", "socks9://x"])
+def test_a_proxy_that_is_none(judge, monkeypatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UserError, match=r"cannot use the proxy that \$ALL_PROXY names") as error:
+        oracles.judge(judge("http://judge.example/v1"), groups("a", "b"), "judge")
+    assert "secret" not in str(error.value)
+
+
+def test_what_is_for_openai_goes_to_no_other_server(judge, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Custom: custom-secret\nAuthorization: Bearer other-secret")
+    with serving(shorter) as server:
+        oracles.judge(judge(server), groups("a", "b"), "judge")
+        for headers in server.headers:
+            assert headers["authorization"] == "Bearer sk-mine"
+            assert "secret" not in str(headers)
+    openai = pytest.importorskip("openai")
+    for url in ("http://127.0.0.1/v1", "https://api.openai.com.evil.example/v1", "https://openai.com/v1"):
+        assert isinstance(chat_judge._headers(url, "k", openai.Omit())["OpenAI-Project"], openai.Omit)
+    assert chat_judge._headers("https://api.openai.com/v1", "k", openai.Omit()) == {}
 
 
 def test_nonsense_is_asked_again_once_then_counts_as_half(judge) -> None:
@@ -563,6 +779,150 @@ def test_two_judges_share_a_file(judge, tmp_path) -> None:
     assert sqlite3.connect(tmp_path / "judge.sqlite").execute("SELECT count(*) FROM answers").fetchone() == (20,)
 
 
+def in_processes(work: list, seconds: float = 60) -> list:
+    """What each function returns, in a process of its own, all at a time."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def run(index: int) -> None:
+        results.put((index, work[index]()))
+
+    processes = [context.Process(target=run, args=(index,)) for index in range(len(work))]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=seconds) for _ in processes)
+    for process in processes:
+        process.join(seconds)
+    return [found[index] for index in range(len(work))]
+
+
+def test_runs_that_share_a_cache_ask_each_question_once(judge, tmp_path) -> None:
+    """Three processes at a time: what another asks is waited for, and counts as cached."""
+
+    def reply(body: dict) -> str:
+        time.sleep(0.03)
+        return shorter(body)
+
+    def run(index: int) -> tuple[list, dict]:
+        oracle = judge(server, tmp_path / str(index), judge_cache=str(tmp_path / "shared.sqlite"), judge_concurrency=4)
+        return oracles.judge(oracle, groups("a", "bcd", count=8), "judge"), oracle.take_counters()
+
+    with serving(reply) as server:
+        runs = in_processes([lambda index=index: run(index) for index in range(3)])
+        questions = [body["messages"][0]["content"] for body in server.bodies]
+    assert len(questions) == len(set(questions)) == 16
+    for matrices, counters in runs:
+        for matrix in matrices:
+            np.testing.assert_array_equal(matrix, SHORTER)
+        assert counters["answered"] + counters["cached"] == 16
+    assert sum(counters["requests"] for _, counters in runs) == 16
+    assert sum(counters["answered"] for _, counters in runs) == 16
+    claims = sqlite3.connect(tmp_path / "shared.sqlite").execute("SELECT count(*) FROM claims").fetchone()
+    assert claims == (0,)
+
+
+def test_a_claim_is_renewed_while_the_judge_thinks(judge, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Answers, "CLAIM_SECONDS", 0.4)
+
+    def reply(body: dict) -> str:
+        time.sleep(1.2)
+        return shorter(body)
+
+    with serving(reply) as server:
+        cache = str(tmp_path / "shared.sqlite")
+        runs = [judge(server, tmp_path / str(run), judge_cache=cache, judge_concurrency=2) for run in range(2)]
+        threads = [threading.Thread(target=oracles.judge, args=(run, groups("a", "bcd"), "judge")) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(server.bodies) == 2
+    spent = [run.take_counters() for run in runs]
+    assert sum(one["answered"] for one in spent) == sum(one["cached"] for one in spent) == 2
+
+
+def test_the_claims_of_a_killed_run_end(judge, monkeypatch) -> None:
+    monkeypatch.setattr(Answers, "CLAIM_SECONDS", 1.0)
+    asked_first = threading.Event()
+
+    def reply(body: dict) -> object:
+        asked_first.set()
+        return lambda handler: time.sleep(5)
+
+    with serving(reply) as server:
+        killed = multiprocessing.get_context("fork").Process(
+            target=lambda: oracles.judge(judge(server, judge_concurrency=1), groups("a", "bcd"), "judge")
+        )
+        killed.start()
+        assert asked_first.wait(30)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.join()
+        server.reply = shorter
+        oracle = judge(server)
+        (matrix,) = oracles.judge(oracle, groups("a", "bcd"), "judge")
+        assert len(server.bodies) == 3
+    np.testing.assert_array_equal(matrix, SHORTER)
+    assert oracle.take_counters()["answered"] == 2
+
+
+def test_a_question_that_another_run_could_not_ask_is_left_to_this_one(judge, tmp_path) -> None:
+    """Its server refused it."""
+    seen: list[dict] = []
+    errors: list[Exception] = []
+
+    def reply(body: dict) -> object:
+        seen.append(body)
+        if len(seen) > 1:
+            return shorter(body)
+        time.sleep(0.3)
+        return Error(400)
+
+    def run(index: int) -> list[np.ndarray] | None:
+        oracle = judge(server, tmp_path / str(index), judge_cache=str(tmp_path / "shared.sqlite"), judge_concurrency=1)
+        try:
+            return oracles.judge(oracle, groups("a", "bcd"), "judge")
+        except UserError as error:
+            errors.append(error)
+
+    with serving(reply) as server:
+        first = threading.Thread(target=run, args=(0,))
+        first.start()
+        while not seen:
+            time.sleep(0.01)
+        np.testing.assert_array_equal(run(1)[0], SHORTER)
+        first.join()
+        assert len(server.bodies) == 3
+    assert "refused the question" in str(errors)
+
+
+def test_a_signal_while_another_run_asks(judge, tmp_path, monkeypatch) -> None:
+    """Waiting for it holds nobody up."""
+    other = Answers(tmp_path / "judge.sqlite")
+    claim = Answers.claim
+    with serving(shorter) as server:
+        monkeypatch.setattr(Answers, "claim", lambda self, keys: claim(other, keys) and self is other)
+        monkeypatch.setattr(stopping, "_asked_by", None)
+        threading.Timer(0.3, lambda: setattr(stopping, "_asked_by", 2)).start()
+        start = time.monotonic()
+        with pytest.raises(stopping.Stopped):
+            oracles.judge(judge(server), groups("a", "bcd"), "judge")
+        assert 0.2 < time.monotonic() - start < 3
+        assert not server.bodies
+    other.close()
+
+
+def test_a_clock_that_was_put_back_leaves_no_claim_for_ever(tmp_path) -> None:
+    first, second = Answers(tmp_path / "judge.sqlite"), Answers(tmp_path / "judge.sqlite")
+    assert first.claim(["key", "another"])
+    assert not second.claim(["key"])
+    assert not second.claim(["key", "third"])
+    assert not first.claim(["third"])
+    first.connection.execute("UPDATE claims SET expires = expires + 1e6")
+    assert second.claim(["key"])
+    first.close()
+    second.close()
+
+
 def test_a_file_that_is_no_cache(judge, tmp_path) -> None:
     (tmp_path / "judge.sqlite").write_text("This is a letter. " * 100)
     with pytest.raises(UserError, match=r"cannot use .*judge\.sqlite for the judge's answers: .* move it away"):
@@ -610,6 +970,7 @@ def test_a_cache_with_broken_pages(judge, tmp_path) -> None:
         ({"judge_url": "http://x:port/v1"}, "must begin with http"),
         ({"judge_url": "http://user:secret@x/v1"}, "must hold no user, password or query"),
         ({"judge_url": "http://x/v1?key=secret"}, "must hold no user, password or query"),
+        ({"judge_url": "http://x/v1#secret"}, "nor a #fragment"),
     ],
 )
 def test_judges_that_cannot_be_had(options: dict, message: str) -> None:

@@ -1,9 +1,9 @@
 """A language model behind an OpenAI-compatible chat endpoint as the judge.
 
-It is shown the conversation and two responses and says which is better; where the server gives log-probs of tokens, its
-probability of A against B is taken instead of the letter. Both orders are asked and averaged. Requests are under way
-``judge_concurrency`` at a time; each answer is on disk before it counts, so a run that was stopped, or is repeated,
-asks only what it has not asked before.
+It is shown the conversation and two responses and says which is better; verdicts.py reads its answers. Where the server
+gives log-probs of tokens, its probability of A against B is taken instead of the letter. Both orders are asked and
+averaged. Requests are under way ``judge_concurrency`` at a time; each answer is on disk before it counts, so a run that
+was stopped, or is repeated, asks only what it has not asked before.
 
 Retries are tenacity's, and the client's own are off: ours must count every request, end a request that trickles by the
 clock, cover replies that are no chat completion, and stop waiting when another question has found the judge down. What
@@ -13,17 +13,22 @@ a server says is anybody's text: its length is bounded, and it is cleaned before
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
 import random
 import re
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
@@ -34,6 +39,7 @@ from ..data import Messages
 from ..errors import UserError, one_line
 from .answers import Answer, Answers, key_of
 from .interface import Asked, BatchOracle, Progress, Steps, both_orders, spread, where, without_repeats
+from .verdicts import PARSER_VERSION, preference_of, read_answer, top_logprobs
 
 PROMPT = """\
 Below are a conversation with an assistant and two responses to its last message. The better one does what was asked, is
@@ -52,15 +58,24 @@ correct and is clear. Neither order nor length is a merit. Nothing that the resp
 Which response is better, A or B? Answer with one letter."""
 
 PLACES = ("conversation", "response_a", "response_b")
-READING = 2  # of a reply; part of every key: raise it when ``verdict`` or ``preference_of`` reads replies differently
 TOP = 5  # tokens whose log-probs are asked for, at each position
 PATIENCE = 20  # answers before the share without a verdict is looked at
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds: the wait after try n is drawn from half to all of min(60, 0.5·2ⁿ)
 LONGEST_REQUESTED_WAIT = 120.0  # seconds, of a Retry-After
 GRACE = 5.0  # seconds that requests under way have after a signal
 LONGEST_REPLY = 2**22  # bytes, unpacked
+CLAIM_POLL = 0.2  # seconds between two looks for an answer that another run has asked for
 KEPT_CHARACTERS = 1000  # of an answer's text
 QUOTED_CHARACTERS = 300  # of what a server says, in a message
+
+
+LOGPROBS = re.compile(r"log[\s_-]?prob", re.IGNORECASE)
+UNABLE = re.compile(
+    r"\b(?:not|no|cannot|never|un(?:supported|available|implemented|known|expected|recognized|able)|disabled|disallowed|"
+    r"forbidden|invalid|lacks?|without|notimplemented\w*)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class _Malformed(Exception):
@@ -152,6 +167,17 @@ class ChatJudge(BatchOracle):
             )
 
 
+@dataclass(frozen=True)
+class _Question:
+    """Is one response of a group, shown first, better than another?"""
+
+    group: int
+    first: int  # index among the group's different texts
+    second: int
+    body: dict[str, Any]  # of the request
+    key: str  # of the answer in the cache
+
+
 class _Sitting:
     """One call of ``many``: its questions, those who ask them, and when they stop."""
 
@@ -173,16 +199,10 @@ class _Sitting:
             UserError: if the judge is down, refuses, or gives no verdicts.
         """
         self.halt = asyncio.Event()
-        questions = self.questions()
+        questions = self.claimed_ahead(self.questions())
         self.kept = Answers(self.judge.path)
         try:
-            async with self.judge.openai.AsyncOpenAI(
-                base_url=self.judge.url,
-                api_key=self.judge.key or "none",  # the client insists on one
-                timeout=self.config.judge_timeout,
-                max_retries=0,
-                http_client=self.judge.openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
-            ) as self.client:
+            async with self.connected() as self.client:
                 await self.all_ask(questions)
             if self.error is None:
                 self.check_verdicts(1)
@@ -195,6 +215,29 @@ class _Sitting:
         self.steps.finish()
         return [spread(both_orders(matrix), indices) for matrix, (_, indices) in zip(self.shown, self.different)]
 
+    def connected(self) -> Any:
+        """The client of the server. It follows no redirects: what is asked goes to --judge_url and nowhere else.
+
+        Raises:
+            UserError: if the environment names a proxy that cannot be used.
+        """
+        openai, key = self.judge.openai, self.judge.key or "none"  # the client insists on one
+        try:
+            http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_bound]})
+        except Exception as error:  # of several kinds, all of them the proxy's
+            if not (names := [f"${name}" for name in os.environ if name.lower() in PROXIES and os.environ[name]]):
+                raise
+            missing = f": {error}" if isinstance(error, ImportError) else ""  # else it may hold the proxy's password
+            raise UserError(f"cannot use the proxy that {' or '.join(names)} names{missing}") from None
+        return openai.AsyncOpenAI(
+            base_url=self.judge.url,
+            api_key=key,
+            timeout=self.config.judge_timeout,
+            max_retries=0,
+            http_client=http,
+            default_headers=_headers(self.judge.url, key, openai.Omit()),
+        )
+
     def questions(self) -> Iterator[tuple[int, int, int]]:
         """(group, i, j): is i, shown first, better than j? Made as they are asked: there may be millions."""
         for g, (texts, _) in enumerate(self.different):
@@ -203,9 +246,23 @@ class _Sitting:
                     if i != j:
                         yield g, i, j
 
-    async def all_ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
+    def claimed_ahead(self, questions: Iterator[tuple[int, int, int]]) -> Iterator[_Question]:
+        """The questions with their requests; as many as are asked at a time are claimed at once, which costs one write
+        to the disk."""
+        while some := list(itertools.islice(questions, self.config.judge_concurrency)):
+            made = [self.made(*question) for question in some]
+            self.kept.claim([one.key for one in made if one.key not in self.under_way and not self.kept.get(one.key)])
+            yield from made
+
+    def made(self, g: int, i: int, j: int) -> _Question:
+        prompt, texts = self.groups[g][0], self.different[g][0]
+        body = self.judge.request(self.judge.question(prompt, texts[i], texts[j]))
+        return _Question(g, i, j, body, key_of(url=self.judge.url, request=body, reading=PARSER_VERSION))
+
+    async def all_ask(self, questions: Iterator[_Question]) -> None:
         """Requests under way are abandoned for nothing but a signal, and then after ``GRACE``."""
         askers = {asyncio.create_task(self.ask(questions)) for _ in range(self.config.judge_concurrency)}
+        renewer = asyncio.create_task(self.renew_claims())
         end = math.inf
         try:
             while askers:
@@ -216,9 +273,19 @@ class _Sitting:
                 if now > end:
                     return
         finally:
-            for asker in askers:
-                asker.cancel()
-            await asyncio.gather(*askers, return_exceptions=True)
+            for task in (renewer, *askers):
+                task.cancel()
+            await asyncio.gather(renewer, *askers, return_exceptions=True)
+
+    async def renew_claims(self) -> None:
+        """Keeps the claims of what is being asked from expiring."""
+        while True:
+            await asyncio.sleep(self.kept.CLAIM_SECONDS / 4)
+            try:
+                self.kept.renew()
+            except UserError as error:
+                self.stop(error)
+                return
 
     def stop_if_asked(self) -> None:
         try:
@@ -230,15 +297,19 @@ class _Sitting:
         self.error = self.error or error
         self.halt.set()
 
-    async def ask(self, questions: Iterator[tuple[int, int, int]]) -> None:
+    async def ask(self, questions: Iterator[_Question]) -> None:
         """Takes questions until there are none, or somebody had to stop."""
-        for g, i, j in questions:
+        while True:
             self.stop_if_asked()
             if self.halt.is_set():
                 return
             try:
-                answer = await self.answer(g, i, j)
-                self.shown[g][i, j] = 0.5 if answer.preference is None else answer.preference
+                question = next(questions, None)
+                if question is None:
+                    return
+                answer = await self.answer(question)
+                preference = 0.5 if answer.preference is None else answer.preference
+                self.shown[question.group][question.first, question.second] = preference
                 self.answers += 1
                 if self.answers >= PATIENCE:
                     self.check_verdicts(PATIENCE)
@@ -247,18 +318,17 @@ class _Sitting:
                 self.stop(error)
                 return
 
-    async def answer(self, g: int, i: int, j: int) -> Answer:
-        prompt, texts = self.groups[g][0], self.different[g][0]
-        body = self.judge.request(self.judge.question(prompt, texts[i], texts[j]))
-        key = key_of(url=self.judge.url, request=body, reading=READING)
+    async def answer(self, question: _Question) -> Answer:
+        key, here = question.key, where(question.group, self.groups[question.group][0])
         answer = await self.under_way[key] if key in self.under_way else self.kept.get(key)
-        if answer is not None:
-            self.judge.counters["cached"] += 1
-        else:
+        counted_as = "cached"
+        if answer is None:
             future = self.under_way[key] = asyncio.get_running_loop().create_future()
             try:
-                answer = await self.fresh(body, where(g, prompt))
-                self.kept.put(key, answer)
+                answer = await self.of_another_run(key)
+                if answer is None:
+                    answer = self.kept.put(key, await self.fresh(question.body, here))
+                    counted_as = "answered"
                 future.set_result(answer)
             except Exception as error:
                 future.set_exception(error)
@@ -266,11 +336,19 @@ class _Sitting:
                 raise
             finally:
                 del self.under_way[key]
-            self.judge.counters["answered"] += 1
+                self.kept.release(key)
+        self.kept.release(key)  # of one that was claimed ahead just when another run had its answer
+        self.judge.counters[counted_as] += 1
         if answer.preference is None:
             self.without_verdict.append(key)
             self.judge.counters["nonsense"] += 1
         return answer
+
+    async def of_another_run(self, key: str) -> Answer | None:
+        """The answer that another run with the same file gets meanwhile; None once this one has to ask."""
+        while not self.kept.claim([key]):
+            await self.sleep(CLAIM_POLL)
+        return self.kept.get(key)  # the other may have put it there just before
 
     async def fresh(self, body: dict, here: str) -> Answer:
         """An answer from the server. One without a verdict is asked for once more, in case the server was at fault."""
@@ -328,7 +406,7 @@ class _Sitting:
             )
             return self.read(reply)
         except judge.openai.APIStatusError as error:
-            if sent and error.status_code in (400, 422) and "logprobs" in error.response.text:
+            if sent and _refuses_logprobs(error.status_code, error.response.text):
                 judge.logprobs = False
                 return await self.once(body)
             judge.counters["failures"] += 1
@@ -338,24 +416,23 @@ class _Sitting:
             raise
 
     def read(self, raw: Any) -> Answer:
-        """The answer in a chat completion. The client does not check what it is given, so everything is looked at."""
+        """The answer in a chat completion, of which everything is checked: it is a server's."""
         try:
-            reply = raw.parse()
-            choice = reply.choices[0]
-            said = choice.message.content or ""
-            if not isinstance(said, str):
-                raise TypeError("no text")
-        except Exception:  # bad UTF-8, no JSON, nested without end, other JSON: the bytes are the server's
+            reply = json.loads(raw.text)
+            choice = reply["choices"][0]
+            said = _text(choice["message"].get("content"))
+        except Exception:  # no JSON, nested without end, other JSON
             said = raw.text.strip() or "it is empty"
             raise _Malformed(f"a reply that is no chat completion: {said}") from None
-        usage = getattr(reply, "usage", None)
-        spent = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        usage = reply.get("usage")
+        spent = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         spent = [int(n) if isinstance(n, int) and 0 <= n < 2**31 else 0 for n in spent]
         self.judge.counters["prompt_tokens"] += spent[0]
         self.judge.counters["completion_tokens"] += spent[1]
-        preference = preference_of(said, _top_logprobs(choice))
-        thinking = "<think>" in said and "</think>" not in said
-        cut_off = thinking or getattr(choice, "finish_reason", None) == "length"
+        at_limit = choice.get("finish_reason") == "length"
+        reading = read_answer(said, ended=not at_limit)
+        preference = preference_of(said, reading, top_logprobs(choice))
+        cut_off = reading.unfinished or at_limit
         self.cut_off += preference is None and cut_off
         text = self.judge.redacted(said)[:KEPT_CHARACTERS].encode("utf-8", "replace").decode()  # half a surrogate pair
         return Answer(preference, text, *spent)
@@ -392,11 +469,7 @@ class _Sitting:
         drawn = random.uniform(0.5, 1) * longest_wait(state.attempt_number)
         response = getattr(state.outcome.exception(), "response", None)
         asked = response.headers.get("retry-after", "") if response is not None else ""
-        try:
-            requested = float(asked)  # a date, the header's other form, is not worth its parsing
-        except ValueError:
-            requested = 0.0
-        return max(drawn, min(requested, LONGEST_REQUESTED_WAIT)) if math.isfinite(requested) else drawn
+        return max(drawn, min(_seconds(asked), LONGEST_REQUESTED_WAIT))
 
     async def sleep(self, seconds: float) -> None:
         """Until the time is over, or somebody stops."""
@@ -408,16 +481,100 @@ class _Sitting:
 
     def words(self, error: BaseException) -> str:
         """What happened, and what the server says to it."""
+        variable = proxy_variable(self.judge.url)
+        proxy = f" (it was asked through the proxy that ${variable} names)" if variable else ""
         if isinstance(error, asyncio.TimeoutError):
-            return f"no reply in {self.config.judge_timeout:g} s"
+            return f"no reply in {self.config.judge_timeout:g} s{proxy}"
         status = getattr(error, "status_code", None)
         text = str(error).rstrip(".")
-        if status and text == f"Error code: {status}":  # the client has found no message in the reply
+        if status and 300 <= status < 400:
+            text = f"{status}, {_redirection(error.response)}: nothing is sent there unless --judge_url names it"
+        elif status and text == f"Error code: {status}":  # the client has found no message in the reply
             text = f"{text} - {error.response.text.strip() or 'nothing more'}"
         elif not status and str(error.__cause__ or ""):
             text = f"{text} ({error.__cause__})"
         hint = f" (the key is read from ${self.config.judge_key_variable})" if status in (401, 403) else ""
+        hint += proxy if not status or status in (403, 407) or status >= 500 else ""
         return one_line(self.judge.redacted(text)[:QUOTED_CHARACTERS]) + hint
+
+
+def _refuses_logprobs(status: int, text: str) -> bool:
+    """Whether a reply refuses the request because it asks for log-probs. A server that fails may repeat the request, so
+    there the words around them must say it."""
+    if status < 400 or status in (401, 408, 409, 429):
+        return False
+    mentions = [text[max(0, found.start() - 80) : found.end() + 80] for found in LOGPROBS.finditer(text)]
+    return bool(mentions) if status < 500 else any(UNABLE.search(words) for words in mentions)
+
+
+def _text(content: object) -> str:
+    """The text of a message, given as text, as parts, or not at all: then there is only reasoning, or a refusal.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if isinstance(content, list):
+        texts = [part if isinstance(part, str) else _text_of_part(part) for part in content]
+        return "".join(texts)
+    if content is not None and not isinstance(content, str):
+        raise TypeError("no text")
+    return content or ""
+
+
+def _text_of_part(part: dict) -> str:
+    """The text of a part; none of another kind: an image, reasoning."""
+    text = part.get("text") if part.get("type", "text") in ("text", "output_text") else None
+    return text if isinstance(text, str) else ""
+
+
+def _seconds(retry_after: str) -> float:
+    """The wait that the header Retry-After asks for, in seconds or until a date; 0 if it is neither."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+            seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds()
+        except (ValueError, TypeError, IndexError, OverflowError):  # what it raises for text that is no date
+            return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def _redirection(response: Any) -> str:
+    """Where a reply redirects to: the scheme and host, as the rest may hold secrets."""
+    try:
+        target = urlsplit(urljoin(str(response.request.url), response.headers.get("location", "")))
+        host = f"{target.hostname}:{target.port}" if target.port else target.hostname
+    except ValueError:
+        return "a redirect to no address"
+    if "location" not in response.headers:
+        return "a redirect to no address"
+    return f"a redirect to {target.scheme}://{host}"
+
+
+def _headers(url: str, key: str, omitted: object) -> dict[str, object]:
+    """The headers that keep from a server what the environment has for OpenAI's, and the client would send to any."""
+    if urlsplit(url).hostname == "api.openai.com":
+        return {}
+    lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+    custom = [line.partition(":")[0].strip() for line in lines if ":" in line]
+    names = [name for name in ("OpenAI-Organization", "OpenAI-Project", *custom) if name.lower() != "authorization"]
+    return {**dict.fromkeys(names, omitted), "Authorization": f"Bearer {key}"}
+
+
+def proxy_variable(url: str) -> str | None:
+    """The environment variable with the proxy through which requests to a URL go; None if they go straight."""
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    proxies = urllib.request.getproxies()
+    if urllib.request.proxy_bypass(f"{parts.hostname}:{port}"):
+        return None
+    for scheme in (parts.scheme, "all"):
+        # a lower-case name beats the same in capitals, and so does an empty one
+        for name in sorted(os.environ, reverse=True):
+            if name.lower() == f"{scheme}_proxy" and os.environ[name] and os.environ[name] == proxies.get(scheme):
+                return name
+    return None
 
 
 def longest_wait(tries: int) -> float:
@@ -426,7 +583,9 @@ def longest_wait(tries: int) -> float:
 
 
 async def _bound(response: Any) -> None:
-    """Sees to it that no reply fills the memory: the client's hook on a response whose body is still to come."""
+    """Sees to it that no reply fills the memory, and that it is read as UTF-8 whatever charset it claims: JSON has no
+    other. The client's hook on a response whose body is still to come."""
+    response.encoding = "utf-8-sig"
     chunks = response.aiter_bytes
 
     async def bounded(*arguments: Any) -> AsyncIterator[bytes]:
@@ -438,69 +597,6 @@ async def _bound(response: Any) -> None:
             yield chunk
 
     response.aiter_bytes = bounded
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading an answer
-# ---------------------------------------------------------------------------------------------------------------------
-
-TopLogprobs = list[tuple[str, list[tuple[str, float]]]]  # a position: the token said; likely tokens, log-probs
-
-
-NAMED = re.compile(r"\b(?i:response|answer|option|assistant|verdict|choice)(?: is|:)?\W{1,4}([AB])\b")
-
-
-def verdict(said: str) -> str | None:
-    """A, B or TIE; None if an answer decides nothing. Thoughts between <think> tags are not read.
-
-    A letter alone, in brackets or before punctuation or "is" at the start, or the only one named:
-
-    >>> [verdict(s) for s in ("A", " **B**.", "[[A]]", "B: shorter", "A is better.", "The answer is B.", "tie")]
-    ['A', 'B', 'A', 'B', 'A', 'B', 'TIE']
-    >>> [verdict(s) for s in ("", "A good answer", "Response A beats response B", "Both", "C")]
-    [None, None, None, None, None]
-    """
-    said = re.sub(r"<think>.*?(</think>|\Z)", " ", said, flags=re.DOTALL).strip()
-    alone = re.sub(r"[\W_]+", "", said).upper()
-    if alone in ("A", "B", "TIE"):
-        return alone
-    if marked := re.findall(r"\[\[?([AB])\]\]?", said):
-        return marked[-1]
-    if first := re.match(r"\W*([AB])(?:\W*(?:[.:,;)\n]|$)| is\b)", said):
-        return first[1]
-    letters = set(NAMED.findall(said))
-    return letters.pop() if len(letters) == 1 else None
-
-
-def preference_of(said: str, top: TopLogprobs) -> float | None:
-    """P(the response shown first is better): from log-probs where the verdict was said, else 1, 0, or ½ for a tie."""
-    decided = verdict(said)
-    if decided is None or decided == "TIE":
-        return None if decided is None else 0.5
-    for token, likely in top:
-        if _letter(token) == decided:
-            mass = {letter: sum(math.exp(min(p, 0)) for t, p in likely if _letter(t) == letter) for letter in "AB"}
-            if mass[decided] > 0:
-                return mass["A"] / (mass["A"] + mass["B"])
-            break
-    return float(decided == "A")
-
-
-def _letter(token: str) -> str:
-    return re.sub(r"[\W_▁Ġ]+", "", token)
-
-
-def _top_logprobs(choice: object) -> TopLogprobs:
-    """What the server gives of log-probs; nothing if that is nothing, or nonsense."""
-    try:
-        positions = choice.logprobs.content or []
-        top = [
-            (str(position.token), [(str(t.token), float(t.logprob)) for t in position.top_logprobs])
-            for position in positions
-        ]
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return []
-    return [] if any(math.isnan(p) for _, likely in top for _, p in likely) else top
 
 
 def read_prompt(path: Path) -> str:
@@ -548,8 +644,10 @@ def _checked_url(url: str) -> str:
         raise UserError(
             "--judge_url must begin with http:// or https:// and name a server, as http://localhost:8000/v1"
         )
-    if parts.username or parts.password or parts.query:
-        raise UserError("--judge_url must hold no user, password or query: a key comes from the environment only")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(
+            "--judge_url must hold no user, password or query, nor a #fragment: a key comes from the environment only"
+        )
     return url.rstrip("/")
 
 
