@@ -485,7 +485,8 @@ def main(argv: list[str]) -> None:
     try:
         train(config, resume, force="--force" in argv)
     except stopping.Stopped as stopped:
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}")
+        trust = " --trust_run" if configuration.asked(config) else ""
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}{trust}")
         raise SystemExit(stopped.exit_status) from None
 
 
