@@ -6,12 +6,13 @@
 import os
 import sys
 
-# ``python -m onpo_fast.COMMAND`` puts the current folder first on the path, as if its files were installed. It may be a
-# run's folder, from anybody: its numpy.py is not to be imported (as with python -P; docs/trust.md). While Python imports
-# this package for -m, argv[0] is "-m", and the command's name is that much before the end of the original line.
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].endswith(__name__):
-    if not getattr(sys.flags, "safe_path", False) and sys.path[0] in ("", os.path.abspath(os.curdir)):  # not in 3.10
-        del sys.path[0]
+# ``python -m onpo_fast.COMMAND`` puts the current folder first on the path. It may be anybody's run directory: its
+# numpy.py is not to be imported (docs/trust.md). As python -P does, the folder is taken off the path. While Python imports
+# this package for -m, argv[0] is "-m", and the command's name stands in orig_argv before the other arguments.
+_is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].endswith(__name__)
+_has_folder = not getattr(sys.flags, "safe_path", False)  # which Python 3.10 does not know
+if _is_command and _has_folder and sys.path[0] == os.path.abspath(os.curdir):
+    del sys.path[0]
 
 from . import objectives
 from .loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs

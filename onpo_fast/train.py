@@ -319,7 +319,7 @@ class Run:
             self.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
         )
         before = checkpoints.step()
-        if self.made(output, keep=lambda record: record["step"] <= before):
+        if self.made(output, keep=lambda record: record["stage"] == "fit" and record["step"] <= before):
             checkpoints.clear()  # a kill may have come between the record and this
             return target
         policy = self.load(source)

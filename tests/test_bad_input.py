@@ -161,7 +161,7 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
         (export.main, "nothing --iteration 2", "there is no option --iteration; did you mean --iterations?"),
         *((main, "latin", "latin/config.yaml is not the configuration of a run: latin/config.yaml: not UTF-8 (")
           for main in (evaluate.main, export.main)),
-        (report.main, "latin", "latin/config.yaml is damaged: not YAML ("),
+        (report.main, "latin", "latin/config.yaml: not UTF-8 ("),
         *((main, "folder", "cannot read or write folder/config.yaml: Is a directory")
           for main in (evaluate.main, report.main, export.main)),
         # runs to go on with
