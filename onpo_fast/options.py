@@ -45,11 +45,12 @@ def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None, object]:
     content = read_regular(Path(path), LARGEST_YAML)
     try:
         text = content.decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # first: it ends early where the nesting is too deep
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise UserError(f"{path}, line {line}: *{event.anchor} is an alias: write the value itself")
-        return text, yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        return text, root, yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
     except yaml.MarkedYAMLError as error:

@@ -110,7 +110,7 @@ class Run:
             evaluated_prompts=count,
             newest=newest,
             training=training,
-            damaged={name: count for name, count in lines.damaged.items() if count},
+            damaged={name: count for name, count in sorted(lines.damaged.items()) if count},
             read_in_part=lines.read_in_part,
         )
 
