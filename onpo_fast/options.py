@@ -103,6 +103,8 @@ def _fits(value: object, hint: object) -> bool:
         return any(_fits(value, kind) for kind in kinds)
     if isinstance(value, bool):
         return hint is bool
+    if isinstance(value, int) and abs(value) >= 2**63:  # too large for what a run goes by
+        return False
     return isinstance(value, (int, float) if hint is float else hint)
 
 

@@ -328,7 +328,7 @@ def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys
 # A run directory from a stranger
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVIL = "evil.py", "open('owned', 'w').close()\ndef f(prompt, responses): return [[0.5] * len(responses)] * len(responses)\n"
+EVIL = "evil.py", "open('owned', 'w').close()\ndef f(prompt, responses): return [[0.5] * len(responses)] * 2\n"
 
 
 def strangers_run(here: Path, journal: bool = True, file: bool = True, **options: object) -> Path:
@@ -348,7 +348,8 @@ ASKED = [  # options; what the refusal says of one, and what it says to add
     ({"oracle": "evil:f"}, "oracle asks to run the Python code of evil:f", "--oracle evil:f"),
     ({"oracle": "population+2*evil:f"}, "oracle asks to run the Python code of p", "--oracle 'population+2*evil:f'"),
     ({"trust_remote_code": True}, "trust_remote_code asks to run the Python code that comes", "--trust_remote_code"),
-    ({"oracle": "judge", "judge_url": "http://x/v1"}, "judge_url asks to send conversations to", "--judge_url http://x/v1"),
+    ({"oracle": "judge", "judge_url": "http://x/v1"}, "judge_url asks to send conversations to",
+     "--judge_url http://x/v1"),
     ({"judge_request": {"a": 1}}, 'judge_request asks to send {"a": 1} with', """--judge_request '{"a": 1}'"""),
     ({"judge_key_variable": "SOME_SECRET"}, "judge_key_variable asks for a key from", "--judge_key_variable NAME"),
     ({"judge_prompt": "secret.txt"}, "judge_prompt asks to read secret.txt", "--judge_prompt secret.txt"),
@@ -389,8 +390,8 @@ def test_what_a_run_directory_asks_for(
 
 def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
     strangers_run(here, report_to="wandb")
-    said = one_line(train.main, ["--resume", "--out", "run"], capsys)
-    assert "report_to asks to report to Weights & Biases with your key. If that is meant, give --report_to wandb" in said
+    said = one_line(train.main, "--resume --out run".split(), capsys)
+    assert "report_to asks to report to Weights & Biases with your key. If that is meant, give --report_to w" in said
     assert read(Path("run"), asks=evaluate.ASKS).report_to == "wandb"  # whose numbers stay in the directory
 
 
@@ -398,13 +399,14 @@ def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
 def test_what_is_given_or_allowed_is_obeyed(here: Path, options: dict, message: str, remedy: str) -> None:
     """On the command line, in a file that it names, or all of it."""
     strangers_run(here, **options)
-    remedies = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in options.items()]
+    texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in options.items()}
+    remedies = [f"--{name}={text}" for name, text in texts.items()]
     mine = "".join(f"{name}: {json.dumps(value)}\n" for name, value in options.items())
     (here / "mine.yaml").write_text(mine)
     line = ["--resume", "--out", "run"]
     for added in (remedies, ["--trust_run"], ["--config", "mine.yaml"]):
         if added[0] == "--config" and "judge_key_variable" in options:
-            with pytest.raises(UserError, match=r"^mine.yaml, line 1: judge_key_variable must end in _API_KEY or _TOKEN"):
+            with pytest.raises(UserError, match=r"^mine.yaml, line 1: judge_key_variable must end in _API_KEY or _TOK"):
                 parse_run([*line, *added])
             continue
         config, _ = parse_run([*line, *added])
@@ -431,7 +433,7 @@ def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
     """A configuration is often another's; the command line is the user's."""
     (here / "theirs.yaml").write_text("judge_url: http://localhost:1/v1\njudge_key_variable: AWS_SECRET_ACCESS_KEY\n")
     said = one_line(train.main, ["--config", "theirs.yaml", "--out", "out"], capsys)
-    assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give another NAME on")
+    assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give another")
     assert "AWS" not in said
     for added in (["--judge_key_variable", "AWS_SECRET_ACCESS_KEY"], ["--trust_run"]):
         assert parse(["--config", "theirs.yaml", *added]).judge_key_variable == "AWS_SECRET_ACCESS_KEY"
@@ -464,7 +466,7 @@ def test_odd_files_are_one_line(here: Path, name: str, content: bytes | str | No
         file.symlink_to(content)
     else:
         file.write_bytes(content)
-    for main, arguments in ((train.main, ["--resume", "--out", "run", "--device", "cpu"]), (evaluate.main, ["run"])):
+    for main, arguments in ((train.main, "--resume --out run --device cpu".split()), (evaluate.main, ["run"])):
         said = one_line(main, arguments, capsys)
         assert "run" in said
         assert len(said) < 2000
