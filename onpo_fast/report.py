@@ -333,6 +333,11 @@ def _evaluation(document: dict[str, Any]) -> dict[str, Any] | None:
     return {"policies": policies, "oracle": _cut(oracle, "evaluation.json"), **counts, **numbers}
 
 
+def is_evaluation(document: Any) -> bool:
+    """Whether it has what ``evaluate`` writes."""
+    return isinstance(document, dict) and _evaluation(document) is not None
+
+
 def _numbers(value: Any, shape: tuple[int, ...], low: float, high: float) -> Any:
     """A number, or lists of them; ``ValueError`` if it has another shape, or one is not from ``low`` to ``high``."""
     array = np.array(value, dtype=float)

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked
+from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked, parse_json
 from .config import Config
 from .data import (
     Group,
@@ -55,7 +55,7 @@ from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
 from .policy import Policy, kl_estimate, load, locate, score
-from .report import write_report
+from .report import is_evaluation, write_report
 from .sampling import make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
 
@@ -393,8 +393,11 @@ class Run:
         """Every policy against every other."""
         name, responses = "evaluation.json", "evaluation_responses.jsonl"
         if self.made(name, keep=_stopped) and self.journal.note(responses) is not None:
-            result = json.loads((self.directory / name).read_text(encoding="utf-8"))
-            if len(result["policies"]) == self.config.iterations + 1:
+            try:
+                result = parse_json((self.directory / name).read_bytes())
+            except ValueError:
+                result = None
+            if is_evaluation(result) and len(result["policies"]) == self.config.iterations + 1:
                 return result
         for old in (name, responses):  # also of a run that was shorter then
             self.journal.forget(old)

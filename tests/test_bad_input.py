@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
 from onpo_fast.checkpoint import Journal, locked
-from onpo_fast.config import Config, parse, parse_run, read
+from onpo_fast.config import Config, asked, parse, parse_run, read
 from onpo_fast.errors import UserError, command
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
@@ -390,6 +390,9 @@ def test_what_a_run_directory_asks_for(
 
 def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
     strangers_run(here, report_to="wandb")
+    assert asked(Config()) == []
+    assert asked(Config(report_to="none", oracle="0.5*population+reward-model=x", oracle_model="org/name")) == []
+    assert asked(Config(report_to="wandb", oracle="evil:f")) == ["oracle", "report_to"]  # then "to go on" has the flag
     said = one_line(train.main, "--resume --out run".split(), capsys)
     assert "report_to asks to report to Weights & Biases with your key. If that is meant, give --report_to w" in said
     assert read(Path("run"), asks=evaluate.ASKS).report_to == "wandb"  # whose numbers stay in the directory
@@ -433,7 +436,7 @@ def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
     """A configuration is often another's; the command line is the user's."""
     (here / "theirs.yaml").write_text("judge_url: http://localhost:1/v1\njudge_key_variable: AWS_SECRET_ACCESS_KEY\n")
     said = one_line(train.main, ["--config", "theirs.yaml", "--out", "out"], capsys)
-    assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give another")
+    assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give anot")
     assert "AWS" not in said
     for added in (["--judge_key_variable", "AWS_SECRET_ACCESS_KEY"], ["--trust_run"]):
         assert parse(["--config", "theirs.yaml", *added]).judge_key_variable == "AWS_SECRET_ACCESS_KEY"
