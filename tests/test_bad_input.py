@@ -420,7 +420,7 @@ def test_what_is_given_or_allowed_is_obeyed(here: Path, options: dict, message: 
 
 @pytest.mark.parametrize("file", ["run/config.yaml", "run/../run/other.yaml", "link.yaml"])
 def test_the_runs_own_file_gives_nothing(here: Path, file: str) -> None:
-    """Named on the command line or not, by whatever name; also where it lies elsewhere, and the run has a link to it."""
+    """Named or not, by whatever name; also where it lies elsewhere, and the run has a link to it."""
     run = strangers_run(here, oracle="evil:f")
     (run / "other.yaml").write_text("oracle: evil:f\n")
     Path("link.yaml").symlink_to("run/other.yaml")
