@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,6 +40,8 @@ def atomic_write_text(path: Path, text: str | Iterable[str], shared: bool = Fals
     ``shared``: another process may be writing the same file, so that what is half done has this one's number.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if shared:
+        _remove_abandoned(path)
     with _partial(path, f".{os.getpid()}{PARTIAL}" if shared else PARTIAL) as partial:
         with open(partial, "w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
@@ -78,6 +82,14 @@ def _partial(path: Path, ending: str = PARTIAL) -> Iterator[Path]:
         remove(partial)
 
 
+def _remove_abandoned(path: Path) -> None:
+    """Removes what processes of this machine that are gone, as killed ones, have left of a ``shared`` file."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
+        number = partial.name.removeprefix(f"{path.name}.").removesuffix(PARTIAL)
+        if number.isdecimal() and not partial.is_dir() and not Path("/proc", number).exists():
+            partial.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """A file, a directory with all that is in it, a link; or nothing, if nothing is there."""
     if path.is_dir() and not path.is_symlink():
@@ -105,15 +117,112 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: if a line is not one; names it.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: not a JSON object")
             yield record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that anybody may have made: a run directory can come from a stranger
+# ---------------------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+LONGEST_LINE = 16 * MIB  # bytes; the longest that a run writes has a prompt's responses of all policies
+MOST_LINES_BYTES = 256 * MIB  # read of a file of JSON lines, where only a page is made of it
+MOST_LINES = 1_000_000
+
+
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """Opens a file for reading bytes, if it is a regular one or a link to one.
+
+    A FIFO would wait for a writer, and a device such as /dev/zero never ends. Opening waits for neither, and what was
+    opened is looked at, not what the path named before.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        UserError: if it is no regular file, or too large.
+        OSError: if it is a directory, is not there or cannot be read.
+    """
+    _check_regular(path, os.stat(path), most)  # before it is opened: opening some devices does something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _check_regular(path, os.fstat(descriptor), most)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(path: Path, found: os.stat_result, most: int | None) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise UserError(f"{path} is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, where a file belongs")
+    if most is not None and found.st_size > most:
+        raise UserError(f"{path} has {found.st_size:,} bytes: at most {most:,} are read")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes.
+
+    Raises:
+        UserError, OSError: as ``open_regular``.
+    """
+    with open_regular(path, most) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:  # reading says no name
+            error.filename = error.filename or str(path)
+            raise
+    if len(content) > most:  # it has grown, or says that it has no bytes, as those of /proc
+        raise UserError(f"{path} has more than {most:,} bytes, which are read at most")
+    return content
+
+
+def read_lines(path: Path, most_bytes: int = MOST_LINES_BYTES, most_lines: int = MOST_LINES) -> Iterator[bytes | None]:
+    """The lines of a regular file, with their ends. None for each longer than ``LONGEST_LINE``, which is not kept.
+
+    Ends after ``most_lines``, or with the first line that begins after ``most_bytes``.
+
+    Raises:
+        UserError, OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file:
+        read = 0
+        for _ in range(most_lines):
+            if read >= most_bytes:
+                return
+            try:
+                line = file.readline(LONGEST_LINE + 1)
+                read += len(line)
+                whole = len(line) <= LONGEST_LINE
+                rest = line
+                while len(rest) > LONGEST_LINE and not rest.endswith(b"\n") and read < most_bytes:
+                    rest = file.readline(LONGEST_LINE + 1)
+                    read += len(rest)
+            except OSError as error:
+                error.filename = error.filename or str(path)
+                raise
+            if not line:
+                return
+            yield line if whole else None
+
+
+def parse_json(content: bytes | str) -> Any:
+    """``json.loads``, with a ``ValueError`` also for what is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def checksum(path: Path) -> str:
@@ -123,7 +232,7 @@ def checksum(path: Path) -> str:
         listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
@@ -178,7 +287,7 @@ class Journal:
             path = directory / name
             if path.exists():
                 try:
-                    self.entries = _entries(path.read_bytes())
+                    self.entries = _entries(read_regular(path, MOST_LINES_BYTES))
                 except ValueError as error:
                     damaged.append(f"{path} is damaged ({error})")
                 else:
@@ -257,7 +366,7 @@ class Journal:
 
 def _entries(content: bytes) -> dict[str, dict[str, Any]]:
     """What a journal holds; ``ValueError`` if it is not what was written. Early ones have no entry for themselves."""
-    entries = json.loads(content)
+    entries = parse_json(content)
     if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
         raise ValueError("not the journal of a run")
     own = entries.pop(Journal.FILES[0], None)

@@ -8,14 +8,18 @@ depends on other options or on the device is None here, and a number from ``Conf
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -23,11 +27,29 @@ from .checkpoint import Journal
 from .device import device_of
 from .errors import CommandParser, UserError
 from .objectives import OBJECTIVES, Objective
-from .options import check_file, check_flags, explain, switches
+from .options import check_file, check_flags, check_values, explain, switches
 from .pairing import PAIRINGS
 
 FILE = "config.yaml"  # in a run's directory
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")  # of an environment variable
+KEY_ENDINGS = ("_API_KEY", "_TOKEN")  # of the names of variables that a file may ask for
+LARGEST_NUMBER = 2**63  # whole numbers are smaller: others are none that a run can go by
+TRUST = (
+    "What a run directory asks for is not obeyed where it would run code, take a key from the environment, or read, "
+    "write or send anything outside of the directory: give such an option again on the command line, or --trust_run "
+    "if you trust whoever made the directory (docs/trust.md)."
+)
+TRUST_RUN = "Obey the run directory in everything: only if you trust whoever made it (docs/trust.md)."
+ASKS = {  # options that only the user may set, and what a value other than the default asks for
+    "oracle": "to run the Python code of {value}",
+    "trust_remote_code": "to run the Python code that comes with a model",
+    "judge_url": "to send conversations to {value}",
+    "judge_request": "to send {value} with every request to the judge",
+    "judge_key_variable": "for a key from the environment",  # its name is not repeated: it may be the key
+    "judge_prompt": "to read {value} and send it to the judge",
+    "judge_cache": "to write {value}",
+    "report_to": "to report to Weights & Biases with your key",
+}
 BY_DEVICE = {"tokens_per_microbatch": (16384, 1024), "sampling_batch_size": (256, 32)}  # defaults on a GPU, on a CPU
 
 
@@ -167,7 +189,7 @@ class Config:
     kept in the run directory, as judge_prompt.txt, and must not change within a run."""
     judge_key_variable: str = "OPENAI_API_KEY"
     """The NAME of the environment variable with the key, if the server wants one. The key is written nowhere. A name
-    other than the default's must be set."""
+    other than the default's must be set, and must end in _API_KEY or _TOKEN if a file gives it."""
     judge_max_tokens: int = 16
     """Tokens of an answer at most. A model that thinks first needs many more."""
     judge_request: dict | None = None
@@ -220,6 +242,10 @@ class Config:
             # "" is what a shell makes of a variable that is not set
             if value == "" or (value is None and name in ("model", "oracle", "prompt_column")):
                 raise UserError(f"--{name} must not be empty")
+            if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+                raise UserError(f"--{name} must be smaller than 2**63")
+            if isinstance(value, str) and "\0" in value:
+                raise UserError(f"--{name} must not hold a NUL character")
         for name, (on_gpu, on_cpu) in BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)
@@ -244,6 +270,10 @@ class Config:
         for name in ("oracle_max_tokens", "oracle_batch_tokens", "judge_max_tokens", "judge_concurrency"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        try:
+            json.dumps(self.judge_request)
+        except (TypeError, ValueError, RecursionError) as error:  # of a YAML file: dates, what contains itself
+            raise UserError(f"--judge_request must be a JSON object ({error})") from None
         if self.judge_retries < 0:
             raise UserError(f"--judge_retries must not be negative, not {self.judge_retries}")
         if not (math.isfinite(self.judge_timeout) and self.judge_timeout > 0):
@@ -276,18 +306,35 @@ class Config:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
+class Parsed(NamedTuple):
+    """A configuration, and where its values are from."""
+
+    config: Config
+    sources: dict[str, tuple[str, int] | None]  # option → (file, line), or None for the command line itself
+    trusted: bool  # whether --trust_run was given
+
+
 def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Config:
     """The configuration from a command line; ``defaults`` in place of those above.
 
     Raises:
         UserError: if it does not fit.
     """
+    parsed = _parse(argv, defaults)
+    _check_key_variable(parsed)
+    return parsed.config
+
+
+def _parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Parsed:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m onpo_fast.train", description=Config.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="python -m onpo_fast.train", description=Config.__doc__, epilog=TRUST, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, if there is one.")
     parser.add_argument("--force", action="store_true", help="Go on with it though options or the model changed.")
+    parser.add_argument("--trust_run", action="store_true", help=TRUST_RUN)
     parser.add_class_arguments(Config)
     parser.set_defaults(defaults or {})
     hints = get_type_hints(Config)
@@ -295,18 +342,25 @@ def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Config:
     first.add_argument("--config", action="append", default=[])
     files, flags = first.parse_known_args(argv)  # files first, wherever they stand: flags override them
     check_flags(flags, parser._option_string_actions)
-    lines = {file: check_file(file, hints) for file in files.config}
+    read_files = [(file, *check_file(file, hints)) for file in files.config]
     flags = switches(flags, [name for name, hint in hints.items() if hint is bool])
-    try:
-        values = parser.parse_args([f"--config={file}" for file in files.config] + flags).as_dict()
+    try:  # each file was read once: what is parsed is what was checked
+        values = parser.parse_args([f"--config={text}\n" for _, text, _ in read_files] + flags).as_dict()
     except argparse.ArgumentError as error:
-        raise UserError(explain(error, flags, lines, hints)) from None
-    for name in ("config", "debug", "resume", "force"):
+        raise UserError(explain(error, flags, {file: lines for file, _, lines in read_files}, hints)) from None
+    except (ValueError, OverflowError, RecursionError) as error:  # of numbers of thousands of digits
+        raise UserError(f"the options cannot be read: {error}") from None
+    trusted = values["trust_run"]
+    for name in ("config", "debug", "resume", "force", "trust_run"):
         del values[name]
     config = Config(**values)
     if config.out is None:
         config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    return config
+    sources: dict[str, tuple[str, int] | None] = {}
+    for file, _, lines in read_files:  # a later file overrides an earlier one
+        sources |= {name: (file, line) for name, line in lines.items()}
+    sources |= {name: None for flag in flags if (name := flag.partition("=")[0].removeprefix("--")) in hints}
+    return Parsed(config, sources, trusted)
 
 
 def parse_run(argv: list[str]) -> tuple[Config, bool]:
@@ -314,16 +368,18 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
 
     One that goes on has the options that it began with, as its journal has them; others, on the command line or in its
     ``config.yaml``, are refused unless ``--force`` is given. Where there is no run yet, one starts with the options
-    that are given, so that one command line can be started again and again.
+    that are given, so that one command line can be started again and again. The run directory may be a stranger's: what
+    ``ASKS`` lists must be on the command line or in a file that it names, unless ``--trust_run`` is given.
 
     Raises:
-        UserError: if it does not fit; names every option that has changed. Or if there is no run, and no options.
+        UserError: if it does not fit; names every option that has changed, or that the directory must not set. Or if
+            there is no run, and no options.
     """
     if "--resume" not in argv:
         return parse(argv), False
     resuming = CommandParser(add_help=False)
     resuming.add_argument("--out", default="")
-    for flag in ("--resume", "--force"):
+    for flag in ("--resume", "--force", "--trust_run"):
         resuming.add_argument(flag, action="store_true")
     known, options = resuming.parse_known_args(argv)
     if not known.out:
@@ -332,13 +388,15 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
     if not file.exists():
         if not before and not options:
             raise UserError(f"{known.out} has no run to go on with; to start one there, give its options too")
-        config = parse(argv, before)
+        parsed = _parse(argv, before)
     else:
         if before is None:  # a run from before its journal had them
-            before = vars(read(Path(known.out)))
+            before = vars(_read(Path(known.out)).config)
         else:
             _check_whole(file, before)
-        config = parse([f"--config={file}", *argv], before)
+        parsed = _parse([f"--config={file}", *argv], before)
+    _check_trust(Path(known.out), parsed, ASKS)
+    config = parsed.config
     changed = [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in (before or {}).items() if name != "out" and (now := getattr(config, name)) != was
@@ -351,13 +409,29 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
     return config, True
 
 
-def read(directory: Path) -> Config:
-    """The configuration of a run; what its file lacks is as it was when the run began."""
+def read(directory: Path, flags: Sequence[str] = (), asks: Iterable[str] = tuple(ASKS)) -> Config:
+    """The configuration of a run; what its file lacks is as it was when the run began.
+
+    Args:
+        flags: of the command line, as ``--name=value``; they override what the directory says.
+        asks: the options of ``ASKS`` that are to be obeyed; the directory must not have set them.
+
+    Raises:
+        UserError: if there is none, or it does not fit; names each option that must be given on the command line.
+    """
+    if flags:
+        parse(list(flags))  # so that what is wrong with them is not said of the file
+    parsed = _read(directory, flags)
+    _check_trust(directory, parsed, asks)
+    return parsed.config
+
+
+def _read(directory: Path, flags: Sequence[str] = ()) -> Parsed:
     file = directory / FILE
     if not file.exists():
         raise UserError(f"{directory} is not a run directory: it has no {FILE}")
     try:
-        return parse([f"--config={file}"], _began_with(directory))
+        return _parse([f"--config={file}", *flags], _began_with(directory))
     except UserError as error:
         raise UserError(f"{file} is not the configuration of a run: {error}") from None
 
@@ -365,7 +439,7 @@ def read(directory: Path) -> Config:
 def _check_whole(file: Path, options: Mapping[str, Any]) -> None:
     """What is cut between two lines is YAML still, and must not stand for the defaults."""
     try:
-        there = check_file(str(file), get_type_hints(Config))
+        _, there = check_file(str(file), get_type_hints(Config))
     except UserError as error:
         raise UserError(f"{error}: remove it, and --resume writes it again") from None
     if cut := [name for name in options if name not in there]:
@@ -374,7 +448,88 @@ def _check_whole(file: Path, options: Mapping[str, Any]) -> None:
 
 def _began_with(directory: Path) -> dict[str, Any] | None:
     """The options that a run's journal has."""
-    options = Journal(directory).note("options")
-    if unknown := sorted((options or {}).keys() - get_type_hints(Config).keys()):
+    options, hints = Journal(directory).note("options"), get_type_hints(Config)
+    if unknown := sorted((options or {}).keys() - hints.keys()):
         raise UserError(f"{directory} began with options that this version does not have: {', '.join(unknown)}")
+    check_values(directory / Journal.FILES[0], options or {}, hints)
     return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run directory may ask for: it may come from a stranger
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def asked(config: Config) -> list[str]:
+    """The options that ask for what only the user may allow."""
+    values = {field.name: field.default for field in fields(Config) if field.name in ASKS}
+    names = [name for name, default in values.items() if getattr(config, name) != default]
+    names = [name for name in names if name != "report_to" or config.report_to == "wandb"]
+    return [name for name in names if name != "oracle" or _runs_code(config.oracle)]
+
+
+def _runs_code(oracle: str) -> bool:
+    """Whether an oracle, or a member of a panel, is none of the known ones, and so would be imported."""
+    from .oracles import NAMES  # which needs this module
+    from .oracles.panel import terms
+
+    return any(name.partition("=")[0] not in NAMES for _, name in terms(oracle))
+
+
+def _check_trust(directory: Path, parsed: Parsed, names: Iterable[str]) -> None:
+    """Refuses what the run directory asks for, and the user has neither given nor allowed."""
+    if parsed.trusted:
+        return
+    complaints, remedies = [], []
+    for name in asked(parsed.config):
+        source = parsed.sources.get(name, (str(directory / Journal.FILES[0]), 0))
+        if name not in names or source is None or not _is_inside(Path(source[0]), directory):
+            continue
+        value = getattr(parsed.config, name)
+        text = value if isinstance(value, str) else json.dumps(value)
+        said = text if len(text) <= 100 else f"{text[:100]}…"
+        where = f"{source[0]}, line {source[1]}" if source[1] else source[0]
+        complaints.append(f"{where}: {name} asks {ASKS[name].format(value=said)}")
+        shown = "NAME" if name == "judge_key_variable" else shlex.quote(said)
+        remedies.append(f"--{name}" if value is True else f"--{name} {shown}")
+    if complaints:
+        raise UserError(
+            f"{'; '.join(complaints)}. If that is meant, give {' '.join(remedies)} on the command line, or --trust_run "
+            f"if you trust whoever made {directory}"
+        )
+    if "judge_key_variable" in names:
+        _check_key_variable(parsed)
+
+
+def _check_key_variable(parsed: Parsed) -> None:
+    """A file may name variables that are made for keys of services, and no others."""
+    name = parsed.config.judge_key_variable
+    source = parsed.sources.get("judge_key_variable")
+    if source is not None and not parsed.trusted and not name.upper().endswith(KEY_ENDINGS):
+        raise UserError(
+            f"{source[0]}, line {source[1]}: judge_key_variable must end in {' or '.join(KEY_ENDINGS)}. Give another "
+            "NAME on the command line itself, as --judge_key_variable NAME, or --trust_run if you trust the file (what "
+            "was given is not repeated here: it may be the key)"
+        )
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether a file is in a directory, by its name or by where its links lead."""
+    by_name = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
+    return by_name or path.resolve().is_relative_to(directory.resolve())
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds options of ``Config``, with its help, and ``--trust_run`` to another command."""
+    documented = {one.arg_name: one.description for one in docstring_parser.parse_from_object(Config).params}
+    for name in names:
+        value = {"action": "store_const", "const": "true"} if get_type_hints(Config)[name] is bool else {}
+        about = documented[name].replace("%", "%%").replace("\n", " ")
+        parser.add_argument(f"--{name}", help=f"default: the run's. {about}", **value)
+    parser.add_argument("--trust_run", action="store_true", help=TRUST_RUN)
+
+
+def given_flags(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """What was given of the options that ``add_options`` has added, as ``read`` takes it."""
+    given = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]
+    return [*given, "--trust_run"] if options.trust_run else given

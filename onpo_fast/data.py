@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .errors import UserError
 from .sources import records
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …], ending with the user
+
+Item = TypeVar("Item")
 
 ROLES = ("system", "user", "assistant")
 
@@ -224,10 +227,37 @@ def _group_record(group: Group) -> dict:
     }
 
 
+def _read(path: Path, make: Callable[[dict], Item]) -> Iterator[Item]:
+    """What ``make`` makes of each line. The file may be damaged, or anybody's.
+
+    Raises:
+        UserError: if a line has not what is written there; names it.
+    """
+    for number, record in enumerate(read_jsonl(path), 1):
+        try:
+            yield make(record)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+            raise UserError(f"{path}, line {number}: it lacks what a run writes there, or has another kind") from None
+
+
+def _list(values: object, kind: type | tuple[type, ...]) -> list:
+    """The values; ``TypeError`` if they are no list of this kind."""
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise TypeError
+    return values
+
+
 def read_groups(path: Path) -> Iterator[Group]:
-    for record in read_jsonl(path):
-        columns = (record[key] for key in ("responses", "response_tokens", "stop_reasons", "logps"))
-        yield Group(record["prompt"], record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
+    def make(record: dict) -> Group:
+        texts, tokens = _list(record["responses"], str), _list(record["response_tokens"], list)
+        columns = (texts, tokens, _list(record["stop_reasons"], str), _list(record["logps"], (int, float)))
+        if len(set(map(len, columns))) > 1:
+            raise ValueError
+        for some in (record["prompt_tokens"], *tokens):
+            _list(some, int)
+        return Group(_list(record["prompt"], dict), record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
+
+    return _read(path, make)
 
 
 def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
@@ -235,7 +265,13 @@ def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
 
 
 def read_preferences(path: Path) -> list[np.ndarray]:
-    return [np.array(record["preferences"]) for record in read_jsonl(path)]
+    def make(record: dict) -> np.ndarray:
+        matrix = np.array(record["preferences"], dtype=float)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not ((matrix >= 0) & (matrix <= 1)).all():
+            raise ValueError
+        return matrix
+
+    return list(_read(path, make))
 
 
 def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
@@ -244,12 +280,21 @@ def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
 
 
 def read_scores(path: Path) -> list[Tensor]:
-    return [torch.tensor(record["logps"], dtype=torch.float64) for record in read_jsonl(path)]
+    def make(record: dict) -> Tensor:
+        return torch.tensor(_list(record["logps"], (int, float)), dtype=torch.float64)
+
+    return list(_read(path, make))
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    names = ("group", "winner", "loser", "preference")
-    return [Pair(*(record[name] for name in names)) for record in read_jsonl(path)]
+    def make(record: dict) -> Pair:
+        numbers = _list([record[name] for name in ("group", "winner", "loser")], int)
+        (preference,) = _list([record["preference"]], (int, float))
+        if min(numbers) < 0 or not 0 <= preference <= 1:
+            raise ValueError
+        return Pair(*numbers, preference)
+
+    return list(_read(path, make))
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:

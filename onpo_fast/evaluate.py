@@ -29,6 +29,7 @@ from .sampling import make_sampler
 from .tracking import Tracker, console, progress
 
 CONFIDENCE = 0.95
+ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
 HELD_OUT = "heldout.jsonl"  # the prompts, in the run's directory: what was held out does not change with the source
 
 
@@ -158,10 +159,14 @@ def _response_records(
 
 @command
 def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.")
+    parser = CommandParser(
+        prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.", epilog=configuration.TRUST
+    )
     parser.add_argument("directory", type=Path, help="the run's output directory")
-    directory = parser.parse_args(argv).directory
-    config = configuration.read(directory)
+    configuration.add_options(parser, ASKS)
+    options = parser.parse_args(argv)
+    directory = options.directory
+    config = configuration.read(directory, configuration.given_flags(options, ASKS), ASKS)
     with locked(directory):
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         tracker.begin("evaluation.json", keep=lambda record: True)  # the judge was asked then too

@@ -29,6 +29,7 @@ from .sampling import make_sampler
 from .sources import library, records
 from .tracking import console, progress
 
+ASKS = ("trust_remote_code",)  # no oracle is asked
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "group")
 
 
@@ -143,7 +144,10 @@ def _check_unused(out: Path) -> None:
 
 @command
 def main(argv: list[str]) -> None:
-    parser = CommandParser(prog="python -m onpo_fast.export", description="Export the pairs or the answers of a run.")
+    parser = CommandParser(
+        prog="python -m onpo_fast.export", description="Export the pairs or the answers of a run.",
+        epilog=configuration.TRUST,
+    )  # fmt: skip
     parser.add_argument("directory", type=Path, help="the run's output directory")
     parser.add_argument("--out", type=Path, help="default: DIR/pairs, or DIR/alpaca_eval_N.json")
     parser.add_argument("--iterations", type=int, nargs="+", metavar="T", help="whose pairs; default all")
@@ -151,10 +155,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--policy", type=int, metavar="N", help="with --alpaca: 1 for π_1, …; default the last one")
     parser.add_argument("--max_new_tokens", type=int, help="with --alpaca, in tokens; default the run's")
     parser.add_argument("--temperature", type=float, help="with --alpaca; default the run's")
+    configuration.add_options(parser, ASKS)
     options = parser.parse_args(argv)
-    directory, config = options.directory, configuration.read(options.directory)
+    asks = () if options.alpaca is None else ASKS  # no model is loaded for pairs
+    directory = options.directory
+    config = configuration.read(directory, configuration.given_flags(options, ASKS), asks)
     if options.alpaca is None:
-        for name in ("policy", "max_new_tokens", "temperature"):
+        for name in ("policy", "max_new_tokens", "temperature", *ASKS):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} goes with --alpaca")
         out = options.out or directory / "pairs"

@@ -11,8 +11,10 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
+from .checkpoint import read_regular
 from .errors import UserError, nearest, not_known
 
+LARGEST_YAML = 2**18  # bytes; a run's config.yaml has about 2000
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
 
 
@@ -32,24 +34,42 @@ def switches(argv: Sequence[str], names: Iterable[str]) -> list[str]:
     return [f"{one}=true" if one in flags and next_one.startswith("--") else one for one, next_one in zip(argv, after)]
 
 
-def check_file(path: str, hints: Mapping[str, object]) -> dict[str, int]:
-    """The line of every option in a YAML file; ``hints`` has the type of every option there is.
+def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None, object]:
+    """The text of a YAML file, its tree with the lines, and its value.
+
+    Aliases are refused: a few lines of them stand for billions of values, or for a value that contains itself.
 
     Raises:
-        UserError: if it is not YAML (of the safe kind), holds what is no option, an option twice, or null for one that
-            must have a value; names the line.
+        UserError: if it is no regular file, larger than ``LARGEST_YAML``, or not YAML of the safe kind; names the line.
     """
+    content = read_regular(Path(path), LARGEST_YAML)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        text = content.decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # first: it ends early where the nesting is too deep
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise UserError(f"{path}, line {line}: *{event.anchor} is an alias: write the value itself")
+        return text, root, yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}, line {line}: not YAML ({error.problem})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not YAML (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also of a number of thousands of digits, of a date
         raise UserError(f"{path}: not YAML ({error})") from None
+
+
+def check_file(path: str, hints: Mapping[str, object]) -> tuple[str, dict[str, int]]:
+    """The text of a YAML file, and the line of every option in it; ``hints`` has the type of every option there is.
+
+    Raises:
+        UserError: if it is not YAML (of the safe kind), holds what is no option, an option twice, or null for one that
+            must have a value; names the line.
+    """
+    text, root, _ = read_yaml(path)
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f'{path} must hold options as "name: value"')
     lines: dict[str, int] = {}
@@ -62,7 +82,30 @@ def check_file(path: str, hints: Mapping[str, object]) -> dict[str, int]:
         if value.tag == "tag:yaml.org,2002:null" and NoneType not in get_args(hints[name]):
             raise UserError(f"{path}, line {line}: {name} must be {_kind(hints[name])}, not null")
         lines[name] = line
-    return lines
+    return text, lines
+
+
+def check_values(path: Path, values: Mapping[str, object], hints: Mapping[str, object]) -> None:
+    """Refuses a value that does not fit its option's type; ``path`` is the file that holds them, as JSON.
+
+    Raises:
+        UserError: names the file and the option.
+    """
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f"{path}: {name} must be {_kind(hints[name])}, not {str(value)[:100]}")
+
+
+def _fits(value: object, hint: object) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if kinds := get_args(hint):  # int | None
+        return any(_fits(value, kind) for kind in kinds)
+    if isinstance(value, bool):
+        return hint is bool
+    if isinstance(value, int) and abs(value) >= 2**63:  # too large for what a run goes by
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def explain(

@@ -6,6 +6,8 @@ reaches a page only through its template, which escapes it.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import re
 from collections.abc import Callable
@@ -73,8 +75,13 @@ def render(template: str, path: Path, filters: dict[str, Callable], **values: ob
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters
+    environment.filters |= {"csp_hash": _csp_hash} | filters
     html = environment.get_template(template).render(values)
     # A model may emit half of a surrogate pair, which JSON can hold and UTF-8 cannot.
     atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"), shared=True)
     return path
+
+
+def _csp_hash(script: str) -> str:
+    """What a Content-Security-Policy calls an inline script that it allows: the SHA-256 of its text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

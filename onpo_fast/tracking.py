@@ -23,11 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from . import stopping
-from .checkpoint import remove, write_jsonl
+from .checkpoint import open_regular, parse_json, remove, write_jsonl
 from .errors import UserError
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
+LONGEST_NAME = 1000  # characters of a record's text
+MOST_METRICS = 2**31  # bytes of metrics.jsonl that a run goes on with
 WANDB_KEY = 40  # characters of a key, at least
 
 RECORD = {"time": (int, float), "stage": str, "iteration": int}
@@ -156,6 +158,7 @@ class Tracker:
         records = whole_records(lines)
         if damaged := len(lines) - len(records):
             kept = self.path.with_name("metrics.damaged.jsonl")
+            remove(kept)  # a link there would be followed
             shutil.copyfile(self.path, kept)
             console.print(f"{self.path.name}: {damaged} of {len(lines)} lines are damaged and left out: see {kept}")
         return records, damaged
@@ -256,20 +259,39 @@ class _Wandb:
 
 def _lines(path: Path) -> list[str]:
     """The lines of metrics.jsonl, without the half of one that a crash may have left at the end."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    if not path.exists():
+        return []
+    with open_regular(path, MOST_METRICS) as file:
+        return file.read(MOST_METRICS).decode("utf-8", "replace").split("\n")[:-1]
 
 
 def whole_records(lines: Iterable[str | bytes]) -> list[dict]:
     """Those lines of metrics.jsonl that are a record, with what all have, and what its stage has."""
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
-            kinds = OTHERS | RECORDS_OF.get(record["stage"], {})
-            numbers = {key: (int, float, NoneType) for key in record.keys() - kinds.keys() - RECORD.keys()}
-            if all(isinstance(record.get(key), kind) for key, kind in (kinds | numbers).items()):
-                records.append(record)
-    return records
+    return [record for line in lines if (record := whole_record(line)) is not None]
+
+
+def whole_record(line: str | bytes) -> dict | None:
+    """The record in a line of metrics.jsonl; None if it is none."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+        return None
+    kinds = OTHERS | RECORDS_OF.get(record["stage"], {})
+    numbers = {key: (int, float, NoneType) for key in record.keys() - kinds.keys() - RECORD.keys()}
+    if not all(isinstance(record.get(key), kind) for key, kind in (kinds | numbers).items()):
+        return None
+    inside = [*record, *record.values()]
+    for mapping in (value for value in record.values() if isinstance(value, dict)):  # stage → seconds
+        if not all(isinstance(value, (int, float)) for value in mapping.values()):
+            return None
+        inside += [*mapping, *mapping.values()]
+    return record if all(map(_can_be_kept, inside)) else None
+
+
+def _can_be_kept(value: object) -> bool:
+    """Whether text and whole numbers can be written again, and drawn."""
+    if isinstance(value, str):
+        return len(value) <= LONGEST_NAME and value.isprintable()  # half of a surrogate pair is not
+    return not isinstance(value, int) or abs(value) < 2**63

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked
+from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked, parse_json
 from .config import Config
 from .data import (
     Group,
@@ -55,7 +55,7 @@ from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
 from .policy import Policy, disagreement, kl_estimate, load, locate, score
-from .report import write_report
+from .report import is_evaluation, write_report
 from .sampling import make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
 
@@ -334,7 +334,7 @@ class Run:
             self.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
         )
         before = checkpoints.step()
-        if self.made(output, keep=lambda record: record["step"] <= before):
+        if self.made(output, keep=lambda record: record["stage"] == "fit" and record["step"] <= before):
             checkpoints.clear()  # a kill may have come between the record and this
             return target
         policy = self.load(source)
@@ -409,8 +409,11 @@ class Run:
         """Every policy against every other."""
         name, responses = "evaluation.json", "evaluation_responses.jsonl"
         if self.made(name, keep=_stopped) and self.journal.note(responses) is not None:
-            result = json.loads((self.directory / name).read_text(encoding="utf-8"))
-            if len(result["policies"]) == self.config.iterations + 1:
+            try:
+                result = parse_json((self.directory / name).read_bytes())
+            except ValueError:
+                result = None
+            if is_evaluation(result) and len(result["policies"]) == self.config.iterations + 1:
                 return result
         for old in (name, responses):  # also of a run that was shorter then
             self.journal.forget(old)
@@ -501,7 +504,8 @@ def main(argv: list[str]) -> None:
     try:
         train(config, resume, force="--force" in argv)
     except stopping.Stopped as stopped:
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}")
+        trust = " --trust_run" if configuration.asked(config) else ""
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}{trust}")
         raise SystemExit(stopped.exit_status) from None
 
 

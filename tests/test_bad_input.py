@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
 from onpo_fast.checkpoint import Journal, locked
-from onpo_fast.config import Config
+from onpo_fast.config import Config, asked, parse, parse_run, read
 from onpo_fast.errors import UserError, command
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
@@ -161,7 +162,7 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
         (export.main, "nothing --iteration 2", "there is no option --iteration; did you mean --iterations?"),
         *((main, "latin", "latin/config.yaml is not the configuration of a run: latin/config.yaml: not UTF-8 (")
           for main in (evaluate.main, export.main)),
-        (report.main, "latin", "latin/config.yaml is damaged: not YAML ("),
+        (report.main, "latin", "latin/config.yaml: not UTF-8 ("),
         *((main, "folder", "cannot read or write folder/config.yaml: Is a directory")
           for main in (evaluate.main, report.main, export.main)),
         # runs to go on with
@@ -324,8 +325,172 @@ def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A run directory from a stranger
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVIL = "evil.py", "open('owned', 'w').close()\ndef f(prompt, responses): return [[0.5] * len(responses)] * 2\n"
+
+
+def strangers_run(here: Path, journal: bool = True, file: bool = True, **options: object) -> Path:
+    """A run directory with these options, in its journal or its config.yaml."""
+    run = here / "run"
+    run.mkdir()
+    config = Config(out="run", **options)
+    if file:
+        (run / "config.yaml").write_text(config.to_yaml())
+    if journal:
+        Journal(run).begin({"options": vars(config)})
+    (here / EVIL[0]).write_text(EVIL[1])
+    return run
+
+
+ASKED = [  # options; what the refusal says of one, and what it says to add
+    ({"oracle": "evil:f"}, "oracle asks to run the Python code of evil:f", "--oracle evil:f"),
+    ({"oracle": "population+2*evil:f"}, "oracle asks to run the Python code of p", "--oracle 'population+2*evil:f'"),
+    ({"trust_remote_code": True}, "trust_remote_code asks to run the Python code that comes", "--trust_remote_code"),
+    ({"oracle": "judge", "judge_url": "http://x/v1"}, "judge_url asks to send conversations to",
+     "--judge_url http://x/v1"),
+    ({"judge_request": {"a": 1}}, 'judge_request asks to send {"a": 1} with', """--judge_request '{"a": 1}'"""),
+    ({"judge_key_variable": "SOME_SECRET"}, "judge_key_variable asks for a key from", "--judge_key_variable NAME"),
+    ({"judge_prompt": "secret.txt"}, "judge_prompt asks to read secret.txt", "--judge_prompt secret.txt"),
+    ({"judge_cache": "/x/y"}, "judge_cache asks to write /x/y", "--judge_cache /x/y"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message", "remedy"), ASKED)
+@pytest.mark.parametrize("where", ["file", "journal", "both"])
+def test_what_a_run_directory_asks_for(
+    here: Path, options: dict, message: str, remedy: str, where: str, capsys, monkeypatch
+) -> None:
+    """Each command that would obey it names the file and its line, and does nothing."""
+    run = strangers_run(here, journal=where != "file", file=True, **options)
+    name, *_ = list(options)[-1:]
+    lines = (run / "config.yaml").read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.startswith(f"{name}:"))
+    there = f"run/config.yaml, line {line}"
+    if where == "journal":
+        (run / "config.yaml").write_text("seed: 0\n")
+        there = "run/journal.json"
+    monkeypatch.delattr("onpo_fast.oracles.load")
+    for module in (evaluate, export):
+        monkeypatch.delattr(module, "load")
+    commands = [(evaluate.main, ["run"])]
+    if where != "journal":  # where a config.yaml that lacks options is refused
+        commands.append((train.main, ["--resume", "--out", "run"]))
+    if name == "trust_remote_code":
+        commands.append((export.main, ["run", "--alpaca", "good.jsonl"]))
+    before = sorted(here.rglob("*"))
+    for main, arguments in commands:
+        said = one_line(main, arguments, capsys)
+        assert said.startswith(f"{there}: {message}"), said
+        assert f"give {remedy} on the command line, or --trust_run if you trust whoever made run" in said
+        assert "SOME_SECRET" not in said
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
+    strangers_run(here, report_to="wandb")
+    assert asked(Config()) == []
+    assert asked(Config(report_to="none", oracle="0.5*population+reward-model=x", oracle_model="org/name")) == []
+    assert asked(Config(report_to="wandb", oracle="evil:f")) == ["oracle", "report_to"]  # then "to go on" has the flag
+    said = one_line(train.main, "--resume --out run".split(), capsys)
+    assert "report_to asks to report to Weights & Biases with your key. If that is meant, give --report_to w" in said
+    assert read(Path("run"), asks=evaluate.ASKS).report_to == "wandb"  # whose numbers stay in the directory
+
+
+@pytest.mark.parametrize(("options", "message", "remedy"), ASKED)
+def test_what_is_given_or_allowed_is_obeyed(here: Path, options: dict, message: str, remedy: str) -> None:
+    """On the command line, in a file that it names, or all of it."""
+    strangers_run(here, **options)
+    texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in options.items()}
+    remedies = [f"--{name}={text}" for name, text in texts.items()]
+    mine = "".join(f"{name}: {json.dumps(value)}\n" for name, value in options.items())
+    (here / "mine.yaml").write_text(mine)
+    line = ["--resume", "--out", "run"]
+    for added in (remedies, ["--trust_run"], ["--config", "mine.yaml"]):
+        if added[0] == "--config" and "judge_key_variable" in options:
+            with pytest.raises(UserError, match=r"^mine.yaml, line 1: judge_key_variable must end in _API_KEY or _TOK"):
+                parse_run([*line, *added])
+            continue
+        config, _ = parse_run([*line, *added])
+        assert {name: getattr(config, name) for name in options} == options
+    for flags in (remedies, ["--trust_run"]):
+        assert {name: getattr(read(Path("run"), flags), name) for name in options} == options
+
+
+@pytest.mark.parametrize("file", ["run/config.yaml", "run/../run/other.yaml", "link.yaml"])
+def test_the_runs_own_file_gives_nothing(here: Path, file: str) -> None:
+    """Named or not, by whatever name; also where it lies elsewhere, and the run has a link to it."""
+    run = strangers_run(here, oracle="evil:f")
+    (run / "other.yaml").write_text("oracle: evil:f\n")
+    Path("link.yaml").symlink_to("run/other.yaml")
+    with pytest.raises(UserError, match="asks to run the Python code of evil:f"):
+        parse_run(["--resume", "--out", "run", "--config", file])
+    (run / "config.yaml").rename("elsewhere.yaml")
+    (run / "config.yaml").symlink_to(here / "elsewhere.yaml")
+    with pytest.raises(UserError, match=r"^run/config.yaml, line \d+: oracle asks to run"):
+        parse_run(["--resume", "--out", "run"])
+
+
+def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
+    """A configuration is often another's; the command line is the user's."""
+    (here / "theirs.yaml").write_text("judge_url: http://localhost:1/v1\njudge_key_variable: AWS_SECRET_ACCESS_KEY\n")
+    said = one_line(train.main, ["--config", "theirs.yaml", "--out", "out"], capsys)
+    assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give anot")
+    assert "AWS" not in said
+    for added in (["--judge_key_variable", "AWS_SECRET_ACCESS_KEY"], ["--trust_run"]):
+        assert parse(["--config", "theirs.yaml", *added]).judge_key_variable == "AWS_SECRET_ACCESS_KEY"
+    (here / "theirs.yaml").write_text("judge_key_variable: THEIR_API_KEY\n")
+    assert parse(["--config", "theirs.yaml"]).judge_key_variable == "THEIR_API_KEY"
+
+
+def test_pairs_are_exported_whatever_a_run_asks_for(here: Path, capsys) -> None:
+    strangers_run(here, trust_remote_code=True, oracle="evil:f")
+    assert one_line(export.main, ["run"], capsys) == "run has no pairs yet"
+    assert one_line(export.main, ["run", "--trust_remote_code"], capsys) == "--trust_remote_code goes with --alpaca"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "journal.json"])
+@pytest.mark.parametrize("content", [None, "/dev/zero", *(c.encode() for c in (
+    "seed: " + 5000 * "1", "seed: 0x" + 5000 * "f", "a: &a [*a]", "judge_request: &a {b: *a}", 300_000 * "[",
+    '{"options": {"checksum": null, "note": {"seed": "x"}}}', '{"options": {"checksum": null, "note": {"eta": true}}}',
+    '{"options": {"checksum": null, "note": {"seed": ' + 400 * "1" + "}}}", 100_000 * '{"a":', "NaN", "\\0",
+))])  # fmt: skip
+def test_odd_files_are_one_line(here: Path, name: str, content: bytes | str | None, capsys) -> None:
+    strangers_run(here)
+    file = here / "run" / name
+    file.unlink()
+    (here / "run/journal.copy.json").unlink()
+    if name == "journal.json" and content is not None:
+        (here / "run/config.yaml").unlink()
+    if content is None:
+        os.mkfifo(file)
+    elif isinstance(content, str):
+        file.symlink_to(content)
+    else:
+        file.write_bytes(content)
+    for main, arguments in ((train.main, "--resume --out run --device cpu".split()), (evaluate.main, ["run"])):
+        said = one_line(main, arguments, capsys)
+        assert "run" in said
+        assert len(said) < 2000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # As processes
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate", "export", "train --resume --out"])
+def test_nothing_is_imported_from_where_a_user_stands(tmp_path: Path, command: str) -> None:
+    """A run's folder with files of the names that Python, or what is installed, would be looked for under."""
+    names = {*sys.stdlib_module_names, *(one.split(".")[0] for one in sys.modules)} - {"onpo_fast"}
+    for name in filter(str.isidentifier, names):
+        (tmp_path / f"{name}.py").write_text(f"open('owned', 'a').write('{name} ')\n")
+    words = [sys.executable, "-m", *f"onpo_fast.{command} .".split()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert not (tmp_path / "owned").exists(), (tmp_path / "owned").read_text()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -360,8 +525,6 @@ def test_debug_shows_the_traceback(here: Path) -> None:
 
 
 def test_switches_need_no_value() -> None:
-    from onpo_fast.config import parse
-
     config = parse(["--skip_bad_prompts", "--trust_remote_code", "--seed", "1", "--gradient_checkpointing"])
     assert (config.skip_bad_prompts, config.trust_remote_code, config.gradient_checkpointing) == (True, True, True)
     assert not parse(["--gradient_checkpointing", "false"]).gradient_checkpointing

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from onpo_fast.report import main, write_report
+from onpo_fast.report import Run, is_evaluation, main, write_report
 
 ATTACK = "</script></div><script>alert('x')</script><img src=x onerror=alert(1)>"
 POLICIES = ["π_1", "π_2", "π_3"]
@@ -308,7 +319,8 @@ def test_damaged_records_are_passed_over(finished: Path) -> None:
     for name in ("metrics.jsonl", "evaluation_responses.jsonl"):
         with (finished / name).open("a") as file:
             file.write('1\n{}\nnull\n{"time": 1, "stage": "fit", "iteration": 1}\n{"prompt": [')
-    assert Page(write_report(finished)).text == before
+    said = "Damaged lines are passed over: 5 of evaluation_responses.jsonl; 5 of metrics.jsonl. "
+    assert Page(write_report(finished)).text == before.replace("Did it work?", said + "Did it work?", 1)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +344,17 @@ def test_a_damaged_evaluation_is_named(finished: Path, content: str, capsys: pyt
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", "a: [", "not YAML ("),
-        ("config.yaml", "- a", 'expected "name: value"'),
-        ("config.yaml", "iterations: two", "iterations is a whole number"),
-        ("environment.json", "[1]", "it lacks what a run writes there"),
+        ("config.yaml", "a: [", ", line 1: not YAML ("),
+        ("config.yaml", "- a", ' is damaged: expected "name: value"'),
+        ("config.yaml", "iterations: two", " is damaged: iterations is a whole number"),
+        ("config.yaml", "iterations: 0x" + 5000 * "f", " is damaged: iterations is a whole number"),
+        ("config.yaml", "a: " + 5000 * "1", ": not YAML (Exceeds the limit"),
+        ("config.yaml", "a: &a [*a]", ", line 1: *a is an alias: write the value itself"),
+        ("config.yaml", "a: &a [x, x]\nb: &b [*a, *a]", ", line 2: *a is an alias"),
+        ("config.yaml", "a: " + 9000 * "[" + 9000 * "]", ": not YAML (nested too deeply)"),
+        ("config.yaml", "a: " + 300_000 * "x", " has 300,003 bytes: at most 262,144 are read"),
+        ("environment.json", "[1]", " is damaged: it lacks what a run writes there"),
+        ("environment.json", 100_000 * "[", " is damaged: not JSON (nested too deeply)"),
     ],
 )
 def test_damaged_files_are_named(finished: Path, name: str, content: str, message: str, capsys) -> None:
@@ -343,7 +362,7 @@ def test_damaged_files_are_named(finished: Path, name: str, content: str, messag
     with pytest.raises(SystemExit):
         main([str(finished)])
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {finished / name} is damaged: {message}")
+    assert said.startswith(f"error: {finished / name}{message}")
     assert said.count("\n") == 1
 
 
@@ -358,7 +377,8 @@ def test_odd_values_are_passed_over(finished: Path) -> None:
     with (finished / "evaluation_responses.jsonl").open("a") as file:
         wrong = [{"prompt": 1}, {"prompt": [3]}, {"responses": ["y"]}, {"responses": {"π_1": 3}}, {"preference": "x"}]
         file.writelines(json.dumps(told | one) + "\n" for one in wrong)
-    assert Page(write_report(finished)).text == before
+    said = "Damaged lines are passed over: 5 of evaluation_responses.jsonl; 3 of metrics.jsonl. "
+    assert Page(write_report(finished)).text == before.replace("Did it work?", said + "Did it work?", 1)
     (finished / "metrics.jsonl").write_text('{"time": 1e300, "stage": "sample", "iteration": 1}\n')
     assert "Last record: sample, at no time." in Page(write_report(finished)).text
 
@@ -390,3 +410,182 @@ def test_directory_that_is_no_run(name: str, tmp_path: Path, capsys: pytest.Capt
     assert captured.err.count("\n") == 1
     assert "no config.yaml" in captured.err
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run from anybody
+# ---------------------------------------------------------------------------------------------------------------------
+
+READ = (
+    "config.yaml", "metrics.jsonl", "evaluation.json", "evaluation_responses.jsonl", "environment.json",
+    "iteration_02/responses.jsonl", "iteration_02/preferences.jsonl",
+)  # fmt: skip
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def bound(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(path))  # a name of at most 108 bytes
+
+
+def vast(path: Path) -> None:
+    """A file with a hole, of no size on disk."""
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("harm", [fifo, endless, bound, Path.mkdir, vast])
+def test_no_file_of_a_run_is_waited_for(finished: Path, harm: Callable, name: str, capsys, monkeypatch) -> None:
+    """One line, or for a file of lines that has no end, a page; and never gigabytes of memory."""
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr("onpo_fast.report.MOST_LINES_BYTES", 2**20)  # for this test to be quick
+    monkeypatch.setattr("onpo_fast.checkpoint.read_lines.__defaults__", (2**20, 100))
+    (finished / "iteration_02").mkdir()
+    write_lines(finished / "iteration_02/responses.jsonl", [{"prompt": [], "responses": ["x"]}])
+    (finished / name).unlink(missing_ok=True)
+    harm(finished / name)
+    if harm is vast and name.endswith("jsonl"):
+        page = Page(write_report(finished))
+        if not name.endswith("preferences.jsonl"):  # of which only the lines of responses that are shown are read
+            assert f"{name} is longer than what is read of it" in page.text
+        return
+    with pytest.raises(SystemExit) as stopped:
+        main(["."])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("error: ")
+    assert name in said
+    assert said.count("\n") == 1
+
+
+ODD_LINES = [
+    *("null", "[]", "{}", "NaN", "-Infinity", '"x"', "1" * 5000, "[" * 10**5, '{"a":' * 10**5, "\x00", "\ufeff{}", ""),
+    *('{"time": NaN, "stage": "fit", "iteration": 1, "fit": "x", "step": 1, "steps": 1}',
+      '{"time": 1, "stage": "fit", "iteration": 1, "fit": "policy", "step": 0, "steps": 1}',
+      '{"time": 1, "stage": "iteration", "iteration": 1, "seconds": NaN, "stage_seconds": {}}',
+      '{"time": 1, "stage": "iteration", "iteration": 1, "seconds": 1, "stage_seconds": {"sample": "x"}}',
+      '{"time": 1, "stage": "iteration", "iteration": 1, "seconds": 1, "stage_seconds": {"sample": Infinity}}',
+      '{"time": 1, "stage": "\\ud800", "iteration": 1}', '{"time": 1, "stage": "sample", "iteration": -1}'),
+    '{"time": 1, "stage": "sample", "iteration": 1, "tokens": ' + "1" * 400 + "}",
+    *('{"prompt": [{"role": "user", "content": "x"}], "responses": {"π_1": ["y"]}, "preference": NaN}',
+      '{"prompt": [{"role": [], "content": "x"}], "responses": {"π_1": ["y"]}, "preference": 0.5}',
+      '{"prompt": [{"role": "user", "content": 3}], "responses": {"π_1": ["y"]}, "preference": 0.5}',
+      '{"prompt": [], "responses": {"π_1": ["y"]}, "preference": 0.5}',
+      '{"prompt": [{"role": "user", "content": "x"}], "responses": {}, "preference": 0.5}',
+      '{"prompt": [{"role": "user", "content": "x"}], "responses": {"x": ["y"]}, "preference": 0.5}',
+      '{"prompt": [{"role": "user", "content": "x"}], "responses": {"π_1": ["y"]}, "preference": 1e999}'),
+]  # fmt: skip
+
+
+def test_an_evaluation_is_known_from_what_only_looks_like_one() -> None:
+    """A run that goes on makes anew what is none."""
+    assert is_evaluation(evaluation(0.6, 0.5, 0.7))
+    for document in (None, [], {}, {"policies": ["π_1"]}, evaluation(0.6, 0.5, 0.7) | {"win_rate": "x"}):
+        assert not is_evaluation(document)
+
+
+def test_odd_lines_are_counted(finished: Path) -> None:
+    before = Page(write_report(finished)).text
+    for name in ("metrics.jsonl", "evaluation_responses.jsonl"):
+        with (finished / name).open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in ODD_LINES)
+    count = len(ODD_LINES)
+    said = f"Damaged lines are passed over: {count} of evaluation_responses.jsonl; {count} of metrics.jsonl. "
+    assert Page(write_report(finished)).text == before.replace("Did it work?", said + "Did it work?", 1)
+
+
+def test_a_line_without_an_end_is_not_kept(finished: Path) -> None:
+    before = Run.read(finished)
+    os.truncate(finished / "metrics.jsonl", 200 * 2**20)  # zeros, after the last line
+    tracemalloc.start()
+    run = Run.read(finished)
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    assert run.metrics == before.metrics
+    assert run.damaged == {"metrics.jsonl": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"win_rate": [["0.5", 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]], "interval": "x"},
+        {"win_rate": [[0.5, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 1.5]]}, {"duality_gap": [float("nan"), 0, 0]},
+        {"duality_gap": [10**400, 0, 0]}, {"confidence": []}, {"oracle": [[]]}, {"prompts": "80"},
+        {"prompts": 10**4000}, {"policies": {"π_1": 1, "π_2": 2, "π_3": 3}}, {"policies": []}, {"kl_to_initial": [1]},
+    ],
+)  # fmt: skip
+def test_an_odd_evaluation_is_one_line(finished: Path, change: dict, capsys) -> None:
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7) | change), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([str(finished)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {finished / 'evaluation.json'} is damaged: it lacks what a run writes there")
+    assert said.count("\n") == 1
+
+
+def test_a_long_run_is_a_page_of_a_few_mb(finished: Path) -> None:
+    """400 iterations, long texts, many options: the first, the last and some between, and what is left out is said."""
+    count = 400
+    policies = [f"π_{t}" for t in range(1, count + 2)]
+    rates = np.full((count + 1, count + 1), 0.5)
+    evaluated = evaluation(0.6, 0.5, 0.7) | {
+        "policies": policies, "win_rate": rates.tolist(), "interval": np.stack([rates, rates], -1).tolist(),
+        "duality_gap": [0.1] * (count + 1), "kl_to_initial": [0.1] * (count + 1),
+        "response_tokens_mean": [9.0] * (count + 1),
+    }  # fmt: skip
+    (finished / "evaluation.json").write_text(json.dumps(evaluated))
+    (finished / "config.yaml").write_text(f"iterations: {count}\nlong: {'x' * 5000}\n")
+    (finished / "environment.json").write_text(json.dumps({f"package {n}": "x" for n in range(1000)}))
+    write_lines(finished / "metrics.jsonl", metrics(count))
+    row = {"prompt": [{"role": "user", "content": "long " * 10**4}] * 30, "preference": 0.5}
+    row["responses"] = {name: ["word " * 1000] for name in policies}
+    write_lines(finished / "evaluation_responses.jsonl", [row] * 3)
+    start = time.monotonic()
+    path = write_report(finished)
+    assert time.monotonic() - start < 60  # a few seconds where nothing else runs
+    assert len(path.read_bytes()) < 4 * 2**20
+    text = Page(path).text
+    assert "400 of 400 iterations done" in text
+    assert "Plots and tables show 40 of 400 iterations: the first, the last and evenly spaced ones." in text
+    assert "20 of 401 policies are shown: the first, the last and evenly spaced ones. evaluation.json has all." in text
+    assert "120,000 pairs to learn from." in text
+    assert "finite in all 32,000." in text
+    assert "… (48,000 more characters: see evaluation_responses.jsonl)" in text
+    assert "… (3,000 more characters: see evaluation_responses.jsonl)" in text
+    assert "(10 more messages: see evaluation_responses.jsonl)" in text
+    assert "… (3,000 more characters: see config.yaml)" in text
+    assert "(800 more: see environment.json)" in text
+    for name in ("π₁", "π₄₀₁"):
+        assert name in text
+
+
+def test_only_the_pages_own_script_is_allowed(finished: Path) -> None:
+    html = write_report(finished).read_text(encoding="utf-8")
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
+    rules = dict(rule.strip().split(" ", 1) for rule in unescape(policy).split(";"))
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == "'none'"
+    assert "getElementById" in script
+    (finished / "evaluation_responses.jsonl").unlink()
+    html = write_report(finished).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "script-src 'none'" in unescape(html)
+
+
+def test_what_a_killed_report_has_left_goes(finished: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (finished / f"report.html.{gone.pid}.partial").write_text("half")
+    (finished / "report.html.1.partial").write_text("of a process that is there")
+    write_report(finished)
+    assert sorted(path.name for path in finished.glob("report.html*")) == ["report.html", "report.html.1.partial"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -55,9 +57,13 @@ def use(report: Path, width: int, dark: bool) -> dict[str, Any]:
     """What USE says of the page in a frame of this width, since a window cannot be as narrow as a phone."""
     call = f"const ATTACK = {json.dumps(ATTACK)}; const said = (() => {{{USE}}})();".replace("</", "<\\/")
     tell = "top.document.body.textContent = JSON.stringify(said);"
-    script = f"<script>addEventListener('load', () => {{ {call} {tell} }})</script>"
+    script = f"addEventListener('load', () => {{ {call} {tell} }})"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    script = f"<script>{script}</script>"
     used, frame = report.with_name("used.html"), report.with_name("frame.html")
     page = report.read_text(encoding="utf-8")
+    assert "script-src " in page
+    page = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)  # the page's policy allows its own alone
     used.write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
     frame.write_text(f'<body><iframe src="{used.name}" width="{width}" height="844" style="border: 0">')
     command = [BROWSER, *OPTIONS, f"--user-data-dir={report.with_name('profile')}", "--window-size=1400,900"]
