@@ -355,7 +355,7 @@ def test_a_function_of_no_use_leaves_nothing_behind(oracle_module, prompts, pane
 
 def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow_model, capsys) -> None:
     """Nothing is mixed then: it goes on. One that is of no use stops it before anything is sampled."""
-    name = oracle_module(LISTENING.format("pass"))
+    name = oracle_module(LISTENING.format("pass  # a module of its own"))
     train.train(Config(model=str(shallow_model), oracle=name, **RUN))
     file = Path(name.partition(":")[0] + ".py")
     evaluate.main(["run"])
