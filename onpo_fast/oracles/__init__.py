@@ -122,12 +122,12 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
     files: dict[str, str] = {}
     for number, (member, judging) in enumerate(members, 1):
         kind = member.partition("=")[0]
-        of = f" of {kind}" if len(members) == 1 else f" of member {number}, {kind}"
+        suffix = f" of {kind}" if len(members) == 1 else f" of member {number}, {kind}"
         if kind not in NAMES:
             found = _sources(kind, judging, checksum)
         else:
             found = judging.fingerprint(checksum) if hasattr(judging, "fingerprint") else {}
-        files |= {f"{file}{of}": value for file, value in found.items()}
+        files |= {f"{file}{suffix}": value for file, value in found.items()}
     return files
 
 

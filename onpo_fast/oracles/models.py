@@ -25,7 +25,7 @@ from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
-ELSE = "other models can be asked in a function of your own, --oracle module:function"
+OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
 
@@ -56,7 +56,7 @@ class ModelOracle(BatchOracle):
         if self.tokenizer.chat_template is None:
             raise UserError(
                 f"the tokenizer of {source} has no chat template, which is how a {self.kind} is asked: save it with "
-                f"one; {ELSE}"
+                f"one; {OTHER_MODELS}"
             )
 
     def fingerprint(self, checksum: Callable[[Path], str]) -> dict[str, str]:
@@ -89,7 +89,7 @@ class ModelOracle(BatchOracle):
         if self.auto_class.__name__ not in (getattr(config, "auto_map", None) or {}):
             raise UserError(
                 f"{self.source} is no {self.kind}: its config.json says {config.model_type}, and a {self.kind} is "
-                f"{self.wanted}; {ELSE}"
+                f"{self.wanted}; {OTHER_MODELS}"
             )
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:

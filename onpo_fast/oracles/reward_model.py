@@ -22,7 +22,7 @@ from transformers import (
 from ..config import Config
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
-from .models import ELSE, VALUE_HEAD, ModelOracle, weight_names
+from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle, weight_names
 
 
 class RewardModel(ModelOracle):
@@ -87,18 +87,18 @@ class RewardModel(ModelOracle):
             if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
                 raise UserError(
                     f"{self.source} is no reward-model: its config.json names {name}, a language model, and a "
-                    f"reward-model is {self.wanted}. One that says A or B is a --oracle pair-model; {ELSE}"
+                    f"reward-model is {self.wanted}. One that says A or B is a --oracle pair-model; {OTHER_MODELS}"
                 )
         raise UserError(
             f"{self.source} is no reward-model: its config.json has {config.num_labels} labels, and a reward is one "
-            f"number; {ELSE}"
+            f"number; {OTHER_MODELS}"
         )
 
     def check_value_head(self, weights: Iterable[str]) -> None:
         if head := next(filter(VALUE_HEAD.search, weights), None):
             raise UserError(
                 f"{self.source} is no reward-model: it has a value head ({head}), not a sequence-classification score. "
-                f"Save it as AutoModelForSequenceClassification with one label; {ELSE}"
+                f"Save it as AutoModelForSequenceClassification with one label; {OTHER_MODELS}"
             )
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
