@@ -363,7 +363,8 @@ UNUSABLE = {
                                                       "'x')") + "{{ '<|im_start|>assistant\n' }}"),
                     "cannot be a pair-model: its chat template leaves out what the user says"),
     "rows": ("reward-model", "reward", lambda d: _narrow(d, 300), "does not fit its model: it makes the token "),
-    "another architecture": ("pair-model", "model", lambda d: _configured(d, model_type="gpt2"), "is no pair-model: it lacks the"),
+    "another architecture": ("pair-model", "model", lambda d: _configured(d, model_type="gpt2"),
+                             "is no pair-model: it lacks the weights"),
 }  # fmt: skip
 
 
