@@ -10,6 +10,7 @@ against it, max_s J(π_s, π_t) − min_s J(π_t, π_s) = 2·max_s J(π_s, π_t)
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,11 @@ from scipy import stats
 
 from . import config as configuration
 from . import oracles
-from .checkpoint import atomic_write_text, locked, write_jsonl
+from .checkpoint import Journal, atomic_write_text, checksum, locked, write_jsonl
 from .config import Config
 from .data import Group, Messages, of_iterations, read_prompts
 from .errors import CommandParser, UserError, command
+from .fingerprint import changes
 from .policy import kl_estimate, load, score
 from .sampling import make_sampler
 from .tracking import Tracker, console, progress
@@ -157,6 +159,23 @@ def _response_records(
         yield {"prompt": prompt, "responses": texts, "preference": float(matrix[last, 0])}
 
 
+def check_oracle(directory: Path, config: Config) -> None:
+    """Tries the oracle before anything is sampled, and says so if it is not the one that the run was judged by.
+
+    That is no error: the win rates are those of the oracle as it is now, all of one.
+    """
+    oracle = oracles.load(config.oracle, config, directory)
+    now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
+    if changed := changes(Journal(directory).note("oracle") or now, now):
+        console.print(
+            f"{oracles.title(config)} is not what {directory} began with: {', '.join(changed)} changed. The evaluation "
+            "is under the oracle as it is now"
+        )
+    kinds = list(oracles.shortest_by_kind(read_prompts(directory / HELD_OUT)).values())
+    oracles.probe(oracle, config.oracle, kinds, in_directory=False)
+    oracles.probe(oracle, config.oracle, [min(kinds, key=oracles.length)], in_directory=True)
+
+
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
@@ -168,6 +187,7 @@ def main(argv: list[str]) -> None:
     directory = options.directory
     config = configuration.read(directory, configuration.given_flags(options, ASKS), ASKS)
     with locked(directory):
+        check_oracle(directory, config)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         tracker.begin("evaluation.json", keep=lambda record: True)  # the judge was asked then too
         try:

@@ -16,6 +16,7 @@ what resuming is. Left out: a value model, a reward model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shlex
@@ -51,6 +52,7 @@ from .data import (
 )
 from .errors import UserError, command, one_line
 from .evaluate import HELD_OUT, evaluate, initial_policy, summary
+from .fingerprint import changes, model_fingerprint
 from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
@@ -119,7 +121,17 @@ class Run:
         skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
 
+        to_judge = _anything_to_judge(self.directory, config)
+        tried: set[frozenset[str]] = set()  # kinds of conversation
+
         def usable(prompts: list[Messages]) -> list[Messages]:
+            kinds = oracles.shortest_by_kind(prompts) if to_judge else {}
+            if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
+                locate(config.model)  # a typo comes before minutes of loading
+                if oracles.holds_model(self.oracle):
+                    self.resident = None  # at most one model is in memory
+                oracles.probe(self.oracle, config.oracle, list(new.values()), in_directory=False)
+                tried.update(new)
             return self.load(config.model).usable(prompts, config.max_new_tokens, skipped)
 
         self.prompts, held_out = split_prompts(
@@ -134,12 +146,18 @@ class Run:
         if self.journal.mended:
             console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
         prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
-        model = _fingerprint(config.model, policy)
-        self._check_inputs(prompts, model, force)
+        checksum_once = functools.cache(checksum)  # the policy and the oracle may be the same model
+        model = model_fingerprint(config.model, getattr(policy.model.config, "_commit_hash", None), checksum_once)
+        oracle = oracles.fingerprint(self.oracle, config.oracle, checksum_once)
+        self._check_inputs(prompts, model, oracle, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
+        self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
-        self.journal.begin({"options": asdict(config), "model": model, "prompts": prompts})
+        self.journal.begin({"options": asdict(config), "model": model, "oracle": oracle, "prompts": prompts})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
+        if to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
+            shortest = min([*self.prompts, *held_out], key=oracles.length)
+            oracles.probe(self.oracle, config.oracle, [shortest], in_directory=True)
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
             self.initial = self.directory / "initial"
@@ -255,7 +273,7 @@ class Run:
         return preferences
 
     def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
-        parts = Parts(self.journal, name, self.made_by)
+        parts = Parts(self.journal, name, self.judged_by)
         count = max(1, -(-len(groups) // PART_GROUPS))  # of parts of one size: shares are counted in each
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
@@ -427,7 +445,7 @@ class Run:
 
     def name(self, t: int) -> str:
         """Of an iteration's folder in the run directory."""
-        return f"iteration_{t:02d}"
+        return _iteration_name(t)
 
     def prompts_of(self, t: int) -> list[Messages]:
         config = self.config
@@ -450,38 +468,40 @@ class Run:
         self.complete(name, stage="score", seconds=seconds)
         return scores
 
-    def _check_inputs(self, prompts: dict[str, str], model: dict[str, str], force: bool) -> None:
-        """A run goes on with the prompts that it began with, and with the same π_1."""
+    def _check_inputs(
+        self, prompts: dict[str, str], model: dict[str, str], oracle: dict[str, str], force: bool
+    ) -> None:
+        """A run goes on with the prompts that it began with, the same π_1 and the same oracle."""
         if self.journal.note("prompts") not in (None, prompts):
             raise UserError(f"the prompts are not those that {self.directory} began with: start a new run")
-        began = self.journal.note("model") or model
-        changed = sorted(name for name in began.keys() | model.keys() if began.get(name) != model.get(name))
+        changed = changes(self.journal.note("model") or model, model)
         if changed and not force:
             raise UserError(
                 f"--model {self.config.model} is not what {self.directory} began with: {', '.join(changed)} changed. "
                 "Put it back, or add --force: what is done stays as it is, the rest goes by the new one"
             )
+        changed = changes(self.journal.note("oracle") or oracle, oracle)
+        if changed and not force:
+            raise UserError(
+                f"{oracles.title(self.config)} is not what {self.directory} began with: {', '.join(changed)} changed. "
+                "Put it back, or add --force: what is judged stays as it is, the rest goes by the new one"
+            )
+
+
+def _iteration_name(t: int) -> str:
+    return f"iteration_{t:02d}"
+
+
+def _anything_to_judge(directory: Path, config: Config) -> bool:
+    """Whether a run has preferences or its evaluation still to make. If not, the oracle need not be there."""
+    journal = Journal(directory)
+    judged = [f"{_iteration_name(t)}/preferences.jsonl" for t in range(1, config.iterations + 1)]
+    return any(journal.note(name) is None for name in (*judged, "evaluation.json"))
 
 
 def _stopped(record: dict) -> bool:
     """Whether it is of an oracle that did not come to an end: what it was asked has been paid for all the same."""
     return bool(record.get("stopped"))
-
-
-def _fingerprint(source: str, policy: Policy) -> dict[str, str]:
-    """What π_1 is: the SHA-256 of each file that loading may read, or the hub's commit.
-
-    Of the whole files: a size stays the same when weights change, and a date changes when they are copied. That is 8 s
-    for 16 GB where the processor has instructions for it; the journal does as much for every policy of the run.
-    """
-    directory = Path(locate(source)["pretrained_model_name_or_path"])
-    if directory.is_dir():
-        return {path.name: checksum(path) for path in sorted(directory.iterdir()) if path.suffix in MODEL_FILES}
-    commit = getattr(policy.model.config, "_commit_hash", None)
-    return {"commit": commit} if commit else {}
-
-
-MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
 
 def _check_directory(directory: Path, resume: bool) -> None:

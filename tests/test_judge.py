@@ -1015,6 +1015,8 @@ def test_a_run_with_a_judge(shallow_model, tmp_path, monkeypatch, write_lines) -
     faults = iter([Error(500), b"sk-do-not-tell", Error(429)])
 
     def reply(body: dict) -> object:
+        if set(asked(body)) == set(oracles.PROBE_TEXTS):  # it is tried first, in both orders
+            return shorter(body)
         return next(faults, f"{shorter(body)}. Your key is sk-do-not-tell")
 
     prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
@@ -1033,8 +1035,33 @@ def test_a_run_with_a_judge(shallow_model, tmp_path, monkeypatch, write_lines) -
     assert judged["prompt_tokens"] == 100 * judged["answered"]
     (evaluated,) = [record for record in records if record["stage"] == "evaluate"]
     assert evaluated["answered"] > 0
+    assert len(server.bodies) == 2 + judged["requests"] + evaluated["requests"]
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"sk-do-not-tell" not in path.read_bytes(), path
+
+
+def test_a_judge_of_no_use_stops_the_run_before_anything_is_sampled(shallow_model, tmp_path, write_lines) -> None:
+    """One question in both orders; mended, the run goes on with it, and asks it no more."""
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
+    sizes = {"iterations": 1, "prompts_per_iteration": 2, "responses_per_prompt": 2, "max_new_tokens": 4,
+             "eval_samples": 1, "batch_pairs": 2}  # fmt: skip
+    config = {"model": str(shallow_model), "prompts": str(prompts), "out": str(tmp_path / "out"), "judge_model": "m",
+              "oracle": "population + judge", "judge_concurrency": 1, **sizes}  # fmt: skip
+    replies = [(Error(404), "refused the question: .*404", 1), ("Let me think", "no verdict, A or B, in 2 of 2", 4)]
+    with serving(shorter) as server:
+        for reply, message, requests in replies:
+            server.reply, server.bodies = (lambda body, reply=reply: reply), []
+            with pytest.raises(UserError, match=f"member judge, tried before anything is sampled, .*{message}"):
+                module.train(Config(judge_url=server.url, **config), resume=True)
+            assert len(server.bodies) == requests
+            assert not (tmp_path / "out" / "iteration_01").exists()
+        server.reply, server.bodies = shorter, []
+        module.train(Config(judge_url=server.url, **config), resume=True)
+        assert {asked(body) for body in server.bodies[:2]} == {oracles.PROBE_TEXTS, oracles.PROBE_TEXTS[::-1]}
+        (tmp_path / "out" / "evaluation.json").unlink()
+        before = len(server.bodies)
+        module.train(Config(judge_url=server.url, **config), resume=True)  # every answer is kept
+        assert len(server.bodies) == before
 
 
 def test_the_key_is_not_in_messages(judge, monkeypatch) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from bench.drill import prepare, small_run
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
-from onpo_fast.errors import UserError
+from onpo_fast.errors import UserError, one_line
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 
@@ -250,7 +253,7 @@ def test_a_reward_is_that_of_one_unpadded_pass(reward_directory, tmp_path, named
 
 
 def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path, capfd) -> None:
-    with pytest.raises(UserError, match=r"is no reward-model: its config\.json has 2 labels"):
+    with pytest.raises(UserError, match=r"its config\.json names LlamaForCausalLM, a language model"):
         oracles.load(f"reward-model={shallow_model}")
     headless = tmp_path / "headless"
     shutil.copytree(shallow_model, headless)
@@ -289,3 +292,155 @@ def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypat
     assert residents
     assert not any(residents)
     assert result["oracle"] == oracle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Oracles that are of no use, found before anything is sampled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(model_directory, tmp_path_factory) -> Path:
+    """Two layers with random weights, and a real tokenizer: in "model", with "prompts.jsonl"; "reward" has a score."""
+    work = tmp_path_factory.mktemp("tiny")
+    prepare(work, str(model_directory))
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, dtype=torch.float32)
+    model.save_pretrained(work / "reward")
+    AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "reward")
+    return work
+
+
+def _weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _value_head(weights: dict[str, torch.Tensor]) -> None:
+    weights.pop("score.weight", None)
+    weights["v_head.summary.weight"] = torch.zeros(1, 32)
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+
+UNUSABLE = {
+    "encoder": ("pair-model", "model", lambda d: _configured(d, model_type="deberta-v2"),
+                "is no pair-model: its config.json says deberta-v2, and a pair-model is a causal language model that"),
+    "PairRM": ("pair-model", "model", lambda d: (d / "config.json").write_text('{"model_type": "deberta", "r": 1}'),
+               "is no pair-model: its config.json says deberta, and"),
+    "classifier": ("pair-model", "reward", lambda d: None,
+                   "is no pair-model: its config.json names LlamaForSequenceClassification, "),
+    "language model": ("reward-model", "model", lambda d: None,
+                       "is no reward-model: its config.json names LlamaForCausalLM, a language model, and"),
+    "value head": ("reward-model", "reward", lambda d: _weights(d, _value_head),
+                   "it has a value head (v_head.summary.weight), not a sequence-classification score. Save it as"),
+    "language model with a value head": ("reward-model", "model", lambda d: _weights(d, _value_head),
+                                         "it has a value head (v_head.summary.weight), not a"),
+    "no score": ("reward-model", "reward", lambda d: _weights(d, lambda w: w.update(other=w.pop("score.weight"))),
+                 "is no reward-model: it lacks the weights score.weight, and has other; a reward-model is a sequence-"),
+    "a layer less": ("pair-model", "model", lambda d: _configured(d, num_hidden_layers=3),
+                     "is no pair-model: it lacks the weights model.layers.2."),
+    "labels": ("reward-model", "reward", lambda d: _configured(d, id2label={"0": "a", "1": "b", "2": "c"}),
+               "is no reward-model: its config.json has 3 labels, and a reward is one number; other models can be"),
+    "shapes": ("reward-model", "reward", lambda d: _weights(d, lambda w: w.update({"score.weight": torch.ones(2, 32)})),
+               "do not fit its config.json: score.weight is (2, 32) where it says (1, 32)"),
+    "not a number": ("reward-model", "reward", lambda d: _weights(d, lambda w: w["score.weight"].fill_(float("nan"))),
+                     "answers nan, which is no number to judge by: its weights are damaged, or --dtype is too narrow"),
+    "not a number, A or B": ("pair-model", "model", lambda d: _weights(d, lambda w: w["model.norm.weight"].mul_(1e39)),
+                             "answers nan, which is no number to judge by"),
+    "adapter": ("reward-model", "reward", lambda d: (d / "adapter_config.json").write_text("{}"),
+                "is an adapter: merge it into its model first"),
+    "no template": ("reward-model", "reward", lambda d: (d / "chat_template.jinja").unlink(),
+                    "has no chat template, which is how a reward-model is asked: save it with one; other models can"),
+    "an empty template": ("reward-model", "reward", lambda d: _edit(d, "{# nothing #}"),
+                          "makes nothing of the conversation"),
+    "an empty template, A or B": ("pair-model", "model", lambda d: _edit(d, " "), "makes nothing of the conversation"),
+    "no response": ("reward-model", "reward", lambda d: _edit(d, CHATML.replace("m['content']", "'x'")),
+                    "cannot be a reward-model: its chat template leaves out what the assistant says"),
+    "no question": ("pair-model", "model",
+                    lambda d: _edit(d, CHATML.replace("m['content']", "(m['content'] if m['role'] == 'assistant' else "
+                                                      "'x')") + "{{ '<|im_start|>assistant\n' }}"),
+                    "cannot be a pair-model: its chat template leaves out what the user says"),
+    "rows": ("reward-model", "reward", lambda d: _narrow(d, 300), "does not fit its model: it makes the token "),
+    "another architecture": ("pair-model", "model", lambda d: _configured(d, model_type="gpt2"),
+                             "is no pair-model: it lacks the weights"),
+}  # fmt: skip
+
+
+def _narrow(directory: Path, rows: int) -> None:
+    name = "model.embed_tokens.weight"
+    _weights(directory, lambda weights: weights.update({name: weights[name][:rows].clone()}))
+    _configured(directory, vocab_size=rows)
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_an_oracle_of_no_use_is_found_before_the_policy_is_loaded(tiny, tmp_path, monkeypatch, case: str) -> None:
+    """One line of bearable length that names the model, and nothing is written."""
+    kind, source, harm, message = UNUSABLE[case]
+    directory = Path(shutil.copytree(tiny / source, tmp_path / "judging"))
+    harm(directory)
+    monkeypatch.setattr(module, "load", lambda *arguments: pytest.fail("the policy was loaded"))
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle=kind, oracle_model=str(directory))
+    with pytest.raises(UserError) as error:
+        module.train(config)
+    said = one_line(str(error.value))
+    assert message in said
+    assert str(directory) in said
+    assert len(said.replace(str(directory), "")) < 450
+    assert not (tmp_path / "run").exists()
+
+
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+SYSTEM = [{"role": "system", "content": "Be warm."}, {"role": "user", "content": "Where do you live, and why there?"}]
+
+
+@pytest.mark.parametrize("where", ["prompts", "eval_prompts"])
+@pytest.mark.parametrize("oracle", ["reward-model={}", "population + 2*reward-model={}"])
+def test_a_template_that_refuses_some_of_the_prompts(tiny, tmp_path, write_lines, where: str, oracle: str) -> None:
+    """One prompt of each kind of conversation is tried, the held-out ones included."""
+    directory = Path(shutil.copytree(tiny / "reward", tmp_path / "judging"))
+    _edit(directory, REFUSES_SYSTEM)
+    plain = [{"prompt": f"What is {i} plus {i}?"} for i in range(6)]
+    files = {"prompts": write_lines("plain.jsonl", *plain),
+             where: write_lines("mixed.jsonl", *plain[:4], {"prompt": SYSTEM})}  # fmt: skip
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle=oracle.format(directory),
+                     **{name: str(file) for name, file in files.items()})  # fmt: skip
+    with pytest.raises(UserError, match=r"tried before .* refuses the conversation: no system; it has a system "):
+        module.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_prompt_of_each_kind() -> None:
+    user, later = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And what is that?"}
+    said = {"role": "assistant", "content": "A thing."}
+    chosen = oracles.shortest_by_kind([[later], [user], [user, said, later], SYSTEM, [user, said, later, said, later]])
+    assert list(chosen.values()) == [[user], [user, said, later], SYSTEM]
+    assert len(oracles.shortest_by_kind([[{"role": str(i), "content": "x"}] for i in range(9)])) == 4
+
+
+def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None:
+    """Before the policy is there, on two texts; a run that has nothing left to judge loads no oracle."""
+    events: list[str] = []
+    many, load = RewardModel.many, module.load
+
+    def asked(self: RewardModel, groups: list, *rest: object) -> list[np.ndarray]:
+        events.append(f"{len(groups)} × {len(groups[0][1])}")
+        return many(self, groups, *rest)
+
+    monkeypatch.setattr(RewardModel, "many", asked)
+    monkeypatch.setattr(module, "load", lambda *arguments: (events.append("policy"), load(*arguments))[1])
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle=f"reward-model={tiny / 'reward'}",
+                     iterations=1)  # fmt: skip
+    module.train(config)
+    assert events[:2] == ["1 × 2", "policy"]
+    assert [event for event in events if event != "policy"] == ["1 × 2", "3 × 3", "4 × 2"]  # and the evaluation
+    events.clear()
+    module.train(config, resume=True)
+    assert events == ["policy"]
+    (tmp_path / "run" / "evaluation.json").unlink()
+    module.train(config, resume=True)
+    assert events[1:3] == ["1 × 2", "policy"]
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (record,) = [record for record in map(json.loads, kept.splitlines()) if record["stage"] == "judge"]
+    assert record["comparisons"] == 3 * 3

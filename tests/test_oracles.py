@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -296,3 +297,94 @@ def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model
     train.train(options, resume=True)
     evaluate.main(["run"])
     assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True), (2, False), (2, False)])
+
+
+RUN = {"iterations": 1, "prompts_per_iteration": 3, "responses_per_prompt": 2, "max_new_tokens": 4, "eval_samples": 1,
+       "eval_fraction": 0.4, "out": "run", "report_to": "none", "prompts": "prompts.jsonl"}  # fmt: skip
+
+LISTENING = """
+asked = []
+
+def prefer(prompt, responses):
+    asked.append((prompt, responses))
+    {}
+    return [[0.5] * len(responses)] * len(responses)
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch) -> None:
+    """Five, in prompts.jsonl where the test stands."""
+    lines = (json.dumps({"prompt": f"Count to {n}{', please' * (n != 3)}."}) + "\n" for n in range(5))
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_function_is_tried_once_before_anything_is_sampled(oracle_module, prompts, shallow_model) -> None:
+    """On the shortest prompt, also when a run goes on, unless nothing is left to judge; and by an evaluation."""
+    name = oracle_module(LISTENING.format("pass"))
+    config = Config(model=str(shallow_model), oracle=name, **RUN)
+    train.train(config)
+    asked = sys.modules[name.partition(":")[0]].asked
+    assert asked[0] == ([{"role": "user", "content": "Count to 3."}], list(oracles.PROBE_TEXTS))
+    tried = [responses for _, responses in asked].count(list(oracles.PROBE_TEXTS))
+    assert (tried, len(asked)) == (1, 1 + 3 + 2)  # an iteration, the evaluation
+    train.train(config, resume=True)
+    assert len(asked) == 6
+    evaluate.main(["run"])
+    assert len(asked) == 6 + 1 + 2
+    assert asked[6][1] == list(oracles.PROBE_TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return score(responses)", "it raised NameError: name 'score' is not defined"),
+        ("return [0.5]", "expected a 2×2 matrix"),
+        ("import torch; return torch.full((2, 2), torch.nan)", r"P\(0 ≻ 1\) is nan"),
+    ],
+)
+@pytest.mark.parametrize("panel", ["{}", "population + {}"])
+def test_a_function_of_no_use_leaves_nothing_behind(oracle_module, prompts, panel, body, message) -> None:
+    """So that the same command line starts the run when it is mended. No policy is loaded for it."""
+    name = oracle_module(LISTENING.format(body))
+    with pytest.raises(UserError, match=f"--oracle .*{name}, tried before anything is sampled, prompt 0 .*{message}"):
+        train.train(Config(model="org/none", oracle=panel.format(name), **RUN))
+    assert not Path("run").exists()
+
+
+def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow_model, capsys) -> None:
+    """Nothing is mixed then: it goes on. One that is of no use stops it before anything is sampled."""
+    name = oracle_module(LISTENING.format("pass  # a module of its own"))
+    train.train(Config(model=str(shallow_model), oracle=name, **RUN))
+    file = Path(name.partition(":")[0] + ".py")
+    evaluate.main(["run"])
+    assert "is not what" not in capsys.readouterr().out
+    file.write_text(LISTENING.format("return None"))
+    del sys.modules[file.stem]
+    importlib.invalidate_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_sampler", lambda *arguments: pytest.fail("a policy was sampled"))
+        with pytest.raises(SystemExit):
+            evaluate.main(["run"])
+    said = capsys.readouterr()
+    assert f"--oracle {name} is not what run began with: {file} of {name} changed. The evaluation is" in said.out
+    assert "tried before anything is sampled, prompt 0 ('Count to" in said.err
+
+
+def test_a_function_from_another_module_is_known_by_both(oracle_module, tmp_path) -> None:
+    """Of a package, and of a class; not by the standard library's files."""
+    package = tmp_path / "tasteful"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .rules import Taste, prefer\nimport functools\n\n"
+                                         "taste = Taste()\npartial = functools.partial(prefer)\n")  # fmt: skip
+    (package / "rules.py").write_text("def prefer(prompt, responses): ...\n\nclass Taste:\n    __call__ = prefer\n")
+
+    def known(name: str) -> list[str]:
+        return list(oracles.fingerprint(oracles.load(name), name, lambda path: path.name))
+
+    for name in ("tasteful:prefer", "tasteful:taste"):
+        assert known(name) == [f"tasteful/__init__.py of {name}", f"tasteful/rules.py of {name}"]
+    assert known("tasteful:partial") == ["tasteful/__init__.py of tasteful:partial"]
+    assert known("population") == known("operator:add") == []
+    assert known("population + 2*tasteful:partial") == ["tasteful/__init__.py of member 2, tasteful:partial"]

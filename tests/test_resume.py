@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.drill import SMALL, bits, cut, flip, prepare, small_run
+from bench.drill import SMALL, append, bits, cut, flip, prepare, small_run
 from onpo_fast import checkpoint, stopping
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
@@ -291,6 +291,106 @@ def test_another_model_is_refused(whole: Whole, run: Path, tmp_path) -> None:
         module.train(config, resume=True)
     module.train(config, resume=True, force=True)
     module.train(config, resume=True)  # from now on it is the run's
+
+
+@pytest.fixture(scope="module")
+def judged(whole: Whole, tmp_path_factory) -> tuple[Config, Path, Path]:
+    """A run under a pair-model, which is the policy's model, and a function; the folder of both."""
+    work = tmp_path_factory.mktemp("judged")
+    shutil.copytree(whole.work / "model", work / "model")
+    (work / "steady_taste.py").write_text("def prefer(prompt, responses):\n    return PREFERENCES[len(responses)]\n\n\n"
+                                          "PREFERENCES = {k: [[0.5] * k] * k for k in range(9)}\n")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(work)
+        config = replace(whole.config, out=str(work / "run"), oracle="pair-model+3*steady_taste:prefer", iterations=1,
+                         oracle_model=str(work / "model"))  # fmt: skip
+        module.train(config)
+        yield config, work
+
+
+def comment(template: Path) -> None:
+    template.write_text(template.read_text() + "{# the same #}")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda work: flip(work / "model/model.safetensors"), r"model\.safetensors of member 1, pair-model"),
+        (lambda work: comment(work / "model/chat_template.jinja"), r"chat_template\.jinja of member 1, pair-model"),
+        (lambda work: (work / "model/added.json").write_text("{}"), r"added\.json of member 1, pair-model"),
+        (lambda work: append(work / "steady_taste.py"), r"steady_taste\.py of member 2, steady_taste:prefer"),
+    ],
+)
+def test_another_oracle_under_the_same_name_is_refused(judged, tmp_path, change: Callable, named: str) -> None:
+    """Though the run has nothing left to judge, as for another π_1; ``--force`` makes it the run's."""
+    config, work = judged
+    kept = shutil.copytree(work, tmp_path / "kept")
+    config = replace(config, out=str(kept / "run"))
+    try:
+        change(work)
+        with pytest.raises(UserError, match=rf"--oracle pair-model\+3\*.* \(--oracle_model .*model\) is not what .*run "
+                           rf"began with: {named} changed\. Put it back, or add --force: [^\n]*\Z"):  # fmt: skip
+            module.train(config, resume=True)
+        module.train(config, resume=True, force=True)
+        module.train(config, resume=True)
+    finally:
+        shutil.rmtree(work / "model")
+        shutil.copytree(kept / "model", work / "model")
+        shutil.copyfile(kept / "steady_taste.py", work / "steady_taste.py")
+
+
+def test_a_copy_of_the_oracle_is_the_same_and_an_old_run_knows_none(judged, tmp_path) -> None:
+    config, work = judged
+    copy = shutil.copytree(work, tmp_path / "copy")
+    config = replace(config, out=str(copy / "run"), oracle_model=str(copy / "model"))
+    module.train(config, resume=True)
+    entries = {name: entry for name, entry in Journal(copy / "run").entries.items() if name != "oracle"}
+    (copy / "run/journal.json").write_text(json.dumps(entries))
+    flip(copy / "model/model.safetensors")
+    module.train(config, resume=True)
+    assert "model.safetensors of member 1, pair-model" in Journal(copy / "run").note("oracle")
+
+
+def test_files_are_hashed_once(judged, tmp_path, monkeypatch) -> None:
+    """The policy, and two members of a panel, are one model."""
+    config, work = judged
+    hashed: list[Path] = []
+    checksum = module.checksum
+    monkeypatch.setattr(module, "checksum", lambda path: (hashed.append(path), checksum(path))[1])
+    model = str(work / "model")
+    config = replace(config, model=model, out=str(tmp_path / "run"), oracle=f"pair-model + pair-model={model}/.")
+    module.Run(config).lock.release()
+    assert hashed
+    assert len(hashed) == len(set(hashed))
+    assert {path.parent for path in hashed} == {work / "model"}
+
+
+def test_with_force_an_iteration_is_judged_by_one_oracle(whole: Whole, tmp_path, monkeypatch) -> None:
+    """What the old one has said of a part of it is asked anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "PART_GROUPS", 1)
+    source = "def prefer(prompt, texts):\n    return [[{0} if a < b else 1 - {0} for b in texts] for a in texts]\n"
+    judge, done = module.oracles.judge, []
+
+    def until_killed(*arguments: object) -> object:
+        if len(done) == 1:
+            raise Killed
+        done.append(arguments)
+        return judge(*arguments)
+
+    monkeypatch.setattr(module.oracles, "judge", until_killed)
+    (tmp_path / "changing_taste.py").write_text(source.format(0.9))
+    config = replace(whole.config, out=str(tmp_path / "run"), oracle="changing_taste:prefer", iterations=1)
+    with pytest.raises(Killed):
+        module.train(config)
+    (tmp_path / "changing_taste.py").write_text(source.format(0.75))
+    del sys.modules["changing_taste"]
+    monkeypatch.setattr(module.oracles, "judge", judge)
+    with pytest.raises(UserError, match=r"changing_taste\.py of changing_taste:prefer changed"):
+        module.train(config, resume=True)
+    module.train(config, resume=True, force=True)
+    records = read_jsonl(tmp_path / "run/iteration_01/preferences.jsonl")
+    assert {p for record in records for row in record["preferences"] for p in row} == {0.25, 0.5, 0.75}
 
 
 def test_a_policy_that_is_a_file_is_made_again(whole: Whole, run: Path) -> None:

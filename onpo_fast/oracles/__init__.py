@@ -11,21 +11,38 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..config import Config
+from ..data import Messages
 from ..errors import UserError
-from .interface import ASYNC, BatchOracle, Oracle, checked, cyclic_triples, holds_model, judge, take_counters
+from .interface import (
+    ASYNC,
+    BatchOracle,
+    Oracle,
+    checked,
+    cyclic_triples,
+    holds_model,
+    judge,
+    judge_texts,
+    keeps_files,
+    take_counters,
+)
 from .panel import Panel, terms
 from .population import Population
 
 __all__ = [
     "BatchOracle", "Oracle", "Panel", "Population",
-    "checked", "cyclic_triples", "holds_model", "judge", "load", "take_counters",
+    "checked", "cyclic_triples", "fingerprint", "holds_model", "judge", "keeps_files", "length", "load", "probe",
+    "shortest_by_kind", "take_counters", "title",
 ]  # fmt: skip
 
 NAMES = ("population", "pair-model", "reward-model", "judge")
+PROBE_TEXTS = ("Yes, I think so.", "No.")  # responses that differ, also in length
+MOST_KINDS = 4  # of conversations that an oracle is tried on
 
 
 def load(name: str, config: Config | None = None, directory: Path | None = None) -> Oracle:
@@ -43,6 +60,96 @@ def load(name: str, config: Config | None = None, directory: Path | None = None)
     if len(members) == 1 and members[0][0] is None:
         return _one(members[0][1], config, directory)
     return Panel([(weight or 1.0, member, _one(member, config, directory)) for weight, member in members])
+
+
+def title(config: Config) -> str:
+    """How messages name the oracle of a run, with the model behind it."""
+    return f"--oracle {config.oracle}" + (f" (--oracle_model {config.oracle_model})" if config.oracle_model else "")
+
+
+def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: bool) -> None:
+    """Asks an oracle one short question a prompt, so that one that is of no use shows before anything is sampled.
+
+    A model is loaded for it and released. What it costs is not counted. A judge that has answered before, and kept its
+    answers, is not asked again.
+
+    Args:
+        prompts: of the run, one of each kind of conversation.
+        in_directory: whether to ask the oracles that write into the run directory, or the others; of a panel, the
+            members that do.
+
+    Raises:
+        UserError: what ``judge`` says of it.
+    """
+    members = _members(oracle, name)
+    for member, asked in members:
+        if keeps_files(asked) == in_directory:
+            which = "" if len(members) == 1 else f", member {member}"
+            here = f"--oracle {name}{which}, tried before anything is sampled"
+            judge_texts(asked, [(prompt, list(PROBE_TEXTS)) for prompt in prompts], here)
+            take_counters(asked)
+
+
+def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messages]:
+    """The shortest prompt of each kind of conversation: roles that occur in it. Of the first few kinds.
+
+    A chat template may refuse a role. What is short is not refused for its length.
+    """
+    shortest: dict[frozenset[str], tuple[int, Messages]] = {}
+    for prompt in prompts:
+        kind = frozenset(message["role"] for message in prompt)
+        if kind in shortest or len(shortest) < MOST_KINDS:
+            size = length(prompt)
+            if kind not in shortest or size < shortest[kind][0]:
+                shortest[kind] = size, prompt
+    return {kind: prompt for kind, (_, prompt) in shortest.items()}
+
+
+def length(prompt: Messages) -> int:
+    """Characters of a conversation as JSON."""
+    return len(json.dumps(prompt))
+
+
+def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """What an oracle judges by: the checksum of each file of its models, and of its modules' source, by name.
+
+    The formula and the judge have none: the judge's URL, model and prompt are options of the run.
+
+    Args:
+        checksum: of a file, given its resolved path.
+    """
+    members = _members(oracle, name)
+    files: dict[str, str] = {}
+    for number, (member, judging) in enumerate(members, 1):
+        kind = member.partition("=")[0]
+        suffix = f" of {kind}" if len(members) == 1 else f" of member {number}, {kind}"
+        if kind not in NAMES:
+            found = _sources(kind, judging, checksum)
+        else:
+            found = judging.fingerprint(checksum) if hasattr(judging, "fingerprint") else {}
+        files |= {f"{file}{suffix}": value for file, value in found.items()}
+    return files
+
+
+def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
+    """The oracles of a panel with their names, or the one that there is."""
+    if isinstance(oracle, Panel):
+        return [(member, one) for _, member, one in oracle.members]
+    return [(terms(name)[0][1], oracle)]
+
+
+def _sources(name: str, oracle: Oracle, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """The files of a user's module, and of the module that its function or class comes from."""
+    defined = inspect.unwrap(oracle) if inspect.isroutine(oracle) else type(oracle)
+    files = {}
+    for module in sorted({name.partition(":")[0], defined.__module__ or ""}):
+        if module.partition(".")[0] in (*sys.stdlib_module_names, "onpo_fast"):
+            continue  # a newer Python is no other oracle
+        path = getattr(sys.modules.get(module), "__file__", None)
+        if path and Path(path).is_file():
+            ending = "/__init__.py" if Path(path).name == "__init__.py" else Path(path).suffix
+            files[module.replace(".", "/") + ending] = checksum(Path(path).resolve())
+    return files
 
 
 def _one(name: str, config: Config, directory: Path | None) -> Oracle:

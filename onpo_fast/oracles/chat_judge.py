@@ -93,6 +93,8 @@ class ChatJudge(BatchOracle):
         UserError: if it is not fully specified, or its libraries are not installed.
     """
 
+    keeps_files = True  # the answers, and the judging prompt
+
     def __init__(self, model: str | None, config: Config, directory: Path | None) -> None:
         for name, value in (("url", config.judge_url), ("model", model)):
             if not value:

@@ -29,6 +29,7 @@ class BatchOracle:
     """
 
     holds_model = False  # whether it takes memory on the device: the policy makes room then
+    keeps_files = False  # whether it writes into the run directory when it is asked
 
     def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
         """A K×K matrix of P(response i ≻ response j) a group; tells ``progress`` as groups are done."""
@@ -177,6 +178,11 @@ class Steps:
 def holds_model(oracle: Oracle) -> bool:
     """Whether the oracle loads a model where the policy is."""
     return bool(getattr(oracle, "holds_model", False))
+
+
+def keeps_files(oracle: Oracle) -> bool:
+    """Whether the oracle writes into the run directory when it is asked."""
+    return bool(getattr(oracle, "keeps_files", False))
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:

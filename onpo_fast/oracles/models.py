@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
 from ..device import device_of
 from ..errors import UserError
-from ..policy import locate, without_cudnn_attention
-from ..sources import quiet
+from ..fingerprint import model_fingerprint
+from ..policy import _loading, locate, without_cudnn_attention
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
+VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
+OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
 
@@ -31,6 +35,8 @@ class ModelOracle(BatchOracle):
     holds_model = True
     kind: str  # as --oracle names it
     auto_class: Any  # the transformers class that loads it
+    configurations: Container[type]  # of the models that it loads
+    wanted: str  # what such a model is, in words
 
     def __init__(self, source: str | None, config: Config) -> None:
         if not source:
@@ -39,27 +45,38 @@ class ModelOracle(BatchOracle):
         self.model: PreTrainedModel | None = None
         self.device = device_of(config.device)
         locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
-        with _loading(source):
+        with _loading("the model", source):
             model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        self.commit: str | None = getattr(model_config, "_commit_hash", None)
+        self.check_config(model_config)
+        with _loading("the tokenizer of", source):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=config.trust_remote_code
             )
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer of {source} has no chat template, which is how a {self.kind} is asked")
-        self.check_config(model_config)
+            raise UserError(
+                f"the tokenizer of {source} has no chat template, which is how a {self.kind} is asked: save it with "
+                f"one; {OTHER_MODELS}"
+            )
+
+    def fingerprint(self, checksum: Callable[[Path], str]) -> dict[str, str]:
+        """``model_fingerprint`` of the model."""
+        return model_fingerprint(self.source, self.commit, checksum)
 
     def loaded(self) -> PreTrainedModel:
         """The model, in bfloat16 on a GPU and float32 elsewhere (--dtype)."""
         if self.model is None:
             chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(self.config.dtype)
-            with _loading(self.source):
+            with _loading("the model", self.source):
                 model, report = self.auto_class.from_pretrained(
                     self.source,
                     dtype=chosen or getattr(torch, self.config.dtype),
                     use_safetensors=True,
                     trust_remote_code=self.config.trust_remote_code,
+                    ignore_mismatched_sizes=True,  # for check_loaded to name them
                     output_loading_info=True,
                 )
+            model.config.get_text_config().use_cache = False  # not an argument: encoders have none
             self.check_loaded(model, report)
             without_cudnn_attention()
             self.model = model.eval().requires_grad_(False).to(self.device)
@@ -67,13 +84,33 @@ class ModelOracle(BatchOracle):
 
     def check_config(self, config: PretrainedConfig) -> None:
         """Refuses a model that says itself that it is of another kind."""
+        if type(config) in self.configurations:
+            return
+        if self.auto_class.__name__ not in (getattr(config, "auto_map", None) or {}):
+            raise UserError(
+                f"{self.source} is no {self.kind}: its config.json says {config.model_type}, and a {self.kind} is "
+                f"{self.wanted}; {OTHER_MODELS}"
+            )
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
         """Refuses a model that is of another kind; ``report`` is transformers' on what it found."""
-        if report["missing_keys"]:
+        self.check_value_head(report["unexpected_keys"])
+        if missing := sorted(report["missing_keys"]):
+            instead = sorted(report["unexpected_keys"])
             raise UserError(
-                f"{self.source} is no {self.kind}: it lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}"
+                f"{self.source} is no {self.kind}: it lacks the weights {', '.join(missing[:3])}"
+                + (f", and has {', '.join(instead[:3])}" if instead else "")
+                + f"; a {self.kind} is {self.wanted}"
             )
+        if mismatched := sorted(report["mismatched_keys"], key=str):
+            name, there, wanted = mismatched[0]
+            raise UserError(
+                f"the weights of {self.source} do not fit its config.json: {name} is {tuple(there)} where it says "
+                f"{tuple(wanted)}"
+            )
+
+    def check_value_head(self, weights: Iterable[str]) -> None:
+        """Refuses a reward model of reinforcement learning, whose score no class of transformers reads."""
 
     def release(self) -> None:
         if self.model is not None:
@@ -81,11 +118,20 @@ class ModelOracle(BatchOracle):
             gc.collect()  # modules refer to each other; the policy needs the memory now, not some time later
 
     def render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        """A conversation through the model's chat template, up to where the assistant speaks or to its end."""
+        """A conversation through the model's chat template, up to where the assistant speaks or to its end.
+
+        Raises:
+            UserError: if the template refuses it, or makes nothing of it.
+        """
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
         except Exception as error:  # a template is a program
-            raise UserError(f"the chat template of {self.source} refuses the conversation: {error}") from None
+            has_system = any(message["role"] == "system" for message in messages)
+            hint = "; it has a system message, which can go before the first user's words" if has_system else ""
+            raise UserError(f"the chat template of {self.source} refuses the conversation: {error}{hint}") from None
+        if not text.strip():
+            raise UserError(f"the chat template of {self.source} makes nothing of the conversation")
+        return text
 
     def encode(self, text: str, where: str) -> list[int]:
         """Tokens without special ones added.
@@ -103,6 +149,12 @@ class ModelOracle(BatchOracle):
 
     def padded(self, rows: list[list[int]], side: str, pad: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``attention_mask``, both (len(rows), longest), on the model's device."""
+        embedded = self.loaded().get_input_embeddings().num_embeddings
+        if (highest := max(map(max, rows))) >= embedded:
+            raise UserError(
+                f"the tokenizer of {self.source} does not fit its model: it makes the token {highest}, and the "
+                f"embedding has {embedded} rows"
+            )
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), pad)
         mask = torch.zeros_like(ids)
@@ -122,16 +174,33 @@ class ModelOracle(BatchOracle):
             while window:
                 count = max(1, self.config.oracle_batch_tokens // len(window[0][1]))
                 batch, window = window[:count], window[count:]
-                with torch.no_grad():
-                    values = ask([tokens for _, tokens in batch])
+                values = self._asked(ask, [tokens for _, tokens in batch])
                 yield from zip((slot for slot, _ in batch), values.double().cpu().tolist())
 
+    def _asked(self, ask: Callable[[list[list[int]]], torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
+        """The answers to a batch of questions, (len(rows),), all finite."""
+        self.loaded()  # what it raises is said already
+        try:
+            with torch.no_grad():
+                values = ask(rows)
+        except UserError:
+            raise
+        except Exception as error:  # the model's class may be anybody's
+            raise UserError(
+                f"{self.source} cannot be asked as a {self.kind} ({type(error).__name__}: {error})"
+            ) from error
+        if not values.isfinite().all():
+            raise UserError(
+                f"{self.source} answers {values[~values.isfinite()][0].item()}, which is no number to judge by: its "
+                "weights are damaged, or --dtype is too narrow for it"
+            )
+        return values
 
-@contextmanager
-def _loading(source: str) -> Iterator[None]:
-    """What transformers raises about a model that cannot be had, in one line, and no report beside it."""
-    try:
-        with quiet():
-            yield
-    except Exception as error:  # what is loaded is the user's: anything may be wrong with it
-        raise UserError(f"cannot load the model {source}: {error}") from error
+
+def weight_names(source: str) -> list[str]:
+    """The names of all weights in a directory; none for a model that is still on the hub."""
+    names: list[str] = []
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with _loading("the model", source), safe_open(path, "pt") as file:
+            names += file.keys()
+    return names

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..config import Config
 from ..data import Messages
@@ -49,6 +49,8 @@ class PairModel(ModelOracle):
 
     kind = "pair-model"
     auto_class = AutoModelForCausalLM
+    configurations = MODEL_FOR_CAUSAL_LM_MAPPING
+    wanted = "a causal language model that reads two responses and says A or B (not an encoder, as PairRM)"
 
     def __init__(self, source: str | None, config: Config) -> None:
         super().__init__(source, config)
@@ -90,8 +92,17 @@ class PairModel(ModelOracle):
         model = self.loaded()
         batch = self.padded(rows, "left")  # so that all end at the last position, the only one whose logits are made
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1, self.verdicts]
+        logits = model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1, self.verdicts]
         return logits.float().softmax(-1)[:, 0]
+
+    def check_config(self, config: PretrainedConfig) -> None:
+        super().check_config(config)
+        named = [name for name in config.architectures or [] if name.endswith(("Classification", "ForMaskedLM"))]
+        if named:
+            raise UserError(
+                f"{self.source} is no pair-model: its config.json names {named[0]}, and a pair-model is {self.wanted}"
+                + ("; it may be a --oracle reward-model" if named[0].endswith("SequenceClassification") else "")
+            )
 
     def _through_template(self, content: str) -> str:
         text = self.render([{"role": "user", "content": content}], generate=True)
@@ -112,6 +123,8 @@ class PairModel(ModelOracle):
     def _check_header(self) -> None:
         """What is asked must end where the assistant's word comes, and that word must be the token that is read."""
         asked = self._through_template(PROBE)
+        if PROBE.strip() not in asked:
+            raise UserError(f"{self.source} cannot be a pair-model: its chat template leaves out what the user says")
         tokens = self.encode(asked, "the probe")
         for letter, verdict in zip("AB", self.verdicts):
             messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": letter}]

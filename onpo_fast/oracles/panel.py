@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UserError
-from .interface import Asked, BatchOracle, Oracle, Progress, Steps, holds_model, judge_texts, take_counters
+from .interface import Asked, BatchOracle, Oracle, Progress, Steps, holds_model, judge_texts, keeps_files, take_counters
 
 
 def terms(expression: str) -> list[tuple[float | None, str]]:
@@ -52,6 +52,7 @@ class Panel(BatchOracle):
         total = math.fsum(weight for weight, _, _ in members)
         self.members = [(weight / total, name, oracle) for weight, name, oracle in members]
         self.holds_model = any(holds_model(oracle) for _, _, oracle in members)
+        self.keeps_files = any(keeps_files(oracle) for _, _, oracle in members)
 
     def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
         steps = Steps(progress, len(groups), len(groups) * len(self.members))

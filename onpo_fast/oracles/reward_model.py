@@ -8,15 +8,21 @@ question: K a prompt, not K(K − 1).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from ..config import Config
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
-from .models import ModelOracle
+from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle, weight_names
 
 
 class RewardModel(ModelOracle):
@@ -24,6 +30,12 @@ class RewardModel(ModelOracle):
 
     kind = "reward-model"
     auto_class = AutoModelForSequenceClassification
+    configurations = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    wanted = "a sequence-classification model with one label"
+
+    def __init__(self, source: str | None, config: Config) -> None:
+        super().__init__(source, config)
+        self._check_template()
 
     def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
         different = [without_repeats(texts) for _, texts in groups]
@@ -64,13 +76,29 @@ class RewardModel(ModelOracle):
             used = set().union(*rows)
             pad = next(token for token in itertools.count() if token not in used)
             model.config.get_text_config().pad_token_id = pad
-        return model(**self.padded(rows, "right", pad), use_cache=False).logits[:, 0].float()
+        return model(**self.padded(rows, "right", pad)).logits[:, 0].float()
 
     def check_config(self, config: PretrainedConfig) -> None:
-        if config.num_labels != 1:
+        super().check_config(config)
+        self.check_value_head(weight_names(self.source))
+        if config.num_labels == 1:
+            return
+        for name in config.architectures or []:
+            if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+                raise UserError(
+                    f"{self.source} is no reward-model: its config.json names {name}, a language model, and a "
+                    f"reward-model is {self.wanted}. One that says A or B is a --oracle pair-model; {OTHER_MODELS}"
+                )
+        raise UserError(
+            f"{self.source} is no reward-model: its config.json has {config.num_labels} labels, and a reward is one "
+            f"number; {OTHER_MODELS}"
+        )
+
+    def check_value_head(self, weights: Iterable[str]) -> None:
+        if head := next(filter(VALUE_HEAD.search, weights), None):
             raise UserError(
-                f"{self.source} is no reward-model: its config.json has {config.num_labels} labels, and a reward is "
-                "one number"
+                f"{self.source} is no reward-model: it has a value head ({head}), not a sequence-classification score. "
+                f"Save it as AutoModelForSequenceClassification with one label; {OTHER_MODELS}"
             )
 
     def check_loaded(self, model: PreTrainedModel, report: dict) -> None:
@@ -78,6 +106,17 @@ class RewardModel(ModelOracle):
         named = model.config.get_text_config().pad_token_id
         known = named is not None and 0 <= named < model.get_input_embeddings().num_embeddings
         self.own_padding: int | None = named if known else None
+
+    def _check_template(self) -> None:
+        """The response must be in what the model reads, or all responses have the same score."""
+        question = {"role": "user", "content": "Which one?"}
+        first, second = (
+            self.render([question, {"role": "assistant", "content": text}], generate=False) for text in ("This", "That")
+        )
+        if first == second:
+            raise UserError(
+                f"{self.source} cannot be a reward-model: its chat template leaves out what the assistant says"
+            )
 
 
 def bradley_terry(rewards: np.ndarray) -> np.ndarray:
