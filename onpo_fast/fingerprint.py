@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .policy import locate
+from .policy import locate, weight_files
 
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
@@ -23,8 +23,9 @@ def model_fingerprint(source: str, commit: str | None, checksum: Callable[[Path]
     """
     directory = Path(locate(source)["pretrained_model_name_or_path"])
     if directory.is_dir():
-        files = sorted(path for path in directory.iterdir() if path.suffix in MODEL_FILES)
-        return {path.name: checksum(path.resolve()) for path in files}
+        files = {path for path in directory.iterdir() if path.suffix in MODEL_FILES}
+        files |= set(weight_files(str(directory)))  # shards may be in folders of it
+        return {str(path.relative_to(directory)): checksum(path.resolve()) for path in sorted(files)}
     return {"commit": commit} if commit else {}
 
 

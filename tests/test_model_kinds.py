@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpo_fast import train
+from onpo_fast.checkpoint import checksum
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
+from onpo_fast.fingerprint import changes, model_fingerprint
 from onpo_fast.fit import fit, plan
 from onpo_fast.objectives import Onpo
 from onpo_fast.policy import disagreement, load, score, weight_files
@@ -473,8 +475,14 @@ def sharded(build, rename: Callable[[str], str]) -> Path:
 
 def test_shards_may_be_in_a_folder_of_the_model(build) -> None:
     directory = sharded(build, lambda name: f"parts/{name}")
-    assert weight_files(str(directory)) == [directory / "parts/model-1.safetensors"]
+    shard = directory / "parts/model-1.safetensors"
+    assert weight_files(str(directory)) == [shard]
     load(directory, Config())
+    before = model_fingerprint(str(directory), None, checksum)
+    with open(shard, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert changes(before, model_fingerprint(str(directory), None, checksum)) == ["parts/model-1.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "model-1.bin", "a/../../stolen.safetensors"])
