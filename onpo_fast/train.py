@@ -37,6 +37,7 @@ from .data import (
     Messages,
     Pair,
     Skipped,
+    prompts_digest,
     prompts_of_iteration,
     read_groups,
     read_pairs,
@@ -54,9 +55,9 @@ from .evaluate import HELD_OUT, evaluate, initial_policy, summary
 from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import Policy, kl_estimate, load, locate, score
+from .policy import PINNED_DATE, Policy, kl_estimate, load, locate, score
 from .report import write_report
-from .sampling import make_sampler
+from .sampling import TruncationWarning, all_truncated, make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
@@ -119,8 +120,10 @@ class Run:
         skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
 
+        rendered = hashlib.sha256()  # of the tokens of all prompts: templates may write the date
+
         def usable(prompts: list[Messages]) -> list[Messages]:
-            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped)
+            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped, rendered)
 
         self.prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
@@ -132,12 +135,12 @@ class Run:
         self.journal = Journal(self.directory)
         if self.journal.mended:
             console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
-        prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
+        prompts, rendering = {"sha256": prompts_digest(self.prompts, held_out)}, {"sha256": rendered.hexdigest()}
         model = _fingerprint(config.model, policy)
-        self._check_inputs(prompts, model, force)
+        self._check_inputs(prompts, model, rendering, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
         # before config.yaml: from its first file on, a run can say what it began with
-        self.journal.begin({"options": asdict(config), "model": model, "prompts": prompts})
+        self.journal.begin({"options": asdict(config), "model": model, "prompts": prompts, "rendering": rendering})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
         self.initial = initial_policy(self.directory, config)
         if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
@@ -161,6 +164,9 @@ class Run:
         )
         if skipped and skipped.count:
             console.print(one_line(str(skipped)))
+        for notice in policy.template_notices(self.prompts):
+            console.print(f"note: {notice}")
+        self.truncation = TruncationWarning()
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             console.print(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
@@ -206,7 +212,12 @@ class Run:
     def sample(self, t: int, source: Source) -> list[Group]:
         self.notes, self.numbers = {}, {}
         name = f"{self.name(t)}/responses.jsonl"
-        groups = list(read_groups(self.directory / name)) if self.whole(name) else self._sample(t, source, name)
+        if self.whole(name):
+            groups = list(read_groups(self.directory / name))
+            self.truncation.said |= all_truncated(groups)  # when it was sampled
+        else:
+            groups = self._sample(t, source, name)
+            self.truncation(f"iteration {t}", self.load(source), groups, self.config.max_new_tokens)
         lengths = [len(response.tokens) for group in groups for response in group.responses]
         self.numbers["response_tokens_mean"] = sum(lengths) / len(lengths)
         return groups
@@ -399,7 +410,7 @@ class Run:
         for old in (name, responses):  # also of a run that was shorter then
             self.journal.forget(old)
         self.tracker.begin(name, keep=_stopped)
-        result = evaluate(self.directory, self.config, self.tracker)
+        result = evaluate(self.directory, self.config, self.tracker, self.truncation)
         self.complete(responses)
         self.complete(name)
         return result
@@ -431,8 +442,10 @@ class Run:
         self.complete(name, stage="score", seconds=seconds)
         return scores
 
-    def _check_inputs(self, prompts: dict[str, str], model: dict[str, str], force: bool) -> None:
-        """A run goes on with the prompts that it began with, and with the same π_1."""
+    def _check_inputs(
+        self, prompts: dict[str, str], model: dict[str, str], rendering: dict[str, str], force: bool
+    ) -> None:
+        """A run goes on with the prompts that it began with, in the same tokens, and with the same π_1."""
         if self.journal.note("prompts") not in (None, prompts):
             raise UserError(f"the prompts are not those that {self.directory} began with: start a new run")
         began = self.journal.note("model") or model
@@ -441,6 +454,12 @@ class Run:
             raise UserError(
                 f"--model {self.config.model} is not what {self.directory} began with: {', '.join(changed)} changed. "
                 "Put it back, or add --force: what is done stays as it is, the rest goes by the new one"
+            )
+        if self.journal.note("rendering") not in (None, rendering) and not force:
+            raise UserError(
+                f"the chat template renders the prompts differently now than when {self.directory} began: one that "
+                f"writes today's date does that. {PINNED_DATE}; here give it with --force and the day on which the run "
+                "began. --force alone goes on as it is: the rest of the run has the new tokens"
             )
 
 
