@@ -146,6 +146,8 @@ def _text(content: object, where: str) -> str:
     for part in content:
         if isinstance(part, dict) and part.get("type") == "text":
             part = part.get("text")
+            if not isinstance(part, str):
+                raise UserError(f'{where}: a part of the type "text" needs a "text" string')
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise UserError(f"{where}: a message has a part of the type {str(kind)[:60]!r}: only text is read")
