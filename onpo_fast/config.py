@@ -52,6 +52,13 @@ ASKS = {  # options that only the user may set, and what a value other than the 
 }
 BY_DEVICE = {"tokens_per_microbatch": (16384, 1024), "sampling_batch_size": (256, 32)}  # defaults on a GPU, on a CPU
 
+# the arguments of apply_chat_template that are not its template's variables
+TEMPLATE_ARGUMENTS = frozenset(
+    "self conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize "
+    "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs processor_kwargs strftime_now raise_exception".split()
+)
+
 
 @dataclass
 class Config:
@@ -68,7 +75,11 @@ class Config:
     dataset's id. The latter two take a split, as in "org/name:test", or "train". Default: the bundled prompts."""
     prompt_column: str = "prompt"
     """Where a record has its prompt: a string or a list of {"role", "content"}. A conversation that ends with the
-    assistant loses that last turn, which is the policy's to say."""
+    assistant loses that last turn, which is the policy's to say. A column "tools" has the functions that it may call,
+    as OpenAI's API has them, or as JSON text; the chat template gets them."""
+    chat_template_kwargs: dict | None = None
+    """Variables for the model's chat template, as JSON: '{"enable_thinking": false}'. They hold wherever the policy is
+    asked: sampling, scoring, evaluation, export. Models that are oracles do not get them."""
     skip_bad_prompts: bool = False
     """Pass over prompts that cannot be used or do not fit the model's context, and count them, instead of stopping."""
     eval_prompts: str | None = None
@@ -246,6 +257,7 @@ class Config:
                 raise UserError(f"--{name} must be smaller than 2**63")
             if isinstance(value, str) and "\0" in value:
                 raise UserError(f"--{name} must not hold a NUL character")
+        _check_template_variables(self.chat_template_kwargs)
         for name, (on_gpu, on_cpu) in BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)
@@ -312,6 +324,14 @@ class Parsed(NamedTuple):
     config: Config
     sources: dict[str, tuple[str, int] | None]  # option → (file, line), or None for the command line itself
     trusted: bool  # whether --trust_run was given
+
+
+def _check_template_variables(variables: dict | None) -> None:
+    """What is given to ``apply_chat_template`` beside the prompt must not change how it is called."""
+    if taken := [str(name) for name in variables or {} if not isinstance(name, str) or name in TEMPLATE_ARGUMENTS]:
+        raise UserError(
+            f"--chat_template_kwargs must leave {', '.join(taken)} alone: it is for a template's own variables"
+        )
 
 
 def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Config:

@@ -5,6 +5,7 @@ A *preference group* is one prompt with its K responses. It is sampled, judged, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +19,11 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_jsonl, write_jsonl
+from .conversations import Messages, Prompt, check_names, columns_of, read_conversation
 from .errors import UserError
 from .sources import records
 
-Messages = list[dict[str, str]]  # [{"role": "user", "content": "…"}, …], ending with the user
-
 Item = TypeVar("Item")
-
-ROLES = ("system", "user", "assistant")
-
-
-class Prompt(Messages):
-    """Messages that know where they were read: a model that cannot take them finds out later."""
-
-    def __init__(self, messages: Messages, where: str) -> None:
-        super().__init__(messages)
-        self.where = where
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,8 @@ class Skipped:
 def read_prompts(source: str | Path, column: str = "prompt", skipped: Skipped | None = None) -> list[Messages]:
     """The prompts of a source (``sources.records``), in its order.
 
-    A conversation that ends with the assistant loses that last turn: it is what a policy is asked for.
+    A conversation that ends with the assistant loses that last turn: it is what a policy is asked for. A record's
+    column "tools" is kept with its prompt.
 
     Args:
         column: where a record has its prompt, a string or a list of messages.
@@ -99,7 +90,7 @@ def read_prompts(source: str | Path, column: str = "prompt", skipped: Skipped | 
         UserError: naming the file and the line, or the dataset and the row.
     """
     prompts = []
-    for where, record in records(source, column):
+    for where, record in records(source, (column, "tools")):
         try:
             prompts.append(_messages(record, column, where))
         except UserError as error:
@@ -116,30 +107,13 @@ def _messages(record: object, column: str, where: str) -> Prompt:
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict) or column not in record:
-        others = f" (it has {', '.join(record)}; see --prompt_column)" if isinstance(record, dict) and record else ""
+        others = ""
+        if isinstance(record, dict) and record:
+            others = f" (it has {', '.join(map(str, record))}; see --prompt_column)"
+            for name in record:
+                check_names(record, name, where)
         raise UserError(f'{where}: expected an object with a "{column}"{others}')
-    prompt = record[column]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'{where}: "{column}" must be a string or a list of messages')
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f'{where}: each message needs a "role" and a "content" string')
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where}: the role {message.get('role')!r} is not one of {', '.join(ROLES)}")
-        if not message["content"].strip():
-            raise UserError(f"{where}: a message is empty")
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            raise UserError(f"{where}: a message holds half of a surrogate pair, which is no character")
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    roles = [message["role"] for message in messages] or [None]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise UserError(
-            f"{where}: after an optional system message, user and assistant must alternate, from user to user"
-        )
-    return Prompt([{"role": message["role"], "content": message["content"]} for message in messages], where)
+    return read_conversation(record, column, where)
 
 
 def split_prompts(
@@ -167,8 +141,8 @@ def split_prompts(
     random.Random(f"{seed} prompts").shuffle(train)
     if eval_prompts or not prompts:
         held_out = read(eval_prompts, "heldout.jsonl")
-        seen = {json.dumps(prompt) for prompt in held_out}
-        train = [prompt for prompt in train if json.dumps(prompt) not in seen]
+        seen = {_key(prompt) for prompt in held_out}
+        train = [prompt for prompt in train if _key(prompt) not in seen]
         if not train:
             raise UserError(f"every prompt of {prompts} is held out by --eval_prompts {eval_prompts}")
         return usable(train), usable(held_out)
@@ -183,7 +157,21 @@ def split_prompts(
 
 
 def _unique(prompts: list[Messages]) -> list[Messages]:
-    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
+    return list({_key(prompt): prompt for prompt in prompts}.values())
+
+
+def _key(prompt: Messages) -> str:
+    """What tells a prompt from others: its messages, and its tools."""
+    return json.dumps(columns_of(prompt))
+
+
+def prompts_digest(train: Sequence[Messages], held_out: Sequence[Messages]) -> str:
+    """SHA-256 of all prompts, in hexadecimal digits. Prompts without tools count as the lists that they are."""
+
+    def listed(prompts: Sequence[Messages]) -> list:
+        return [columns if "tools" in (columns := columns_of(prompt)) else prompt for prompt in prompts]
+
+    return hashlib.sha256(json.dumps([listed(train), listed(held_out)]).encode()).hexdigest()
 
 
 def prompts_of_iteration(prompts: Sequence[Messages], iteration: int, iterations: int, wanted: int) -> list[Messages]:
@@ -197,7 +185,7 @@ def prompts_of_iteration(prompts: Sequence[Messages], iteration: int, iterations
 
 
 def write_prompts(path: Path, prompts: Iterable[Messages]) -> None:
-    write_jsonl(path, ({"prompt": prompt} for prompt in prompts))
+    write_jsonl(path, map(columns_of, prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +206,7 @@ def write_groups(path: Path, groups: Iterable[Group]) -> None:
 def _group_record(group: Group) -> dict:
     responses = group.responses
     return {
-        "prompt": group.prompt,
+        **columns_of(group.prompt),
         "responses": [r.text for r in responses],
         "prompt_tokens": group.prompt_tokens,
         "response_tokens": [r.tokens for r in responses],
@@ -255,7 +243,9 @@ def read_groups(path: Path) -> Iterator[Group]:
             raise ValueError
         for some in (record["prompt_tokens"], *tokens):
             _list(some, int)
-        return Group(_list(record["prompt"], dict), record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
+        tools = record.get("tools")
+        prompt = Prompt(_list(record["prompt"], dict), tools=None if tools is None else _list(tools, dict))
+        return Group(prompt, record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
 
     return _read(path, make)
 
@@ -298,7 +288,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:
-    """``prompt``, ``chosen`` and ``rejected`` as TRL and datasets read them, and where they come from."""
+    """``prompt``, ``chosen``, ``rejected`` (and ``tools``) as TRL and datasets read them, and where they come from."""
 
     def answer(group: Group, index: int) -> Messages:
         return [{"role": "assistant", "content": group.responses[index].text}]
@@ -307,7 +297,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> N
         path,
         (
             {
-                "prompt": groups[pair.group].prompt,
+                **columns_of(groups[pair.group].prompt),
                 "chosen": answer(groups[pair.group], pair.winner),
                 "rejected": answer(groups[pair.group], pair.loser),
                 "group": pair.group,

@@ -23,11 +23,12 @@ from . import config as configuration
 from . import oracles
 from .checkpoint import Journal, atomic_write_text, checksum, locked, write_jsonl
 from .config import Config
+from .conversations import columns_of
 from .data import Group, Messages, of_iterations, read_prompts
 from .errors import CommandParser, UserError, command
 from .fingerprint import changes
 from .policy import kl_estimate, load, score
-from .sampling import make_sampler
+from .sampling import TruncationWarning, make_sampler
 from .tracking import Tracker, console, progress
 
 CONFIDENCE = 0.95
@@ -35,8 +36,13 @@ ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numb
 HELD_OUT = "heldout.jsonl"  # the prompts, in the run's directory: what was held out does not change with the source
 
 
-def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) -> dict:
+def evaluate(
+    directory: Path, config: Config, tracker: Tracker | None = None, truncation: TruncationWarning | None = None
+) -> dict:
     """Samples from every policy of the run, judges them all together, and writes and returns the evaluation.
+
+    Args:
+        truncation: warns where all responses of a policy are cut off; default one that has not warned yet.
 
     Raises:
         UserError: if the run has no finished iteration.
@@ -47,8 +53,9 @@ def evaluate(directory: Path, config: Config, tracker: Tracker | None = None) ->
         raise UserError(f"{directory} has no finished iteration to evaluate")
     prompts = read_prompts(directory / HELD_OUT)
     samples: dict[str, list[Group]] = {}
+    truncation = truncation or TruncationWarning()
     for index, (name, source) in enumerate(sources.items()):
-        samples[name] = _sample(name, source, prompts, [config.seed, 1, index], config)
+        samples[name] = _sample(name, source, prompts, [config.seed, 1, index], config, truncation)
     # π_1's log-probs last, when the other models are gone
     initial = load(sources["π_1"], config)
     later = list(samples.values())[1:]
@@ -111,10 +118,16 @@ def summary(result: dict) -> str:
     )
 
 
-def _sample(name: str, source: str | Path, prompts: Sequence[Messages], seed: list[int], config: Config) -> list[Group]:
-    sampler = make_sampler(load(source, config), config)
+def _sample(
+    name: str, source: str | Path, prompts: Sequence[Messages], seed: list[int], config: Config,
+    truncation: TruncationWarning,
+) -> list[Group]:  # fmt: skip
+    policy = load(source, config)
+    sampler = make_sampler(policy, config)
     with progress(f"evaluate: sample {name}", len(prompts) * config.eval_samples) as done:
-        return sampler(prompts, config.eval_samples, seed, done)
+        groups = sampler(prompts, config.eval_samples, seed, done)
+    truncation(f"{name} in the evaluation", policy, groups, config.max_new_tokens)
+    return groups
 
 
 def _judge(
@@ -156,7 +169,7 @@ def _response_records(
     last = (len(samples) - 1) * config.eval_samples
     for p, (prompt, matrix) in enumerate(zip(prompts, matrices)):
         texts = {name: [r.text for r in groups[p].responses] for name, groups in samples.items()}
-        yield {"prompt": prompt, "responses": texts, "preference": float(matrix[last, 0])}
+        yield {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
 
 
 def check_oracle(directory: Path, config: Config) -> None:

@@ -59,13 +59,19 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
             for number, pair in enumerate(read_jsonl(there[t]), 1):
                 if missing := [name for name in COLUMNS if name not in pair]:
                     raise UserError(f"{there[t]}, line {number}: it lacks {', '.join(missing)}")
-                yield {name: pair[name] for name in COLUMNS} | {"iteration": t}
+                tools = {"tools": pair.get("tools") or []} if with_tools else {}
+                yield {name: pair[name] for name in COLUMNS} | tools | {"iteration": t}
 
+    with_tools = any(_has_tools(pair) for t in wanted for pair in read_jsonl(there[t]))
     text, whole, number = (datasets.Value(kind) for kind in ("string", "int32", "float64"))
     messages = datasets.List({"role": text, "content": text})
     features = datasets.Features(
         prompt=messages, chosen=messages, rejected=messages, preference=number, group=whole, iteration=whole
     )
+    if with_tools:  # calls and schemas have keys of their own, which a column of one structure would fill with null
+        if not hasattr(datasets, "Json"):
+            raise UserError("pairs with tools need a newer package datasets: pip install -U datasets")
+        features["prompt"] = features["tools"] = datasets.List(datasets.Json())
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:  # a run's pairs need not fit into memory
         try:
@@ -76,6 +82,13 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
             raise UserError(f"the pairs of {directory} are damaged: {error.__cause__}") from error
         atomic_write_directory(out, lambda partial: made.save_to_disk(str(partial)))
         return len(made)
+
+
+def _has_tools(pair: dict) -> bool:
+    """Whether its prompt has tools, or messages of more than a role and a content."""
+    prompt = pair.get("prompt")
+    messages = prompt if isinstance(prompt, list) else []
+    return bool(pair.get("tools")) or any(isinstance(one, dict) and len(one) > 2 for one in messages)
 
 
 def export_answers(directory: Path, out: Path, instructions: str, policy: int, config: Config) -> int:

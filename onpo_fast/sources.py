@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
@@ -19,32 +19,35 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".jsonl", ".json", ".parquet")
 
 
-def records(source: str | Path, column: str | None = None) -> Iterator[tuple[str, object]]:
+def records(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, object]]:
     """(where it stands, what it says) of every record of a source.
 
     Args:
         source: a file (``.parquet``, ``.json`` with a list, otherwise JSON lines, whose blank lines are passed over), a
             directory that ``datasets.save_to_disk`` wrote, or a dataset of the hub. The latter two may name a split,
             ``org/name:test``; default ``train``.
-        column: the only one that is wanted; tables read no other if they have it.
+        columns: the only ones that are wanted; tables read no others if they have the first.
 
     Yields:
         A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count.
 
     Raises:
-        UserError: naming the source, and the line of a JSON file that is broken as a whole.
+        UserError: naming the source, and the line of a JSON file that is broken as a whole. Also for a pipe or a
+            device: it can be read once or has no end, and a run that goes on reads its prompts again.
     """
     path, name = Path(source), str(source)
+    if name in ("-", "/dev/stdin") or name.startswith(("/dev/fd/", "/proc/self/fd/")) or _is_special(path):
+        raise UserError(f"cannot read {name}: it is no file that can be read again; save it to a file first")
     where, split = (name, "") if path.exists() else name.partition(":")[::2]
     if path.is_file():
         if path.suffix == ".parquet":
-            yield from _parquet(path, column)
+            yield from _parquet(path, columns)
         else:
             yield from _json(path)
     elif Path(where).is_dir():
-        yield from _rows(name, _saved(where, split), column)
+        yield from _rows(name, _saved(where, split), columns)
     elif HUB_ID.fullmatch(where) and not where.endswith(FILES):
-        yield from _rows(name, _hub(where, split), column)
+        yield from _rows(name, _hub(where, split), columns)
     else:
         raise UserError(f"cannot read {name}: there is no such file")
 
@@ -106,13 +109,22 @@ def _line(line: bytes, where: str) -> object:
         return UserError(f"{where}: not JSON ({error})")
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, object]]:
+def _is_special(path: Path) -> bool:
+    """Whether it is there, and a pipe, a device or a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _wanted(columns: Sequence[str], there: Sequence[str]) -> list[str] | None:
+    """The columns to read; None for all."""
+    return [name for name in columns if name in there] if columns and columns[0] in there else None
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
     parquet = library("pyarrow.parquet", f"the parquet file {path}")
     number = 0
     try:
         file = parquet.ParquetFile(path)
-        columns = [column] if column in file.schema_arrow.names else None
-        for batch in file.iter_batches(columns=columns):
+        for batch in file.iter_batches(columns=_wanted(columns, file.schema_arrow.names)):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
@@ -120,9 +132,9 @@ def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, object]]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _rows(name: str, data, column: str | None) -> Iterator[tuple[str, object]]:
-    if column in data.column_names:
-        data = data.select_columns([column])
+def _rows(name: str, data, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
+    if wanted := _wanted(columns, data.column_names):
+        data = data.select_columns(wanted)
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
 
 

@@ -38,6 +38,7 @@ from .data import (
     Messages,
     Pair,
     Skipped,
+    prompts_digest,
     prompts_of_iteration,
     read_groups,
     read_pairs,
@@ -56,9 +57,9 @@ from .fingerprint import changes, model_fingerprint
 from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import Policy, disagreement, kl_estimate, load, locate, score
+from .policy import PINNED_DATE, Policy, disagreement, kl_estimate, load, locate, score
 from .report import is_evaluation, write_report
-from .sampling import make_sampler
+from .sampling import TruncationWarning, all_truncated, make_sampler
 from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
@@ -123,6 +124,7 @@ class Run:
 
         to_judge = _anything_to_judge(self.directory, config)
         tried: set[frozenset[str]] = set()  # kinds of conversation
+        rendered = hashlib.sha256()  # of the tokens of all prompts: templates may write the date
 
         def usable(prompts: list[Messages]) -> list[Messages]:
             kinds = oracles.shortest_by_kind(prompts) if to_judge else {}
@@ -132,7 +134,7 @@ class Run:
                     self.resident = None  # at most one model is in memory
                 oracles.probe(self.oracle, config.oracle, list(new.values()), in_directory=False)
                 tried.update(new)
-            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped)
+            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped, rendered)
 
         self.prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
@@ -145,15 +147,16 @@ class Run:
         self.journal = Journal(self.directory)
         if self.journal.mended:
             console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
-        prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
+        prompts, rendering = {"sha256": prompts_digest(self.prompts, held_out)}, {"sha256": rendered.hexdigest()}
         checksum_once = functools.cache(checksum)  # the policy and the oracle may be the same model
         model = model_fingerprint(config.model, getattr(policy.model.config, "_commit_hash", None), checksum_once)
         oracle = oracles.fingerprint(self.oracle, config.oracle, checksum_once)
-        self._check_inputs(prompts, model, oracle, force)
+        inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": rendering}
+        self._check_inputs(inputs, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
         self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
-        self.journal.begin({"options": asdict(config), "model": model, "oracle": oracle, "prompts": prompts})
+        self.journal.begin({"options": asdict(config), **inputs})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
         if to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
             shortest = min([*self.prompts, *held_out], key=oracles.length)
@@ -182,6 +185,9 @@ class Run:
             console.print(one_line(note))
         if skipped and skipped.count:
             console.print(one_line(str(skipped)))
+        for notice in policy.template_notices(self.prompts):
+            console.print(f"note: {notice}")
+        self.truncation = TruncationWarning()
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             console.print(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
@@ -223,7 +229,12 @@ class Run:
     def sample(self, t: int, source: Source) -> list[Group]:
         self.notes, self.numbers = {}, {}
         name = f"{self.name(t)}/responses.jsonl"
-        groups = list(read_groups(self.directory / name)) if self.whole(name) else self._sample(t, source, name)
+        if self.whole(name):
+            groups = list(read_groups(self.directory / name))
+            self.truncation.said |= all_truncated(groups)  # when it was sampled
+        else:
+            groups = self._sample(t, source, name)
+            self.truncation(f"iteration {t}", self.load(source), groups, self.config.max_new_tokens)
         if t == 1:
             self._check_sampled(groups)
         lengths = [len(response.tokens) for group in groups for response in group.responses]
@@ -436,7 +447,7 @@ class Run:
         for old in (name, responses):  # also of a run that was shorter then
             self.journal.forget(old)
         self.tracker.begin(name, keep=_stopped)
-        result = evaluate(self.directory, self.config, self.tracker)
+        result = evaluate(self.directory, self.config, self.tracker, self.truncation)
         self.complete(responses)
         self.complete(name)
         return result
@@ -468,23 +479,28 @@ class Run:
         self.complete(name, stage="score", seconds=seconds)
         return scores
 
-    def _check_inputs(
-        self, prompts: dict[str, str], model: dict[str, str], oracle: dict[str, str], force: bool
-    ) -> None:
-        """A run goes on with the prompts that it began with, the same π_1 and the same oracle."""
-        if self.journal.note("prompts") not in (None, prompts):
+    def _check_inputs(self, inputs: dict[str, dict[str, str]], force: bool) -> None:
+        """A run goes on with the prompts that it began with, in the same tokens, the same π_1 and the same oracle."""
+        began = {name: self.journal.note(name) or now for name, now in inputs.items()}
+        if began["prompts"] != inputs["prompts"]:
             raise UserError(f"the prompts are not those that {self.directory} began with: start a new run")
-        changed = changes(self.journal.note("model") or model, model)
+        changed = changes(began["model"], inputs["model"])
         if changed and not force:
             raise UserError(
                 f"--model {self.config.model} is not what {self.directory} began with: {', '.join(changed)} changed. "
                 "Put it back, or add --force: what is done stays as it is, the rest goes by the new one"
             )
-        changed = changes(self.journal.note("oracle") or oracle, oracle)
+        changed = changes(began["oracle"], inputs["oracle"])
         if changed and not force:
             raise UserError(
                 f"{oracles.title(self.config)} is not what {self.directory} began with: {', '.join(changed)} changed. "
                 "Put it back, or add --force: what is judged stays as it is, the rest goes by the new one"
+            )
+        if began["rendering"] != inputs["rendering"] and not force:
+            raise UserError(
+                f"the chat template renders the prompts differently now than when {self.directory} began: one that "
+                f"writes today's date does that. {PINNED_DATE}; here give it with --force and the day on which the run "
+                "began. --force alone goes on as it is: the rest of the run has the new tokens"
             )
 
 

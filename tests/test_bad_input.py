@@ -26,7 +26,10 @@ FILES = {
     "broken.jsonl": GOOD + '{"prompt": "x"\n',
     "missing.jsonl": GOOD + '{"text": "x"}\n',
     "blank.jsonl": GOOD + '{"prompt": " "}\n',
-    "roles.jsonl": GOOD + '{"prompt": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}\n',
+    "roles.jsonl": GOOD + '{"prompt": [{"role": "system", "content": "x"}]}\n',
+    "image.jsonl": GOOD + '{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}\n',
+    "sharegpt.jsonl": '{"conversations": [{"from": "human", "value": "x"}]}\n' * 6,
+    "tools.jsonl": GOOD + '{"prompt": "x", "tools": "{"}\n',
     "robot.jsonl": GOOD + '{"prompt": [{"role": "robot", "content": "x"}]}\n',
     "all_bad.jsonl": '{"prompt": ""}\n{"prompt": 3}\n',
     "broken.json": '[{"prompt": "x"},\n {"prompt" "y"}]',
@@ -91,6 +94,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--eta=true", "--eta must be a number, not true"),
         ("--seed null", "--seed must be a whole number, not null"),
         ("--judge_request={", "--judge_request must be a JSON object, not {"),
+        ("--chat_template_kwargs=[1]", "--chat_template_kwargs must be a JSON object, not [1]"),
+        ("--chat_template_kwargs=no", "--chat_template_kwargs must be a JSON object, not no"),
+        *(
+            (f'--chat_template_kwargs={{"{name}":true}}', f"--chat_template_kwargs must leave {name} alone: it is for")
+            for name in ("tools", "tokenize", "messages", "conversation", "add_generation_prompt", "return_dict")
+        ),
         ("--iterations 1 2", "one argument too many: 2 (see --help)"),
         ("--prompts=", "--prompts must not be empty"),
         ("--eval_prompts=", "--eval_prompts must not be empty"),
@@ -122,8 +131,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--prompts missing.jsonl", 'missing.jsonl, line 7: expected an object with a "prompt" (it has text;'),
         ("--prompts good.jsonl --prompt_column text", 'good.jsonl, line 1: expected an object with a "text"'),
         ("--prompts blank.jsonl", "blank.jsonl, line 7: a message is empty"),
-        ("--prompts roles.jsonl", "roles.jsonl, line 7: after an optional system message, user and assistant must"),
-        ("--prompts robot.jsonl", "robot.jsonl, line 7: the role 'robot' is not one of system, user, assistant"),
+        ("--prompts roles.jsonl", "roles.jsonl, line 7: the conversation has no turn of the user"),
+        ("--prompts robot.jsonl", "robot.jsonl, line 7: the role 'robot' is not one of system, developer, user, assi"),
+        ("--prompts image.jsonl", "image.jsonl, line 7: a message has a part of the type 'image': only text is read"),
+        ("--prompts sharegpt.jsonl", 'sharegpt.jsonl, line 1: "conversations" is in ShareGPT\'s format: its messages'),
+        ("--prompts tools.jsonl", 'tools.jsonl, line 7: "tools" is text that is not JSON (Expecting property name'),
+        *(
+            (f"--prompts {name}", f"cannot read {name}: it is no file that can be read again; save it to a file first")
+            for name in ("/dev/zero", "/dev/stdin", "-")
+        ),
         ("--prompts broken.json", "broken.json, line 2: not JSON"),
         ("--prompts broken.parquet", "cannot read broken.parquet: "),
         ("--prompts nothing", "cannot read nothing as a directory that datasets.save_to_disk wrote"),

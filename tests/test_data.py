@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import gzip
+import hashlib
 import json
 import logging
+import os
+import socket
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 import tqdm
 
-from onpo_fast import data, sources
+from onpo_fast import data, oracles, sources
 from onpo_fast.checkpoint import read_jsonl
+from onpo_fast.config import Config
+from onpo_fast.conversations import plain_turns
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
+from onpo_fast.oracles import pair_model, reward_model
 
 
 def user(text: str) -> dict:
@@ -45,10 +54,24 @@ def test_strings_and_conversations(write_lines) -> None:
         (r'{"prompt": "\ud83d"}', "line 2: a message holds half of a surrogate pair"),
         ('{"prompt": [{"role": "user"}]}', 'line 2: each message needs a "role" and a "content"'),
         ('{"prompt": [{"role": "robot", "content": "x"}]}', "line 2: the role 'robot'"),
-        ('{"prompt": [{"role": "assistant", "content": "x"}]}', "line 2: after an optional system"),
-        ('{"prompt": [{"role": "system", "content": "x"}]}', "line 2: after an optional system"),
+        ('{"prompt": [{"role": "assistant", "content": "x"}]}', "line 2: nothing is left of the conversation without"),
+        ('{"prompt": [{"role": "system", "content": "x"}]}', "line 2: the conversation has no turn of the user"),
+        ('{"prompt": [{"role": ["user"], "content": "x"}]}', r"line 2: the role \['user'\]"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+         "line 2: a message has a part of the type 'image_url': only text is read"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}', 'line 2: a part of the type "text" needs'),
+        ('{"prompt": [{"role": "user", "content": []}]}', "line 2: a message is empty"),
+        ('{"prompt": [{"role": "user", "content": "x", "name": 3}]}', 'line 2: the "name" of a message must be a str'),
+        ('{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}, '
+         '{"role": "user", "content": "y"}]}', 'line 2: each message needs a "role" and a "content" string'),
+        ('{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "3"}]}, '
+         '{"role": "tool", "content": "y"}]}', 'line 2: a tool call needs a "function" with a "name"'),
+        ('{"prompt": "x", "tools": ["clock"]}', 'line 2: "tools" is text that is not JSON'),
+        ('{"prompt": "x", "tools": {"name": "clock"}}', 'line 2: "tools" must be a list of JSON objects'),
+        (r'{"prompt": "x", "tools": [{"name": "\ud83d"}]}', "line 2: a message holds half of a surrogate pair"),
+        ('{"prompt": "x", "tools": [{"a": ' + '{"a": ' * 60 + "1" + "}" * 61 + "]}", 'line 2: "tools" is nested'),
     ],
-)
+)  # fmt: skip
 def test_bad_lines_are_named(write_lines, line: str, message: str) -> None:
     path = write_lines("p.jsonl", {"prompt": "fine"}, line)
     with pytest.raises(UserError, match=message):
@@ -94,6 +117,262 @@ def test_a_prompt_that_a_model_refuses_is_named_by_its_line(policy, write_lines)
     path = write_lines("p.jsonl", {"prompt": "one"}, {"prompt": "long " * 9000})
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: the prompt that ends 'long .* exceeds the model's context"):
         policy.usable(data.read_prompts(path), 2, None)
+
+
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"zone": {"type": "string"}}}}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+WITH_TOOLS = [
+    {"role": "developer", "content": "Be brief."},
+    user("Late?"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL], "reasoning_content": "I need the time."},
+    {"role": "tool", "content": "23:59", "tool_call_id": "call00001", "name": "clock"},
+    {"role": "tool", "content": [{"type": "text", "text": "00:"}, "00"], "tool_call_id": "call00001"},
+    {"role": "assistant", "content": "A bit."},
+    user("Sure?"),
+    user("Look again."),
+]
+
+
+def test_conversations_with_tools(write_lines) -> None:
+    ends = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    path = write_lines(
+        "p.jsonl",
+        {"prompt": WITH_TOOLS, "tools": [CLOCK]},
+        {"prompt": [*WITH_TOOLS, ends], "tools": json.dumps([CLOCK])},
+        {"prompt": [*WITH_TOOLS, ends, {"role": "tool", "content": None}, ends], "tools": [json.dumps(CLOCK)]},
+        {"prompt": WITH_TOOLS, "tools": []},
+        {"prompt": WITH_TOOLS},
+    )
+    one, two, three, four, five = data.read_prompts(path)
+    kept = list(WITH_TOOLS)
+    kept[2] = {**kept[2], "content": ""}
+    kept[4] = {**kept[4], "content": "00:00"}
+    assert (list(one), one.tools) == (kept, [CLOCK])
+    assert one == two
+    assert list(three[-2:]) == [{**ends, "content": ""}, {"role": "tool", "content": ""}]
+    assert three.tools == [CLOCK]
+    assert one != four
+    assert four == five == kept
+    train, held_out = data.split_prompts(str(path), None, 0.3, 0)
+    assert len(train + held_out) == 3  # the same messages with other tools are another prompt
+    assert data.prompts_digest([one], []) != data.prompts_digest([four], [])
+    as_lists = json.dumps([[list(four)], [list(five)]]).encode()
+    assert data.prompts_digest([four], [five]) == hashlib.sha256(as_lists).hexdigest()
+
+
+def test_tools_are_kept_in_the_files_of_a_run(tmp_path, write_lines) -> None:
+    (prompt,) = data.read_prompts(write_lines("p.jsonl", {"prompt": WITH_TOOLS, "tools": [CLOCK]}))
+    data.write_prompts(tmp_path / "h.jsonl", [prompt, [user("plain")]])
+    assert data.read_prompts(tmp_path / "h.jsonl") == [prompt, [user("plain")]]
+    assert list(read_jsonl(tmp_path / "h.jsonl"))[1] == {"prompt": [user("plain")]}
+    groups = [Group(prompt, [1], [Response("a", [2], "eos", -1.0), Response("b", [3], "eos", -2.0)])]
+    data.write_groups(tmp_path / "r.jsonl", groups)
+    assert list(data.read_groups(tmp_path / "r.jsonl")) == groups
+    assert repr(list(data.read_groups(tmp_path / "r.jsonl"))) == repr(groups)  # what parts of a stage go by
+    data.write_pairs(tmp_path / "pairs.jsonl", [Pair(0, 0, 1, 1.0)], groups)
+    assert next(read_jsonl(tmp_path / "pairs.jsonl"))["tools"] == [CLOCK]
+    assert repr(data.Prompt([user("x")])) == repr([user("x")])
+    assert copy.deepcopy(prompt) == prompt
+
+
+def test_what_tables_fill_in_is_dropped(tmp_path, write_lines) -> None:
+    """A table gives every message all keys of all messages, and null where it has none."""
+    rows = [{"prompt": WITH_TOOLS[:4], "tools": [CLOCK]}, {"prompt": [user("Hi")], "tools": None}]
+    expected = data.read_prompts(write_lines("p.jsonl", *rows))
+    names = {name for message in WITH_TOOLS for name in message}
+    filled = [{**row, "prompt": [{**dict.fromkeys(names), **one} for one in row["prompt"]]} for row in rows]
+    other = {"prompt": filled[1]["prompt"], "tools": [{**CLOCK, "strict": True}]}
+    table = datasets.Dataset.from_list([*filled, other])
+    assert table[0]["prompt"][1]["tool_calls"] is None
+    table.to_parquet(tmp_path / "p.parquet")
+    for source in (write_lines("filled.jsonl", *filled, other), tmp_path / "p.parquet"):
+        assert data.read_prompts(source)[:2] == expected, source
+
+
+def test_sharegpts_names(tmp_path, write_lines) -> None:
+    """They are refused with how to convert them, which works; the column's name does not matter."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
+    path = write_lines("p.jsonl", {"id": 1, "conversations": turns})
+    for column in ("prompt", "conversations"):
+        with pytest.raises(UserError, match=r'line 1: "conversations" is in ShareGPT\'s format') as refused:
+            data.read_prompts(path, column)
+    assert "\n" not in str(refused.value)
+    code = str(refused.value).partition("package datasets: ")[2].replace('"prompts.jsonl"', "out")
+    table = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path))["train"]
+    exec(code, {"data": table, "out": tmp_path / "prompts.jsonl"})
+    assert data.read_prompts(tmp_path / "prompts.jsonl") == [[user("Hi")]]
+    path = write_lines("q.jsonl", {"conversations": TURNS})
+    assert data.read_prompts(path, "conversations") == [TURNS[:3]]
+
+
+def test_oracles_read_tools_and_their_turns_as_text(tmp_path) -> None:
+    prompt = data.read_conversation({"prompt": WITH_TOOLS[:5], "tools": [CLOCK]}, "prompt", "here")
+    called = 'Tool call: {"name": "clock", "arguments": {"zone": "CET"}}'
+    listed = json.dumps([CLOCK])
+    judge = oracles.load("judge", Config(judge_url="http://localhost:1/v1", judge_model="m"), tmp_path)
+    assert (
+        f"Developer: Be brief.\n\nTools: {listed}\n\nUser: Late?\n\nAssistant: {called}\n{called}\n\n"
+        "Tool: clock: 23:59\n\nTool: 00:00\n\n[Response A]\nYes"
+    ) in judge.question(prompt, "Yes", "No")
+    assert pair_model.context(prompt) == (
+        f"\n\n\n<turn> user\n Be brief.\n\nTools: {listed}\n\nLate?\n\n<turn> assistant\n {called}\n{called}"
+        "\n\n<turn> user\n Tool: clock: 23:59\n\nTool: 00:00\n\n\n"
+    )
+    turns = plain_turns(prompt, reward_model.OTHER_ROLES)
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    seen = []
+
+    def taste(prompt, texts):
+        prompt[2]["tool_calls"][0]["id"] = "mine"  # an oracle may write into what it is given
+        seen.append(prompt)
+        return [[0.5, 1], [0, 0.5]]
+
+    group = Group(prompt, [], [Response("now", [], "eos", 0.0), Response("00:00", [], "eos", 0.0)])
+    for null in (prompt, [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]):
+        for name, oracle in (("population", oracles.load("population")), ("taste", taste)):
+            if name == "population" or null is prompt:
+                oracles.judge(oracle, [replace(group, prompt=null)], name)
+    assert seen[0].tools == [CLOCK]
+    assert prompt[2]["tool_calls"][0]["id"] == "call00001"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through chat templates
+# ---------------------------------------------------------------------------------------------------------------------
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+END = "{% endfor %}<|im_start|>assistant\n"
+QWEN = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }} {{ t | tojson }}{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}[{{ m.content }}]{% for c in m.tool_calls %}<call>"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}{% elif m.role in "
+    "('system', 'user', 'assistant', 'tool') %}" + TURN + "{% endif %}" + END
+)
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}"
+    "{{ '<call>' + c.function.name + ' ' + c.function.arguments + '</call>' }}{% endfor %}{% else %}" + TURN
+    + "{% endif %}" + END
+)  # fmt: skip
+CHATML = "{% for m in messages %}" + TURN + END
+STRICT = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + TURN + END
+USER_ONLY = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + TURN + "{% endif %}" + END
+
+
+@pytest.fixture
+def rendered(policy):
+    """Renders a prompt through a chat template, as text."""
+
+    def render(template: str, prompt: list[dict], **variables) -> str:
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.chat_template = template
+        other = replace(policy, tokenizer=tokenizer, template_variables=variables)
+        return tokenizer.decode(other.render(prompt))
+
+    return render
+
+
+def transformers_drops_nulls(tokenizer) -> bool:
+    """Whether a template never sees a null, as in later versions."""
+    template = "{{ messages[0].content is none }}"
+    return tokenizer.apply_chat_template([{"content": None}], chat_template=template, tokenize=False) == "False"
+
+
+def prompt_with(arguments: object, content: object = None) -> data.Prompt:
+    call = {"id": "call00001", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    messages = [user("Late?"), {"role": "assistant", "content": content, "tool_calls": [call]}, WITH_TOOLS[3]]
+    return data.read_conversation({"prompt": messages, "tools": [CLOCK["function"]]}, "prompt", "here")
+
+
+@pytest.mark.parametrize("arguments", [{"zone": "CET"}, '{"zone": "CET"}'])
+def test_tool_calls_reach_every_template(rendered, policy, arguments: object) -> None:
+    """As objects where a template writes JSON, as text where it appends them; in the content where it knows none."""
+    prompt = prompt_with(arguments)
+    text = rendered(QWEN, prompt)
+    assert text.startswith('clock {"type": "function", "function": {"name": "clock"')
+    assert '[]<call>clock {"zone": "CET"}</call>' in text
+    assert "<|im_start|>tool\n23:59<|im_end|>" in text
+    if not transformers_drops_nulls(policy.tokenizer):
+        assert '<call>clock {"zone": "CET"}</call>' in rendered(DEEPSEEK, prompt)
+    assert '<|im_start|>assistant\nTool call: {"name": "clock", "arguments": {"zone": "CET"}}<|im_end|>' in rendered(
+        CHATML, prompt
+    )
+    assert "Wait." in rendered(QWEN, prompt_with(arguments, "Wait."))
+    with pytest.raises(UserError, match="here: the model's chat template refuses the prompt that ends '23:59': no too"):
+        rendered(STRICT, prompt)
+    with pytest.raises(UserError, match="here: the model's chat template leaves out what tools are told or say in the"):
+        rendered(USER_ONLY, prompt)
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none(rendered) -> None:
+    prompt = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    assert "<|im_start|>system\nBe brief." in rendered(QWEN, prompt)
+    assert "<|im_start|>developer\nBe brief." in rendered(CHATML + "{# developer #}", prompt)
+
+
+def test_variables_of_the_template(rendered) -> None:
+    template = CHATML + "{% if thinking %}<think>{% endif %}"
+    assert not rendered(template, [user("Hi")]).endswith("<think>")
+    assert rendered(template, [user("Hi")], thinking=True).endswith("<think>")
+
+
+def test_what_a_user_should_know_of_a_template(policy) -> None:
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    other = replace(policy, tokenizer=tokenizer)
+    prompts = [data.Prompt([user("Hi")]), prompt_with({})]
+    for template, expected in [
+        (QWEN, []),
+        (CHATML, ["leaves out the tools", "writes no tool calls"]),
+        (QWEN + "{{ strftime_now('%d %b %Y') }}", ["writes today's date"]),
+        (QWEN + "{% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d') }}{% endif %}",
+         ["writes today's date"]),
+    ]:  # fmt: skip
+        tokenizer.chat_template = template
+        notices = other.template_notices(prompts)
+        assert [part in notice for part, notice in zip(expected, notices, strict=True)] == [True] * len(expected)
+    other.template_variables = {"date_string": "01 Jan 2026"}
+    assert other.template_notices(prompts) == []
+
+
+def test_a_prompt_of_megabytes_is_never_tokenised_whole(policy, monkeypatch) -> None:
+    asked = []
+    encode = type(policy.tokenizer)._encode_plus
+
+    def watched(self, text, *arguments, **options):
+        asked.append(len(text))
+        return encode(self, text, *arguments, **options)
+
+    monkeypatch.setattr(type(policy.tokenizer), "_encode_plus", watched)
+    for text in ("word " * 10**6, "x" * 5 * 10**6, "\u4e16" * 10**6):
+        with pytest.raises(UserError, match="has more than 8190 tokens: with --max_new_tokens 2 it exceeds the"):
+            policy.render(data.Prompt([user(text)]), 2)
+    assert max(asked) == 2**16
+    skipped = data.Skipped()
+    assert policy.usable([[user("Hi")], [user("word " * 10**6)]], 2, skipped) == [[user("Hi")]]
+    assert skipped.count == 1
+    blanks = [user("Hi" + " " * 200_000)]  # many characters, few tokens
+    assert len(policy.render(blanks, 2)) < 8190
+
+
+def test_pieces_do_not_refuse_what_fits(policy) -> None:
+    """The limit is met to 1%, whatever the text."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.glob("*.py")))
+    for sample in (text[:300_000], text.replace(" ", "")[:200_000], "\u4e16\u754c " * 50_000, " " * 200_000):
+        count = len(policy.tokenizer.encode(sample, add_special_tokens=False))
+        assert not policy._exceeds(sample, count)
+        assert policy._exceeds(sample, int(0.97 * count) - 300)
+
+
+def test_pipes_and_devices_are_no_files(tmp_path, monkeypatch) -> None:
+    """They can be read once, or have no end; a run that goes on reads its prompts again."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.jsonl")
+        names = ("pipe.jsonl", "socket.jsonl", "link.jsonl", "/dev/zero", "/dev/null", "/dev/stdin", "-", "/dev/fd/0")
+        for name in names:
+            with pytest.raises(UserError, match=f"cannot read {name}: it is no file that can be read again; save"):
+                data.read_prompts(name)
 
 
 def test_libraries_are_quiet(caplog, capsys) -> None:

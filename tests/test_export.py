@@ -136,3 +136,19 @@ def test_folders_that_are_none_of_the_run(run: Path) -> None:
         (run / name).mkdir(parents=True)
     assert list(finished_policies(run)) == ["π_2", "π_3"]
     assert export.export_pairs(run, run / "pairs") == 3
+
+
+def test_pairs_with_tools(tmp_path) -> None:
+    """Calls and tools keep the keys that they have, and no others."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+    asked = [{"role": "user", "content": "Late?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rest = {**answers, "preference": 1.0, "group": 0}
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    lines = [{"prompt": asked[:1], **rest}, {"prompt": asked, "tools": tools, **rest}]
+    (tmp_path / "iteration_01").mkdir()
+    (tmp_path / "iteration_01/pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert export.export_pairs(tmp_path, tmp_path / "pairs") == 2
+    first, second = datasets.load_from_disk(str(tmp_path / "pairs"))
+    assert (first["prompt"], first["tools"]) == (asked[:1], [])
+    assert (second["prompt"], second["tools"], second["chosen"]) == (asked, tools, answers["chosen"])

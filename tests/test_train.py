@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
+from bench.drill import prepare, small_run
 from onpo_fast import evaluate
 from onpo_fast import train as module
+from onpo_fast.checkpoint import Journal
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.objectives import Onpo
@@ -252,3 +258,108 @@ def test_the_same_seed_ends_with_the_same_bits(tmp_path, shallow_model, write_li
     a, b, c = weights
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat templates
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n{{ mood }}"
+)
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture
+def templated(tmp_path, model_directory) -> Callable[..., Config]:
+    """A small run of a random model with this chat template."""
+    prepare(tmp_path, str(model_directory))
+
+    def make(template: str, **options) -> Config:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        return replace(small_run(tmp_path, "run"), **{"iterations": 1, "prompts_per_iteration": 2, **options})
+
+    return make
+
+
+def test_tools_stay_with_their_prompts(templated, write_lines, tmp_path) -> None:
+    """From the file to the tokens, the held-out prompts, the pairs, the evaluation and a run that goes on."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    prompts = [
+        {"prompt": [{"role": "user", "content": f"Is it {i} o'clock?"},
+                    {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "no"}],
+         "tools": [CLOCK]} for i in range(5)
+    ]  # fmt: skip
+    prompts_file = write_lines("with_tools.jsonl", *prompts)
+    config = templated(TEMPLATE, prompts=str(prompts_file), chat_template_kwargs={"mood": "calm"})
+    module.train(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    run = tmp_path / "run"
+    for name in ("heldout.jsonl", "iteration_01/responses.jsonl", "iteration_01/pairs.jsonl",
+                 "evaluation_responses.jsonl"):  # fmt: skip
+        records = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+        assert all(record["tools"] == [CLOCK] for record in records), name
+        assert all(record["prompt"][1]["tool_calls"] == [call] for record in records), name
+        for record in records if "prompt_tokens" in records[0] else ():
+            text = tokenizer.decode(record["prompt_tokens"])
+            assert text.startswith('{"type": "function", "function": {"name": "clock"')
+            assert '{"name": "clock", "arguments": {}}<|im_end|>\n<|im_start|>tool\nno' in text
+            assert text.endswith("<|im_start|>assistant\ncalm")
+    before = (run / "evaluation.json").read_bytes()
+    assert module.train(config, resume=True) == json.loads(before)
+    evaluate.main([str(run)])
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_a_template_that_writes_the_date(templated, monkeypatch, capsys, tmp_path) -> None:
+    """A run goes on with the tokens that it began with, whatever the day; one of before that was noted goes on."""
+
+    def on(day: int) -> None:
+        clock = type("clock", (datetime,), {"now": classmethod(lambda cls: datetime(2026, 1, day))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+
+    dated = TEMPLATE + "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    config = templated(dated)
+    on(1)
+    module.train(config)
+    assert "note: the model's chat template writes today's date" in capsys.readouterr().out
+    module.train(config, resume=True)
+    on(2)
+    refusal = """the chat template renders the prompts differently now .* '{"date_string": .* with --force"""
+    with pytest.raises(UserError, match=refusal):
+        module.train(config, resume=True)
+    journal = Journal(tmp_path / "run")
+    journal.forget("rendering")
+    module.train(config, resume=True)
+    on(3)
+    module.train(config, resume=True, force=True)
+    capsys.readouterr()
+    pinned = replace(config, chat_template_kwargs={"date_string": "03 Jan 2026"})
+    on(4)
+    module.train(pinned, resume=True)
+    assert "today's date" not in capsys.readouterr().out
+
+
+def test_responses_that_are_all_cut_off(templated, capsys, tmp_path) -> None:
+    """One line a run says what may help: more tokens, or the template's end of a turn among what ends responses."""
+    config = templated(TEMPLATE)
+    module.train(config)
+    warning = "warning: every response of iteration 1 was cut off at 6 tokens: "
+    said = capsys.readouterr().out
+    assert f"{warning}--max_new_tokens 6 may be too small\n" in said
+    assert said.count("cut off") == 1
+    module.train(replace(config, iterations=2), resume=True, force=True)
+    assert "cut off" not in capsys.readouterr().out
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        values = json.loads(path.read_text())
+        values |= {"eos_token": "<|endoftext|>"} if name.startswith("tok") else {"eos_token_id": 0}
+        path.write_text(json.dumps(values))
+    module.train(replace(config, out=str(tmp_path / "other")))
+    said = capsys.readouterr().out
+    assert f"{warning}the chat template ends a turn of the assistant with the token 2 ('<|im_end|>'), which" in said
+    assert "only 0 ('<|endoftext|>') does" in said
+    assert "add 2 to eos_token_id in the model's generation_config.json" in said
+    assert said.count("cut off") == 1

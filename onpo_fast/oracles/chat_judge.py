@@ -35,7 +35,7 @@ import numpy as np
 from .. import stopping
 from ..checkpoint import atomic_write_text
 from ..config import Config
-from ..data import Messages
+from ..conversations import Messages, in_words
 from ..errors import UserError, one_line
 from .answers import Answer, Answers, key_of
 from .interface import Asked, BatchOracle, Progress, Steps, both_orders, spread, where, without_repeats
@@ -132,7 +132,7 @@ class ChatJudge(BatchOracle):
 
     def question(self, prompt: Messages, first: str, second: str) -> str:
         """The judging prompt, filled in."""
-        conversation = "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+        conversation = "\n\n".join(f"{role.capitalize()}: {text}" for role, text in in_words(prompt))
         parts = dict(zip(PLACES, (conversation, first, second)))
         # in one pass: what is put in may hold the names of places
         return re.sub("|".join(f"{{{name}}}" for name in PLACES), lambda match: parts[match[0][1:-1]], self.prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from ..conversations import message_text
 from ..data import Group, Messages
 from ..errors import UserError
 from ..stopping import Stopped
@@ -89,12 +91,12 @@ def judge_texts(
 
 def _copied(prompt: Messages, texts: list[str]) -> Asked:
     """An oracle may write into what it is given."""
-    return [dict(message) for message in prompt], list(texts)
+    return copy.deepcopy(prompt), list(texts)
 
 
 def where(index: int, prompt: Messages) -> str:
     """How messages name a group."""
-    return f"prompt {index} ({prompt[-1]['content'][:40]!r})"
+    return f"prompt {index} ({message_text(prompt[-1])[:40]!r})"
 
 
 def _guarded(title: str, ask: Callable[[], object]) -> object:

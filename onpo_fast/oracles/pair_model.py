@@ -14,28 +14,28 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..config import Config
-from ..data import Messages
+from ..conversations import Messages, plain_turns
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
 from .models import ModelOracle
 
 QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
+OTHER_ROLES = dict.fromkeys(("system", "developer", "tools", "tool"), "user")
 PROBE = QUESTION.format(context="x", response_A="y", response_B="z")
 
 
 def context(prompt: Messages) -> str:
     r"""The conversation as the model was trained to read it.
 
-    It knows two roles. What a system message says is put before the first user's words.
+    It knows two roles. What a system message says is put before the first user's words; what tools there are and what
+    they return is said by the user too.
 
     >>> context([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
     ...          {"role": "user", "content": "Bye"}])
     '\n\n\n<turn> user\n Hi\n\n<turn> assistant\n Yes?\n\n<turn> user\n Bye\n\n\n'
     """
-    if prompt[0]["role"] == "system":
-        system, first, *rest = prompt
-        prompt = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-    turns = (f"\n\n<turn> {message['role']}\n {message['content']}" for message in prompt)
+    plain = plain_turns(prompt, OTHER_ROLES)
+    turns = (f"\n\n<turn> {message['role']}\n {message['content']}" for message in plain)
     return "\n" + "".join(turns) + "\n\n\n"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Messages
+from ..conversations import Messages, message_text
 
 
 def words(text: str) -> list[str]:
@@ -77,7 +77,7 @@ class Population:
         self.annotators = annotators
 
     def __call__(self, prompt: Messages, responses: list[str]) -> np.ndarray:
-        question = prompt[-1]["content"]
+        question = message_text(prompt[-1])
         total = np.zeros((len(responses), len(responses)))
         for group in self.annotators:
             taste = np.array([sum(weight * f(question, r) for f, weight in group.tastes) for r in responses])

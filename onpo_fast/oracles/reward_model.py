@@ -20,9 +20,12 @@ from transformers import (
 )
 
 from ..config import Config
+from ..conversations import Messages, plain_turns
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
 from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle, weight_names
+
+OTHER_ROLES = {"developer": "system", "tools": "user", "tool": "user"}  # what a reward model may not know
 
 
 class RewardModel(ModelOracle):
@@ -55,13 +58,13 @@ class RewardModel(ModelOracle):
         steps.finish()
         return [spread(bradley_terry(r), indices) for r, (_, indices) in zip(rewards, different)]
 
-    def tokens(self, prompt: list[dict[str, str]], text: str, where: str = "the prompt") -> list[int]:
-        """The conversation with the response, through the model's chat template.
+    def tokens(self, prompt: Messages, text: str, where: str = "the prompt") -> list[int]:
+        """The conversation with the response, through the model's chat template; tools and their turns as text.
 
         Raises:
             UserError: if it is longer than --oracle_max_tokens.
         """
-        messages = [*prompt, {"role": "assistant", "content": text}]
+        messages = [*plain_turns(prompt, OTHER_ROLES), {"role": "assistant", "content": text}]
         return self.encode(self.render(messages, generate=False), where)
 
     def scores(self, rows: list[list[int]]) -> Tensor:

@@ -1,0 +1,323 @@
+"""Conversations: what a record may hold as its prompt, and the forms in which templates and oracles read it.
+
+A conversation is a list of messages with a "role" and a "content", in the format of OpenAI's chat API: tool calls,
+results of tools and content in parts included. On disk it has one form, ``Prompt``, whose content is always a string.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .errors import UserError
+
+Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …], up to where the assistant speaks
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")  # templates read them
+DEEPEST = 50  # levels of nesting in a tool call or a tool's schema
+
+
+class Prompt(Messages):
+    """The messages of a conversation, up to where the assistant speaks, and the tools that it may call.
+
+    Equal to a list of the same messages if it has no tools.
+
+    Args:
+        messages: each a "role" and a "content" string, and what else chat templates read.
+        where: the file and line that it was read from, for error messages; no part of what it is.
+        tools: JSON schemas of functions; None if there are none.
+    """
+
+    def __init__(
+        self, messages: Iterable[dict[str, Any]] = (), where: str = "", tools: list[dict[str, Any]] | None = None
+    ) -> None:
+        super().__init__(messages)
+        self.where = where
+        self.tools = tools or None
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.tools == tools_of(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __repr__(self) -> str:
+        return super().__repr__() + (f" with the tools {self.tools!r}" if self.tools else "")
+
+    __hash__ = None
+
+
+def tools_of(prompt: object) -> list[dict] | None:
+    """The tools of a prompt; None for a plain list of messages."""
+    return getattr(prompt, "tools", None)
+
+
+def columns_of(prompt: Messages) -> dict[str, Any]:
+    """A prompt as columns of a record: "prompt" and, if it has any, "tools"."""
+    tools = tools_of(prompt)
+    return {"prompt": prompt, "tools": tools} if tools else {"prompt": prompt}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading one from a record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Prompt:
+    """The prompt of a record, with the tools of its column "tools".
+
+    The last turn of the assistant is dropped. Entries that are null are dropped too, in messages, tool calls and tools:
+    tables fill in what other rows have. What else a conversation must be is for the chat template to say.
+
+    Raises:
+        UserError: if it is no conversation of text; the message begins with ``where``.
+    """
+    value = record[column]
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{where}: "{column}" must be a string or a list of messages')
+    check_names(record, column, where)
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") is None:
+            raise UserError(f'{where}: each message needs a "role" and a "content" string')
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}: the role {message['role']!r} is not one of {', '.join(ROLES)}")
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{where}: nothing is left of the conversation without the assistant's last turn")
+    if not any(message["role"] == "user" for message in messages):
+        raise UserError(f"{where}: the conversation has no turn of the user")
+    return Prompt([_message(message, where) for message in messages], where, _tools(record.get("tools"), where))
+
+
+def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
+    """Refuses ShareGPT's format in a column.
+
+    Raises:
+        UserError: that says how to convert it.
+    """
+    value = record.get(column)
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, dict) and {"from", "value"} <= first.keys() and first.get("role") is None:
+        raise UserError(
+            f'{where}: "{column}" is in ShareGPT\'s format: its messages have "from" and "value", where "role" and '
+            '"content" are needed. Convert it once, with the package datasets: names = {"human": "user", "gpt": '
+            '"assistant"}; data.map(lambda row: {"prompt": [{"role": names.get(turn["from"], turn["from"]), "content": '
+            f'turn["value"]}} for turn in row["{column}"]]}}).to_json("prompts.jsonl")'
+        )
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message in the form that is kept."""
+    role, made = message["role"], {"role": message["role"]}
+    calls = _json_list(message.get("tool_calls"), f'{where}: "tool_calls"') if role == "assistant" else None
+    content = message.get("content")
+    if content is None and (calls or role == "tool"):  # nothing is said beside a call; a tool may return nothing
+        content = ""
+    made["content"] = _text(content, where)
+    if not made["content"].strip() and not (calls or role == "tool"):
+        raise UserError(f"{where}: a message is empty")
+    for name in TEXT_FIELDS:
+        if message.get(name) is not None:
+            if not isinstance(message[name], str):
+                raise UserError(f'{where}: the "{name}" of a message must be a string')
+            made[name] = message[name]
+    for call in calls or ():
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f'{where}: a tool call needs a "function" with a "name" and "arguments"')
+    if calls:
+        made["tool_calls"] = calls
+    _check_characters(made, where)
+    return made
+
+
+def _text(content: object, where: str) -> str:
+    """The text of a message's content: a string, or parts, which are joined as they are."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f'{where}: each message needs a "role" and a "content" string, or a list of text parts')
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") == "text":
+            part = part.get("text")
+            if not isinstance(part, str):
+                raise UserError(f'{where}: a part of the type "text" needs a "text" string')
+        if not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise UserError(f"{where}: a message has a part of the type {str(kind)[:60]!r}: only text is read")
+        texts.append(part)
+    return "".join(texts)
+
+
+def _tools(value: object, where: str) -> list[dict] | None:
+    tools = _json_list(value, f'{where}: "tools"')
+    _check_characters(tools, where)
+    return tools
+
+
+def _json_list(value: object, what: str) -> list[dict] | None:
+    """A list of objects, of which it and they may be given as JSON text; None where there are none."""
+    value = _parsed(value, what)
+    if value is None or value == []:
+        return None
+    if isinstance(value, list):
+        value = [_parsed(item, what) for item in value]
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{what} must be a list of JSON objects, as OpenAI's API has them, or that list as JSON text")
+    return [_without_nulls(item, what) for item in value]
+
+
+def _parsed(value: object, what: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is text that is not JSON ({error})") from None
+
+
+def _without_nulls(value: object, what: str, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise UserError(f"{what} is nested deeper than {DEEPEST} levels")
+    if isinstance(value, dict):
+        return {key: _without_nulls(item, what, depth + 1) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item, what, depth + 1) for item in value]
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise UserError(f"{what} holds a {type(value).__name__}, which is no JSON")
+    return value
+
+
+def _check_characters(value: object, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a message holds half of a surrogate pair, which is no character") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As text, for oracles and messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """What a message says: its content, then its tool calls as JSON, a line each. Earlier reasoning is left out."""
+    functions = (_call(call, as_text=False)["function"] for call in message.get("tool_calls") or ())
+    calls = [f"Tool call: {json.dumps(function, ensure_ascii=False)}" for function in functions]
+    content = message.get("content") or ""
+    return "\n".join([content, *calls] if content else calls)
+
+
+def in_words(prompt: Messages) -> Iterator[tuple[str, str]]:
+    """The (role, text) of every turn. The tools, if there are any, are a turn of the role "tools", after a first
+    system message.
+
+    >>> list(in_words([{"role": "user", "content": "Hi"}, {"role": "tool", "name": "clock", "content": "12:00"}]))
+    [('user', 'Hi'), ('tool', 'clock: 12:00')]
+    """
+    tools = tools_of(prompt)
+    for index, message in enumerate(prompt):
+        instructs = index == 0 and message["role"] in ("system", "developer")
+        if tools and not instructs:
+            yield "tools", json.dumps(tools, ensure_ascii=False)
+            tools = None
+        named = f"{message['name']}: " if message["role"] == "tool" and message.get("name") else ""
+        yield message["role"], named + message_text(message)
+
+
+def plain_turns(prompt: Messages, roles: Mapping[str, str]) -> Messages:
+    """The conversation for a model that knows fewer roles, as plain messages; turns of one role in a row are joined.
+
+    Args:
+        roles: what a role that the model does not know becomes.
+    """
+    made: Messages = []
+    for role, text in in_words(prompt):
+        if role in ("tool", "tools"):
+            text = f"{role.capitalize()}: {text}"
+        role = roles.get(role, role)
+        if made and made[-1]["role"] == role:
+            made[-1]["content"] += f"\n\n{text}"
+        else:
+            made.append({"role": role, "content": text})
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For chat templates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_tool_turns(prompt: Messages) -> bool:
+    """Whether there are calls or results of tools, which not every chat template writes."""
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in prompt)
+
+
+def template_forms(prompt: Messages) -> Iterator[tuple[Messages, Messages, list[str]]]:
+    """The forms in which chat templates expect tool calls, the commonest first.
+
+    Arguments are objects (what transformers documents) or JSON text (as OpenAI's API has them; templates that append
+    them want it); the content beside a call is "" or null (which some templates test for); for a template that knows
+    no tool calls, they are JSON in the content.
+
+    Yields:
+        the messages; the same with marks in place of what tools are told and say; the marks. Where one is missing from
+        what a template makes of the second, it leaves something out of the first.
+    """
+    for content, as_text in itertools.product(("", None), (False, True)):
+        messages, marked, marks = [], [], []
+        for index, message in enumerate(prompt):
+            mark = f"mark{index}x"
+            messages.append(dict(message))
+            marked.append(dict(message))
+            if message["role"] == "tool":
+                marked[-1]["content"] = mark
+                marks.append(mark)
+            if calls := message.get("tool_calls"):
+                messages[-1]["tool_calls"] = [_call(call, as_text) for call in calls]
+                marked[-1]["tool_calls"] = []
+                for number, call in enumerate(calls):
+                    marks.append(f"{mark}{number}y")
+                    function = {**call.get("function", call), "arguments": {"x": marks[-1]}}
+                    marked[-1]["tool_calls"].append(_call({**call, "function": function}, as_text))
+                for one in (messages[-1], marked[-1]):
+                    one["content"] = one["content"] or content
+        yield messages, marked, marks
+    written = [_written(message) for message in messages]
+    yield written, [_written(message) for message in marked], marks
+
+
+def _call(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    """A tool call with its "function", and arguments of one kind."""
+    function = dict(call.get("function", call))
+    arguments = function.get("arguments")
+    if as_text and isinstance(arguments, dict):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None  # a model may have written what is no JSON
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _written(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its tool calls in its content."""
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": message_text(message)}
+
+
+def template_tools(prompt: Messages) -> Sequence[dict] | None:
+    """The tools as templates read them: a bare function is put into {"type": "function", "function": …}."""
+    tools = tools_of(prompt)
+    if not tools:
+        return None
+    return [one if "function" in one or "name" not in one else {"type": "function", "function": one} for one in tools]
