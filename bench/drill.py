@@ -26,7 +26,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import Checkpoints, Journal, checksum
+from onpo_fast.checkpoint import Checkpoints, Journal, Parts, checksum
 from onpo_fast.config import Config
 from onpo_fast.policy import locate
 from onpo_fast.tracking import console
@@ -79,7 +79,7 @@ class Drill:
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
-        training.PART_BATCHES, training.PART_GROUPS = 1, 2  # so that even these stages have several parts
+        Parts.BATCHES, Parts.GROUPS = 1, 2  # so that even these stages have several parts
         Checkpoints.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
@@ -232,9 +232,9 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("evaluation.json", cut),
     ("evaluation_responses.jsonl", remove),
     ("metrics.jsonl", append),
-    ("journal.json", cut),
-    ("journal.json", flip),
-    ("journal.json", remove),
+    ("journal.jsonl", cut),
+    ("journal.jsonl", flip),
+    ("journal.jsonl", remove),
     ("config.yaml", remove),
     ("environment.json", remove),
     ("heldout.jsonl", flip),

@@ -49,23 +49,19 @@ from .data import (
     write_prompts,
     write_scores,
 )
-from .errors import UserError, command, one_line
-from .evaluate import HELD_OUT, evaluate, initial_policy, summary
+from .errors import UserError, command, printable
+from .evaluate import HELD_OUT, PARTS, evaluate, initial_policy, summary
 from .fit import check_backend, fit, plan
 from .objectives import Objective
 from .pairing import distinct, pair
 from .policy import Policy, kl_estimate, load, locate, score
 from .report import write_report
 from .sampling import make_sampler
-from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
+from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress, say
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
 Anchor = Scores | Source  # cached, or live
-
-# what a kill may cost at most, while responses are sampled and judged
-PART_BATCHES = 8  # of sampling
-PART_GROUPS = 512  # an oracle that is a model is loaded for each part: that is to be little beside the judging
 
 
 def train(config: Config, resume: bool = False, force: bool = False) -> dict:
@@ -130,8 +126,9 @@ class Run:
         self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
+        self.journal.before_record.append(self.lock.check)
         if self.journal.mended:
-            console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
+            say(f"the first file of the journal in {self.directory} is damaged or gone: its copy is taken")
         prompts = {"sha256": hashlib.sha256(json.dumps([self.prompts, held_out]).encode()).hexdigest()}
         model = _fingerprint(config.model, policy)
         self._check_inputs(prompts, model, force)
@@ -149,20 +146,20 @@ class Run:
         write_prompts(self.directory / HELD_OUT, held_out)
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory, config.report_to, asdict(config))
-        self.tracker.begin("prompts")
-        self.tracker.log(
-            "prompts", 0, train=len(self.prompts), held_out=len(held_out), skipped=skipped.count if skipped else 0
-        )
+        self.journal.before_record.append(self.tracker.sync)
+        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
+        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
+            self.tracker.log("prompts", 0, **counts)
         self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
         self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
-        console.print(
+        say(
             f"{config.objective} on {config.model} ({self.device}), {len(self.prompts)} prompts to train on and "
             f"{len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
         if skipped and skipped.count:
-            console.print(one_line(str(skipped)))
+            say(str(skipped))
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
-            console.print(
+            say(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
             )
 
@@ -183,7 +180,7 @@ class Run:
         note = self.journal.note(name)
         if note is None:
             if self.journal.damaged(name):
-                console.print(f"{name} is not what it was: it is made again")
+                say(f"{name} is not what it was: it is made again")
             self.tracker.begin(name, keep)
             return False
         self.notes[name] = note
@@ -216,7 +213,7 @@ class Run:
         sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name, self.made_by)
         with progress(f"iteration {t}: sample", len(prompts) * count) as done:
             groups, spent = parts.make(
-                prompts, max(1, PART_BATCHES * config.sampling_batch_size // count),
+                prompts, Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
                 write_groups, read_groups, lambda known: done(known * count),
             )  # fmt: skip
@@ -243,13 +240,12 @@ class Run:
 
     def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
         parts = Parts(self.journal, name, self.made_by)
-        count = max(1, -(-len(groups) // PART_GROUPS))  # of parts of one size: shares are counted in each
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
             try:
                 preferences, spent = parts.make(
-                    groups, -(-len(groups) // count),
+                    groups, Parts.judging_size(len(groups)),
                     lambda part, first: oracles.judge(self.oracle, part, self.config.oracle, done, first),
                     write_preferences, read_preferences, done, lambda: oracles.take_counters(self.oracle),
                 )  # fmt: skip
@@ -368,7 +364,7 @@ class Run:
         )  # fmt: skip
         # + 0 makes 0 of -0; the anchor's is known where it was scored
         to_initial, to_anchor = (None if numbers[name] is None else round(numbers[name], 2) + 0 for name in names[2:])
-        console.print(
+        say(
             f"iteration {t}: {losses} (normalised), KL to π_1 {to_initial:.2f} nats"
             f"{'' if to_anchor is None else f' and to the anchor {to_anchor:.2f}'}, "
             f"{numbers['response_tokens_mean']:.0f} tokens a response, "
@@ -385,8 +381,8 @@ class Run:
         for name, row in zip(result["policies"], result["win_rate"]):
             table.add_row(name, *(f"{rate:.3f}" for rate in row))
         console.print(table)
-        console.print(summary(result))
-        console.print(f"report: {report}")
+        say(summary(result))
+        say(f"report: {report}")
         return result
 
     def evaluation(self) -> dict:
@@ -395,14 +391,11 @@ class Run:
         if self.made(name, keep=_stopped) and self.journal.note(responses) is not None:
             result = json.loads((self.directory / name).read_text(encoding="utf-8"))
             if len(result["policies"]) == self.config.iterations + 1:
+                self.journal.forget_folder(PARTS)  # a kill may have come between the record and this
                 return result
-        for old in (name, responses):  # also of a run that was shorter then
-            self.journal.forget(old)
+        self.journal.forget(name, responses)  # also of a run that was shorter then
         self.tracker.begin(name, keep=_stopped)
-        result = evaluate(self.directory, self.config, self.tracker)
-        self.complete(responses)
-        self.complete(name)
-        return result
+        return evaluate(self.directory, self.config, self.tracker, self.journal)
 
     # Shared by the stages -------------------------------------------------------------------------------------------
 
@@ -465,13 +458,17 @@ def _fingerprint(source: str, policy: Policy) -> dict[str, str]:
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
 
+JOURNALS = Journal.FILES + Journal.EARLIER_FILES
+
+
 def _check_directory(directory: Path, resume: bool) -> None:
     """A run directory that holds anything is somebody's, unless it is a run, to go on with."""
-    if resume and any((directory / name).exists() for name in (*Journal.FILES, configuration.FILE)):
+    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.FILE)):
         return
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file: give a directory")
-    beginnings = (LOCK, Journal.FILES[0] + PARTIAL)  # what a run leaves that was killed before it had a journal
+    # what a run leaves that was killed before it had a journal
+    beginnings = (LOCK, *(name + PARTIAL for name in JOURNALS))
     if directory.exists() and any(path.name not in beginnings for path in directory.iterdir()):
         if resume:
             raise UserError(f"--out {directory} is not empty, and has no run to go on with: give a new directory")
@@ -485,7 +482,8 @@ def main(argv: list[str]) -> None:
     try:
         train(config, resume, force="--force" in argv)
     except stopping.Stopped as stopped:
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}")
+        directory = printable(shlex.quote(config.out))
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}")
         raise SystemExit(stopped.exit_status) from None
 
 

@@ -82,8 +82,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", ["sample", "judge"])
 def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, stage: str) -> None:
     """What was sampled or judged is not done again, unless it is damaged; the end is the same."""
-    monkeypatch.setattr(module, "PART_BATCHES", 1)  # of three responses: a prompt's
-    monkeypatch.setattr(module, "PART_GROUPS", 1)
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # of three responses: a prompt's
+    monkeypatch.setattr(Parts, "GROUPS", 1)
     done: list[int] = []
     make, judge = module.make_sampler, module.oracles.judge
     fails_at = 2
@@ -225,7 +225,7 @@ def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, 
 def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_path) -> None:
     out = tmp_path / "run"
     line = [*command(whole, out, "--resume")[3:]]
-    for left in ([], [".lock"], [".lock", "journal.json.partial"]):  # nothing, or what a kill left
+    for left in ([], [".lock"], [".lock", "journal.jsonl.partial"]):  # nothing, or what a kill left
         out.mkdir(exist_ok=True)
         for name in left:
             (out / name).touch()
@@ -236,15 +236,17 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_pat
 
 def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) -> None:
     entries = {name: entry for name, entry in Journal(run).entries.items() if name not in ("options", "model")}
+    for name in Journal.FILES:
+        (run / name).unlink()
     (run / "journal.json").write_text(json.dumps(entries, indent=1))
-    (run / "journal.copy.json").unlink()
     config, _ = parse_run(["--resume", "--out", str(run)])
     with pytest.raises(UserError, match="--seed 0 → 3"):
         parse_run(["--resume", "--out", str(run), "--seed", "3"])
     module.train(config, resume=True)
     assert bits(run) == whole.bits
     assert Journal(run).note("options") == vars(config)
-    (run / "config.yaml").unlink()
+    for name in ("config.yaml", *Journal.FILES):
+        (run / name).unlink()
     (run / "journal.json").write_text(json.dumps({"prompts": entries["prompts"]}))
     with pytest.raises(UserError, match="has no run to go on with; to start one there, give its options too"):
         parse_run(["--resume", "--out", str(run)])
@@ -264,16 +266,17 @@ def test_a_directory_of_somebody_else_is_left_alone(whole: Whole, tmp_path) -> N
 @pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_text("[]"), lambda path: path.unlink()])
 def test_a_damaged_journal_gives_way_to_its_copy(run: Path, harm: Callable[[Path], None]) -> None:
     entries = Journal(run).entries
-    harm(run / "journal.json")
+    harm(run / "journal.jsonl")
     journal = Journal(run)
     assert (journal.entries, journal.mended) == (entries, True)
-    flip(run / "journal.copy.json")
-    with pytest.raises(UserError, match=r"journal.copy.json is damaged \(.*\): remove what is damaged, and --resume"):
+    flip(run / "journal.copy.jsonl")
+    (run / "journal.jsonl").write_text("[]")
+    with pytest.raises(UserError, match=r"journal.copy.jsonl is damaged \(.*\): remove what is damaged, and --resume"):
         Journal(run)
 
 
 def test_a_flipped_digit_in_the_journal_is_not_taken_for_other_prompts(run: Path, whole: Whole) -> None:
-    journal = run / "journal.json"
+    journal = run / "journal.jsonl"
     known = Journal(run).note("prompts")["sha256"]
     journal.write_text(journal.read_text().replace(known, known.replace(known[0], "0" if known[0] != "0" else "1")))
     module.train(replace(whole.config, out=str(run)), resume=True)
