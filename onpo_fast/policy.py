@@ -346,9 +346,9 @@ def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sou
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = [token for token in [*eos, tokenizer.eos_token_id] if token is not None]
-    for token in eos:
-        if not isinstance(token, int):
-            raise UserError(f"the generation_config.json of {source} has the eos_token_id {token!r}, which is no token")
+    for name, token in [("eos_token_id", token) for token in eos] + [("bos_token_id", own.bos_token_id)]:
+        if token is not None and not (isinstance(token, int) and 0 <= token < 2**31):
+            raise UserError(f"the generation_config.json of {source} has the {name} {token!r}, which is no token")
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=sorted(set(eos)),
