@@ -156,6 +156,9 @@ def load(source: str | Path, config: Config) -> Policy:
             ignore_mismatched_sizes=True,  # for _check_complete to name them
             output_loading_info=True,
         )
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers < 0:  # it loads, without layers
+            raise ValueError(f"its config.json says num_hidden_layers: {layers}")
     _check_complete(found, str(source))
     _check_vocabulary(model, tokenizer, str(source))
     if "gguf_file" in location:  # the weights are dequantised: from here on an ordinary model, which can be saved

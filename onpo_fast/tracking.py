@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -43,6 +44,8 @@ RECORDS_OF = {  # beyond those, by stage
     "iteration": {"seconds": (int, float), "stage_seconds": dict},
     "evaluate": {"seconds": (int, float)},
 }
+
+Item = TypeVar("Item")
 
 MANY_RECORDS = 5000  # that to draw takes seconds
 
@@ -75,6 +78,16 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
                 stopping.stop_if_asked()
 
         yield advance
+
+
+def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item]:
+    """The same items; tells ``done`` how many were taken, a hundred at a time."""
+    number = 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % 100 == 0:
+            done(100)
+    done(number % 100)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -21,6 +21,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,7 +58,9 @@ from .pairing import distinct, pair
 from .policy import Policy, kl_estimate, load, locate, score
 from .report import write_report
 from .sampling import make_sampler
-from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress, say
+from .tracking import Tracker, check_reporter, console, counted, environment, peak_memory_bytes, progress, say
+
+MANY_PROMPTS = 2000  # that to render takes seconds
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
@@ -116,7 +119,10 @@ class Run:
         self.resident: tuple[Source, Policy] | None = None
 
         def usable(prompts: list[Messages]) -> list[Messages]:
-            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped)
+            policy = self.load(config.model)
+            shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()
+            with shown as done:
+                return policy.usable(counted(prompts, done) if done else prompts, config.max_new_tokens, skipped)
 
         self.prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
