@@ -350,7 +350,7 @@ def test_damage_within_the_journal_takes_the_copy(tmp_path) -> None:
             assert (journal := Journal(tmp_path)).entries == expected
             assert journal.mended
     copy.write_bytes(whole.replace(b"seed", b"sead"))
-    with pytest.raises(UserError, match=r"journal\.jsonl is damaged .* and .*journal\.copy\.jsonl is damaged \(line 2 is"):
+    with pytest.raises(UserError, match=r"journal\.jsonl is damaged .* and .*copy\.jsonl is damaged \(line 2 is"):
         Journal(tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_after_a_write_that_failed_the_journal_is_written_anew(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left on device: '.*journal.jsonl'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*journal\.jsonl'"):
         journal.record("a/7.jsonl", content="7")
     monkeypatch.undo()
     with open(tmp_path / "journal.jsonl", "ab") as file:

@@ -70,8 +70,8 @@ def steps(directory: Path, *numbers: int, kept: int = 0) -> None:
 
 
 def test_tensorboard_goes_on_and_is_drawn_again_only_where_records_are_taken_back(tmp_path: Path) -> None:
-    expected = {"fit/policy/loss": [(n, pytest.approx(1 / n)) for n in range(1, 5)],
-                "fit/policy/step": [(n, n) for n in range(1, 5)], "fit/policy/steps": [(n, 9) for n in range(1, 5)]}  # fmt: skip
+    values = {"loss": lambda n: pytest.approx(1 / n), "step": lambda n: n, "steps": lambda n: 9}
+    expected = {f"fit/policy/{name}": [(n, value(n)) for n in range(1, 5)] for name, value in values.items()}
     steps(tmp_path, 1, 2)
     (first,) = (tmp_path / "tensorboard").iterdir()
     steps(tmp_path, 3, 4, kept=2)
