@@ -192,7 +192,7 @@ def test_other_commands(here: Path, main: Callable, line: str, message: str, cap
         (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some, and "),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left for a file: free some, and "),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a file"), "no space left in the disk quota for a file: free "),
-        (OSError(errno.EFBIG, "File too large", "a file"), "a file would be larger than a file may be here: raise the "),
+        (OSError(errno.EFBIG, "File too large", "a file"), "a file would be larger than a file may be here: raise "),
         (OSError(errno.EIO, "Input/output error", b"bytes"), "cannot read or write bytes: Input/output error"),
         (OSError(errno.EBADF, "Bad file descriptor"), "the system refused something: Bad file descriptor (--debug sh"),
     ],
