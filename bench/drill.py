@@ -205,17 +205,17 @@ class Drill:
         """Runs with a limit on the size of files, resumed without it."""
         failures = []
         sizes = sorted({path.stat().st_size for path in (self.work / "whole").rglob("*") if path.is_file()})
-        for size in (1, sizes[len(sizes) // 2], sizes[-1] // 2, sizes[-1] - 1):
+        for size in (4096, 3 * 4096, sizes[-1] // 2, sizes[-1] - 1):  # the log is a file too, of less
             config, what = small_run(self.work, f"limit_{size}"), f"files of {size} bytes at most"
             child = self.start(config, first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))  # noqa: B023
-            failures += self.refused(what, config, finish(child), in_log=size > 2000)
+            failures += self.refused(what, config, finish(child))
             failures += self.verdict(what, config, finish(self.start(config)))
         return failures
 
-    def refused(self, what: str, config: Config, status: int, in_log: bool = True) -> list[str]:
-        """A run that met an error ended with one line, or did not need what failed. An unlimited log is needed."""
+    def refused(self, what: str, config: Config, status: int) -> list[str]:
+        """A run that met an error ended with one line, or did not need what failed."""
         said = [line for line in self.log(config).splitlines() if line.startswith("error: ")]
-        if status == 0 or (status == 2 and (len(said) == 1 or not in_log) and "Traceback" not in self.log(config)):
+        if status == 0 or (status == 2 and len(said) == 1 and "Traceback" not in self.log(config)):
             return []
         return [f"{what}: exit status {status}\n{self.log(config)}"]
 
@@ -428,8 +428,10 @@ def fork(work: Callable[[], object], log: Path) -> int:
     except BaseException as error:
         print(repr(error), flush=True)
     finally:
-        sys.stdout.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
 
 
 def finish(child: int, seconds: float = float("inf")) -> int | None:
