@@ -55,7 +55,8 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
 
 def test_the_drill(model_directory) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
-    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3", "--tokenizer", str(model_directory)]
+    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3"]
+    line += ["--tokenizer", str(model_directory)]
     done = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every run ended with the same bits" in done.stdout
