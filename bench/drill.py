@@ -1,33 +1,43 @@
 """Runs killed -9 at random moments and resumed, and runs with damaged files: all must end with the same bits.
 
-    python -m bench drill [--kills 40] [--seed 0] [--tokenizer MODEL]
+    python -m bench drill [--kills 40] [--errors 24] [--seed 0] [--tokenizer MODEL]
 
-A small random model with a real tokenizer trains once undisturbed; then again and again, killed, or on a disk that is
-full, and resumed. Processes start warm: they are forked from one that has imported everything and computed nothing
-(threads do not survive a fork).
+A small random model with a real tokenizer trains once undisturbed; then again and again, killed, or refused by the file
+system, and resumed. Kills come at random moments of a whole run, of its evaluation, and while a judge is being asked: a
+chat server in a process of its own, whose answers are a function of the question. Errors are those of a full disk and
+of a broken one, at one of all the calls that rename, flush or open a file for writing; and a limit on the size of
+files. A run that meets one must end with one line and exit status 2. Processes start warm: they are forked from one
+that has imported everything and computed nothing (threads do not survive a fork).
 """
 
 from __future__ import annotations
 
 import argparse
+import builtins
+import errno
 import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import Checkpoints, Journal, checksum
+from onpo_fast.checkpoint import Checkpoints, Journal, Parts, checksum
 from onpo_fast.config import Config
+from onpo_fast.errors import command
 from onpo_fast.policy import locate
 from onpo_fast.tracking import console
 
@@ -36,11 +46,15 @@ SMALL = {
     "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4, "sampling_batch_size": 3,
     "tokens_per_microbatch": 1024,
 }  # fmt: skip
+COUNTED = (  # a question that was under way at a kill is asked again
+    "requests", "answered", "cached", "prompt_tokens", "completion_tokens",
+)  # fmt: skip
 TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--kills", type=int, default=40, help="in all; a quarter of them while a judge is asked")
+    parser.add_argument("--errors", type=int, default=24, help="calls of a run that fail, a run for each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--tokenizer", default="smollm2", help="a model whose tokenizer is taken")
 
@@ -48,8 +62,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         drill = Drill(Path(work), options.tokenizer)
-        failures = drill.kill(options.kills, options.seed) + drill.kill_after_a_fit() + drill.damage()
-        failures += drill.damage_checkpoint() + drill.fill()
+        failures = drill.kill(options.kills // 2, options.seed)
+        failures += drill.kill_in_the_evaluation(options.kills // 4, options.seed)
+        failures += drill.kill_while_judging(options.kills - options.kills // 2 - options.kills // 4, options.seed)
+        failures += drill.kill_after_a_fit() + drill.damage() + drill.damage_checkpoint()
+        failures += drill.fail(options.errors, options.seed) + drill.limit() + drill.fill()
     print("\n".join(failures) or "every run ended with the same bits")
     return 1 if failures else 0
 
@@ -79,7 +96,7 @@ class Drill:
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
-        training.PART_BATCHES, training.PART_GROUPS = 1, 2  # so that even these stages have several parts
+        Parts.BATCHES, Parts.GROUPS = 1, 2  # so that even these stages have several parts
         Checkpoints.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
@@ -90,8 +107,14 @@ class Drill:
         self.bits = bits(work / "whole")
         print(f"undisturbed: {self.seconds:.1f} s", flush=True)
 
-    def start(self, config: Config, resume: bool = True) -> int:
-        return fork(lambda: training.train(config, resume), self.log_file(config))
+    def start(self, config: Config, resume: bool = True, first: Callable[[], object] = lambda: None) -> int:
+        """A process that does ``first``, and then trains as the command does: bad input is one line and status 2."""
+
+        def work(argv: list[str]) -> None:
+            first()
+            training.train(config, resume)
+
+        return fork(lambda: command(work)([]), self.log_file(config))
 
     def log_file(self, config: Config) -> Path:
         return self.work / f"{Path(config.out).name}.log"
@@ -99,9 +122,9 @@ class Drill:
     def log(self, config: Config) -> str:
         return self.log_file(config).read_text(encoding="utf-8")[-2000:]
 
-    def verdict(self, what: str, config: Config, status: int) -> list[str]:
-        """Says how a run ended; a list of one line, or none if it ended as it should."""
-        same = status == 0 and bits(Path(config.out)) == self.bits
+    def verdict(self, what: str, config: Config, status: int, expected: str | None = None) -> list[str]:
+        """Says how a run ended; a list of one line, or none if it ended as it should: with the ``expected`` bits."""
+        same = status == 0 and bits(Path(config.out)) == (expected or self.bits)
         print(f"{what}: {'the same bits' if same else 'DIFFERENT'}", flush=True)
         failures = [] if same else [f"{what}: exit status {status}\n{self.log(config)}"]
         shutil.rmtree(config.out)
@@ -109,20 +132,92 @@ class Drill:
 
     def kill(self, kills: int, seed: int = 0) -> list[str]:
         """Runs killed at random moments until there were so many kills."""
-        chance, done, runs, failures = random.Random(seed), 0, 0, []
+        return self._kill(kills, seed, "run", self.seconds, self.bits)
+
+    def _kill(
+        self, kills: int, seed: int, title: str, seconds: float, expected: str, begin: Path | None = None, **options
+    ) -> list[str]:
+        """The same for runs with other ``options``, from a copy of the directory ``begin`` on."""
+        chance, done, runs, failures = random.Random(f"{title} {seed}"), 0, 0, []
         while done < kills:
             runs += 1
-            config, moments, status = small_run(self.work, f"run_{runs}"), [], None
+            config = replace(small_run(self.work, f"{title}_{runs}"), **options)
+            if begin:
+                shutil.copytree(begin, config.out)
+            moments, status = [], None
             while status is None:
                 child = self.start(config)
                 # short runs between kills, so that all stages have their turn
-                moment = chance.uniform(0, self.seconds) if done < kills else float("inf")
+                moment = chance.uniform(0, seconds) if done < kills else float("inf")
                 status = finish(child, moment)
                 if status is None:
                     done += 1
                     moments.append(f"{moment:.1f}")
-            failures += self.verdict(f"run {runs}, killed after {', '.join(moments) or 'nothing'} s", config, status)
+            what = f"{title} {runs}, killed after {', '.join(moments) or 'nothing'} s ({done} of {kills} kills)"
+            failures += self.verdict(what, config, status, expected)
         return failures
+
+    def kill_in_the_evaluation(self, kills: int, seed: int = 0) -> list[str]:
+        """Runs that have all but their evaluation."""
+        if not kills:
+            return []
+        begin = self.work / "unevaluated"
+        shutil.copytree(self.work / "whole", begin)
+        journal = Journal(begin)
+        journal.forget("evaluation.json", "evaluation_responses.jsonl")
+        records = (begin / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [record for record in records if json.loads(record)["stage"] != "evaluate"]
+        (begin / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+        return self._kill(kills, seed, "evaluation", self.seconds / 2, self.bits, begin)
+
+    def kill_while_judging(self, kills: int, seed: int = 0) -> list[str]:
+        """Runs whose oracle is a judge behind a chat endpoint, which takes most of their time."""
+        if not kills:
+            return []
+        with judge_server() as url:
+            options = {"oracle": "judge", "judge_url": url, "judge_model": "hash", "judge_concurrency": 2}
+            whole = replace(small_run(self.work, "judged"), **options)
+            begin = time.monotonic()
+            assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
+            seconds = time.monotonic() - begin
+            print(f"undisturbed, with a judge: {seconds:.1f} s", flush=True)
+            return self._kill(kills, seed, "judged", seconds, bits(Path(whole.out)), **options)
+
+    def fail(self, errors: int, seed: int = 0) -> list[str]:
+        """Runs in which one call of the file system fails, and which are then resumed."""
+        counted = small_run(self.work, "counted")
+        assert finish(self.start(counted, first=lambda: fail_at(None, 0, self.work / "calls"))) == 0, self.log(counted)
+        shutil.rmtree(counted.out)
+        calls = json.loads((self.work / "calls").read_text())
+        print(f"calls of a run: {', '.join(f'{count} of {name}' for name, count in calls.items())}", flush=True)
+        chance, failures = random.Random(f"errors {seed}"), []
+        for number in range(errors):
+            name = sorted(calls)[number % len(calls)]
+            at, code = chance.randrange(calls[name]), (errno.ENOSPC, errno.EIO)[number // len(calls) % 2]
+            config = small_run(self.work, f"error_{number}")
+            what = f"{errno.errorcode[code]} at call {at + 1} of {name} ({number + 1} of {errors})"
+            child = self.start(config, first=lambda: fail_at(name, at, code=code))  # noqa: B023
+            failures += self.refused(what, config, finish(child))
+            failures += self.verdict(what, config, finish(self.start(config)))
+        return failures
+
+    def limit(self) -> list[str]:
+        """Runs with a limit on the size of files, resumed without it."""
+        failures = []
+        sizes = sorted({path.stat().st_size for path in (self.work / "whole").rglob("*") if path.is_file()})
+        for size in (4096, 3 * 4096, sizes[-1] // 2, sizes[-1] - 1):  # the log is a file too, of less
+            config, what = small_run(self.work, f"limit_{size}"), f"files of {size} bytes at most"
+            child = self.start(config, first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))  # noqa: B023
+            failures += self.refused(what, config, finish(child))
+            failures += self.verdict(what, config, finish(self.start(config)))
+        return failures
+
+    def refused(self, what: str, config: Config, status: int) -> list[str]:
+        """A run that met an error ended with one line, or did not need what failed."""
+        said = [line for line in self.log(config).splitlines() if line.startswith("error: ")]
+        if status == 0 or (status == 2 and len(said) == 1 and "Traceback" not in self.log(config)):
+            return []
+        return [f"{what}: exit status {status}\n{self.log(config)}"]
 
     def kill_after_a_fit(self) -> list[str]:
         """Killed between the record of a fit and the end of its states, which are to go all the same."""
@@ -153,8 +248,8 @@ class Drill:
                 break
             try:
                 config = small_run(self.work, f"disk/room_{room}")
-                assert finish(self.start(config)) == 1, "the disk was not full"
-                assert "No space left" in self.log(config), self.log(config)
+                assert finish(self.start(config)) == 2, "the disk was not full"
+                assert "no space left" in self.log(config), self.log(config)
                 subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
                 failures += self.verdict(f"a disk of {room} bytes, full", config, finish(self.start(config)))
             finally:
@@ -188,6 +283,79 @@ class Drill:
         assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
         flip(states(config, last)[-1] / "state.safetensors")
         return self.verdict("flip the newest of two checkpoints", config, finish(self.start(config)))
+
+
+def fail_at(name: str | None, at: int, count_in: Path | None = None, code: int = errno.EIO) -> None:
+    """From now on call number ``at`` (from 0) of one of three functions fails, in this process.
+
+    ``name`` is "os.replace", "os.fsync" or "open", the calls of which count where a file is opened for writing. With
+    none of them the calls are counted, and their numbers written at each of them.
+    """
+    calls = {"os.replace": 0, "os.fsync": 0, "open": 0}
+    opened, written = builtins.open, os.open
+
+    def counting(mine: str, work: Callable, counts: Callable[..., bool] = lambda *arguments, **options: True):
+        def call(*arguments, **options):
+            if counts(*arguments, **options):
+                calls[mine] += 1
+                if count_in:
+                    descriptor = written(count_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                    os.write(descriptor, json.dumps(calls).encode())
+                    os.close(descriptor)
+                if mine == name and calls[mine] == at + 1:
+                    raise OSError(code, os.strerror(code))
+            return work(*arguments, **options)
+
+        return call
+
+    def for_writing(file, mode="r", *arguments, **options) -> bool:
+        return set(mode) & set("wxa+") != set() and str(file) != os.devnull
+
+    os.replace, os.fsync = counting("os.replace", os.replace), counting("os.fsync", os.fsync)
+    builtins.open = counting("open", opened, for_writing)
+
+
+@contextmanager
+def judge_server() -> Iterator[str]:
+    """A chat endpoint in a process of its own. What it answers is a function of the question, and takes a while."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            question = self.rfile.read(int(self.headers["content-length"]))
+            time.sleep(0.05)
+            share = hashlib.sha256(json.dumps(json.loads(question)["messages"]).encode()).digest()[0]
+            message = {"role": "assistant", "content": "AB"[share % 2]}
+            reply = {
+                "id": "x", "object": "chat.completion", "created": 0, "model": "hash",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+            }  # fmt: skip
+            content = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, address: object) -> None:
+            pass  # a client that was killed
+
+    server = Server(("127.0.0.1", 0), Handler)
+    child = os.fork()
+    if not child:
+        server.serve_forever()
+    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def states(config: Config, fit: str = "*/*") -> list[Path]:
@@ -232,9 +400,9 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("evaluation.json", cut),
     ("evaluation_responses.jsonl", remove),
     ("metrics.jsonl", append),
-    ("journal.json", cut),
-    ("journal.json", flip),
-    ("journal.json", remove),
+    ("journal.jsonl", cut),
+    ("journal.jsonl", flip),
+    ("journal.jsonl", remove),
     ("config.yaml", remove),
     ("environment.json", remove),
     ("heldout.jsonl", flip),
@@ -255,11 +423,15 @@ def fork(work: Callable[[], object], log: Path) -> int:
         console.file = sys.stdout = sys.stderr = open(descriptor, "w", encoding="utf-8", closefd=False)
         work()
         status = 0
+    except SystemExit as stopped:
+        status = stopped.code
     except BaseException as error:
         print(repr(error), flush=True)
     finally:
-        sys.stdout.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
 
 
 def finish(child: int, seconds: float = float("inf")) -> int | None:
@@ -284,7 +456,7 @@ def bits(directory: Path) -> str:
     for name in ("evaluation.json", "evaluation_responses.jsonl", "heldout.jsonl"):
         digest.update(checksum(directory / name).encode())
     records = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    untimed = ({key: value for key, value in record.items() if key not in TIMED} for record in records)
+    untimed = ({key: value for key, value in record.items() if key not in TIMED + COUNTED} for record in records)
     for line in sorted(json.dumps(record, sort_keys=True) for record in untimed):
         digest.update(line.encode())
     return digest.hexdigest()

@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, naming
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole files: written beside their place, flushed, then renamed into it
@@ -48,7 +47,7 @@ def atomic_write_text(path: Path, text: str | Iterable[str], shared: bool = Fals
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
@@ -57,11 +56,11 @@ def atomic_write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         for file in partial.rglob("*"):
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         remove(path)
         os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -70,14 +69,8 @@ def _partial(path: Path, ending: str = PARTIAL) -> Iterator[Path]:
     partial = path.with_name(path.name + ending)
     remove(partial)
     try:
-        yield partial
-    except SafetensorError as error:  # its way of saying what the system said
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with naming(path):
+            yield partial
     finally:
         remove(partial)
 
@@ -98,12 +91,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a directory, is on the disk.
+
+    Some network file systems cannot do that for a directory, and say so: that is no error.
+    """
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -232,7 +233,7 @@ def checksum(path: Path) -> str:
         listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
@@ -246,61 +247,137 @@ def checksum(path: Path) -> str:
 LOCK = ".lock"
 
 
-def locked(directory: Path, title: str = "") -> FileLock:
+def locked(directory: Path, title: str = "") -> RunLock:
     """The run directory, made if need be, for this process alone. The lock goes with the process, however it ends.
 
     Raises:
-        UserError: if another has it, or it cannot be made. ``title`` goes before its name.
+        UserError: if another has it, or it cannot be made, or holds a symbolic link. ``title`` goes before its name.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
-        lock.acquire(timeout=0)
+        refuse_links(directory)
+        return RunLock(directory)
     except Timeout:
         raise UserError(f"{title}{directory} is in use by another process") from None
     except OSError as error:
         raise UserError(f"{title}{directory}: cannot make it ({error})") from None
-    return lock
+
+
+class RunLock:
+    """The lock of a run directory, held until ``release`` or the end of a ``with``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK
+        self.lock = FileLock(self.path)
+        self.lock.acquire(timeout=0)
+        self.file = _identity(self.path)
+
+    def check(self) -> None:
+        """Raises ``UserError`` if the lock's file is gone or another: then another process may have the run too."""
+        if _identity(self.path) != self.file:
+            raise UserError(
+                f"{self.path} was removed while this process was at work, so that another may be writing the same "
+                "files: see that there is none, and start again (a run with --resume)"
+            )
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is, whatever its name; None if there is none."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+LINKED = ("wandb",)  # folders of a run directory in which another program keeps links of its own
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises ``UserError`` if a run directory holds a symbolic link: what is written there would be written elsewhere.
+
+    The directory itself may be one.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in sorted((*folders, *files)):
+            path = Path(folder, name)
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link: what a run writes and removes is to be in its own directory. Put the "
+                    "file or folder itself there, or remove the link"
+                )
+        if Path(folder) == directory:
+            folders[:] = [name for name in folders if name not in LINKED]
 
 
 class Journal:
     """The outputs of a run in the order in which they were made, with their checksums and a note each.
 
-    An output counts as made if it is in ``journal.json`` and on disk as it was then. One that is not is made again; if
+    An output counts as made if it is in ``journal.jsonl`` and on disk as it was then. One that is not is made again; if
     it does not come out the same, what was made after it is forgotten, to be made again too.
 
-    The journal has an entry for itself, so that its own damage shows, and is written twice, so that it can be mended.
+    The file is one JSON object a line: what was recorded or forgotten, and a checksum of the line and all before it. A
+    line is added for each change, so that a change costs the same however many there were. Everything is written
+    twice, so that damage can be mended; a last line that is not whole is what a power cut leaves, and is left out.
+    The first change of a process writes both files anew, without the lines that no longer count.
+
+    Attributes:
+        before_record: called before each change is written: what has to be on disk by then, or still hold.
 
     Raises:
-        UserError: if neither is whole.
+        UserError: if neither file is whole, or an entry's name is a path that is not in the run directory.
     """
 
-    FILES = ("journal.json", "journal.copy.json")
+    FILES = ("journal.jsonl", "journal.copy.jsonl")
+    EARLIER_FILES = ("journal.json", "journal.copy.json")  # of earlier runs: an object, written anew for each change
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.entries: dict[str, dict[str, Any]] = {}
         self.checked: dict[str, bool] = {}  # an output is read once to see whether it is whole
         self.mended = False  # whether the copy had to be taken
+        self.before_record: list[Callable[[], None]] = []
+        self.last = ""  # the checksum of the last line, once both files end with it
+        for names, parse in ((self.FILES, _parse_lines), (self.EARLIER_FILES, _parse_object)):
+            if any(os.path.lexists(directory / name) for name in names):
+                self._read(names, parse)
+                return
+
+    def _read(self, names: Sequence[str], parse: Callable[[bytes], _Content]) -> None:
+        whole: list[tuple[str, _Content]] = []
         damaged = []
-        for name in self.FILES:
-            path = directory / name
-            if path.exists():
+        for name in names:
+            path = self.directory / name
+            if os.path.lexists(path):
                 try:
-                    self.entries = _entries(read_regular(path, MOST_LINES_BYTES))
-                except ValueError as error:
+                    whole.append((name, parse(read_regular(path, MOST_LINES_BYTES))))
+                except (ValueError, RecursionError) as error:
                     damaged.append(f"{path} is damaged ({error})")
-                else:
-                    self.mended = name != self.FILES[0]
-                    return
-        if damaged:
+        if not whole:
             raise UserError(f"{' and '.join(damaged)}: remove what is damaged, and --resume makes everything again")
+        name, content = whole[0]
+        if len(whole) == 2 and content.lines[-1:] and content.lines[-1] in whole[1][1].lines[:-1]:
+            name, content = whole[1]  # it goes on where the first one ends
+        self.mended = name != names[0]
+        self.entries = content.entries
+        checked: set[Path] = set()
+        for entry in self.entries:
+            _check_name(self.directory, name, entry, checked)
 
     def begin(self, notes: dict[str, dict[str, Any]]) -> None:
         """What a run goes by, noted before all outputs, in one write."""
         known = {name: entry for name, entry in self.entries.items() if name not in notes}
         self.entries = {name: {"checksum": None, "note": note} for name, note in notes.items()} | known
-        self._write()
+        self._write_anew()
 
     def note(self, name: str) -> dict[str, Any] | None:
         """What was noted with an output, if it was made and is whole; ``name`` is its path in the run directory."""
@@ -328,20 +405,19 @@ class Journal:
         """
         if file and content is None:
             content = checksum(self.directory / name)
-        entry = {"checksum": content, "note": note or {}}
-        known = self.entries.get(name)
-        if known is not None and known["checksum"] != entry["checksum"]:
-            names = list(self.entries)
-            self.entries = {n: self.entries[n] for n in names[: names.index(name)]}
-        self.entries[name] = entry
+        self._change({"name": name, "checksum": content, "note": note or {}})
         self.checked[name] = True
-        self._write()
 
-    def forget(self, name: str) -> None:
-        """An output that is no longer needed: the record first, so that none is missed that is recorded."""
-        self.entries.pop(name, None)
-        self._write()
-        remove(self.directory / name)
+    def forget(self, *names: str) -> None:
+        """Outputs that are no longer needed: the record first, so that none is missed that is recorded."""
+        self.forget_records(*names)
+        for name in names:
+            remove(self.directory / name)
+
+    def forget_records(self, *names: str) -> None:
+        """Outputs that are about to be made again. Their files stay."""
+        if known := [name for name in names if name in self.entries]:
+            self._change({"forget": known})
 
     def within(self, folder: str) -> list[str]:
         """The recorded outputs in a folder, by name."""
@@ -349,38 +425,139 @@ class Journal:
 
     def forget_folder(self, folder: str) -> None:
         """Also what a kill has left there, and the journal does not list."""
-        if names := self.within(folder):
-            self.entries = {name: entry for name, entry in self.entries.items() if name not in names}
-            self._write()
+        self.forget_records(*self.within(folder))
         remove(self.directory / folder)
 
     def _is(self, name: str, expected: str) -> bool:
         path = self.directory / name
         return path.exists() and checksum(path) == expected
 
-    def _write(self) -> None:
-        own = {"checksum": _digest(self.entries), "note": {}}
+    def _change(self, change: dict[str, Any]) -> None:
+        _apply(change, self.entries)
+        if not self.last:
+            self._write_anew()
+            return
+        for act in self.before_record:
+            act()
+        line, last = _line(change, self.last)
+        self.last = ""  # after a failure a file may end with half a line: then both are written anew
         for name in self.FILES:
-            atomic_write_text(self.directory / name, json.dumps({**self.entries, self.FILES[0]: own}, indent=1) + "\n")
+            path = self.directory / name
+            with naming(path), open(path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self.last = last
+
+    def _write_anew(self) -> None:
+        for act in self.before_record:
+            act()
+        lines, last = [], ""
+        for change in ({"version": VERSION}, *({"name": name, **entry} for name, entry in self.entries.items())):
+            line, last = _line(change, last)
+            lines.append(line.decode())
+        for name in self.FILES:
+            atomic_write_text(self.directory / name, lines)
+        for name in self.EARLIER_FILES:
+            remove(self.directory / name)
+        self.last = last
 
 
-def _entries(content: bytes) -> dict[str, dict[str, Any]]:
-    """What a journal holds; ``ValueError`` if it is not what was written. Early ones have no entry for themselves."""
+VERSION = 1  # of the lines of a journal
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file of a journal says."""
+
+    entries: dict[str, dict[str, Any]]
+    lines: list[str]  # their checksums
+
+
+def _line(change: dict[str, Any], previous: str) -> tuple[bytes, str]:
+    """A line of a journal, and its checksum, which is one of all lines before it too."""
+    body = json.dumps(change)
+    own = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
+    return f'{body[:-1]}, "sha256": "{own}"}}\n'.encode(), own
+
+
+def _apply(change: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
+    """Changes the entries as a line says."""
+    for name in change.get("forget", ()):
+        entries.pop(name, None)
+    if "name" in change:
+        name, entry = change["name"], {"checksum": change["checksum"], "note": change["note"]}
+        if name in entries and entries[name]["checksum"] != entry["checksum"]:
+            for later in list(entries)[list(entries).index(name) :]:
+                del entries[later]
+        entries[name] = entry
+
+
+def _parse_lines(content: bytes) -> _Content:
+    """What the lines of a journal come to; ``ValueError`` if one before the last is not what was written."""
+    *lines, rest = content.split(b"\n")
+    entries: dict[str, dict[str, Any]] = {}
+    checksums: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            change = parse_json(line)
+            own = change.pop("sha256")
+            if _line(change, checksums[-1] if checksums else "")[1] != own or not _is_change(change):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            if checksums and number == len(lines) and not rest:
+                break  # as a power cut leaves it
+            raise ValueError(f"line {number} is not what was written") from None
+        if change.get("version", VERSION) != VERSION:
+            raise ValueError("it is of another version of onpo_fast")
+        checksums.append(own)
+        _apply(change, entries)
+    if not checksums:
+        raise ValueError("not the journal of a run")
+    return _Content(entries, checksums)
+
+
+def _is_change(change: dict[str, Any]) -> bool:
+    if "forget" in change:
+        return isinstance(change["forget"], list) and all(isinstance(name, str) for name in change["forget"])
+    return "version" in change or (_is_entry(change) and isinstance(change.get("name"), str))
+
+
+def _parse_object(content: bytes) -> _Content:
+    """What an early journal holds: an object with an entry for itself, which the earliest did not have."""
     entries = parse_json(content)
     if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
         raise ValueError("not the journal of a run")
-    own = entries.pop(Journal.FILES[0], None)
-    if own is not None and own["checksum"] != _digest(entries):
+    own = entries.pop(Journal.EARLIER_FILES[0], None)
+    if own is not None and own["checksum"] != hashlib.sha256(json.dumps(entries).encode()).hexdigest():
         raise ValueError("not what was written")
-    return entries
+    return _Content(entries, [])
 
 
 def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and "checksum" in entry and isinstance(entry.get("note"), dict)
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("checksum", 0), str | None)
+        and isinstance(entry.get("note"), dict)
+    )  # fmt: skip
 
 
-def _digest(entries: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+def _check_name(directory: Path, journal: str, name: str, checked: set[Path]) -> None:
+    """Raises ``UserError`` if the name of an entry is not one of a file or folder in the run directory.
+
+    ``checked`` collects the paths that are known to be no symbolic links.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in ("", ".") or "\0" in name:
+        raise UserError(f"{directory / journal}: its entry {name!r} is no path in the run directory: do not use it")
+    for part in (*reversed(path.parents), path):
+        place = directory / part
+        if place not in checked and part != PurePosixPath():
+            if place.is_symlink():
+                raise UserError(
+                    f"{directory / journal}: its entry {name!r} is reached through the symbolic link {place}: put the "
+                    "file or folder itself there"
+                )
+            checked.add(place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,9 +578,23 @@ class Parts:
         made_by: what the results go by beside the items. It may change with --force: a whole is of one kind.
     """
 
+    BATCHES = 8  # of sampling in a part
+    GROUPS = 512  # in a part: a model that is loaded for each part is to be little beside the work with it
+
     def __init__(self, journal: Journal, name: str, made_by: object = None) -> None:
         self.journal, self.name, self.made_by = journal, f"{name}.parts", made_by
         self.began = time.perf_counter()  # the part that is being made
+
+    @classmethod
+    def sampling_size(cls, batch_size: int, responses: int) -> int:
+        """The prompts in a part that is sampled: ``responses`` to each, ``batch_size`` responses at a time."""
+        return max(1, cls.BATCHES * batch_size // responses)
+
+    @classmethod
+    def judging_size(cls, groups: int) -> int:
+        """The groups in a part that is judged. Parts are of one size: shares are counted in each."""
+        count = max(1, -(-groups // cls.GROUPS))
+        return max(1, -(-groups // count))
 
     def make(
         self,
@@ -427,7 +618,7 @@ class Parts:
             part = items[first : first + size]
             made_from = hashlib.sha256(repr((self.made_by, part)).encode()).hexdigest()
             note = self.journal.note(name)
-            if note is None or note["from"] != made_from:
+            if note is None or note.get("from") != made_from:
                 self.began = time.perf_counter()
                 write(self.journal.directory / name, results(part, first))
                 note = {"from": made_from, "spent": {"seconds": time.perf_counter() - self.began, **spent()}}

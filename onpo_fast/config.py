@@ -250,6 +250,8 @@ class Config:
                 "is not repeated here: it may be the key)"
             )
         for name, value in vars(self).items():
+            if isinstance(value, str) and "\0" in value:
+                raise UserError(f"--{name} holds a NUL character, which no name of a file has")
             # "" is what a shell makes of a variable that is not set
             if value == "" or (value is None and name in ("model", "oracle", "prompt_column")):
                 raise UserError(f"--{name} must not be empty")

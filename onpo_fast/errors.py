@@ -6,8 +6,12 @@ import argparse
 import difflib
 import errno
 import functools
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C has stopped
 
@@ -58,24 +62,82 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def one_line(text: str) -> str:
-    r"""Text of a file, a model or a server, for a terminal: a line, in which control characters are told, not obeyed.
+LONGEST_LINE = 2000  # characters of a message on a terminal
+
+
+def printable(text: str) -> str:
+    r"""Text with its control characters, and halves of surrogate pairs, written as escapes.
+
+    >>> print(printable("a  b\x1b[31m"))
+    a  b\x1b[31m
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    r"""Text of a file, a model or a server, for a terminal: one line, ``printable``, of ``longest`` characters at most.
+
+    A longer one keeps its beginning and its end.
 
     >>> print(one_line("a\n b \x1b[31m"))
     a b \x1b[31m
+    >>> one_line("x" * 5000, longest=40)
+    'xxxxxxxxxx … 4980 characters … xxxxxxxxxx'
     """
     line = " ".join(text.split())
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+    kept = longest - 40  # what is said of the rest, and escapes
+    if len(line) > longest:
+        first, last = kept // 2 + kept % 2, kept // 2
+        line = f"{line[:first]} … {len(line) - first - last} characters … {line[-last:]}"
+    return printable(line)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust end what the system told them
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Names the file in an error of the system that lacks it, also in one that a library raises as its own kind.
+
+    Raises:
+        OSError: with ``path`` as its ``filename``.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        said = str(error)
+        number = int(found[1]) if (found := _OS_ERROR.search(said)) else None
+        number = number or next((one for one in DISK_ERRORS if os.strerror(one) in said), None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _in_words(error: UserError | OSError) -> str | None:
-    """None for an error of the system that names no file."""
+    """None for an error of no number, which is not the system's."""
     if isinstance(error, UserError):
         return str(error)
+    if error.errno is None:
+        return None
     where = error.filename2 or error.filename
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left for {where or 'a file'}: free some, and start again (a run with --resume)"
-    return f"cannot read or write {where}: {error.strerror}" if where else None
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    if where is None and error.errno not in DISK_ERRORS:
+        return f"the system refused something: {error.strerror} (--debug shows where)"
+    where, again = where or "a file", "and start again (a run with --resume)"
+    if error.errno == errno.ENOSPC:
+        return f"no space left for {where}: free some, {again}"
+    if error.errno == errno.EDQUOT:
+        return f"no space left in the disk quota for {where}: free some, {again}"
+    if error.errno == errno.EFBIG:
+        return f"{where} would be larger than a file may be here: raise the limit (ulimit -f), {again}"
+    return f"cannot read or write {where}: {error.strerror}"
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -88,6 +150,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         try:
+            if any("\0" in argument for argument in argv):
+                raise UserError("an argument holds a NUL character, which no name of a file or option has")
             main([argument for argument in argv if argument != "--debug"])
         except (UserError, OSError) as error:
             if "--debug" in argv or not (message := _in_words(error)):

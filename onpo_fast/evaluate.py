@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,57 +23,69 @@ from scipy import stats
 
 from . import config as configuration
 from . import oracles
-from .checkpoint import Journal, atomic_write_text, checksum, locked, write_jsonl
+from .checkpoint import Journal, Parts, atomic_write_text, checksum, locked, write_jsonl
 from .config import Config
 from .conversations import columns_of
-from .data import Group, Messages, of_iterations, read_prompts
+from .data import (
+    Group,
+    Messages,
+    of_iterations,
+    read_groups,
+    read_preferences,
+    read_prompts,
+    read_scores,
+    write_groups,
+    write_preferences,
+    write_scores,
+)
 from .errors import CommandParser, UserError, command
 from .fingerprint import changes
 from .policy import kl_estimate, load, score
-from .sampling import TruncationWarning, make_sampler
-from .tracking import Tracker, console, progress
+from .sampling import TruncationWarning, all_truncated, make_sampler
+from .tracking import Tracker, progress, say
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
 HELD_OUT = "heldout.jsonl"  # the prompts, in the run's directory: what was held out does not change with the source
+RESULT, RESPONSES = "evaluation.json", "evaluation_responses.jsonl"
+PARTS = "evaluation.parts"  # the folder of what has been done of one that is not whole
 
 
 def evaluate(
-    directory: Path, config: Config, tracker: Tracker | None = None, truncation: TruncationWarning | None = None
+    directory: Path,
+    config: Config,
+    tracker: Tracker | None = None,
+    journal: Journal | None = None,
+    truncation: TruncationWarning | None = None,
 ) -> dict:
     """Samples from every policy of the run, judges them all together, and writes and returns the evaluation.
 
+    Responses, π_1's scores and the judge's preferences are made in parts: one that was killed goes on with them.
+
     Args:
+        directory: the run's.
+        config: the run's.
+        tracker: takes the time and what the oracle counts, over all processes that had a part in it.
+        journal: the run's, in which the parts and both files are recorded.
         truncation: warns where all responses of a policy are cut off; default one that has not warned yet.
 
     Raises:
         UserError: if the run has no finished iteration.
     """
-    start = time.perf_counter()
     sources = {"π_1": initial_policy(directory, config), **finished_policies(directory)}
     if len(sources) < 2:
         raise UserError(f"{directory} has no finished iteration to evaluate")
+    journal = journal or Journal(directory)
     prompts = read_prompts(directory / HELD_OUT)
-    samples: dict[str, list[Group]] = {}
-    truncation = truncation or TruncationWarning()
-    for index, (name, source) in enumerate(sources.items()):
-        samples[name] = _sample(name, source, prompts, [config.seed, 1, index], config, truncation)
-    # π_1's log-probs last, when the other models are gone
-    initial = load(sources["π_1"], config)
-    later = list(samples.values())[1:]
-    kl = [0.0, *(kl_estimate(groups, score(initial, groups, config.tokens_per_microbatch)) for groups in later)]
-
-    del initial  # at most one model is in memory, and the oracle may be one
-
-    names = list(sources)
     oracle = oracles.load(config.oracle, config, directory)
-
-    try:
-        matrices = _judge(samples, prompts, oracle, config)
-    except Exception:
-        if tracker is not None and (spent := oracles.take_counters(oracle)):
-            tracker.log("evaluate", 0, seconds=time.perf_counter() - start, stopped=True, **spent)
-        raise
+    stages = _Stages(directory, config, journal, sources, truncation or TruncationWarning())
+    samples = {
+        name: stages.sample(name, source, prompts, index) for index, (name, source) in enumerate(sources.items())
+    }
+    # π_1's log-probs last, when the other models are gone
+    kl = [0.0, *stages.divergences(sources["π_1"], list(samples.values())[1:])]
+    names = list(sources)
+    matrices = stages.judge(samples, prompts, oracle, tracker)
     wins = np.stack([_blocks(matrix, len(names)) for matrix in matrices])  # (prompts, policies, policies)
     result = {
         "policies": names,
@@ -86,10 +100,14 @@ def evaluate(
         "response_tokens_mean": [float(np.mean([len(r.tokens) for g in s for r in g.responses]))
                                  for s in samples.values()],
     }  # fmt: skip
-    write_jsonl(directory / "evaluation_responses.jsonl", _response_records(samples, prompts, matrices, config))
-    atomic_write_text(directory / "evaluation.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    journal.forget_records(RESULT, RESPONSES)
+    write_jsonl(directory / RESPONSES, _response_records(samples, prompts, matrices, config))
+    atomic_write_text(directory / RESULT, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if tracker is not None:
-        tracker.log("evaluate", 0, seconds=time.perf_counter() - start, **oracles.take_counters(oracle))
+        tracker.log("evaluate", 0, **stages.spent)
+    journal.record(RESPONSES)
+    journal.record(RESULT)
+    journal.forget_folder(PARTS)
     return result
 
 
@@ -118,28 +136,90 @@ def summary(result: dict) -> str:
     )
 
 
-def _sample(
-    name: str, source: str | Path, prompts: Sequence[Messages], seed: list[int], config: Config,
-    truncation: TruncationWarning,
-) -> list[Group]:  # fmt: skip
-    policy = load(source, config)
-    sampler = make_sampler(policy, config)
-    with progress(f"evaluate: sample {name}", len(prompts) * config.eval_samples) as done:
-        groups = sampler(prompts, config.eval_samples, seed, done)
-    truncation(f"{name} in the evaluation", policy, groups, config.max_new_tokens)
-    return groups
+class _Stages:
+    """The long stages of an evaluation, each made in parts.
+
+    Attributes:
+        spent: seconds and what the oracle counted, also in processes before this one.
+    """
+
+    def __init__(
+        self, directory: Path, config: Config, journal: Journal, sources: dict[str, str | Path],
+        truncation: TruncationWarning,
+    ) -> None:  # fmt: skip
+        self.config, self.journal, self.truncation = config, journal, truncation
+        self.spent: Counter[str] = Counter()
+        options = {name: value for name, value in asdict(config).items() if name != "out"}
+        recorded = {str(source): journal.entries.get(_within(directory, source)) for source in sources.values()}
+        checksums = [entry and entry["checksum"] for entry in recorded.values()]
+        self.made_by = (options, journal.note("model"), checksums)
+
+    def parts(self, name: str, *made_by: object) -> Parts:
+        return Parts(self.journal, f"{PARTS}/{name}", (*self.made_by, *made_by))
+
+    def sample(self, name: str, source: str | Path, prompts: Sequence[Messages], index: int) -> list[Group]:
+        """The responses of a policy, which is loaded if any are missing."""
+        config, count = self.config, self.config.eval_samples
+        policy = functools.cache(lambda: load(source, config))
+        sampler = functools.cache(lambda: make_sampler(policy(), config))
+        with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
+            groups, spent = self.parts(f"responses_{index:02d}").make(
+                prompts, Parts.sampling_size(config.sampling_batch_size, count),
+                lambda part, first: sampler()(part, count, [config.seed, 1, index], done, first),
+                write_groups, read_groups, lambda known: done(known * count),
+            )  # fmt: skip
+        self.spent.update(spent)
+        if sampler.cache_info().currsize:
+            self.truncation(f"{name} in the evaluation", policy(), groups, config.max_new_tokens)
+        else:
+            self.truncation.said |= all_truncated(groups)  # when they were sampled
+        return groups
+
+    def divergences(self, initial: str | Path, samples: Sequence[list[Group]]) -> list[float]:
+        """KL(π ‖ π_1) in nats, for the responses of each later policy π."""
+        config, kl = self.config, []
+        policy = functools.cache(lambda: load(initial, config))
+        for index, groups in enumerate(samples, 1):
+            with progress(f"evaluate: score π_{index + 1}", len(groups)) as done:
+                scores, spent = self.parts(f"logps_{index:02d}").make(
+                    groups, Parts.judging_size(len(groups)),
+                    lambda part, first: score(policy(), part, config.tokens_per_microbatch, done),
+                    write_scores, read_scores, done,
+                )  # fmt: skip
+            kl.append(kl_estimate(groups, scores))
+            self.spent.update(spent)
+        return kl
+
+    def judge(
+        self, samples: dict[str, list[Group]], prompts: Sequence[Messages], oracle: oracles.Oracle,
+        tracker: Tracker | None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """A matrix a prompt over the responses of all policies, policy by policy."""
+        joined = [
+            Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
+            for p, prompt in enumerate(prompts)
+        ]
+        # another oracle under the same name judges all of it
+        parts = self.parts("preferences", oracles.fingerprint(oracle, self.config.oracle, functools.cache(checksum)))
+        with progress("evaluate: judge", len(joined)) as done:
+            try:
+                matrices, spent = parts.make(
+                    joined, Parts.judging_size(len(joined)),
+                    lambda part, first: oracles.judge(oracle, part, self.config.oracle, done, first),
+                    write_preferences, read_preferences, done, lambda: oracles.take_counters(oracle),
+                )  # fmt: skip
+            except Exception:
+                if tracker is not None and (spent := oracles.take_counters(oracle)):
+                    tracker.log("evaluate", 0, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
+                raise
+        self.spent.update(spent)
+        return matrices
 
 
-def _judge(
-    samples: dict[str, list[Group]], prompts: Sequence[Messages], oracle: oracles.Oracle, config: Config
-) -> list[np.ndarray]:
-    """A matrix a prompt over the responses of all policies, policy by policy."""
-    joined = [
-        Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
-        for p, prompt in enumerate(prompts)
-    ]
-    with progress("evaluate: judge", len(joined)) as done:
-        return oracles.judge(oracle, joined, config.oracle, done)
+def _within(directory: Path, source: str | Path) -> str:
+    """The name of a policy's folder in the run directory, as the journal has it; else what it is called."""
+    path = Path(source)
+    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(source)
 
 
 def _blocks(matrix: np.ndarray, policies: int) -> np.ndarray:
@@ -180,7 +260,7 @@ def check_oracle(directory: Path, config: Config) -> None:
     oracle = oracles.load(config.oracle, config, directory)
     now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
     if changed := changes(Journal(directory).note("oracle") or now, now):
-        console.print(
+        say(
             f"{oracles.title(config)} is not what {directory} began with: {', '.join(changed)} changed. The evaluation "
             "is under the oracle as it is now"
         )
@@ -199,12 +279,14 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     directory = options.directory
     config = configuration.read(directory, configuration.given_flags(options, ASKS), ASKS)
-    with locked(directory):
+    with locked(directory) as lock:
         check_oracle(directory, config)
+        journal = Journal(directory)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
-        tracker.begin("evaluation.json", keep=lambda record: True)  # the judge was asked then too
+        journal.before_record += [lock.check, tracker.sync]
+        tracker.begin(RESULT, keep=lambda record: True)  # the judge was asked then too
         try:
-            console.print(summary(evaluate(directory, config, tracker)))
+            say(summary(evaluate(directory, config, tracker, journal)))
         finally:
             tracker.close()
 

@@ -27,7 +27,7 @@ from .evaluate import finished_policies, initial_policy
 from .policy import load
 from .sampling import make_sampler
 from .sources import library, records
-from .tracking import console, progress
+from .tracking import progress, say
 
 ASKS = ("trust_remote_code",)  # no oracle is asked
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "group")
@@ -77,7 +77,7 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
         try:
             made = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache)
         except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
+            if isinstance(error.__cause__, UserError | OSError):
                 raise error.__cause__ from None
             raise UserError(f"the pairs of {directory} are damaged: {error.__cause__}") from error
         atomic_write_directory(out, lambda partial: made.save_to_disk(str(partial)))
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} goes with --alpaca")
         out = options.out or directory / "pairs"
-        console.print(f"{export_pairs(directory, out, options.iterations)} pairs: {out}")
+        say(f"{export_pairs(directory, out, options.iterations)} pairs: {out}")
         return
     if options.iterations:
         raise UserError("--iterations goes with pairs, not with --alpaca")
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
     config = replace(config, **{name: value for name, value in sampling.items() if value is not None})
     policy = max(_policies(directory, config)) if options.policy is None else options.policy
     out = options.out or directory / f"alpaca_eval_{policy}.json"
-    console.print(f"{export_answers(directory, out, options.alpaca, policy, config)} answers of π_{policy}: {out}")
+    say(f"{export_answers(directory, out, options.alpaca, policy, config)} answers of π_{policy}: {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class Policy:
         """The tokens that end a response."""
         return self.model.generation_config.eos_token_id
 
-    @property
+    @cached_property
     def context(self) -> int | None:
         """Positions that the model knows, in tokens; None if it does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -111,7 +111,12 @@ class Policy:
         """The attention implementation, as transformers calls it."""
         return self.model.config._attn_implementation
 
-    @property
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: the model takes the tokens below."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @cached_property
     def rotary_boundary(self) -> int | None:
         """The row length, in tokens, beyond which LongRoPE rotates a whole batch by other angles; None without it."""
         parameters = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
@@ -181,11 +186,11 @@ class Policy:
                 f"{about}{about_prompt} has {length} tokens: with --max_new_tokens {room} it exceeds the model's "
                 f"context of {self.context} tokens"
             )
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if max(tokens) >= rows:
+        if (highest := max(tokens)) >= self.vocabulary:
+            named = self.tokenizer.convert_ids_to_tokens(highest)
             raise UserError(
-                f"{about}{about_prompt} has the token {self.tokenizer.convert_ids_to_tokens(max(tokens))!r} "
-                f"({max(tokens)}), and the model's embedding has {rows} rows: leave it out of the prompt"
+                f"{about}{about_prompt} has the token {named!r} ({highest}), and the model's embedding has "
+                f"{self.vocabulary} rows: leave it out of the prompt"
             )
         boundary = self.rotary_boundary
         if boundary and len(tokens) <= boundary < len(tokens) + room - 1:
@@ -373,6 +378,9 @@ def load(source: str | Path, config: Config) -> Policy:
             ignore_mismatched_sizes=True,  # for _check_complete to name them
             output_loading_info=True,
         )
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers < 0:  # it loads, without layers
+            raise ValueError(f"its config.json says num_hidden_layers: {layers}")
     _check_complete(found, name)
     _check_vocabulary(model, tokenizer, name)
     quantiser = getattr(model, "hf_quantizer", None)
@@ -705,14 +713,13 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _check_template(policy: Policy, source: str) -> None:
     """The tokens that the chat template puts around words need rows, too."""
-    rows = policy.model.get_input_embeddings().weight.shape[0]
     try:
         hello = [{"role": "user", "content": "Hello"}]
         tokens = policy._through_template(hello, None, return_dict=True)["input_ids"]
     except Exception:  # a template may want something else of a conversation: prompts are rendered, and refused, later
         return
-    if tokens and max(tokens) >= rows:
-        raise _too_few_rows(source, max(tokens), rows)
+    if tokens and max(tokens) >= policy.vocabulary:
+        raise _too_few_rows(source, max(tokens), policy.vocabulary)
 
 
 def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
@@ -807,9 +814,9 @@ def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sou
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = [token for token in [*eos, tokenizer.eos_token_id] if token is not None]
-    for token in eos:
-        if not isinstance(token, int):
-            raise UserError(f"the generation_config.json of {source} has the eos_token_id {token!r}, which is no token")
+    for name, token in [("eos_token_id", token) for token in eos] + [("bos_token_id", own.bos_token_id)]:
+        if token is not None and not (isinstance(token, int) and 0 <= token < 2**31):
+            raise UserError(f"the generation_config.json of {source} has the {name} {token!r}, which is no token")
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=sorted(set(eos)),

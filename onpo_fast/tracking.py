@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import re
 import resource
 import shutil
+import socket
+import struct
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from . import stopping
-from .checkpoint import open_regular, parse_json, remove, write_jsonl
-from .errors import UserError
+from .checkpoint import open_regular, parse_json, remove, sync, write_jsonl
+from .errors import UserError, naming, one_line
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
@@ -40,9 +47,18 @@ RECORDS_OF = {  # beyond those, by stage
     "evaluate": {"seconds": (int, float)},
 }
 
+Item = TypeVar("Item")
+
+MANY_RECORDS = 5000  # that to draw takes seconds
+
 OTHERS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # what else is not a number or null
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def say(message: str) -> None:
+    """Prints a message as one line; what it holds of files, models and servers cannot steer the terminal."""
+    console.print(one_line(message))
 
 
 @contextmanager
@@ -64,6 +80,16 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
                 stopping.stop_if_asked()
 
         yield advance
+
+
+def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item]:
+    """The same items; tells ``done`` how many were taken, a hundred at a time."""
+    number = 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % 100 == 0:
+            done(100)
+    done(number % 100)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -118,34 +144,41 @@ class Tracker:
         self.path, self.logs = directory / "metrics.jsonl", directory / "tensorboard"
         self.draws = report_to != "none"
         self.part = ""
-        records, _ = self._read()
-        self._start(records, rewrite=bool(records))
+        records, damaged = self._read()
+        self._start(records, rewrite=damaged > 0)
         self.wandb = _Wandb(directory, options or {}, records) if report_to == "wandb" else None
 
-    def begin(self, part: str, keep: Callable[[dict], bool] = lambda record: False) -> None:
+    def begin(self, part: str, keep: Callable[[dict], bool] = lambda record: False) -> int:
         """What is logged from now on belongs to this part of the run; what an earlier attempt at it left is dropped.
 
-        ``keep`` says which of the earlier records still hold.
+        ``keep`` says which of the earlier records still hold. Returns how many there are.
         """
         self.part = part
         if torch.cuda.is_initialized():
             for device in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(device)
+        if not self.parts[part]:
+            return 0
         records, damaged = self._read()
         held = [record for record in records if record.get("part") != part or keep(record)]
         if damaged or len(held) < len(records):
             self._stop()
             self._start(held, rewrite=True)
+        return self.parts[part]
 
     def log(self, stage: str, iteration: int, **values) -> None:
         record = {"time": time.time(), "stage": stage, "iteration": iteration, "part": self.part, **values}
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.file.flush()
+        self.parts[self.part] += 1
         self._draw(record)
-        if self.board:
-            self.board.flush()
         if self.wandb:
             self.wandb.log(record)
+
+    def sync(self) -> None:
+        """Waits until all records are on the disk."""
+        sync(self.path)
 
     def close(self) -> None:
         self._stop()
@@ -164,28 +197,38 @@ class Tracker:
         return records, damaged
 
     def _stop(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         if self.board:
             self.board.close()
 
     def _start(self, records: list[dict], rewrite: bool) -> None:
-        if rewrite:  # TensorBoard cannot take a record back: it is drawn again
+        if rewrite or _ends_within_a_line(self.path):
             write_jsonl(self.path, records)
-            remove(self.logs)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.board = SummaryWriter(self.logs) if self.draws else None
-        self.steps: dict[str, int] = {}  # x-axis of each TensorBoard series: records so far
-        for record in records:
-            self._draw(record)
-        if self.board:
-            self.board.flush()
+        sync(self.path.parent)  # the file's name too is to survive a power cut
+        self.parts: Counter[str] = Counter(record.get("part") or "" for record in records)
+        self.steps: Counter[str] = Counter()  # x-axis of each TensorBoard series: records so far
+        self.board = None
+        if not self.draws:
+            return
+        if not rewrite and count_events(self.logs) == len(records):
+            self.steps.update(_series(record)[0] for record in records)
+            self.board = _Board(self.logs)
+            return
+        remove(self.logs)  # TensorBoard cannot take a record back: all are drawn again
+        self.board = _Board(self.logs)
+        shown = progress("TensorBoard: draw again", len(records), stoppable=False)
+        with shown if len(records) > MANY_RECORDS else nullcontext(lambda count: None) as done:
+            for record in records:
+                self._draw(record)
+                done(1)
 
     def _draw(self, record: dict) -> None:
         if self.board:
             series, numbers = _series(record)
-            step = self.steps[series] = self.steps.get(series, 0) + 1
-            for name, value in numbers.items():
-                self.board.add_scalar(f"{series}/{name}", value, step, walltime=record["time"])
+            self.steps[series] += 1
+            self.board.add(record["time"], self.steps[series], {f"{series}/{name}": numbers[name] for name in numbers})
 
 
 def _series(record: dict) -> tuple[str, dict[str, float]]:
@@ -197,6 +240,69 @@ def _series(record: dict) -> tuple[str, dict[str, float]]:
         if isinstance(value, (int, float)) and name not in ("time", "iteration")
     }
     return series, numbers
+
+
+class _Board:
+    """Writes a file of TensorBoard events, one for each record, as they come.
+
+    In the calling thread, unlike torch's ``SummaryWriter``: a disk that is full is the caller's error.
+    """
+
+    made = 0  # files in this process
+
+    def __init__(self, directory: Path) -> None:
+        now = time.time()
+        _Board.made += 1
+        # TensorBoard reads files in the order of their names
+        name = f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}.{_Board.made}"
+        self.path = directory / name
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "xb")
+        self.writer = RecordWriter(self.file)
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+
+    def add(self, at: float, step: int, numbers: dict[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=_as_float(value)) for tag, value in numbers.items()]
+        self._write(Event(wall_time=_as_float(at), step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        with naming(self.path):
+            self.writer.write(event.SerializeToString())
+            self.writer.flush()
+
+    def close(self) -> None:
+        with naming(self.path):
+            self.file.close()
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+EVENTS = "events.out.tfevents"
+
+
+def count_events(directory: Path) -> int | None:
+    """The events in a directory of TensorBoard's, but for the first one of each file, which has no number.
+
+    None if it is no directory, or a file ends within an event. Only lengths are read: 12 bytes of each event.
+    """
+    if not directory.is_dir():
+        return None
+    count = 0
+    for path in directory.glob(f"{EVENTS}*"):
+        size, position, count = path.stat().st_size, 0, count - 1
+        with open(path, "rb") as file:
+            while header := file.read(12):
+                position += 12 + (struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size) + 4
+                if position > size:
+                    return None
+                file.seek(position)
+                count += 1
+    return count
 
 
 def check_reporter(report_to: str) -> None:
@@ -263,6 +369,15 @@ def _lines(path: Path) -> list[str]:
         return []
     with open_regular(path, MOST_METRICS) as file:
         return file.read(MOST_METRICS).decode("utf-8", "replace").split("\n")[:-1]
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether a crash has left half a line, to which the next record would be added."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def whole_records(lines: Iterable[str | bytes]) -> list[dict]:

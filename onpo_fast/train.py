@@ -22,6 +22,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -51,8 +52,8 @@ from .data import (
     write_prompts,
     write_scores,
 )
-from .errors import UserError, command, one_line
-from .evaluate import HELD_OUT, evaluate, initial_policy, summary
+from .errors import UserError, command, printable
+from .evaluate import HELD_OUT, PARTS, evaluate, initial_policy, summary
 from .fingerprint import changes, model_fingerprint
 from .fit import check_backend, fit, plan
 from .objectives import Objective
@@ -60,15 +61,13 @@ from .pairing import distinct, pair
 from .policy import PINNED_DATE, Policy, disagreement, kl_estimate, load, locate, score
 from .report import is_evaluation, write_report
 from .sampling import TruncationWarning, all_truncated, make_sampler
-from .tracking import Tracker, check_reporter, console, environment, peak_memory_bytes, progress
+from .tracking import Tracker, check_reporter, console, counted, environment, peak_memory_bytes, progress, say
+
+MANY_PROMPTS = 2000  # that to render takes seconds
 
 Scores = list[torch.Tensor]  # summed log-probs, a (K,) tensor a group, nats
 Source = str | Path  # where a policy's weights are
 Anchor = Scores | Source  # cached, or live
-
-# what a kill may cost at most, while responses are sampled and judged
-PART_BATCHES = 8  # of sampling
-PART_GROUPS = 512  # an oracle that is a model is loaded for each part: that is to be little beside the judging
 
 
 def train(config: Config, resume: bool = False, force: bool = False) -> dict:
@@ -134,7 +133,11 @@ class Run:
                     self.resident = None  # at most one model is in memory
                 oracles.probe(self.oracle, config.oracle, list(new.values()), in_directory=False)
                 tried.update(new)
-            return self.load(config.model).usable(prompts, config.max_new_tokens, skipped, rendered)
+            policy = self.load(config.model)
+            shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()
+            with shown as done:
+                listed = counted(prompts, done) if done else prompts
+                return policy.usable(listed, config.max_new_tokens, skipped, rendered)
 
         self.prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
@@ -145,8 +148,9 @@ class Run:
         self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
+        self.journal.before_record.append(self.lock.check)
         if self.journal.mended:
-            console.print(f"{Journal.FILES[0]} is damaged or gone: its copy is taken")
+            say(f"the first file of the journal in {self.directory} is damaged or gone: its copy is taken")
         prompts, rendering = {"sha256": prompts_digest(self.prompts, held_out)}, {"sha256": rendered.hexdigest()}
         checksum_once = functools.cache(checksum)  # the policy and the oracle may be the same model
         model = model_fingerprint(config.model, getattr(policy.model.config, "_commit_hash", None), checksum_once)
@@ -171,25 +175,25 @@ class Run:
         write_prompts(self.directory / HELD_OUT, held_out)
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory, config.report_to, asdict(config))
-        self.tracker.begin("prompts")
-        self.tracker.log(
-            "prompts", 0, train=len(self.prompts), held_out=len(held_out), skipped=skipped.count if skipped else 0
-        )
+        self.journal.before_record.append(self.tracker.sync)
+        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
+        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
+            self.tracker.log("prompts", 0, **counts)
         self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
         self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
-        console.print(
+        say(
             f"{config.objective} on {config.model} ({self.device}, {policy.attention} attention), {len(self.prompts)} "
             f"prompts to train on and {len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
         )
         for note in policy.notes:
-            console.print(one_line(note))
+            say(note)
         if skipped and skipped.count:
-            console.print(one_line(str(skipped)))
+            say(str(skipped))
         for notice in policy.template_notices(self.prompts):
-            console.print(f"note: {notice}")
+            say(f"note: {notice}")
         self.truncation = TruncationWarning()
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
-            console.print(
+            say(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
             )
 
@@ -206,7 +210,7 @@ class Run:
         note = self.journal.note(name)
         if note is None:
             if self.journal.damaged(name):
-                console.print(f"{name} is not what it was: it is made again")
+                say(f"{name} is not what it was: it is made again")
             self.tracker.begin(name, keep)
             return False
         self.notes[name] = note
@@ -258,7 +262,7 @@ class Run:
         sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name, self.made_by)
         with progress(f"iteration {t}: sample", len(prompts) * count) as done:
             groups, spent = parts.make(
-                prompts, max(1, PART_BATCHES * config.sampling_batch_size // count),
+                prompts, Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
                 write_groups, read_groups, lambda known: done(known * count),
             )  # fmt: skip
@@ -285,13 +289,12 @@ class Run:
 
     def _judge(self, t: int, groups: list[Group], name: str) -> list[np.ndarray]:
         parts = Parts(self.journal, name, self.judged_by)
-        count = max(1, -(-len(groups) // PART_GROUPS))  # of parts of one size: shares are counted in each
         if oracles.holds_model(self.oracle):
             self.resident = None  # at most one model is in memory
         with progress(f"iteration {t}: judge", len(groups)) as done:
             try:
                 preferences, spent = parts.make(
-                    groups, -(-len(groups) // count),
+                    groups, Parts.judging_size(len(groups)),
                     lambda part, first: oracles.judge(self.oracle, part, self.config.oracle, done, first),
                     write_preferences, read_preferences, done, lambda: oracles.take_counters(self.oracle),
                 )  # fmt: skip
@@ -413,7 +416,7 @@ class Run:
         )  # fmt: skip
         # + 0 makes 0 of -0; the anchor's is known where it was scored
         to_initial, to_anchor = (None if numbers[name] is None else round(numbers[name], 2) + 0 for name in names[2:])
-        console.print(
+        say(
             f"iteration {t}: {losses} (normalised), KL to π_1 {to_initial:.2f} nats"
             f"{'' if to_anchor is None else f' and to the anchor {to_anchor:.2f}'}, "
             f"{numbers['response_tokens_mean']:.0f} tokens a response, "
@@ -430,8 +433,8 @@ class Run:
         for name, row in zip(result["policies"], result["win_rate"]):
             table.add_row(name, *(f"{rate:.3f}" for rate in row))
         console.print(table)
-        console.print(summary(result))
-        console.print(f"report: {report}")
+        say(summary(result))
+        say(f"report: {report}")
         return result
 
     def evaluation(self) -> dict:
@@ -443,14 +446,11 @@ class Run:
             except ValueError:
                 result = None
             if is_evaluation(result) and len(result["policies"]) == self.config.iterations + 1:
+                self.journal.forget_folder(PARTS)  # a kill may have come between the record and this
                 return result
-        for old in (name, responses):  # also of a run that was shorter then
-            self.journal.forget(old)
+        self.journal.forget(name, responses)  # also of a run that was shorter then
         self.tracker.begin(name, keep=_stopped)
-        result = evaluate(self.directory, self.config, self.tracker, self.truncation)
-        self.complete(responses)
-        self.complete(name)
-        return result
+        return evaluate(self.directory, self.config, self.tracker, self.journal, self.truncation)
 
     # Shared by the stages -------------------------------------------------------------------------------------------
 
@@ -520,13 +520,17 @@ def _stopped(record: dict) -> bool:
     return bool(record.get("stopped"))
 
 
+JOURNALS = Journal.FILES + Journal.EARLIER_FILES
+
+
 def _check_directory(directory: Path, resume: bool) -> None:
     """A run directory that holds anything is somebody's, unless it is a run, to go on with."""
-    if resume and any((directory / name).exists() for name in (*Journal.FILES, configuration.FILE)):
+    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.FILE)):
         return
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file: give a directory")
-    beginnings = (LOCK, Journal.FILES[0] + PARTIAL)  # what a run leaves that was killed before it had a journal
+    # what a run leaves that was killed before it had a journal
+    beginnings = (LOCK, *(name + PARTIAL for name in JOURNALS))
     if directory.exists() and any(path.name not in beginnings for path in directory.iterdir()):
         if resume:
             raise UserError(f"--out {directory} is not empty, and has no run to go on with: give a new directory")
@@ -540,8 +544,9 @@ def main(argv: list[str]) -> None:
     try:
         train(config, resume, force="--force" in argv)
     except stopping.Stopped as stopped:
+        directory = printable(shlex.quote(config.out))
         trust = " --trust_run" if configuration.asked(config) else ""
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {shlex.quote(config.out)}{trust}")
+        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}{trust}")
         raise SystemExit(stopped.exit_status) from None
 
 

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
-from onpo_fast.checkpoint import Journal, locked
+from onpo_fast.checkpoint import Journal, atomic_write_directory, locked
 from onpo_fast.config import Config, asked, parse, parse_run, read
 from onpo_fast.errors import UserError, command
+from onpo_fast.tracking import say
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
 FILES = {
@@ -205,6 +207,11 @@ def test_other_commands(here: Path, main: Callable, line: str, message: str, cap
         (PermissionError(errno.EACCES, "Permission denied", "a file"), "cannot read or write a file: Permission den"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.partial", None, "a"), "cannot read or write a: Is "),
         (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some, and "),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left for a file: free some, and "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a file"), "no space left in the disk quota for a file: free "),
+        (OSError(errno.EFBIG, "File too large", "a file"), "a file would be larger than a file may be here: raise "),
+        (OSError(errno.EIO, "Input/output error", b"bytes"), "cannot read or write bytes: Input/output error"),
+        (OSError(errno.EBADF, "Bad file descriptor"), "the system refused something: Bad file descriptor (--debug sh"),
     ],
 )
 def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
@@ -214,6 +221,62 @@ def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
     assert one_line(command(fail), [], capsys).startswith(message)
     with pytest.raises(OSError, match=error.strerror):
         command(fail)(["--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [  # as tokenizers, safetensors and pyarrow say it
+        (Exception("No space left on device (os error 28)"), "no space left for run/policy: free some"),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "no space left in the disk quota for run/p"),
+        (Exception("File too large (os error 27)"), "run/policy would be larger than a file may be here"),
+        (RuntimeError("write failed: Input/output error"), "cannot read or write run/policy: Input/output error"),
+        (OSError(errno.EFBIG, "File too large"), "run/policy would be larger"),
+    ],
+)
+def test_what_libraries_make_of_the_system_s_errors(here: Path, error: Exception, message: str, capsys) -> None:
+    def fill(directory: Path) -> None:
+        (directory / "file").write_text("half")
+        raise error
+
+    def save(argv: list[str]) -> None:
+        atomic_write_directory(Path("run/policy"), fill)
+
+    assert one_line(command(save), [], capsys).startswith(message)
+    assert not list(Path("run").iterdir())
+
+    def other(directory: Path) -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        atomic_write_directory(Path("run/policy"), other)
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main, export.main, report.main])
+def test_a_nul_character(here: Path, main: Callable, capsys) -> None:
+    for line in (["a\0b"], ["--out", "a\0b"], ["--out=a\0b", "--resume"]):
+        assert one_line(main, line, capsys).startswith("an argument holds a NUL character")
+
+
+@pytest.mark.parametrize("option", ["out", "model", "prompts", "eval_prompts", "judge_cache"])
+def test_a_nul_character_in_a_file_of_options(here: Path, option: str, capsys) -> None:
+    (here / "nul.yaml").write_text(f'{option}: "a\\0b"\n')
+    assert f"--{option} holds a NUL character" in one_line(train.main, ["--config", "nul.yaml"], capsys)
+
+
+def test_a_message_of_any_length_is_one_line_that_fits(capsys) -> None:
+    def fail(argv: list[str]) -> None:
+        raise UserError("the beginning " + "x\x1b[2J\n" * 100_000 + " the end")
+
+    said = one_line(command(fail), [], capsys)
+    assert len(said) < 10_000  # escapes count after it is cut
+    assert said.startswith("the beginning x")
+    assert said.endswith("the end")
+    assert "\x1b" not in said
+
+
+def test_what_is_printed_of_a_name_cannot_steer_the_terminal(capsys) -> None:
+    say("into run\x1b[31m :smile: [bold]x\n\x9b2J")
+    assert capsys.readouterr().out == "into run\\x1b[31m :smile: [bold]x \\x9b2J\n"
 
 
 def test_a_run_at_work_is_not_evaluated(here: Path, capsys) -> None:
@@ -280,6 +343,11 @@ def small_vocabulary(directory: Path) -> None:
     configured(directory, vocab_size=1000)
 
 
+def endless_token(directory: Path) -> None:
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 10**30}))
+
+
 def own_code(directory: Path) -> None:
     configured(directory, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
     (directory / "mine.py").write_text("open('owned', 'w').close()\n")
@@ -299,9 +367,12 @@ def own_code(directory: Path) -> None:
         (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (1000, 576) where it"),
         (small_vocabulary, "the tokenizer of broken does not fit its model: it has tokens up to 49151, and the "),
         (own_code, "cannot load the model broken: it comes with Python code"),
+        (lambda directory: configured(directory, num_hidden_layers=-1), "cannot load the model broken: its config.json "
+         "says num_hidden_layers: -1"),
+        (endless_token, "the generation_config.json of broken has the eos_token_id 1000000000000000000000000000000"),
     ],
     ids=["weights", "template", "tokenizer", "config", "pickle", "adapter", "truncated", "layers", "shapes", "rows",
-         "code"],
+         "code", "negative", "eos"],
 )  # fmt: skip
 def test_model_directories(here: Path, shallow_model: Path, change: Callable, message: str, capsys) -> None:
     shutil.copytree(shallow_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from onpo_fast import evaluate
+from bench.drill import bits, flip, prepare, small_run
+from onpo_fast import evaluate, train
+from onpo_fast.checkpoint import Journal, Parts
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 
@@ -56,3 +63,110 @@ def test_nothing_to_evaluate(tmp_path, capsys) -> None:
         evaluate.main([str(tmp_path)])
     assert stop.value.code == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+class Counting:
+    """An oracle that counts what it is asked, and may be killed."""
+
+    def __init__(self) -> None:
+        self.asked = self.counted = 0
+        self.fails_at = -1
+
+    def many(self, groups: list, progress) -> list[np.ndarray]:
+        if self.asked == self.fails_at:
+            raise KeyboardInterrupt  # as a kill: nothing is cleaned up after it
+        self.asked += len(groups)
+        self.counted += len(groups)
+        answers = []
+        for _, texts in groups:
+            lengths = np.array([float(len(text)) for text in texts])
+            answers.append(1 / (1 + np.exp(lengths[None] - lengths[:, None])))
+        return answers
+
+    def take_counters(self) -> dict[str, int]:
+        counted, self.counted = self.counted, 0
+        return {"requests": counted}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model_directory) -> Config:
+    """A run of one iteration, whole."""
+    work = tmp_path_factory.mktemp("evaluated")
+    prepare(work, str(model_directory))
+    config = replace(small_run(work, "run"), iterations=1, sampling_batch_size=1)
+    train.train(config)
+    return config
+
+
+def outputs(directory: Path) -> list[str]:
+    return [(directory / name).read_text() for name in (evaluate.RESULT, evaluate.RESPONSES)]
+
+
+@pytest.mark.parametrize("by_command", [False, True])
+def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch, by_command: bool) -> None:
+    """What was sampled, scored or judged is not done again unless it is damaged, and is counted over all processes."""
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
+    monkeypatch.setattr(Parts, "GROUPS", 1)
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    config, oracle, sampled = replace(run, out=str(directory)), Counting(), []
+    make = evaluate.make_sampler
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    monkeypatch.setattr(
+        evaluate, "make_sampler", lambda *given: (
+            lambda prompts, *rest: (sampled.append(rest[-1]), make(*given)(prompts, *rest))[1]
+        )
+    )  # fmt: skip
+
+    def go_on() -> None:
+        if by_command:
+            evaluate.main([str(directory)])
+        else:
+            train.train(config, resume=True)
+
+    Journal(directory).forget(evaluate.RESULT, evaluate.RESPONSES)
+    oracle.fails_at = 2
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        go_on()
+    prompts = len((directory / evaluate.HELD_OUT).read_text().splitlines())
+    assert prompts == 4
+    assert sampled == [0, 1, 2, 3] * 2
+    parts = sorted(directory.glob("evaluation.parts/*/*"))
+    assert [part.parent.name for part in parts] == [
+        name for name in ("logps_01.parts", "preferences.parts", "responses_00.parts", "responses_01.parts")
+        for _ in range(2 if name.startswith("pref") else 4)
+    ]  # fmt: skip
+    flip(directory / "evaluation.parts/responses_01.parts/00000002.jsonl")
+    oracle.fails_at = -1
+    go_on()
+    assert sampled[8:] == [2]
+    assert oracle.asked == prompts
+    assert not list(directory.rglob("*.parts"))
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["stage"] == "evaluate"][-1]
+    assert last["requests"] == prompts
+    assert last["seconds"] > 0
+    undisturbed, disturbed = tmp_path / "undisturbed", outputs(directory)
+    shutil.copytree(directory, undisturbed)
+    evaluate.main([str(undisturbed)])
+    assert outputs(undisturbed) == disturbed
+    assert Journal(undisturbed).note(evaluate.RESULT) is not None
+
+
+def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, monkeypatch) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    kept = bits(directory)
+    journal, oracle = Journal(directory), Counting()
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    oracle.fails_at = 0
+    config = replace(run, out=str(directory))
+    for options, made in ((config, True), (config, False), (replace(config, temperature=0.9), True)):
+        before = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(directory, options, None, journal)
+        after = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
+        assert (after != before) == made
+    train.train(config, resume=True)  # its evaluation is whole: the parts go
+    assert not list(directory.rglob("*.parts"))
+    assert bits(directory) == kept

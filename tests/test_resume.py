@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ import pytest
 import torch
 
 from bench.drill import SMALL, append, bits, cut, flip, prepare, small_run
-from onpo_fast import checkpoint, stopping
+from onpo_fast import checkpoint, evaluate, stopping
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.checkpoint import Checkpoints, Journal, Parts, read_jsonl, write_jsonl
@@ -52,7 +55,8 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
 
 def test_the_drill(model_directory) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
-    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--tokenizer", str(model_directory)]
+    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3"]
+    line += ["--tokenizer", str(model_directory)]
     done = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every run ended with the same bits" in done.stdout
@@ -82,8 +86,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", ["sample", "judge"])
 def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, stage: str) -> None:
     """What was sampled or judged is not done again, unless it is damaged; the end is the same."""
-    monkeypatch.setattr(module, "PART_BATCHES", 1)  # of three responses: a prompt's
-    monkeypatch.setattr(module, "PART_GROUPS", 1)
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # of three responses: a prompt's
+    monkeypatch.setattr(Parts, "GROUPS", 1)
     done: list[int] = []
     make, judge = module.make_sampler, module.oracles.judge
     fails_at = 2
@@ -225,7 +229,7 @@ def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, 
 def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_path) -> None:
     out = tmp_path / "run"
     line = [*command(whole, out, "--resume")[3:]]
-    for left in ([], [".lock"], [".lock", "journal.json.partial"]):  # nothing, or what a kill left
+    for left in ([], [".lock"], [".lock", "journal.jsonl.partial"]):  # nothing, or what a kill left
         out.mkdir(exist_ok=True)
         for name in left:
             (out / name).touch()
@@ -236,15 +240,17 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_pat
 
 def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) -> None:
     entries = {name: entry for name, entry in Journal(run).entries.items() if name not in ("options", "model")}
+    for name in Journal.FILES:
+        (run / name).unlink()
     (run / "journal.json").write_text(json.dumps(entries, indent=1))
-    (run / "journal.copy.json").unlink()
     config, _ = parse_run(["--resume", "--out", str(run)])
     with pytest.raises(UserError, match="--seed 0 → 3"):
         parse_run(["--resume", "--out", str(run), "--seed", "3"])
     module.train(config, resume=True)
     assert bits(run) == whole.bits
     assert Journal(run).note("options") == vars(config)
-    (run / "config.yaml").unlink()
+    for name in ("config.yaml", *Journal.FILES):
+        (run / name).unlink()
     (run / "journal.json").write_text(json.dumps({"prompts": entries["prompts"]}))
     with pytest.raises(UserError, match="has no run to go on with; to start one there, give its options too"):
         parse_run(["--resume", "--out", str(run)])
@@ -264,20 +270,213 @@ def test_a_directory_of_somebody_else_is_left_alone(whole: Whole, tmp_path) -> N
 @pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_text("[]"), lambda path: path.unlink()])
 def test_a_damaged_journal_gives_way_to_its_copy(run: Path, harm: Callable[[Path], None]) -> None:
     entries = Journal(run).entries
-    harm(run / "journal.json")
+    harm(run / "journal.jsonl")
     journal = Journal(run)
     assert (journal.entries, journal.mended) == (entries, True)
-    flip(run / "journal.copy.json")
-    with pytest.raises(UserError, match=r"journal.copy.json is damaged \(.*\): remove what is damaged, and --resume"):
+    flip(run / "journal.copy.jsonl")
+    (run / "journal.jsonl").write_text("[]")
+    with pytest.raises(UserError, match=r"journal.copy.jsonl is damaged \(.*\): remove what is damaged, and --resume"):
         Journal(run)
 
 
 def test_a_flipped_digit_in_the_journal_is_not_taken_for_other_prompts(run: Path, whole: Whole) -> None:
-    journal = run / "journal.json"
+    journal = run / "journal.jsonl"
     known = Journal(run).note("prompts")["sha256"]
     journal.write_text(journal.read_text().replace(known, known.replace(known[0], "0" if known[0] != "0" else "1")))
     module.train(replace(whole.config, out=str(run)), resume=True)
     assert not Journal(run).mended
+
+
+def filled(directory: Path) -> Journal:
+    """A journal with entries recorded, forgotten, and recorded again with other contents."""
+    directory.mkdir(exist_ok=True)
+    journal = Journal(directory)
+    journal.begin({"options": {"seed": 0}, "prompts": {"sha256": "x"}})
+    for number in range(6):
+        journal.record(f"a/{number}.jsonl", {"number": number, "loss": None}, content=f"{number}")
+    journal.forget_folder("b")
+    journal.forget("a/1.jsonl")
+    journal.record("a/4.jsonl", {"number": 9}, content="other")  # 5 is forgotten
+    return journal
+
+
+def test_a_journal_grows_by_a_line_a_change(tmp_path) -> None:
+    journal = filled(tmp_path)
+    expected = dict(journal.entries)
+    assert [name for name in expected if "/" in name] == ["a/0.jsonl", "a/2.jsonl", "a/3.jsonl", "a/4.jsonl"]
+    for number in range(3):
+        before = [(tmp_path / name).read_bytes() for name in Journal.FILES]
+        journal.record("last", {"number": number}, file=False)
+        for name, content in zip(Journal.FILES, before):
+            added = (tmp_path / name).read_bytes().removeprefix(content)
+            assert added.count(b"\n") == 1
+            assert len(added) < 200
+    again = Journal(tmp_path)
+    assert list(again.entries.items()) == list(journal.entries.items())
+    assert list(again.entries)[:-1] == list(expected)
+    again.begin({"options": {"seed": 0}})  # the first change of a process leaves out what no longer counts
+    assert (tmp_path / "journal.jsonl").read_bytes().count(b"\n") == 1 + len(again.entries)
+    assert Journal(tmp_path).entries == again.entries
+
+
+def test_a_torn_last_line_of_the_journal_is_left_out(tmp_path) -> None:
+    """As a power cut leaves it, at any byte, in one file or in both."""
+    journal = filled(tmp_path / "whole")
+    before = dict(journal.entries)
+    lengths = [(tmp_path / "whole" / name).stat().st_size for name in Journal.FILES]
+    journal.record("a/7.jsonl", content="7")
+    contents = [(tmp_path / "whole" / name).read_bytes() for name in Journal.FILES]
+    for kept in range(len(contents[0]) - lengths[0]):
+        for tail in (b"", b"\0" * 20, b"\0" * 20 + b"\n"):
+            torn = contents[0][: lengths[0] + kept] + tail * (kept > 0)
+            for name, content in zip(Journal.FILES, (torn, contents[1][: lengths[1]])):
+                (tmp_path / name).write_bytes(content)
+            journal = Journal(tmp_path)
+            assert (journal.entries, journal.mended) == (before, False), (kept, tail)
+    journal.record("a/8.jsonl", content="8")  # not after half a line
+    assert list(Journal(tmp_path).entries) == [*before, "a/8.jsonl"]
+    (tmp_path / "journal.copy.jsonl").write_bytes(contents[1])
+    (tmp_path / "journal.jsonl").write_bytes(contents[0][: lengths[0] + 9])
+    assert Journal(tmp_path).entries.keys() == {*before, "a/7.jsonl"}  # the copy goes on where the file ends
+
+
+def test_damage_within_the_journal_takes_the_copy(tmp_path) -> None:
+    expected = filled(tmp_path).entries
+    copy = tmp_path / "journal.copy.jsonl"
+    whole = copy.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for number in range(len(lines) - 1):
+        for harmed in (lines[number].replace(b'"', b"'", 1), b"", b"[]\n", b"null\n", b"[" * 5000 + b"\n"):
+            (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:number], harmed, *lines[number + 1 :]]))
+            assert (journal := Journal(tmp_path)).entries == expected
+            assert journal.mended
+    copy.write_bytes(whole.replace(b"seed", b"sead"))
+    with pytest.raises(UserError, match=r"journal\.jsonl is damaged .* and .*copy\.jsonl is damaged \(line 2 is"):
+        Journal(tmp_path)
+
+
+def test_after_a_write_that_failed_the_journal_is_written_anew(tmp_path, monkeypatch) -> None:
+    journal = filled(tmp_path)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*journal\.jsonl'"):
+        journal.record("a/7.jsonl", content="7")
+    monkeypatch.undo()
+    with open(tmp_path / "journal.jsonl", "ab") as file:
+        file.write(b'{"name": "a')
+    journal.record("a/8.jsonl", content="8")
+    again = Journal(tmp_path)
+    assert (again.entries, again.mended) == (journal.entries, False)
+
+
+def test_the_journal_of_an_earlier_version_is_read_and_converted(run: Path, whole: Whole) -> None:
+    entries = Journal(run).entries
+    for name in Journal.FILES:
+        (run / name).unlink()
+    own = {"checksum": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), "note": {}}
+    for name in Journal.EARLIER_FILES:
+        (run / name).write_text(json.dumps({**entries, "journal.json": own}, indent=1) + "\n")
+    times = {path: path.stat().st_mtime_ns for path in run.glob("iteration_*/*")}
+    assert Journal(run).entries == entries
+    flip(run / "journal.json")
+    assert (Journal(run).entries, Journal(run).mended) == (entries, True)
+    module.train(replace(whole.config, out=str(run)), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in run.glob("iteration_*/*")} == times
+    assert {path.name for path in run.glob("journal*")} == set(Journal.FILES)
+    assert bits(run) == whole.bits
+
+
+@pytest.mark.parametrize("name", ["../secret", "/secret", "a/../../secret", "a/..", "..", ".", "", "a//b", "a\0b"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_journal_that_names_what_is_outside_is_refused(tmp_path, name: str, earlier: bool) -> None:
+    directory = tmp_path / "run"
+    journal = filled(directory)
+    (tmp_path / "secret").write_text("precious")
+    if earlier:
+        for file in Journal.FILES:
+            (directory / file).unlink()
+        (directory / "journal.json").write_text(json.dumps({name: {"checksum": None, "note": {}}}))
+    else:
+        journal.record(name, file=False)
+    with pytest.raises(UserError, match=rf"journal\.jsonl?: its entry {re.escape(repr(name))} is no path in the run"):
+        Journal(directory)
+    assert (tmp_path / "secret").read_text() == "precious"
+
+
+@pytest.mark.parametrize("link", ["iteration_02", "iteration_02/policy", "metrics.jsonl", "tensorboard", ".lock"])
+def test_a_symbolic_link_in_a_run_is_refused(run: Path, whole: Whole, tmp_path, link: str) -> None:
+    """Before anything is written, or removed, where it leads."""
+    elsewhere = tmp_path / "elsewhere"
+    (run / link).rename(elsewhere)
+    (run / link).symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"{link}( is a symbolic link|: put the)"):
+        module.train(replace(whole.config, out=str(run), iterations=3), resume=True, force=True)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(run)])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatch) -> None:
+    """Another process may have locked a file of the same name, and write the same outputs."""
+    out = tmp_path / "run"
+    begun, fit = [], module.fit
+
+    def fit_without_lock(*arguments) -> None:
+        if not begun:
+            (out / ".lock").unlink()
+            begun.append(checkpoint.locked(out))  # it gets it
+        fit(*arguments)
+
+    monkeypatch.setattr(module, "fit", fit_without_lock)
+    config = replace(whole.config, out=str(out))
+    before = time.monotonic()
+    with pytest.raises(UserError, match=r"\.lock was removed while this process was at work"):
+        module.train(config)
+    assert not (out / "iteration_01" / "policy").exists(), time.monotonic() - before
+    begun[0].release()
+    module.train(config, resume=True)
+    assert bits(out) == whole.bits
+
+
+def test_metrics_are_on_the_disk_before_an_output_is_recorded(whole: Whole, tmp_path, monkeypatch) -> None:
+    flushed: list[str] = []
+    unflushed: list[str] = []
+    fsync, log = checkpoint.os.fsync, module.Tracker.log
+
+    def note_fsync(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        flushed.append(name)
+        if name == "metrics.jsonl":
+            unflushed.clear()
+        if name == "journal.jsonl":
+            assert not unflushed
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", note_fsync)
+    monkeypatch.setattr(
+        module.Tracker, "log", lambda *given, **values: (unflushed.append(given[1]), log(*given, **values))
+    )
+    module.train(replace(whole.config, out=str(tmp_path / "run"), iterations=1))
+    assert flushed.count("journal.jsonl") > 10
+    assert not unflushed
+
+
+@pytest.mark.parametrize(("number", "raises"), [(22, False), (95, False), (5, True)])
+def test_a_file_system_that_cannot_flush_a_directory(tmp_path, monkeypatch, number: int, raises: bool) -> None:
+    fsync = checkpoint.os.fsync
+
+    def fail_for_directories(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_dir():
+            raise OSError(number, "not here")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail_for_directories)
+    with pytest.raises(OSError, match=f"not here: '{tmp_path}'") if raises else nullcontext():
+        checkpoint.atomic_write_text(tmp_path / "file", "text")
 
 
 def test_another_model_is_refused(whole: Whole, run: Path, tmp_path) -> None:

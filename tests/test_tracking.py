@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from onpo_fast.errors import UserError
 from onpo_fast.tracking import Tracker, check_reporter
@@ -50,6 +51,67 @@ def test_damaged_lines_are_left_out_and_kept_aside(tmp_path: Path, capsys) -> No
     assert capsys.readouterr().out == (
         f"metrics.jsonl: 6 of 8 lines are damaged and left out: see {directory / 'metrics.damaged.jsonl'}\n"
     )
+
+
+def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows."""
+    shown = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0})
+    shown.Reload()
+    return {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def steps(directory: Path, *numbers: int, kept: int = 0) -> None:
+    """A process that logs these steps of a fit, and first drops those of an earlier one after step ``kept``."""
+    tracker = Tracker(directory)
+    tracker.begin("fit", keep=lambda record: record["step"] <= kept)
+    for number in numbers:
+        tracker.log("fit", 1, fit="policy", step=number, steps=9, loss=1 / number, target=None)
+    tracker.close()
+
+
+def test_tensorboard_goes_on_and_is_drawn_again_only_where_records_are_taken_back(tmp_path: Path) -> None:
+    values = {"loss": lambda n: pytest.approx(1 / n), "step": lambda n: n, "steps": lambda n: 9}
+    expected = {f"fit/policy/{name}": [(n, value(n)) for n in range(1, 5)] for name, value in values.items()}
+    steps(tmp_path, 1, 2)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    steps(tmp_path, 3, 4, kept=2)
+    assert first in (tmp_path / "tensorboard").iterdir()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert curves(tmp_path) == expected
+    steps(tmp_path, 3, 4, kept=2)  # as after a kill between two states
+    assert first not in (tmp_path / "tensorboard").iterdir()
+    assert curves(tmp_path) == expected
+
+
+@pytest.mark.parametrize("lost", [1, 20, 10**6])
+def test_tensorboard_is_drawn_again_where_it_lacks_a_record(tmp_path: Path, lost: int) -> None:
+    """A kill comes between the two files, or within an event."""
+    steps(tmp_path, 1, 2, 3)
+    whole = curves(tmp_path)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.write_bytes(file.read_bytes()[:-lost])
+    steps(tmp_path, kept=3)
+    assert curves(tmp_path) == whole
+
+
+def test_half_a_line_of_a_crash_is_not_gone_on_with(tmp_path: Path) -> None:
+    steps(tmp_path, 1, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"time": 1')
+    steps(tmp_path, 3, kept=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    for name, file in (("file", open("/dev/full", "w")), ("board", open("/dev/full", "wb"))):
+        tracker = Tracker(tmp_path)
+        if name == "file":
+            tracker.file = file
+        else:
+            tracker.board.writer._writer = file
+        with pytest.raises(OSError, match=r"No space left on device: '.*(metrics\.jsonl|events\.out.*)'"):
+            tracker.log("fit", 1, fit="policy", step=1, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from ..checkpoint import atomic_write_text
 from ..errors import CommandParser, UserError, command, nearest
 from ..objectives import OBJECTIVES
 from ..page import STYLE, Plot, render
-from ..tracking import console, environment, progress
+from ..tracking import console, environment, progress, say
 from . import figures, lab
 from .algorithms import ALGORITHMS
 from .arguments import count
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
         for experiment in EXPERIMENTS:
             arguments = ["--out", str(options.out)]
             work(experiment, _parser(experiment).parse_args(arguments), [experiment, *arguments])
-    console.print(f"{write_page(options.out)}")
+    say(f"{write_page(options.out)}")
 
 
 def _all(argv: list[str]) -> argparse.Namespace:
