@@ -344,6 +344,7 @@ class Journal:
         self.directory = directory
         self.entries: dict[str, dict[str, Any]] = {}
         self.checked: dict[str, bool] = {}  # an output is read once to see whether it is whole
+        self.file = directory / self.FILES[0]  # the one that was read, or will be written
         self.mended = False  # whether the copy had to be taken
         self.before_record: list[Callable[[], None]] = []
         self.last = ""  # the checksum of the last line, once both files end with it
@@ -367,6 +368,7 @@ class Journal:
         name, content = whole[0]
         if len(whole) == 2 and content.lines[-1:] and content.lines[-1] in whole[1][1].lines[:-1]:
             name, content = whole[1]  # it goes on where the first one ends
+        self.file = self.directory / name
         self.mended = name != names[0]
         self.entries = content.entries
         checked: set[Path] = set()

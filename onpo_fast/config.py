@@ -470,10 +470,11 @@ def _check_whole(file: Path, options: Mapping[str, Any]) -> None:
 
 def _began_with(directory: Path) -> dict[str, Any] | None:
     """The options that a run's journal has."""
-    options, hints = Journal(directory).note("options"), get_type_hints(Config)
+    journal, hints = Journal(directory), get_type_hints(Config)
+    options = journal.note("options")
     if unknown := sorted((options or {}).keys() - hints.keys()):
         raise UserError(f"{directory} began with options that this version does not have: {', '.join(unknown)}")
-    check_values(directory / Journal.FILES[0], options or {}, hints)
+    check_values(journal.file, options or {}, hints)
     return options
 
 
@@ -504,7 +505,7 @@ def _check_trust(directory: Path, parsed: Parsed, names: Iterable[str]) -> None:
         return
     complaints, remedies = [], []
     for name in asked(parsed.config):
-        source = parsed.sources.get(name, (str(directory / Journal.FILES[0]), 0))
+        source = parsed.sources.get(name, (str(Journal(directory).file), 0))
         if name not in names or source is None or not _is_inside(Path(source[0]), directory):
             continue
         value = getattr(parsed.config, name)

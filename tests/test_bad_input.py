@@ -457,7 +457,7 @@ def test_what_a_run_directory_asks_for(
     there = f"run/config.yaml, line {line}"
     if where == "journal":
         (run / "config.yaml").write_text("seed: 0\n")
-        there = "run/journal.json"
+        there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
     for module in (evaluate, export):
         monkeypatch.delattr(module, "load")
@@ -537,7 +537,7 @@ def test_pairs_are_exported_whatever_a_run_asks_for(here: Path, capsys) -> None:
     assert one_line(export.main, ["run", "--trust_remote_code"], capsys) == "--trust_remote_code goes with --alpaca"
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "journal.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "journal.jsonl", "journal.json"])
 @pytest.mark.parametrize("content", [None, "/dev/zero", *(c.encode() for c in (
     "seed: " + 5000 * "1", "seed: 0x" + 5000 * "f", "a: &a [*a]", "judge_request: &a {b: *a}", 300_000 * "[",
     '{"options": {"checksum": null, "note": {"seed": "x"}}}', '{"options": {"checksum": null, "note": {"eta": true}}}',
@@ -546,9 +546,10 @@ def test_pairs_are_exported_whatever_a_run_asks_for(here: Path, capsys) -> None:
 def test_odd_files_are_one_line(here: Path, name: str, content: bytes | str | None, capsys) -> None:
     strangers_run(here)
     file = here / "run" / name
-    file.unlink()
-    (here / "run/journal.copy.json").unlink()
-    if name == "journal.json" and content is not None:
+    for journal in Journal.FILES[name == "config.yaml" :]:
+        (here / "run" / journal).unlink()
+    file.unlink(missing_ok=True)
+    if name != "config.yaml" and content is not None:
         (here / "run/config.yaml").unlink()
     if content is None:
         os.mkfifo(file)
