@@ -245,7 +245,7 @@ class Marks:
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         def forward_ended(module: nn.Module, arguments: tuple, output: Any) -> None:
-            if module.training:  # the fit also asks the model to see whether it is sound
+            if torch.is_grad_enabled():  # the fit also asks the model to see whether it is sound
                 self.end("forward")
                 output.last_hidden_state.register_hook(lambda gradient: self.end("loss"))
 
