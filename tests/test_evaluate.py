@@ -112,6 +112,7 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
     config, oracle, sampled = replace(run, out=str(directory)), Counting(), []
     make = evaluate.make_sampler
     monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    monkeypatch.setattr(evaluate.oracles, "probe", lambda *given, **options: None)  # which would be counted
     monkeypatch.setattr(
         evaluate, "make_sampler", lambda *given: (
             lambda prompts, *rest: (sampled.append(rest[-1]), make(*given)(prompts, *rest))[1]

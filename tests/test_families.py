@@ -132,9 +132,12 @@ def test_what_is_wrong_is_seen(
         return policy
 
     monkeypatch.setattr(families, "load", load_and_harm)
-    verdict = check("cohere", FAMILIES["cohere"], tmp_path).verdict
-    assert verdict.startswith("WRONG: ") or (harm is leave_dropout_on and verdict.startswith("refused: "))
-    assert fault in verdict or verdict.startswith("refused: ")
+    row = check("cohere", FAMILIES["cohere"], tmp_path)
+    if harm is scale_logits:  # the sampler's own check refuses it, too
+        assert row.logps > 1e-3
+    if harm not in (scale_logits, leave_dropout_on) or not row.verdict.startswith("refused: "):
+        assert row.verdict.startswith("WRONG: ")
+        assert fault in row.verdict
 
 
 def test_a_sampler_that_disagrees_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
