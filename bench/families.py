@@ -455,7 +455,7 @@ has the configurations, and `python -m bench families --only llama` tries one.
 - **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
   one padded batch, against plain transformers with each prompt and response alone in a row. The largest difference, in
   nats.
-- **gradient**: of the first step of a fit over nine pairs, in train mode, by all parameters, against plain autograd on
+- **gradient**: of the first step of a fit over nine pairs, by all parameters, against plain autograd on
   those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Taken twice, the larger of both; the two must have the same
   bits, which dropout or router jitter would change.
 - **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. The largest difference, in
