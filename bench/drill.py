@@ -38,7 +38,7 @@ from onpo_fast import train as training
 from onpo_fast.checkpoint import Checkpoints, Journal, Parts, checksum
 from onpo_fast.config import Config
 from onpo_fast.errors import command
-from onpo_fast.policy import locate
+from onpo_fast.loading import locate
 from onpo_fast.tracking import console
 
 SMALL = {

@@ -39,8 +39,9 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response, read_groups
 from onpo_fast.errors import UserError, one_line
 from onpo_fast.fit import fit, plan
+from onpo_fast.loading import load
 from onpo_fast.objectives import Onpo
-from onpo_fast.policy import Policy, load, score
+from onpo_fast.policy import Policy, score
 from onpo_fast.sampling import make_sampler
 from onpo_fast.sources import quiet
 from onpo_fast.train import train

@@ -27,9 +27,10 @@ from onpo_fast import fit as fitting
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.fit import fit, plan
+from onpo_fast.loading import apply_liger, without_cudnn_attention
 from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.objectives import Objective, Onpo
-from onpo_fast.policy import Policy, _apply_liger, score, without_cudnn_attention
+from onpo_fast.policy import Policy, score
 
 from .kernels import surroundings
 from .memory import Gauge
@@ -138,7 +139,7 @@ def _layers_that_fit(shape: Shape, device: torch.device) -> int:
 
 
 def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
-    """As ``policy.load`` would have it, but in bf16 and made where it is to be."""
+    """As ``loading.load`` would have it, but in bf16 and made where it is to be."""
     flash = device.type == "cuda" and is_flash_attn_2_available()
     set_seed(0)
     without_cudnn_attention()
@@ -150,7 +151,7 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
     # renamed in transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    _apply_liger(model, device, "auto")
+    apply_liger(model, device, "auto")
     # its tokenizer is asked by nobody: the tokens are random
     return Policy(model, None, device, torch.bfloat16, "separate" if flash else "shared")
 

@@ -72,7 +72,7 @@ def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         from onpo_fast.config import Config
         from onpo_fast.data import split_prompts
         from onpo_fast.errors import UserError
-        from onpo_fast.policy import SMOLLM2, load
+        from onpo_fast.loading import SMOLLM2, load
     except ImportError as error:
         raise Unavailable(f"the real model needs a package that is not here: {error}") from None
     try:

@@ -40,7 +40,8 @@ from .data import (
 )
 from .errors import CommandParser, UserError, command
 from .fingerprint import changes
-from .policy import kl_estimate, load, score
+from .loading import load
+from .policy import kl_estimate, score
 from .sampling import TruncationWarning, all_truncated, make_sampler
 from .tracking import Tracker, progress, say
 

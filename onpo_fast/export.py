@@ -24,7 +24,7 @@ from .config import Config
 from .data import Messages, of_iterations
 from .errors import CommandParser, UserError, command
 from .evaluate import finished_policies, initial_policy
-from .policy import load
+from .loading import load
 from .sampling import make_sampler
 from .sources import library, records
 from .tracking import progress, say

@@ -20,9 +20,10 @@ from .data import Group, Pair
 from .device import device_of, to_device
 from .errors import UserError
 from .loss import PairLossOutput, choose_backend, fused_linear_pair_loss
+from .model_checks import probe
 from .objectives import Objective
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
-from .policy import Policy, disagreement, probe, token_group
+from .policy import Policy, disagreement, token_group
 from .tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself

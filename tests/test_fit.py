@@ -12,8 +12,9 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.fit import _cosine_with_warmup, fit, plan
+from onpo_fast.loading import load
 from onpo_fast.objectives import Dpo, Onpo
-from onpo_fast.policy import load, score
+from onpo_fast.policy import score
 
 
 def make_groups(policy, k: int = 3) -> list[Group]:

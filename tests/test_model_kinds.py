@@ -20,8 +20,9 @@ from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.fingerprint import changes, model_fingerprint
 from onpo_fast.fit import fit, plan
+from onpo_fast.loading import load, weight_files
 from onpo_fast.objectives import Onpo
-from onpo_fast.policy import disagreement, load, score, weight_files
+from onpo_fast.policy import disagreement, score
 from onpo_fast.sampling import TransformersSampler, make_sampler
 
 SMALL = {

@@ -13,7 +13,8 @@ from scipy import stats
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.kernels import noise
-from onpo_fast.policy import Policy, load, score
+from onpo_fast.loading import load
+from onpo_fast.policy import Policy, score
 from onpo_fast.sampling import TransformersSampler, _Draw, _keys
 
 PROMPTS = [

@@ -20,7 +20,7 @@ from ..config import Config
 from ..device import device_of
 from ..errors import UserError
 from ..fingerprint import model_fingerprint
-from ..policy import _loading, locate, without_cudnn_attention
+from ..loading import loading_errors, locate, without_cudnn_attention
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
@@ -45,11 +45,11 @@ class ModelOracle(BatchOracle):
         self.model: PreTrainedModel | None = None
         self.device = device_of(config.device)
         locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
-        with _loading("the model", source):
+        with loading_errors("the model", source):
             model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         self.commit: str | None = getattr(model_config, "_commit_hash", None)
         self.check_config(model_config)
-        with _loading("the tokenizer of", source):
+        with loading_errors("the tokenizer of", source):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=config.trust_remote_code
             )
@@ -67,7 +67,7 @@ class ModelOracle(BatchOracle):
         """The model, in bfloat16 on a GPU and float32 elsewhere (--dtype)."""
         if self.model is None:
             chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(self.config.dtype)
-            with _loading("the model", self.source):
+            with loading_errors("the model", self.source):
                 model, report = self.auto_class.from_pretrained(
                     self.source,
                     dtype=chosen or getattr(torch, self.config.dtype),
@@ -201,6 +201,6 @@ def weight_names(source: str) -> list[str]:
     """The names of all weights in a directory; none for a model that is still on the hub."""
     names: list[str] = []
     for path in sorted(Path(source).glob("*.safetensors")):
-        with _loading("the model", source), safe_open(path, "pt") as file:
+        with loading_errors("the model", source), safe_open(path, "pt") as file:
             names += file.keys()
     return names
