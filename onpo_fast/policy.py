@@ -1,4 +1,4 @@
-"""A policy: a causal language model with its tokenizer. Render prompts, take hidden states, score responses, save it."""
+"""A policy: a causal language model with its tokenizer. Prompts rendered, hidden states, scores; saved."""
 
 from __future__ import annotations
 
