@@ -231,7 +231,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; weights and optimizer are float32. "auto": bfloat16 on a GPU, float32 on a CPU."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """"auto": flash-attention on a GPU where it is installed, else SDPA."""
+    """"auto": flash-attention on a GPU where it is installed and the model has it, else what the model prefers."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's kernels for the model's body. "auto": on a GPU, where installed and the model is supported."""
     loss_backend: Literal["auto", "triton", "torch", "reference"] = "auto"

@@ -81,7 +81,7 @@ def fit(
             and are compared with them.
 
     Raises:
-        UserError: if they are not, to the tolerance of ``agreement``: whatever was fitted would be wrong.
+        UserError: if they are not, to the tolerance of ``disagreement``: whatever was fitted would be wrong.
         UserError: if more than ``config.max_skipped_steps`` steps in a row, or all of them, had a loss or a gradient
             that is not finite (such a step leaves the weights as they are), or if the policy is not finite in the end.
             The saved states are removed: from there a lower learning rate would come too late.

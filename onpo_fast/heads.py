@@ -49,10 +49,12 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     """How the model's family scales and caps its logits."""
     text = config.get_text_config()
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse
-        scale *= getattr(text, name, None) or 1.0
+    if text.model_type != "mpt":  # its own code does not use the field of that name
+        for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse
+            scale *= getattr(text, name, None) or 1.0
     if scaling := getattr(text, "logits_scaling", None):  # Granite divides by it, HyperCLOVAX multiplies
         scale *= scaling if text.model_type.startswith("hyperclovax") else 1 / scaling
+    scale /= getattr(text, "logits_mup_width_multiplier", None) or 1.0  # Inkling
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
     cap = next((value for name in caps if (value := getattr(text, name, None))), None)
     return {"logit_scale": scale, "softcap": cap}

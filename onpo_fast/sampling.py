@@ -9,11 +9,10 @@ tokens; on a CPU in float32 that has not been seen.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from .errors import UserError, one_line
 from .kernels import noise
 from .loss import choose_backend
 from .model_checks import computing
-from .policy import TOLERANCE, Policy, score
+from .policy import TOLERANCE, Policy, pad_token, score
 from .tracking import console
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
@@ -92,6 +91,8 @@ def make_sampler(policy: Policy, config: Config) -> Sampler:
 class TransformersSampler:
     """Batched generation with a KV cache on the policy's own device."""
 
+    told: ClassVar[set[str]] = set()  # families that a user has been told about
+
     def __init__(
         self, policy: Policy, *, max_new_tokens: int, temperature: float, top_p: float, batch_size: int
     ) -> None:
@@ -127,7 +128,8 @@ class TransformersSampler:
         for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
             keys = _keys([[*seed, first + p, k] for p, k in batch], self.policy.device)
             chosen = [rendered[p] for p, _ in batch]
-            generated = self._generate(chosen, keys, self.max_new_tokens)
+            with computing(f"a model of the family {self.policy.family}"):
+                generated = self._generate(chosen, keys, self.max_new_tokens)
             responses.update(zip(batch, generated))
             progress(len(batch))
         return [
@@ -139,25 +141,27 @@ class TransformersSampler:
         """Compares the log-probs of a few sampled tokens with those that the policy is scored by, in float32.
 
         Where they agree only without padding (left padding is wrong in transformers for some recurrent families), no
-        batch has any from here on: prompts of different lengths are sampled one after the other.
+        batch has any from here on; where they agree only without a batch, one response is sampled at a time.
 
         Raises:
-            UserError: if they differ without padding, too; names the family and the difference.
+            UserError: if they never agree; names the family and the difference.
         """
-        model = f"a model of the family {self.policy.family}"
-        difference = self._difference()
-        if difference <= TOLERANCE[torch.float32]:
+        family, allowed = self.policy.family, TOLERANCE[torch.float32]
+        if (padded := self._difference()) <= allowed:
             return
-        self.pads = False
-        _say_once(
-            f"{model} gives log-probs that are up to {difference:.2g} nats a token off where prompts of different "
-            "lengths are in one batch: such prompts are sampled one after the other"
-        )
-        if (difference := self._difference()) > TOLERANCE[torch.float32]:
-            raise UserError(
-                f"{model} cannot be trained with this version of transformers: the log-probs that it generates "
-                f"with and those that it is scored by differ by up to {difference:.2g} nats a token; try --attention "
-                "eager"
+        self.pads, done = False, "prompts of different lengths are sampled one after the other"
+        if self._difference() > allowed:
+            self.batch_size, done = 1, "one response is sampled at a time"
+            if (alone := self._difference()) > allowed:
+                raise UserError(
+                    f"a model of the family {family} cannot be trained with this version of transformers: the "
+                    f"log-probs it generates with and those it is scored by differ by up to {alone:.2g} nats a token"
+                )
+        if family not in self.told:
+            self.told.add(family)
+            console.print(
+                f"a model of the family {family} gives log-probs that are up to {padded:.2g} nats a token off where "
+                f"prompts are in one batch: {done}"
             )
 
     @torch.no_grad()
@@ -201,9 +205,9 @@ class TransformersSampler:
                 yield alike[start : start + self.batch_size]
 
     def _generate(self, prompts: list[list[int]], keys: Tensor, max_new_tokens: int) -> list[Response]:
-        policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.device
+        policy, device = self.policy, self.policy.device
         width = max(map(len, prompts))
-        pad = tokenizer.pad_token_id
+        pad = pad_token(policy.model, policy.tokenizer)
         input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draw = _Draw(keys, self.temperature, self.top_p)
@@ -228,11 +232,6 @@ class TransformersSampler:
         kept = tokens if end is None else tokens[: end + 1]
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    console.print(line)
 
 
 class _Draw(LogitsProcessor):

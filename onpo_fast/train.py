@@ -254,8 +254,8 @@ class Run:
         if differ := disagreement(sampled, torch.cat(scores), tokens, self.compute_dtype):
             raise UserError(
                 f"the log-probs that {self.config.model} (family {self.family}) generates with differ from those that "
-                f"it is scored by {differ}: it would learn from wrong numbers. Try --sampling_batch_size 1 or "
-                "--attention eager in a new run"
+                f"it is scored by {differ}: it would learn from wrong numbers. Another version of "
+                "transformers, or kernels that the family can use (mamba-ssm, causal-conv1d), may agree"
             )
 
     def _sample(self, t: int, source: Source, name: str) -> list[Group]:
