@@ -310,6 +310,8 @@ def load_plain(source: Path) -> PreTrainedModel:
         if keys := sorted(map(str, found[kind])):
             raise ValueError(f"plain transformers has {len(keys)} {kind.replace('_', ' ')}, as {keys[0]}")
     model.config.get_text_config().use_cache = False
+    for parameter in model.parameters():  # transformers 5.17 leaves dequantised ones in bfloat16
+        parameter.data = parameter.data.float()
     return model.eval().requires_grad_(True)
 
 

@@ -69,6 +69,8 @@ def groups_of(policy, sizes: tuple[int, ...] = (3, 9)) -> list[Group]:
 def plain_scores(directory: Path, groups: list[Group], model_class: type = AutoModelForCausalLM) -> torch.Tensor:
     """Summed log-probs of all responses by transformers alone, a row at a time."""
     model = model_class.from_pretrained(directory, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # transformers 5.17 leaves dequantised ones in bfloat16
+        parameter.data = parameter.data.float()
     sums = []
     for group in groups:
         for response in group.responses:
@@ -148,7 +150,7 @@ def test_log_probs_that_change_from_one_time_to_the_next_are_refused(build, monk
 
 def test_attention_that_a_family_lacks_is_named_with_the_flag(build) -> None:
     directory = build("Gemma2Config", **SMALL, head_dim=8)
-    assert load(directory, Config()).attention == "eager"  # what the model chooses
+    assert load(directory, Config()).attention in ("eager", "sdpa")  # what the model prefers, by version
     mamba = build("MambaConfig", hidden_size=32, num_hidden_layers=2, state_size=8)
     with pytest.raises(UserError, match=r"cannot load the model .*Leave out --attention") as error:
         load(mamba, Config(attention="sdpa"))
