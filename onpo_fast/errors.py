@@ -81,7 +81,7 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
 
     >>> print(one_line("a\n b \x1b[31m"))
     a b \x1b[31m
-    >>> one_line("x" * 5000, longest=40)
+    >>> one_line("x" * 5000, longest=60)
     'xxxxxxxxxx … 4980 characters … xxxxxxxxxx'
     """
     line = " ".join(text.split())

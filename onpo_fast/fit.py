@@ -281,7 +281,8 @@ class _Metrics:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.tokens = 0  # packed
-        self.responses: list[Tensor] = []  # a micro-batch: (3, S), log-probs, the anchor's, and numbers of tokens
+        self.logps: list[Tensor] = []  # a micro-batch each: (2, S), the responses' log-probs and the anchor's, nats
+        self.cu_seqlens: list[Tensor] = []  # (S+1,), the responses' boundaries, on the CPU
         self.columns: dict[str, list[Tensor]] = {}
 
     def add(self, microbatch: MicroBatch, output: PairLossOutput) -> None:
@@ -302,14 +303,13 @@ class _Metrics:
         }
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column.double())
-        lengths = to_device(microbatch.packed.cu_seqlens.diff(), ratio.device)
-        self.responses.append(
-            torch.stack([column.detach().double() for column in (output.logps, output.ref_logps, lengths)])
-        )
+        self.logps.append(torch.stack([output.logps.double(), output.ref_logps.double()]))
+        self.cu_seqlens.append(microbatch.packed.cu_seqlens)
 
     def differ_from_anchor(self, dtype: torch.dtype) -> str | None:
         """How the responses' log-probs differ from the anchor's, in words; None if they do not."""
-        return disagreement(*torch.cat(self.responses, 1).cpu(), dtype)
+        tokens = torch.cat([boundaries.diff() for boundaries in self.cu_seqlens])
+        return disagreement(*torch.cat(self.logps, 1).cpu(), tokens, dtype)
 
     def summary(self, **more: Tensor) -> dict[str, float | None]:
         """Means over pairs, the loss also normalised, and ``more`` scalars; None where a number is not finite, as DPO's

@@ -331,7 +331,7 @@ class Policy:
                 self.tokenizer.save_pretrained(partial)
             if self.generation_config:  # what is there now has only the tokens: the rest is not for training
                 settings = {**self.generation_config, "eos_token_id": self.eos_tokens}
-                text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+                text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # as transformers writes it
                 (partial / "generation_config.json").write_text(text, encoding="utf-8")
             for name, content in self.processor_files.items():
                 (partial / name).write_bytes(content)

@@ -544,7 +544,9 @@ def test_a_copy_of_the_oracle_is_the_same_and_an_old_run_knows_none(judged, tmp_
     config = replace(config, out=str(copy / "run"), oracle_model=str(copy / "model"))
     module.train(config, resume=True)
     entries = {name: entry for name, entry in Journal(copy / "run").entries.items() if name != "oracle"}
-    (copy / "run/journal.json").write_text(json.dumps(entries))
+    for name in Journal.FILES:
+        (copy / "run" / name).unlink()
+    (copy / "run" / Journal.EARLIER_FILES[0]).write_text(json.dumps(entries))
     flip(copy / "model/model.safetensors")
     module.train(config, resume=True)
     assert "model.safetensors of member 1, pair-model" in Journal(copy / "run").note("oracle")
@@ -567,7 +569,7 @@ def test_files_are_hashed_once(judged, tmp_path, monkeypatch) -> None:
 def test_with_force_an_iteration_is_judged_by_one_oracle(whole: Whole, tmp_path, monkeypatch) -> None:
     """What the old one has said of a part of it is asked anew."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "PART_GROUPS", 1)
+    monkeypatch.setattr(checkpoint.Parts, "GROUPS", 1)
     source = "def prefer(prompt, texts):\n    return [[{0} if a < b else 1 - {0} for b in texts] for a in texts]\n"
     judge, done = module.oracles.judge, []
 
