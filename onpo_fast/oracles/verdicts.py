@@ -52,10 +52,10 @@ def verdict(said: str) -> str | None:
 
     A letter alone, in brackets or before punctuation or "is" at the start, or the only one named:
 
-    >>> [verdict(s) for s in ("A", " **B**.", "[[A]]", "B: shorter", "A is better.", "The answer is B.", "tie")]
+    >>> [verdict(s) for s in ("A", " **B**.", "[[A]]", "B: shorter", "A beats B", "The answer is B.", "tie")]
     ['A', 'B', 'A', 'B', 'A', 'B', 'TIE']
-    >>> [verdict(s) for s in ("", "A good answer", "Response A beats response B", "Both", "C")]
-    [None, None, None, None, None]
+    >>> [verdict(s) for s in ("", "A good answer", "Both", "C")]
+    [None, None, None, None]
 
     Reasoning is not read, and of several explicit verdicts the last counts:
 
@@ -83,6 +83,8 @@ def read_answer(said: str, ended: bool = True) -> Reading:
     start = _end_of_reasoning(text)
     if start is None:
         return Reading(None, unfinished=True)
+    if not text[start:].strip() and (first := VERDICT_THEN_REASONING.match(text)):
+        start, text = 0, first[0]
     decided, at = _decided(_blanked(SPECIAL_TOKEN, text[start:]), ended)
     if decided in (None, TIE) or at is None:
         return Reading(decided)
@@ -129,7 +131,16 @@ REASONING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 FINAL_CHANNELS = {"final", "answer", "response", "output", "content"}
-SPECIAL_TOKEN = re.compile(r"<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|<eos>", re.IGNORECASE)
+SPECIAL_TOKEN = re.compile(
+    r"(?:<\|(?:begin|start)\|>assistant\b)?<[|｜][^<>|｜]{1,40}[|｜]>|<\|[a-z_]{1,20}>|<[a-z_]{1,20}\|>|</?s>|"
+    r"<(?:start|end)_of_turn>|<eos>",
+    re.IGNORECASE,
+)
+# Around a tag that is spoken of: "opens with `<think>`", "leaks its </think> marker".
+SPOKEN_OF = re.compile(
+    r"[`\"'“‘«]\s?\Z|\b(?:its|an?|the|stray|literal|(?:un)?closed|(?:un)?closing|missing)\s\Z", re.IGNORECASE
+)
+AFTER_SPOKEN_OF = re.compile(r"\s?[`\"'”’»]|\s[a-z]{2}")
 
 
 def _end_of_reasoning(text: str) -> int | None:
@@ -140,14 +151,17 @@ def _end_of_reasoning(text: str) -> int | None:
     start = 0
     opened: list[str] = []  # names; a reasoning may have others in it
     for found in REASONING.finditer(text):
+        before = text[max(0, found.start() - 12) : found.start()]
+        if SPOKEN_OF.search(before) and AFTER_SPOKEN_OF.match(text, found.end()):
+            continue
         if found["channel"]:
             if found["channel"].lower() in FINAL_CHANNELS:
                 start, opened = found.end(), []
             else:
                 opened.append("channel")
         elif found["channel_end"]:
-            if "channel" in opened:
-                start, opened = found.end(), opened[: opened.index("channel")]
+            if opened:
+                start, opened = found.end(), opened[: opened.index("channel")] if "channel" in opened else []
         elif found["leaked_end"]:
             start, opened = found.end(), []
         elif found["leaked"]:
@@ -214,6 +228,9 @@ _NAMES = (  # of tags and JSON keys that mean the winner
     rf"(?:[_ -]?(?:{_NOUN}|letter|label|option))?|choose|prefer|which[_ -]is[_ -]better)"
 )
 KEY = re.compile(_NAMES, re.IGNORECASE)
+VERDICT_THEN_REASONING = re.compile(
+    rf"\s*<{_NAMES}>[^<]{{1,{LONGEST_CHOICE}}}</[^<>]{{1,42}}>(?=\s*<(?:{_NAME})\b)", re.IGNORECASE
+)
 PAIR_OF_TAGS = re.compile(r"<([A-Za-z][\w -]{0,40})(?:\s[^<>]{0,60})?>([^<]{1,80})</[^<>]{1,42}>")
 OF_LAYOUT = {"b", "strong", "i", "em", "u", "p", "div", "span", "center", "mark", "code", "pre", "final", "s"}
 TAG = re.compile(r"</?[A-Za-z][\w:-]{0,40}(?:\s[^<>]{0,60})?/?>")
@@ -405,8 +422,8 @@ def _of_object(text: str, start: int, end: int, pairs: _Pairs) -> _Mark | None:
 
 AGAINST = re.compile(
     r"\b(?:not|worse|worst|inferior|weaker|loses?|lost|losing|loser|fails?|failed|neither|nor|non|no|never|wrong|"
-    r"incorrect|less|least|second|hardly|poor|poorer|cannot|bad|could|should|might|if|had|would (?:be|have)|but|however|"
-    r"yet|although|though|while|whereas|which|despite|unless|except|errors?|reject\w*|instead|otherwise)\b|n['’]t\b",
+    r"incorrect|less|least|second|hardly|poor|poorer|cannot|bad|could|should|might|if|had|would (?:be|have)|but|"
+    r"however|yet|although|though|while|whereas|which|despite|unless|except|errors?|reject\w*|instead|otherwise)\b|n['’]t\b",
     re.IGNORECASE,
 )
 CONTRAST = re.compile(r"\b(?:but|however|yet|whereas)\b", re.IGNORECASE)
@@ -451,7 +468,7 @@ def _sentences(text: str, ended: bool) -> Iterator[_Sentence]:
 
 
 def _stated(said: str, start: int, end: int) -> _Mark | None:
-    """The verdict that a sentence states with its first words, or with the first of a clause of it: "…, so I prefer A"."""
+    """The verdict that a sentence, or a clause of it, states with its first words: "In all, I choose A"."""
     for clause in [0, *(found.end() for found in re.finditer(r"[,:]\s", said))]:
         found = CHOICE.match(said, clause)
         if not found or (clause and not LABEL.search(found["before"])):
@@ -464,8 +481,7 @@ def _stated(said: str, start: int, end: int) -> _Mark | None:
             return None
         if not _goes_with(rest, found["before"], one):
             return None
-        mark = _compared(found, start, end)
-        return mark
+        return _compared(found, start, end)
     return None
 
 
