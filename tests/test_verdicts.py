@@ -202,6 +202,10 @@ def test_what_speaks_against_a_response_is_no_verdict_for_it(said: str) -> None:
         ("Response B is better in style.\nResponse A is right.\n\n\\boxed{A}", A),
         ("Response B is better in style. However, Response A is right. <answer>A</answer>", A),
         ("The answer is B, which Response A gives.", None),
+        ("The answer is B. Response A got it.", None),
+        ("The best option is B. Response A says B and Response B says C.", None),
+        ("The best option is B. Response A says B and Response B says C.\nTherefore, A", A),
+        ("The answer is B. Response B got it.", B),
         ("Response A is better, because the user asked for a letter: the answer is B.", A),
     ],
 )
@@ -299,6 +303,9 @@ def test_what_follows_a_verdict_is_read(said: str, expected: str | None) -> None
         ('{"criteria": [{"name": "style", "winner": "B"}], "winner": "A"}', A),
         ('{"response_a": "Option A is best", "response_b": "B wins", "winner": "A"}', A),
         ('{"answer_a": "B", "answer_b": "B", "verdict": "A"}', A),
+        ('{"winner": "A"}\n{"winner": "B"}', None),
+        ("Definitely A.", A),
+        ("I think it's B.", B),
         ("8 7", None),
         ("1", None),
     ],
@@ -330,8 +337,9 @@ def test_reasoning_that_is_spoken_of_or_follows(said: str, expected: str | None)
 
 
 PIECES = ["[RESULT] ", "A is better than ", "A, ", "x, the better response is ", "`<think>", "final ",
-          "the, ", "[", "<", "[[", "[[A", "<think>", "</think>", r"\boxed{", "{", '{"a":', "A ", "A\n", " ", "verdict: ", "A>",
-          "Response A ", "<answer>", "<answer>A</answer>", "<|channel|>", "the ", "not B. "]  # fmt: skip
+          "the, ", "[", "<", "[[", "[[A", "<think>", "</think>", r"\boxed{", "{", '{"a":', "A ", "A\n", " ",
+          "verdict: ", "A>", "Response A ", "<answer>", "<answer>A</answer>", "<|channel|>", "the ",
+          "not B. "]  # fmt: skip
 
 
 def test_an_answer_that_was_cut_off() -> None:

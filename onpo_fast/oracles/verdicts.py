@@ -198,7 +198,7 @@ _PRAISE = r"better|best|preferred|chosen|superior|stronger"
 # The only words that may stand before the letter of a choice.
 _BEFORE = (
     rf"[\W_]*(?:(?i:the|my|final|overall|in|therefore|thus|so|hence|i|d|would|choose|prefer|pick|select|go|with|is|was|"
-    rf"it|goes|to|for|{_PRAISE}|{_VERDICT}|{_NOUN})[\W_]+|(?i:{_NOUN})){{0,8}}"
+    rf"s|think|clearly|definitely|it|goes|to|for|{_PRAISE}|{_VERDICT}|{_NOUN})[\W_]+|(?i:{_NOUN})){{0,8}}"
 )
 _OTHER = rf"(?i:the\s)?(?:(?i:{_NOUN})[\s_*\"'`]{{1,4}})?[AB]\b"
 
@@ -267,7 +267,7 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     for start, end, _ in objects:
         prose = prose[:start] + " " * (end - start) + prose[end:]
     sentences = list(_sentences(prose, ended))
-    voices = [sentence.voice for sentence in sentences if sentence.voice]
+    voices = [sentence.voice for sentence in sentences if sentence.voice and not _is_of_the_task(sentence, prose)]
     marks = sorted(_marks(text, objects), key=lambda mark: mark.end)
 
     if brackets := list(_bracketed(prose)):
@@ -281,6 +281,7 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     final, start = _final(bare, marks, sentences)
     if final:
         before = [sentence.voice for sentence in sentences if sentence.end <= start][-1:]
+        before += [mark for mark in marks if mark.end <= start and not re.search(r"\w", bare[mark.end : start])]
         return _of([final, *(voice for voice in before if voice)])
     return _of([*voices, *marks])
 
@@ -301,6 +302,14 @@ def _final(text: str, marks: list[_Mark], sentences: list[_Sentence]) -> tuple[_
         if sentence.stated and not re.search(r"\w", text[sentence.end :]):
             return sentence.voice, sentence.start
     return None, 0
+
+
+def _is_of_the_task(sentence: _Sentence, text: str) -> bool:
+    """Whether a sentence may say what the right answer is to a question of several choices, about which the responses
+    are: "The best option is B. Response A says so." """
+    other = "B" if sentence.voice.verdict == "A" else "A"
+    rest = text[: sentence.start] + " " + text[sentence.end :]
+    return ANSWER_IS.match(text, sentence.start) is not None and other in LETTER.findall(rest)
 
 
 # Explicit marks ------------------------------------------------------------------------------------------------------
@@ -441,6 +450,7 @@ COMPARISON = re.compile(
     (?!\s+than\s+(?!{_OTHER})){_OVERALL}(?!\s+(?:than|over|to)\s+{_OTHER}(?:\s+(?:in|at|on)\s(?!every|all|both|general|most)))""",
     re.VERBOSE,
 )
+ANSWER_IS = re.compile(r"[\W_]*(?:\w{2,7}\s){0,3}(?:answer|option|choice|solution)\s(?:is|was)\b", re.IGNORECASE)
 LETTER = re.compile(r"\b([AB])\b")
 AFTER_ARTICLE = re.compile(
     r"\s+(?!(?:is|was|wins?|has|because|since|as|for|over|by|due|beats|with|or|and|vs|clearly|definitely)\b)[a-z]"
