@@ -202,6 +202,10 @@ def test_what_speaks_against_a_response_is_no_verdict_for_it(said: str) -> None:
         ("Response B is better in style.\nResponse A is right.\n\n\\boxed{A}", A),
         ("Response B is better in style. However, Response A is right. <answer>A</answer>", A),
         ("The answer is B, which Response A gives.", None),
+        (r"Response A ends with \boxed{B}.", None),
+        (r"The final answer is \boxed{B}. Response A says so, so A is better", None),
+        ("Response A's answer: \\boxed{B}\nResponse B's answer: \\boxed{C}\nCorrect: \\boxed{B}", None),
+        ("Response B ends with <answer>A</answer> and that is wrong.", None),
         ("The answer is B. Response A got it.", None),
         ("The best option is B. Response A says B and Response B says C.", None),
         ("The best option is B. Response A says B and Response B says C.\nTherefore, A", A),
@@ -267,7 +271,13 @@ def test_the_name_of_the_loser(said: str, expected: str | None) -> None:
         ("The winner is A. Had it been about style, my choice would be B.", A),
         ("The winner is A. Had it been about style, I would prefer B.", A),
         ("The winner is A. In style, however, my choice would be B.", A),
+        ("B\n\nSorry, I meant A.", None),
+        ("[[B]]\n\nI made a mistake; the right one is A.", None),
+        ("B. No wait, A.", None),
         ("Do you want me to choose A?", None),
+        ("Response A claims that Response B is better.", None),
+        ("I doubt that B is better.", None),
+        ("Some would prefer B.", None),
         ("Would A be better?", None),
     ],
 )
@@ -336,7 +346,8 @@ def test_reasoning_that_is_spoken_of_or_follows(said: str, expected: str | None)
         assert said[reading.at] == expected
 
 
-PIECES = ["[RESULT] ", "A is better than ", "A, ", "x, the better response is ", "`<think>", "final ",
+PIECES = ["The answer is B. ", "[[A]] ", ". ", "{'winner': 'B'}", '{"winner": "B"}',
+          "[RESULT] ", "A is better than ", "A, ", "x, the better response is ", "`<think>", "final ",
           "the, ", "[", "<", "[[", "[[A", "<think>", "</think>", r"\boxed{", "{", '{"a":', "A ", "A\n", " ",
           "verdict: ", "A>", "Response A ", "<answer>", "<answer>A</answer>", "<|channel|>", "the ",
           "not B. "]  # fmt: skip

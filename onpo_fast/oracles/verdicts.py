@@ -1,8 +1,8 @@
 """What a judge's answer says: its text -> a verdict, and the log-probs at the verdict -> a preference.
 
-Reasoning is not read: only what follows its last end. There, explicit verdicts are looked for, ``[[A]]`` and the like,
-and the last one counts; an answer without any is read as prose, cautiously: a verdict that is missed is asked for once
-more and then counted, one that is inverted is seen by nobody.
+Reasoning is not read: only what follows its last end. There, the verdict is the last in double brackets, or the one with
+which the answer ends, or what all explicit verdicts and all sentences agree on. What contradicts itself is none: a
+verdict that is missed is asked for once more and then counted, one that is inverted is seen by nobody.
 
 No expression takes more than linear time: each repetition is bounded, or of characters that end it.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,14 +51,14 @@ class _Mark:
 def verdict(said: str) -> str | None:
     r"""A, B or TIE; None if an answer decides nothing, or what it decides is not clear.
 
-    A letter alone, in brackets or before punctuation or "is" at the start, or the only one named:
+    A letter alone, in brackets or before punctuation at the start, or the one that a sentence speaks for:
 
     >>> [verdict(s) for s in ("A", " **B**.", "[[A]]", "B: shorter", "A beats B", "The answer is B.", "tie")]
     ['A', 'B', 'A', 'B', 'A', 'B', 'TIE']
     >>> [verdict(s) for s in ("", "A good answer", "Both", "C")]
     [None, None, None, None]
 
-    Reasoning is not read, and of several explicit verdicts the last counts:
+    Reasoning is not read, and a verdict at the end counts before others:
 
     >>> [verdict(s) for s in ("<think>Response B is", "B is longer.</think>A", "<|channel|>final<|message|>B")]
     [None, 'A', 'B']
@@ -72,8 +73,8 @@ def verdict(said: str) -> str | None:
 def read_answer(said: str, ended: bool = True) -> Reading:
     """Reads an answer of any length; of one that is longer than ``READ_CHARACTERS``, its beginning and its end.
 
-    ``ended`` is False for one that was cut off at its token limit: that it has named only one response so far says
-    nothing then.
+    ``ended`` is False for one that was cut off at its token limit: praise with which it breaks off says nothing then, as
+    it may go on "… in style only".
     """
     head, tail = READ_CHARACTERS
     text, dropped = said, 0
@@ -252,8 +253,9 @@ class _Sentence:
 def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     """The verdict of a text without reasoning, and the index of its letter.
 
-    That is the last verdict in double brackets, if nothing after it speaks for the other response; or else the verdict
-    with which the text ends, if the sentence before it does not; or else what all that is said agrees on.
+    That is the last verdict in double brackets, if nothing after it takes it back or speaks for the other response; or
+    else the verdict with which the text ends, if the sentence before it does not speak for the other; or else what all
+    that is said agrees on.
     """
     text = LATEX_SIGN.sub(lambda found: (">" if found["more"] else "<" if found["less"] else "=").ljust(len(found[0])),
                           text)  # fmt: skip
@@ -267,7 +269,8 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     for start, end, _ in objects:
         prose = prose[:start] + " " * (end - start) + prose[end:]
     sentences = list(_sentences(prose, ended))
-    voices = [sentence.voice for sentence in sentences if sentence.voice and not _is_of_the_task(sentence, prose)]
+    letters = Counter(LETTER.findall(prose))
+    voices = [s.voice for s in sentences if s.voice and not _is_of_the_task(prose[s.start : s.end], s.voice, letters)]
     marks = sorted(_marks(text, objects), key=lambda mark: mark.end)
 
     if brackets := list(_bracketed(prose)):
@@ -275,7 +278,7 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
         others = [mark for mark in brackets if mark.verdict != last.verdict]
         between = prose[others[-1].end : last.start] if others else "\n"
         after = {voice.verdict for voice in voices if voice.start >= last.end}
-        unsure = "\n" not in between and UNDECIDED.search(between)
+        unsure = ("\n" not in between and UNDECIDED.search(between)) or SECOND_THOUGHT.search(prose, last.end)
         return (None, None) if unsure or after - {last.verdict} else _of([last])
 
     final, start = _final(bare, marks, sentences)
@@ -283,7 +286,10 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
         before = [sentence.voice for sentence in sentences if sentence.end <= start][-1:]
         before += [mark for mark in marks if mark.end <= start and not re.search(r"\w", bare[mark.end : start])]
         return _of([final, *(voice for voice in before if voice)])
-    return _of([*voices, *marks])
+    spoken = [*voices, *marks]
+    quoted = any({mark.verdict} != {mark.verdict, *LETTER.findall(_before(mark, bare))} for mark in marks)
+    unsure = quoted or (spoken and SECOND_THOUGHT.search(prose, min(mark.end for mark in spoken) - 1))
+    return (None, None) if unsure else _of(spoken)
 
 
 def _of(marks: list[_Mark]) -> tuple[str | None, int | None]:
@@ -295,7 +301,7 @@ def _of(marks: list[_Mark]) -> tuple[str | None, int | None]:
 def _final(text: str, marks: list[_Mark], sentences: list[_Sentence]) -> tuple[_Mark | None, int]:
     """The verdict with which a text ends, and where its sentence begins. ``text`` has spaces for tags."""
     for mark in marks[-1:]:
-        before = COMMAND.sub(" ", re.split(r"[.!?\n]", text[: mark.start])[-1])
+        before = COMMAND.sub(" ", _before(mark, text))
         if not re.search(r"\w", text[mark.end :]) and re.fullmatch(_BEFORE, before):
             return mark, mark.start - len(before)
     for sentence in sentences[-1:]:
@@ -304,12 +310,16 @@ def _final(text: str, marks: list[_Mark], sentences: list[_Sentence]) -> tuple[_
     return None, 0
 
 
-def _is_of_the_task(sentence: _Sentence, text: str) -> bool:
+def _is_of_the_task(said: str, voice: _Mark, letters: Counter[str]) -> bool:
     """Whether a sentence may say what the right answer is to a question of several choices, about which the responses
-    are: "The best option is B. Response A says so." """
-    other = "B" if sentence.voice.verdict == "A" else "A"
-    rest = text[: sentence.start] + " " + text[sentence.end :]
-    return ANSWER_IS.match(text, sentence.start) is not None and other in LETTER.findall(rest)
+    are: "The best option is B. Response A says so." ``letters`` are those of the whole text."""
+    other = "B" if voice.verdict == "A" else "A"
+    return ANSWER_IS.match(said) is not None and letters[other] > LETTER.findall(said).count(other)
+
+
+def _before(mark: _Mark, text: str) -> str:
+    """What stands before a mark in its sentence."""
+    return re.split(r"[.!?\n]", text[max(0, mark.start - LONGEST_SENTENCE) : mark.start])[-1]
 
 
 # Explicit marks ------------------------------------------------------------------------------------------------------
@@ -432,9 +442,17 @@ def _of_object(text: str, start: int, end: int, pairs: _Pairs) -> _Mark | None:
 AGAINST = re.compile(
     r"\b(?:not|worse|worst|inferior|weaker|loses?|lost|losing|loser|fails?|failed|neither|nor|non|no|never|wrong|"
     r"incorrect|less|least|second|hardly|poor|poorer|cannot|bad|could|should|might|if|had|would (?:be|have)|but|"
-    r"however|yet|although|though|while|whereas|which|despite|unless|except|errors?|reject\w*|instead|otherwise)\b|n['’]t\b",
+    r"however|yet|although|though|while|whereas|which|despite|unless|except|errors?|reject\w*|instead|otherwise|"
+    r"doubt|nobody|may|were|false|claim that|some (?:would|people|users|may|might))\b|n['’]t\b",
     re.IGNORECASE,
 )
+# That what was said before is taken back.
+SECOND_THOUGHT = re.compile(
+    r"(?:^|[.!?\n])\W{0,6}(?:actually|wait|sorry|correction|no|hmm)\b|\bI (?:meant|misread|was wrong|made a mistake)\b|"
+    r"\b(?:scratch that|on (?:reflection|second thoughts?))\b",
+    re.IGNORECASE,
+)
+SAYS = re.compile(r"\b(?:claims|says|said|argues|states)\b", re.IGNORECASE)
 CONTRAST = re.compile(r"\b(?:but|however|yet|whereas)\b", re.IGNORECASE)
 # In style only is no verdict.
 _OVERALL = r"(?!\s+(?:in|at|on)\s(?!every|all|both|general|most)|\s+\w+(?:ed|ten)\b)"
@@ -514,7 +532,8 @@ def _praised(said: str) -> int | None:
     compared = list(COMPARISON.finditer(said))
     if len({found[1] for found in compared}) == 1:
         first = compared[0]
-        if not AGAINST.search(said[: first.end()]) and not CONTRAST.search(said[first.end() :]):
+        quoted = SAYS.search(said[: first.start()]) and {first[1]} != set(LETTER.findall(said[: first.end()]))
+        if not quoted and not AGAINST.search(said[: first.end()]) and not CONTRAST.search(said[first.end() :]):
             return first.start(1)
     letters = [found for found in LETTER.finditer(said) if not _is_article(said, found.start())]
     if len({found[1] for found in letters}) != 1 or re.match("['’]", said[letters[0].end() :]):
