@@ -314,6 +314,8 @@ def test_what_follows_a_verdict_is_read(said: str, expected: str | None) -> None
         ('{"response_a": "Option A is best", "response_b": "B wins", "winner": "A"}', A),
         ('{"answer_a": "B", "answer_b": "B", "verdict": "A"}', A),
         ('{"winner": "A"}\n{"winner": "B"}', None),
+        ("1. A\n2. B", None),
+        ("Ranking:\n1. Response A\n2. Response B", None),
         ("Definitely A.", A),
         ("I think it's B.", B),
         ("8 7", None),

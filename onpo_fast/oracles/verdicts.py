@@ -1,8 +1,8 @@
 """What a judge's answer says: its text -> a verdict, and the log-probs at the verdict -> a preference.
 
-Reasoning is not read: only what follows its last end. There, the verdict is the last in double brackets, or the one with
-which the answer ends, or what all explicit verdicts and all sentences agree on. What contradicts itself is none: a
-verdict that is missed is asked for once more and then counted, one that is inverted is seen by nobody.
+Reasoning is not read: only what follows its last end. There, the verdict is the last in double brackets, or the one
+with which the answer ends, or what all explicit verdicts and all sentences agree on. What contradicts itself is none:
+a verdict that is missed is asked for once more and then counted, one that is inverted is seen by nobody.
 
 No expression takes more than linear time: each repetition is bounded, or of characters that end it.
 """
@@ -73,8 +73,8 @@ def verdict(said: str) -> str | None:
 def read_answer(said: str, ended: bool = True) -> Reading:
     """Reads an answer of any length; of one that is longer than ``READ_CHARACTERS``, its beginning and its end.
 
-    ``ended`` is False for one that was cut off at its token limit: praise with which it breaks off says nothing then, as
-    it may go on "… in style only".
+    ``ended`` is False for one that was cut off at its token limit: praise with which it breaks off says nothing then: it
+    may go on "… in style only".
     """
     head, tail = READ_CHARACTERS
     text, dropped = said, 0
@@ -199,7 +199,7 @@ _PRAISE = r"better|best|preferred|chosen|superior|stronger"
 # The only words that may stand before the letter of a choice.
 _BEFORE = (
     rf"[\W_]*(?:(?i:the|my|final|overall|in|therefore|thus|so|hence|i|d|would|choose|prefer|pick|select|go|with|is|was|"
-    rf"s|think|clearly|definitely|it|goes|to|for|{_PRAISE}|{_VERDICT}|{_NOUN})[\W_]+|(?i:{_NOUN})){{0,8}}"
+    rf"s|say|think|clearly|definitely|it|goes|to|for|{_PRAISE}|{_VERDICT}|{_NOUN})[\W_]+|(?i:{_NOUN})){{0,8}}"
 )
 _OTHER = rf"(?i:the\s)?(?:(?i:{_NOUN})[\s_*\"'`]{{1,4}})?[AB]\b"
 
@@ -479,7 +479,7 @@ def _sentences(text: str, ended: bool) -> Iterator[_Sentence]:
     """The sentences of a text, and for whom they speak. A question speaks for nobody."""
     for found in re.finditer(r"[^.!?\n]+([.!?]*)", text):
         said = found[0][:LONGEST_SENTENCE]
-        if not re.search(r"[^\W_]", said):
+        if not re.search(r"[^\W\d_]", said):  # the number of an item is none
             continue
         start, end = found.span()
         open_ended = not ended and not text[end:].strip() and not found[1]
