@@ -274,6 +274,7 @@ def test_the_name_of_the_loser(said: str, expected: str | None) -> None:
         ("B\n\nSorry, I meant A.", None),
         ("[[B]]\n\nI made a mistake; the right one is A.", None),
         ("B. No wait, A.", None),
+        ("A\n\nNo errors in it.", A),
         ("Do you want me to choose A?", None),
         ("Response A claims that Response B is better.", None),
         ("I doubt that B is better.", None),

@@ -73,7 +73,7 @@ def verdict(said: str) -> str | None:
 def read_answer(said: str, ended: bool = True) -> Reading:
     """Reads an answer of any length; of one that is longer than ``READ_CHARACTERS``, its beginning and its end.
 
-    ``ended`` is False for one that was cut off at its token limit: praise with which it breaks off says nothing then: it
+    ``ended`` is False for one that was cut off at its token limit: praise with which it breaks off says nothing, for it
     may go on "… in style only".
     """
     head, tail = READ_CHARACTERS
@@ -448,7 +448,7 @@ AGAINST = re.compile(
 )
 # That what was said before is taken back.
 SECOND_THOUGHT = re.compile(
-    r"(?:^|[.!?\n])\W{0,6}(?:actually|wait|sorry|correction|no|hmm)\b|\bI (?:meant|misread|was wrong|made a mistake)\b|"
+    r"(?:^|[.!?\n])\W{0,6}(?:(?:actually|wait|sorry|correction|hmm|no wait)\b|no[,.:!])|\bI (?:meant|misread|was wrong|made a mistake)\b|"
     r"\b(?:scratch that|on (?:reflection|second thoughts?))\b",
     re.IGNORECASE,
 )
