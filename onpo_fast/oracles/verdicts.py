@@ -448,7 +448,8 @@ AGAINST = re.compile(
 )
 # That what was said before is taken back.
 SECOND_THOUGHT = re.compile(
-    r"(?:^|[.!?\n])\W{0,6}(?:(?:actually|wait|sorry|correction|hmm|no wait)\b|no[,.:!])|\bI (?:meant|misread|was wrong|made a mistake)\b|"
+    r"(?:^|[.!?\n])\W{0,6}(?:(?:actually|wait|sorry|correction|hmm|no wait)\b|no[,.:!])|"
+    r"\bI (?:meant|misread|was wrong|made a mistake)\b|"
     r"\b(?:scratch that|on (?:reflection|second thoughts?))\b",
     re.IGNORECASE,
 )
