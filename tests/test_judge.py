@@ -196,6 +196,13 @@ REFUSALS = [
     Error(500, "logprobs is not implemented"),
     Error(500, "got an unexpected keyword argument 'top_logprobs'"),
     Error(501, "log probs aren't supported by this engine"),
+    Error(500, "KeyError: 'logprobs'"),
+    # which do not say that it is log-probs that they refuse
+    Error(501, content=b"Not Implemented"),
+    Error(501, "unsupported parameter"),
+    Error(400, "This model does not support token probabilities"),
+    Error(400, "unrecognized request argument"),
+    Error(422, content=b""),
 ]
 
 
@@ -215,15 +222,17 @@ def test_log_probs_are_refused_to_all_who_ask_at_once(judge, refusal: Error) -> 
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_log_probs_cost_one_request(judge, refusal: Error) -> None:
-    """And are no failures."""
+def test_refused_log_probs_cost_a_request_or_two(judge, refusal: Error) -> None:
+    """And are no failures. Where it may be something else, they must be refused again after an answer without them."""
+    certain = refusal.status < 500 and chat_judge.LOGPROBS.search(f"{refusal.message}{refusal.content}")
     with serving(lambda body: refusal if "logprobs" in body else shorter(body)) as server:
         oracle = judge(server, judge_concurrency=1)
         (matrix,) = oracles.judge(oracle, groups("a", "bcd"), "judge")
-        assert ["logprobs" in body for body in server.bodies] == [True, False, False]
+        asked_with = [True, False, False] if certain else [True, False, True, False]
+        assert ["logprobs" in body for body in server.bodies] == asked_with
     np.testing.assert_array_equal(matrix, SHORTER)
     spent = oracle.take_counters()
-    assert (spent["requests"], spent["failures"], spent["answered"]) == (3, 0, 2)
+    assert (spent["requests"], spent["failures"], spent["answered"]) == (len(asked_with), 0, 2)
 
 
 def test_a_failure_that_repeats_the_request_keeps_log_probs(judge) -> None:
@@ -236,6 +245,70 @@ def test_a_failure_that_repeats_the_request_keeps_log_probs(judge) -> None:
     with serving(reply) as server:
         oracles.judge(judge(server, judge_concurrency=1), groups("a", "bcd"), "judge")
         assert all("logprobs" in body for body in server.bodies)
+
+
+def test_a_passing_failure_keeps_log_probs(judge, capsys) -> None:
+    """Though it speaks of them: the third of eight requests."""
+    top = [("A", np.log(0.6)), ("B", np.log(0.2))]
+
+    def reply(body: dict) -> object:
+        if len(server.bodies) == 3:
+            return Error(500, "engine not ready while computing logprobs")
+        return completion("A", top if "logprobs" in body else None)
+
+    with serving(reply) as server:
+        oracle = judge(server, judge_concurrency=1)
+        matrices = oracles.judge(oracle, groups("a", "bcd", count=4), "judge")
+        assert ["logprobs" in body for body in server.bodies] == [True, True, True, False, True, *[True] * 5]
+    for matrix in matrices:
+        assert matrix[0, 1] == pytest.approx(0.5)  # 0.75 in both orders
+    answers = sqlite3.connect(oracle.path).execute("SELECT preference FROM answers").fetchall()
+    assert [p for (p,) in answers] == pytest.approx([0.75] * 8)
+    assert oracle.take_counters()["failures"] == 1
+    assert "log-probs" not in capsys.readouterr().out
+
+
+def test_it_is_said_once_that_there_are_no_log_probs(judge, capsys) -> None:
+    with serving(lambda body: Error(400, "no logprobs") if "logprobs" in body else shorter(body)) as server:
+        oracles.judge(judge(server, judge_concurrency=4), groups("a", "bcd", count=4), "judge")
+        said = capsys.readouterr().out
+        assert said.count("gives no log-probs") == 1
+        assert """--judge_request '{"logprobs": null, "top_logprobs": null}'""" in said
+        before = len(server.bodies)
+        off = {"logprobs": None, "top_logprobs": None}
+        oracles.judge(judge(server, judge_request=off), groups("a", "bcd", count=4), "judge")  # the same answers
+        assert len(server.bodies) == before
+
+
+def test_answers_with_and_without_log_probs_have_keys_of_their_own(judge, tmp_path) -> None:
+    """A request that has log-probs prefers an answer that had them."""
+    top = [("A", np.log(0.6)), ("B", np.log(0.2))]
+    with serving(lambda body: completion("A", top if "logprobs" in body else None)) as server:
+        off = {"logprobs": None, "top_logprobs": None}
+        oracle = judge(server)
+        oracles.judge(oracle, groups("a", "b"), "judge")
+        oracles.judge(judge(server, judge_request=off), groups("a", "b"), "judge")
+        assert len(server.bodies) == 4
+    answers = sqlite3.connect(oracle.path).execute("SELECT preference FROM answers ORDER BY preference").fetchall()
+    assert [p for (p,) in answers] == pytest.approx([0.75, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (
+            "Unsupported parameter: 'max_tokens' is not supported with this model",
+            r"""--judge_request '{"max_tokens": null}' leaves that out""",
+        ),
+        ("temperature must be 1", r"""--judge_request '{"temperature": null}' leaves that out"""),
+    ],
+)
+def test_a_refusal_of_a_field_names_the_flag(judge, refused: str, words: str) -> None:
+    with serving(lambda body: Error(400, refused)) as server:
+        with pytest.raises(UserError) as error:
+            oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+        assert len(server.bodies) == 1
+    assert words in str(error.value)
 
 
 # Reasoning, and content that is no text ------------------------------------------------------------------------------
@@ -281,6 +354,29 @@ def test_content_as_parts(judge) -> None:
 
     with serving(reply) as server:
         np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ending", "cause"),
+    [
+        ({"refusal": "I can't compare these."}, "stop", "a refusal: I can't compare these."),
+        ({}, "content_filter", "content filter"),
+        ({"reasoning_content": "Hm."}, "stop", "only reasoning"),
+        ({"reasoning": "Hm."}, "stop", "only reasoning"),
+    ],
+)
+def test_no_content_and_why(judge, fields: dict, ending: str, cause: str) -> None:
+    reply = message(content=None, **fields)
+    reply["choices"][0]["finish_reason"] = ending
+    with serving(lambda body: reply) as server, pytest.raises(UserError, match="in 2 of 2") as error:
+        oracles.judge(judge(server), groups("a", "bcd"), "judge")
+    assert cause in str(error.value)
+
+
+def test_a_null_among_parts(judge) -> None:
+    with serving(lambda body: message(content=[None, {"type": "text", "text": shorter(body)}])) as server:
+        np.testing.assert_array_equal(oracles.judge(judge(server), groups("a", "bcd"), "judge")[0], SHORTER)
+        assert len(server.bodies) == 2
 
 
 def test_a_prompt_of_the_users(judge, tmp_path) -> None:
@@ -527,6 +623,17 @@ def test_redirects_to_anywhere(judge, location: str | None, words: str) -> None:
     headers = {} if location is None else {"Location": location}
     with serving(lambda body: Error(307, headers=headers)) as server, pytest.raises(UserError, match=f"307, {words}"):
         oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+
+
+def test_a_redirect_on_the_same_host_names_the_path(judge) -> None:
+    """Which is what to mend; without the query, which may hold secrets."""
+    headers = {"Location": "/api/v1/chat/completions?key=secret"}
+    with (
+        serving(lambda body: Error(301, headers=headers)) as server,
+        pytest.raises(UserError, match=rf"to http://127\.0\.0\.1:{server.port}/api/v1/chat/completions: ") as error,
+    ):
+        oracles.judge(judge(server, judge_concurrency=1), groups("a", "b"), "judge")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(

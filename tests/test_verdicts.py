@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
@@ -139,7 +140,7 @@ A, B, TIE = "A", "B", "TIE"
 def test_formats(said: str, expected: str | None) -> None:
     reading = read_answer(said)
     assert reading.verdict == expected
-    if expected in ("A", "B"):
+    if expected in ("A", "B") and "<B" not in said:  # there the letter is certain, and says nothing
         assert said[reading.at].upper() == expected
 
 
@@ -187,8 +188,172 @@ def test_what_speaks_against_a_response_is_no_verdict_for_it(said: str) -> None:
     assert verdict(said) is None
 
 
-PIECES = ["[", "<", "[[", "[[A", "<think>", "</think>", r"\boxed{", "{", '{"a":', "A ", "A\n", " ", "verdict: ", "A>",
-          "Response A ", "<answer>", "<answer>A</answer>", "<|channel|>", "the ", "not B. "]  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (r"Response A is better: it ends with \boxed{B}.", None),
+        (
+            "Response A's final answer is B, which is correct. Response B's final answer is C.\n\nTherefore A wins.",
+            A,
+        ),
+        ("Response A is better because its output is <answer>B</answer>, as the user wanted.", None),
+        ('Response A is better. Its code prints {"result": "B"} as asked.', None),
+        ("Response A is better. \\boxed{B}", None),
+        ("Response B is better in style.\nResponse A is right.\n\n\\boxed{A}", A),
+        ("Response B is better in style. However, Response A is right. <answer>A</answer>", A),
+        ("The answer is B, which Response A gives.", None),
+        (r"Response A ends with \boxed{B}.", None),
+        (r"The final answer is \boxed{B}. Response A says so, so A is better", None),
+        ("Response A's answer: \\boxed{B}\nResponse B's answer: \\boxed{C}\nCorrect: \\boxed{B}", None),
+        ("Response B ends with <answer>A</answer> and that is wrong.", None),
+        ("The answer is B. Response A got it.", None),
+        ("The best option is B. Response A says B and Response B says C.", None),
+        ("The best option is B. Response A says B and Response B says C.\nTherefore, A", A),
+        ("The answer is B. Response B got it.", B),
+        ("Response A is better, because the user asked for a letter: the answer is B.", A),
+    ],
+)
+def test_an_answer_quoted_from_a_response_is_no_verdict(said: str, expected: str | None) -> None:
+    assert verdict(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Better response: A\nLess preferred response: B", A),
+        ("Best response: A\nSecond-best response: B", A),
+        ("Least preferred response: B", None),
+        ("Less preferred response: B", None),
+        ("Non-preferred response: B", None),
+        ("Not-preferred response: B", None),
+        ("Dispreferred response: B", None),
+        ("Not the better response: B", None),
+        ("Rejected: B", None),
+        ("Runner-up: B", None),
+        ("Weaker response: B", None),
+        *(
+            (json.dumps({name: "B"}), None)
+            for name in (
+                "least_preferred", "dispreferred", "unpreferred", "incorrect_response", "weaker_response",
+                "inferior_response", "bad_response", "hallucinated_response", "worse_answer", "rejected", "non_winner",
+            )
+        ),
+        ('{"winner": "A", "runner_up": "B", "second_choice": "B"}', A),
+        ("<worse_response>B</worse_response>", None),
+        ("<rejected>B</rejected>", None),
+        ("<better_response>A</better_response><worse_response>B</worse_response>", A),
+        ("<b>B</b>", B),
+    ],
+)  # fmt: skip
+def test_the_name_of_the_loser(said: str, expected: str | None) -> None:
+    assert verdict(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("**Verdict**: B has errors. A is correct.", None),
+        ("Verdict: B is inferior to A", None),
+        ("Verdict: B is worse.", None),
+        ("Judgment: B contains hallucinations", None),
+        ("Decision: B is disqualified.", None),
+        ("Verdict: B is disqualified.", None),
+        ("Response B: has errors.", None),
+        ("Response B, despite its length, is wrong.", None),
+        ("Verdict: A, because B is wrong.", A),
+        ("Verdict: A (B is wrong)", None),
+        ("Verdict: A — it is concise.", A),
+        ("Answer: A, not B.", A),
+        ("Verdict: Response A is better.", A),
+        ("Final decision: B is the clear winner.", B),
+        ("[[B]]\n\nCorrection: Response A is better.", None),
+        ("B\n\nWait, I misread. The answer is A.", A),
+        ("The winner is A. Had it been about style, my choice would be B.", A),
+        ("The winner is A. Had it been about style, I would prefer B.", A),
+        ("The winner is A. In style, however, my choice would be B.", A),
+        ("B\n\nSorry, I meant A.", None),
+        ("[[B]]\n\nI made a mistake; the right one is A.", None),
+        ("B. No wait, A.", None),
+        ("A\n\nNo errors in it.", A),
+        ("Do you want me to choose A?", None),
+        ("Response A claims that Response B is better.", None),
+        ("I doubt that B is better.", None),
+        ("Some would prefer B.", None),
+        ("Would A be better?", None),
+    ],
+)
+def test_what_follows_a_verdict_is_read(said: str, expected: str | None) -> None:
+    assert verdict(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Response B is better in style. However it is wrong. [RESULT] A", A),
+        ("Feedback: B rambles. [RESULT] B", B),
+        ("Feedback: A rambles, B does not. [RESULT]: A", A),
+        ("**Response B is better than Response A.**", B),
+        ("I prefer Response B to Response A.", B),
+        ("I'd choose A over B.", A),
+        ("Overall, Response A is better than Response B because it answers, and Response B does not.", A),
+        ("B wins over A", B),
+        ("Response A is preferred to Response B.", A),
+        ("A is not better than B", None),
+        ("A is better than B in style.", None),
+        ("A is better than B in style, but B is right.", None),
+        ("If brevity counts, A is better than B.", None),
+        ("reason: it is short\nwinner: response_a", A),
+        ("Output (b)", B),
+        (r"\boxed{A \succ B}", A),
+        (r"\boxed{A \prec B}", B),
+        (r"[[A \gg B]]", A),
+        (r"[[A \ll B]]", B),
+        (r"[[A \sim B]]", TIE),
+        ('{"accuracy": {"winner": "A"}, "style": {"winner": "B"}, "overall_winner": "A"}', A),
+        ('{"accuracy_winner": "B", "overall_winner": "A"}', A),
+        ('{"criteria": [{"name": "style", "winner": "B"}], "winner": "A"}', A),
+        ('{"response_a": "Option A is best", "response_b": "B wins", "winner": "A"}', A),
+        ('{"answer_a": "B", "answer_b": "B", "verdict": "A"}', A),
+        ('{"winner": "A"}\n{"winner": "B"}', None),
+        ("1. A\n2. B", None),
+        ("Ranking:\n1. Response A\n2. Response B", None),
+        ("Definitely A.", A),
+        ("I think it's B.", B),
+        ("8 7", None),
+        ("1", None),
+    ],
+)
+def test_more_formats(said: str, expected: str | None) -> None:
+    assert verdict(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Response B opens with `<think>` and never closes it.\n\n**Verdict: A**", A),
+        ("Response B opens with '<think>'.\n\n**Verdict: A**", A),
+        ("Verdict: A. Response B leaks its </think> marker", A),
+        ("<verdict>A</verdict>\n<reasoning>B is wrong</reasoning>", A),
+        ("<verdict>A</verdict>\n<reasoning>B is wrong</reasoning>\n[[B]]", B),
+        ("It may be <verdict>A</verdict>\n<reasoning>B is wrong</reasoning>", None),
+        ("<|think|>B is long<|end|><|begin|>assistant<|content|>A", A),
+        ("<|think|>B is long<|end|><|begin|>assistant<|content|>Response A is better.", A),
+        ("A<turn|>", A),
+        ("<|turn>model\nA<turn|>", A),
+    ],
+)
+def test_reasoning_that_is_spoken_of_or_follows(said: str, expected: str | None) -> None:
+    reading = read_answer(said)
+    assert (reading.verdict, reading.unfinished) == (expected, False)
+    if expected:
+        assert said[reading.at] == expected
+
+
+PIECES = ["The answer is B. ", "[[A]] ", ". ", "{'winner': 'B'}", '{"winner": "B"}',
+          "[RESULT] ", "A is better than ", "A, ", "x, the better response is ", "`<think>", "final ",
+          "the, ", "[", "<", "[[", "[[A", "<think>", "</think>", r"\boxed{", "{", '{"a":', "A ", "A\n", " ",
+          "verdict: ", "A>", "Response A ", "<answer>", "<answer>A</answer>", "<|channel|>", "the ",
+          "not B. "]  # fmt: skip
 
 
 def test_an_answer_that_was_cut_off() -> None:
@@ -243,6 +408,8 @@ NO, FIRST, SECOND = {}, {"A": 0.6, "B": 0.2}, {"A": 0.1, "B": 0.9}
         ("Response A", [("Response A", FIRST)], 1.0),
         ("A", [("A", {"B": 0.9})], 1.0),
         ("A", [], 1.0),
+        ("[[A<B]]", [("[[A", FIRST), ("<", NO), ("B", {"B": 1.0}), ("]]", NO)], 0.0),
+        ("B > A", [("B", SECOND), (" >", NO), (" A", {" A": 1.0})], 0.1),
         ("Tie", [("Tie", FIRST)], 0.5),
         ("<think>A", [("<think>", NO), ("A", FIRST)], None),
     ],

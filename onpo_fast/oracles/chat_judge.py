@@ -37,6 +37,7 @@ from ..checkpoint import atomic_write_text
 from ..config import Config
 from ..conversations import Messages, in_words
 from ..errors import UserError, one_line
+from ..tracking import say
 from .answers import Answer, Answers, key_of
 from .interface import Asked, BatchOracle, Progress, Steps, both_orders, spread, where, without_repeats
 from .verdicts import PARSER_VERSION, preference_of, read_answer, top_logprobs
@@ -72,9 +73,10 @@ QUOTED_CHARACTERS = 300  # of what a server says, in a message
 LOGPROBS = re.compile(r"log[\s_-]?prob", re.IGNORECASE)
 UNABLE = re.compile(
     r"\b(?:not|no|cannot|never|un(?:supported|available|implemented|known|expected|recognized|able)|disabled|disallowed|"
-    r"forbidden|invalid|lacks?|without|notimplemented\w*)\b|n['’]t\b",
+    r"forbidden|invalid|lacks?|without|bad request|notimplemented\w*|(?-i:[A-Z]\w*Error))\b|n['’]t\b",
     re.IGNORECASE,
 )
+NO_LOGPROBS = """--judge_request '{"logprobs": null, "top_logprobs": null}'"""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -116,7 +118,7 @@ class ChatJudge(BatchOracle):
         self.path = Path(config.judge_cache or directory / "judge.sqlite")
         self.record = None if directory is None else directory / "judge_prompt.txt"
         self._check_record()
-        self.logprobs = True  # until the server says that it knows none
+        self.logprobs = True  # until the server is seen to give none
         self.counters: Counter[str] = Counter()
 
     def take_counters(self) -> dict[str, int]:
@@ -150,6 +152,15 @@ class ChatJudge(BatchOracle):
         }
         return {name: value for name, value in body.items() if value is not None}
 
+    def ask_no_log_probs(self) -> None:
+        """Asks for no more log-probs, and says so once."""
+        if self.logprobs:
+            self.logprobs = False
+            say(
+                f"the judge {self.model} at {self.url} gives no log-probs: its verdicts count as 1 or 0, by the letter "
+                f"({NO_LOGPROBS} does not ask for any)"
+            )
+
     def redacted(self, text: str) -> str:
         """A server may say the key back, as it is or escaped; nothing that is kept or shown has it."""
         in_json = json.dumps(self.key)[1:-1]
@@ -178,6 +189,7 @@ class _Question:
     second: int
     body: dict[str, Any]  # of the request
     key: str  # of the answer in the cache
+    key_without: str  # of an answer to the same request without log-probs, from a server that gives none
 
 
 class _Sitting:
@@ -189,7 +201,8 @@ class _Sitting:
         self.shown = [np.full((len(texts), len(texts)), 0.5) for texts, _ in self.different]
         self.steps = Steps(progress, len(groups), sum(matrix.size - len(matrix) for matrix in self.shown))
         self.under_way: dict[str, asyncio.Future[Answer]] = {}  # the same question may come twice
-        self.without_verdict: list[str] = []  # keys
+        self.without_verdict: list[_Question] = []
+        self.last_without = ""  # the text of the last of them
         self.answers = 0
         self.cut_off = 0  # answers without a verdict that ended too early for one
         self.error: Exception | None = None  # the first; everybody stops for it
@@ -253,13 +266,20 @@ class _Sitting:
         to the disk."""
         while some := list(itertools.islice(questions, self.config.judge_concurrency)):
             made = [self.made(*question) for question in some]
-            self.kept.claim([one.key for one in made if one.key not in self.under_way and not self.kept.get(one.key)])
+            self.kept.claim([one.key for one in made if one.key not in self.under_way and not self.kept_answer(one)])
             yield from made
+
+    def kept_answer(self, question: _Question) -> Answer | None:
+        """The answer in the cache; one with log-probs, if there are both."""
+        return self.kept.get(question.key) or self.kept.get(question.key_without)
 
     def made(self, g: int, i: int, j: int) -> _Question:
         prompt, texts = self.groups[g][0], self.different[g][0]
         body = self.judge.request(self.judge.question(prompt, texts[i], texts[j]))
-        return _Question(g, i, j, body, key_of(url=self.judge.url, request=body, reading=PARSER_VERSION))
+        keys = [
+            key_of(url=self.judge.url, request=one, reading=PARSER_VERSION) for one in (body, _without_logprobs(body))
+        ]
+        return _Question(g, i, j, body, *keys)
 
     async def all_ask(self, questions: Iterator[_Question]) -> None:
         """Requests under way are abandoned for nothing but a signal, and then after ``GRACE``."""
@@ -322,14 +342,15 @@ class _Sitting:
 
     async def answer(self, question: _Question) -> Answer:
         key, here = question.key, where(question.group, self.groups[question.group][0])
-        answer = await self.under_way[key] if key in self.under_way else self.kept.get(key)
+        answer = await self.under_way[key] if key in self.under_way else self.kept_answer(question)
         counted_as = "cached"
         if answer is None:
             future = self.under_way[key] = asyncio.get_running_loop().create_future()
             try:
-                answer = await self.of_another_run(key)
+                answer = await self.of_another_run(question)
                 if answer is None:
-                    answer = self.kept.put(key, await self.fresh(question.body, here))
+                    fresh, with_logprobs = await self.fresh(question.body, here)
+                    answer = self.kept.put(key if with_logprobs else question.key_without, fresh)
                     counted_as = "answered"
                 future.set_result(answer)
             except Exception as error:
@@ -342,28 +363,30 @@ class _Sitting:
         self.kept.release(key)  # of one that was claimed ahead just when another run had its answer
         self.judge.counters[counted_as] += 1
         if answer.preference is None:
-            self.without_verdict.append(key)
+            self.without_verdict.append(question)
+            self.last_without = answer.text
             self.judge.counters["nonsense"] += 1
         return answer
 
-    async def of_another_run(self, key: str) -> Answer | None:
+    async def of_another_run(self, question: _Question) -> Answer | None:
         """The answer that another run with the same file gets meanwhile; None once this one has to ask."""
-        while not self.kept.claim([key]):
+        while not self.kept.claim([question.key]):
             await self.sleep(CLAIM_POLL)
-        return self.kept.get(key)  # the other may have put it there just before
+        return self.kept_answer(question)  # the other may have put it there just before
 
-    async def fresh(self, body: dict, here: str) -> Answer:
-        """An answer from the server. One without a verdict is asked for once more, in case the server was at fault."""
+    async def fresh(self, body: dict, here: str) -> tuple[Answer, bool]:
+        """An answer from the server, and whether log-probs were asked for as the body says. One without a verdict is
+        asked for once more, in case the server was at fault."""
         for _ in range(2):
-            answer = await self.patiently(body, here)
+            answer, with_logprobs = await self.patiently(body, here)
             if answer.preference is not None:
                 break
             if self.halt.is_set():  # it would count as ½ for ever
                 raise _Halted
-        return answer
+        return answer, with_logprobs
 
-    async def patiently(self, body: dict, here: str) -> Answer:
-        """Tries until there is an answer.
+    async def patiently(self, body: dict, here: str) -> tuple[Answer, bool]:
+        """Tries until there is an answer; with it, whether log-probs were asked for as the body says.
 
         Raises:
             UserError: if the server refuses the question, or fails every try.
@@ -391,13 +414,43 @@ class _Sitting:
             ) from None
         raise AssertionError("unreachable: the last try returns or raises")
 
-    async def once(self, body: dict) -> Answer:
-        """One request, ended by the clock: the client's own timeout begins anew with every byte."""
+    async def once(self, body: dict) -> tuple[Answer, bool]:
+        """One try. Where the server refuses log-probs, or may, it is asked for the answer without them. If it may only,
+        it must refuse them once more after it has answered without them: it may just have recovered."""
+        bare = _without_logprobs(body)
+        if not self.judge.logprobs or bare == body:
+            return await self.sent(bare), bare == body
+        try:
+            return await self.sent(body), True
+        except self.judge.openai.APIStatusError as error:
+            refusal = error
+        refuses = _refuses_logprobs(refusal.status_code, refusal.response.text, body)
+        if refuses is None:
+            raise refusal
+        if refuses:
+            self.judge.counters["failures"] -= 1
+            self.judge.ask_no_log_probs()
+            return await self.sent(bare), False
+        try:
+            answer = await self.sent(bare)
+        except self.judge.openai.APIStatusError:
+            raise refusal from None
+        if self.judge.logprobs:  # else another question has found out meanwhile
+            try:
+                return await self.sent(body), True
+            except self.judge.openai.APIStatusError as error:
+                if _refuses_logprobs(error.status_code, error.response.text, body) is None:
+                    raise
+                self.judge.counters["failures"] -= 1
+        self.judge.counters["failures"] -= 1
+        self.judge.ask_no_log_probs()
+        return answer, False
+
+    async def sent(self, body: dict) -> Answer:
+        """The answer to one request, which is ended by the clock: the client's own timeout begins anew with every
+        byte."""
         judge = self.judge
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        if not judge.logprobs:
-            rest = {name: value for name, value in rest.items() if "logprobs" not in name}
-        sent = any("logprobs" in name for name in rest)  # another's refusal may come while this one is under way
         judge.counters["requests"] += 1
         try:
             reply = await asyncio.wait_for(
@@ -407,12 +460,6 @@ class _Sitting:
                 self.config.judge_timeout,
             )
             return self.read(reply)
-        except judge.openai.APIStatusError as error:
-            if sent and _refuses_logprobs(error.status_code, error.response.text):
-                judge.logprobs = False
-                return await self.once(body)
-            judge.counters["failures"] += 1
-            raise
         except Exception:
             judge.counters["failures"] += 1
             raise
@@ -436,7 +483,8 @@ class _Sitting:
         preference = preference_of(said, reading, top_logprobs(choice))
         cut_off = reading.unfinished or at_limit
         self.cut_off += preference is None and cut_off
-        text = self.judge.redacted(said)[:KEPT_CHARACTERS].encode("utf-8", "replace").decode()  # half a surrogate pair
+        text = self.judge.redacted(said if said.strip() else _why_empty(choice))[:KEPT_CHARACTERS]
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair
         return Answer(preference, text, *spent)
 
     def check_verdicts(self, least: int) -> None:
@@ -444,12 +492,11 @@ class _Sitting:
         nonsense = len(self.without_verdict)
         if self.answers < least or nonsense <= self.config.judge_max_nonsense * self.answers:
             return
-        last = self.kept.get(self.without_verdict[-1])
-        self.kept.drop(self.without_verdict)
+        self.kept.drop(key for question in self.without_verdict for key in (question.key, question.key_without))
         raise UserError(
             f"the judge {self.judge.model} gave no verdict, A or B, in {nonsense} of {self.answers} answers, more than "
             f"the share {self.config.judge_max_nonsense:g} of --judge_max_nonsense; the last was "
-            f"{'' if last is None else last.text[:80]!r}"
+            f"{self.last_without[:80]!r}"
             + ("; some ended before a verdict: they may need more --judge_max_tokens" if self.cut_off else "")
         )
 
@@ -496,17 +543,53 @@ class _Sitting:
         elif not status and str(error.__cause__ or ""):
             text = f"{text} ({error.__cause__})"
         hint = f" (the key is read from ${self.config.judge_key_variable})" if status in (401, 403) else ""
+        hint += _hint(text, self.judge.request("")) if status in (400, 422, 501) else ""
         hint += proxy if not status or status in (403, 407) or status >= 500 else ""
         return one_line(self.judge.redacted(text)[:QUOTED_CHARACTERS]) + hint
 
 
-def _refuses_logprobs(status: int, text: str) -> bool:
-    """Whether a reply refuses the request because it asks for log-probs. A server that fails may repeat the request, so
-    there the words around them must say it."""
+def _without_logprobs(body: dict) -> dict:
+    return {name: value for name, value in body.items() if "logprobs" not in name}
+
+
+def _refuses_logprobs(status: int, text: str, body: dict) -> bool | None:
+    """Whether a reply refuses a request because it asks for log-probs; False if that may be, None if it is not."""
     if status < 400 or status in (401, 408, 409, 429):
-        return False
+        return None
     mentions = [text[max(0, found.start() - 80) : found.end() + 80] for found in LOGPROBS.finditer(text)]
-    return bool(mentions) if status < 500 else any(UNABLE.search(words) for words in mentions)
+    if mentions and status < 500:
+        return True
+    if any(UNABLE.search(words) for words in mentions):  # a server that fails may also repeat the request
+        return False
+    may_mean_them = status in (400, 422, 501) and not (mentions or _fields_named(text, body))
+    return False if may_mean_them and (status == 501 or UNABLE.search(text) or not text.strip()) else None
+
+
+def _fields_named(text: str, body: dict) -> list[str]:
+    """The fields of a request that a refusal names, other than those that every request has."""
+    return [name for name in body if name not in ("model", "messages") and re.search(rf"\b{re.escape(name)}\b", text)]
+
+
+def _hint(text: str, body: dict) -> str:
+    """How to leave out of the requests what the server refuses in them."""
+    names = _fields_named(text, body)
+    if any("logprobs" in name for name in names):
+        return f" ({NO_LOGPROBS} leaves them out)"
+    if names:
+        return f""" (--judge_request '{json.dumps(dict.fromkeys(names))}' leaves that out)"""
+    return ""
+
+
+def _why_empty(choice: dict) -> str:
+    """Why a message has no content, in parentheses; "" if nothing says it."""
+    message = choice["message"]
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        return f"(no content, a refusal: {message['refusal']})"
+    if choice.get("finish_reason") == "content_filter":
+        return "(no content: the server's content filter took it out)"
+    if any(message.get(name) for name in ("reasoning_content", "reasoning")):
+        return "(no content, only reasoning)"
+    return ""
 
 
 def _text(content: object) -> str:
@@ -516,7 +599,7 @@ def _text(content: object) -> str:
         TypeError: if it is something else.
     """
     if isinstance(content, list):
-        texts = [part if isinstance(part, str) else _text_of_part(part) for part in content]
+        texts = [part if isinstance(part, str) else _text_of_part(part) for part in content if part is not None]
         return "".join(texts)
     if content is not None and not isinstance(content, str):
         raise TypeError("no text")
@@ -543,7 +626,7 @@ def _seconds(retry_after: str) -> float:
 
 
 def _redirection(response: Any) -> str:
-    """Where a reply redirects to: the scheme and host, as the rest may hold secrets."""
+    """Where a reply redirects to: the scheme and host, and on the same host the path. The rest may hold secrets."""
     try:
         target = urlsplit(urljoin(str(response.request.url), response.headers.get("location", "")))
         host = f"{target.hostname}:{target.port}" if target.port else target.hostname
@@ -551,7 +634,9 @@ def _redirection(response: Any) -> str:
         return "a redirect to no address"
     if "location" not in response.headers:
         return "a redirect to no address"
-    return f"a redirect to {target.scheme}://{host}"
+    asked = urlsplit(str(response.request.url))
+    path = target.path if (target.hostname, target.port) == (asked.hostname, asked.port) else ""
+    return f"a redirect to {target.scheme}://{host}{path}"
 
 
 def _headers(url: str, key: str, omitted: object) -> dict[str, object]:
