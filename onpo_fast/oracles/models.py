@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,13 +18,17 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..config import Config
 from ..device import device_of
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..fingerprint import model_fingerprint
 from ..loading import loading_errors, locate, without_cudnn_attention
+from ..tracking import console
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
+PROBE_TEXTS = ("Which of these is it?", "It is the second one, which is longer by about a dozen words, is it not?")
+ROUNDING = {torch.float32: 1e-4}  # that answers 0 ≤ P ≤ 1 may differ by in a batch and alone
+ROUNDING_HALF = 0.06  # in bfloat16 a logit of 16 is rounded by 1/16
 OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
@@ -37,12 +41,14 @@ class ModelOracle(BatchOracle):
     auto_class: Any  # the transformers class that loads it
     configurations: Container[type]  # of the models that it loads
     wanted: str  # what such a model is, in words
+    told: ClassVar[set[str]] = set()  # models that a user has been told about
 
     def __init__(self, source: str | None, config: Config) -> None:
         if not source:
             raise UserError(f"--oracle {self.kind} needs --oracle_model, a Hugging Face id or a directory")
         self.source, self.config = source, config
         self.model: PreTrainedModel | None = None
+        self.pads: bool | None = None  # whether questions of different lengths may be in one batch; None: not tried
         self.device = device_of(config.device)
         locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
         with loading_errors("the model", source):
@@ -114,7 +120,7 @@ class ModelOracle(BatchOracle):
 
     def release(self) -> None:
         if self.model is not None:
-            self.model = None
+            self.model = self.pads = None
             gc.collect()  # modules refer to each other; the policy needs the memory now, not some time later
 
     def render(self, messages: list[dict[str, str]], generate: bool) -> str:
@@ -167,15 +173,36 @@ class ModelOracle(BatchOracle):
     def in_batches(
         self, questions: Iterable[tuple[Slot, list[int]]], ask: Callable[[list[list[int]]], torch.Tensor]
     ) -> Iterator[tuple[Slot, float]]:
-        """Puts (slot, tokens) to ``ask`` in batches of --oracle_batch_tokens with padding; yields (slot, value)."""
+        """Puts (slot, tokens) to ``ask`` in batches of --oracle_batch_tokens with padding; yields (slot, value).
+
+        One question at a time if padding changes the model's answers: some implementations do not mask it.
+        """
         questions = iter(questions)
         while window := list(itertools.islice(questions, WINDOW)):
             window.sort(key=lambda question: -len(question[1]))  # the longest first: memory runs out at once or never
             while window:
-                count = max(1, self.config.oracle_batch_tokens // len(window[0][1]))
+                count = max(1, self.config.oracle_batch_tokens // len(window[0][1])) if self._may_pad(ask) else 1
                 batch, window = window[:count], window[count:]
                 values = self._asked(ask, [tokens for _, tokens in batch])
                 yield from zip((slot for slot, _ in batch), values.double().cpu().tolist())
+
+    def _may_pad(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> bool:
+        """Whether two questions of different lengths have the same answers in a batch as each has alone."""
+        if self.pads is None:
+            rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS]
+            alone = torch.cat([self._asked(ask, [row]) for row in rows]).double()
+            difference = float((self._asked(ask, rows).double() - alone).abs().max())
+            allowed = ROUNDING.get(self.loaded().dtype, ROUNDING_HALF) * max(1.0, float(alone.abs().max()))
+            self.pads = difference <= allowed
+            if not self.pads and self.source not in self.told:
+                self.told.add(self.source)
+                console.print(
+                    one_line(
+                        f"the {self.kind} {self.source} ({self.loaded().config.model_type}) answers otherwise in a batch "
+                        f"of questions than to each alone, by up to {difference:.2g}: it is asked one at a time"
+                    )
+                )
+        return self.pads
 
     def _asked(self, ask: Callable[[list[list[int]]], torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
         """The answers to a batch of questions, (len(rows),), all finite."""
