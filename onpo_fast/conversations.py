@@ -122,8 +122,9 @@ def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
         raise UserError(
             f'{where}: "{column}" is in ShareGPT\'s format: its messages have "from" and "value", where "role" and '
             '"content" are needed. Convert it once, with the package datasets: names = {"human": "user", "gpt": '
-            '"assistant", "function_call": "assistant", "function": "tool", "observation": "tool", "function_response": '
-            '"tool"}; data.map(lambda row: {"prompt": [{"role": names.get(turn["from"], turn["from"]), "content": '
+            '"assistant", "function_call": "assistant", "function": "tool", "observation": "tool", '
+            '"function_response": "tool"}; data.map(lambda row: {"prompt": [{"role": names.get(turn["from"], '
+            'turn["from"]), "content": '
             f'turn["value"]}} for turn in row["{column}"]]}}).to_json("prompts.jsonl")'
         )
 

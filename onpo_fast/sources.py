@@ -29,9 +29,9 @@ def records(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[s
         columns: the only ones that are wanted; tables read no others if they have the first.
 
     Yields:
-        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count. Rows of tables (all but
-        JSON) without what is null inside their values: a table gives every nested object all keys that any row has, and
-        null where there was none, so that the two cannot be told apart.
+        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count. Rows of tables (all
+        but JSON) come without what is null inside their values: a table gives every nested object all keys that any row
+        has, and null where there was none, so that the two cannot be told apart.
 
     Raises:
         UserError: naming the source, and the line of a JSON file that is broken as a whole. Also for a pipe or a

@@ -295,7 +295,7 @@ def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model
     monkeypatch.setattr(train, "evaluate", evaluate.evaluate)
     Path("down").unlink()
     train.train(options, resume=True)
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True), (2, False), (2, False)])
 
 
@@ -331,7 +331,7 @@ def test_a_function_is_tried_once_before_anything_is_sampled(oracle_module, prom
     assert (tried, len(asked)) == (1, 1 + 3 + 2)  # an iteration, the evaluation
     train.train(config, resume=True)
     assert len(asked) == 6
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert len(asked) == 6 + 1 + 2
     assert asked[6][1] == list(oracles.PROBE_TEXTS)
 
@@ -358,7 +358,7 @@ def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow
     name = oracle_module(LISTENING.format("pass  # a module of its own"))
     train.train(Config(model=str(shallow_model), oracle=name, **RUN))
     file = Path(name.partition(":")[0] + ".py")
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert "is not what" not in capsys.readouterr().out
     file.write_text(LISTENING.format("return None"))
     del sys.modules[file.stem]
@@ -366,7 +366,7 @@ def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "make_sampler", lambda *arguments: pytest.fail("a policy was sampled"))
         with pytest.raises(SystemExit):
-            evaluate.main(["run"])
+            evaluate.main(["run", "--trust_run"])
     said = capsys.readouterr()
     assert f"--oracle {name} is not what run began with: {file} of {name} changed. The evaluation is" in said.out
     assert "tried before anything is sampled, prompt 0 ('Count to" in said.err
@@ -385,6 +385,63 @@ def test_a_function_from_another_module_is_known_by_both(oracle_module, tmp_path
 
     for name in ("tasteful:prefer", "tasteful:taste"):
         assert known(name) == [f"tasteful/__init__.py of {name}", f"tasteful/rules.py of {name}"]
-    assert known("tasteful:partial") == ["tasteful/__init__.py of tasteful:partial"]
+    whole = ["tasteful/__init__.py of tasteful:partial", "tasteful/rules.py of tasteful:partial"]
+    assert known("tasteful:partial") == whole
     assert known("population") == known("operator:add") == []
-    assert known("population + 2*tasteful:partial") == ["tasteful/__init__.py of member 2, tasteful:partial"]
+    (first, _) = known("population + 2*tasteful:partial")
+    assert first == "tasteful/__init__.py of member 2, tasteful:partial"
+
+
+def test_what_a_function_imports_is_part_of_it(oracle_module, tmp_path) -> None:
+    """All of its package, and what is beside it: at once, inside a function, by a made name, from a folder of it."""
+    for name, source in {
+        "weights.py": "from inner.deep import K\n",
+        "inner/__init__.py": "",
+        "inner/deep.py": "import later\nK = 2\n",
+        "inner/never.py": "",
+        "later.py": "import json, numpy\n",
+        "dynamic.py": "",
+        "library/borrowed.py": "",
+        "unrelated.py": "",
+        "pack/__init__.py": "from . import k\n\ndef prefer(prompt, responses): ...\n",
+        "pack/k.py": "import later\n",
+        "pack/unused.py": "",
+        "spaced/k.py": "def prefer(prompt, responses): ...\n",
+        "numpy/data.txt": "",  # a folder that is no package
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    name = oracle_module(
+        "import importlib, sys\nimport weights\n\ndef prefer(prompt, responses):\n"
+        "    sys.path.append('library')\n    import borrowed\n    importlib.import_module('dyna' + 'mic')\n"
+        "    return [[0.5] * len(responses)] * len(responses)\n"
+    )
+
+    def known(name: str, oracle: object = None) -> list[str]:
+        found = oracles.fingerprint(oracle or oracles.load(name), name, lambda path: path.name)
+        return [one.removesuffix(f" of {name}") for one in found]
+
+    own = name.partition(":")[0] + ".py"
+    imported = ["inner/__init__.py", "inner/deep.py", "inner/never.py", "later.py", own, "weights.py"]
+    assert known(name) == sorted(imported)
+    oracles.probe(oracles.load(name), name, [PROMPT], in_directory=False)
+    assert known(name) == sorted([*imported, "dynamic.py", "library/borrowed.py"])
+    others = {"dynamic.py", "library/borrowed.py", "inner/__init__.py", "inner/deep.py", own, "weights.py"}  # loaded
+    assert set(known("pack:prefer")) - others == {"later.py", "pack/__init__.py", "pack/k.py", "pack/unused.py"}
+    assert "spaced/k.py" in known("spaced.k:prefer")
+
+
+def test_another_helper_is_another_oracle(oracle_module, prompts, shallow_model) -> None:
+    """Between a kill and the end of a run; a run that has nothing left to judge needs no probe for it."""
+    Path("orc").mkdir()
+    Path("orc/__init__.py").write_text(
+        "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
+    )
+    Path("orc/k.py").write_text("K = 0.5\n")
+    config = Config(model=str(shallow_model), oracle="orc:prefer", **RUN)
+    train.train(config)
+    train.train(config, resume=True)
+    Path("run/evaluation.json").unlink()
+    Path("orc/k.py").write_text("K = 0.5  # another\n")
+    with pytest.raises(UserError, match=r"orc:prefer is not what run began with: orc/k\.py of orc:prefer changed"):
+        train.train(config, resume=True)

@@ -9,6 +9,7 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,8 +28,7 @@ from .interface import BatchOracle
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
 PROBE_TEXTS = ("Which of these is it?", "It is the second one, which is longer by about a dozen words, is it not?")
-ROUNDING = {torch.float32: 1e-4}  # that answers 0 ≤ P ≤ 1 may differ by in a batch and alone
-ROUNDING_HALF = 0.06  # in bfloat16 a logit of 16 is rounded by 1/16
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # that answers may differ by, relative to 1 or the largest
 OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
@@ -41,7 +41,7 @@ class ModelOracle(BatchOracle):
     auto_class: Any  # the transformers class that loads it
     configurations: Container[type]  # of the models that it loads
     wanted: str  # what such a model is, in words
-    told: ClassVar[set[str]] = set()  # models that a user has been told about
+    told: ClassVar[set[tuple[str, str]]] = set()  # kinds and models that a user has been told about
 
     def __init__(self, source: str | None, config: Config) -> None:
         if not source:
@@ -189,20 +189,28 @@ class ModelOracle(BatchOracle):
     def _may_pad(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> bool:
         """Whether two questions of different lengths have the same answers in a batch as each has alone."""
         if self.pads is None:
-            rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS]
-            alone = torch.cat([self._asked(ask, [row]) for row in rows]).double()
-            difference = float((self._asked(ask, rows).double() - alone).abs().max())
-            allowed = ROUNDING.get(self.loaded().dtype, ROUNDING_HALF) * max(1.0, float(alone.abs().max()))
+            try:
+                with in_float32(self.loaded()):
+                    difference = self._difference_by_padding(ask)
+                allowed = ROUNDING[torch.float32]
+            except (UserError, RuntimeError, ValueError):  # too little memory, or kernels and weights of other types
+                difference, allowed = self._difference_by_padding(ask), ROUNDING[torch.bfloat16]
             self.pads = difference <= allowed
-            if not self.pads and self.source not in self.told:
-                self.told.add(self.source)
+            if not self.pads and (self.kind, self.source) not in self.told:
+                self.told.add((self.kind, self.source))
                 console.print(
                     one_line(
-                        f"the {self.kind} {self.source} ({self.loaded().config.model_type}) answers otherwise in a batch "
-                        f"of questions than to each alone, by up to {difference:.2g}: it is asked one at a time"
+                        f"the {self.kind} {self.source} ({self.loaded().config.model_type}) gives other answers to a "
+                        f"batch of questions than to each alone, by up to {difference:.2g}: it is asked one at a time"
                     )
                 )
         return self.pads
+
+    def _difference_by_padding(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> float:
+        """How far two answers in a batch are from those to each question alone, relative to 1 or the largest."""
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS]
+        alone = torch.cat([self._asked(ask, [row]) for row in rows]).double()
+        return float((self._asked(ask, rows).double() - alone).abs().max() / alone.abs().max().clamp(min=1))
 
     def _asked(self, ask: Callable[[list[list[int]]], torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
         """The answers to a batch of questions, (len(rows),), all finite."""
@@ -222,6 +230,21 @@ class ModelOracle(BatchOracle):
                 "weights are damaged, or --dtype is too narrow for it"
             )
         return values
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Holds a model's half-precision weights in float32 meanwhile. They come back as they were, to the bit."""
+    half = (torch.bfloat16, torch.float16)
+    tensors = [one for one in itertools.chain(model.parameters(), model.buffers()) if one.dtype in half]
+    dtypes = [one.dtype for one in tensors]
+    try:
+        for one in tensors:
+            one.data = one.data.float()
+        yield
+    finally:
+        for one, dtype in zip(tensors, dtypes):
+            one.data = one.data.to(dtype)
 
 
 def weight_names(source: str) -> list[str]:
