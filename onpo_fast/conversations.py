@@ -181,7 +181,8 @@ def _text(content: object, where: str) -> str:
 
 def _tools(value: object, where: str) -> list[dict] | None:
     tools = _json_list(value, f'{where}: "tools"')
-    _check_characters(tools, where)
+    if tools:
+        _check_characters(tools, where)
     return tools
 
 

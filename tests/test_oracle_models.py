@@ -499,7 +499,7 @@ def test_a_kind_is_what_follows_what() -> None:
 
 def test_an_oracle_that_wants_turns_to_alternate_is_found_before_sampling(tiny, tmp_path, write_lines) -> None:
     """One prompt among many of single turns, and none of its roles is new."""
-    twice = [{"role": "user", "content": "Here is a question about the weather."}, {"role": "user", "content": "Is it?"}]
+    twice = [{"role": "user", "content": "Here is one about the weather."}, {"role": "user", "content": "Is it?"}]
     plain = [{"prompt": f"What is {i} plus {i}?"} for i in range(9)]
     (tmp_path / "alternating.py").write_text(
         "def prefer(prompt, responses):\n"
@@ -541,3 +541,21 @@ def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None
     kept = (tmp_path / "run" / "metrics.jsonl").read_text()
     (record,) = [record for record in map(json.loads, kept.splitlines()) if record["stage"] == "judge"]
     assert record["comparisons"] == 3 * 3
+
+
+def test_another_helper_of_a_function_is_another_oracle(tiny, tmp_path, monkeypatch) -> None:
+    """Also of one that is imported when the function is called: what has nothing left to judge does not call it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("orc").mkdir()
+    Path("orc/__init__.py").write_text(
+        "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
+    )
+    Path("orc/k.py").write_text("K = 0.5\n")
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle="orc:prefer", iterations=1)
+    module.train(config)
+    module.train(config, resume=True)
+    Path("run/evaluation.json").unlink()
+    Path("orc/k.py").write_text("K = 0.5  # another\n")
+    with pytest.raises(UserError, match=r"orc:prefer is not what .* began with: orc/k\.py of orc:prefer changed"):
+        module.train(config, resume=True)

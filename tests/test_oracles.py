@@ -429,19 +429,3 @@ def test_what_a_function_imports_is_part_of_it(oracle_module, tmp_path) -> None:
     others = {"dynamic.py", "library/borrowed.py", "inner/__init__.py", "inner/deep.py", own, "weights.py"}  # loaded
     assert set(known("pack:prefer")) - others == {"later.py", "pack/__init__.py", "pack/k.py", "pack/unused.py"}
     assert "spaced/k.py" in known("spaced.k:prefer")
-
-
-def test_another_helper_is_another_oracle(oracle_module, prompts, shallow_model) -> None:
-    """Between a kill and the end of a run; a run that has nothing left to judge needs no probe for it."""
-    Path("orc").mkdir()
-    Path("orc/__init__.py").write_text(
-        "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
-    )
-    Path("orc/k.py").write_text("K = 0.5\n")
-    config = Config(model=str(shallow_model), oracle="orc:prefer", **RUN)
-    train.train(config)
-    train.train(config, resume=True)
-    Path("run/evaluation.json").unlink()
-    Path("orc/k.py").write_text("K = 0.5  # another\n")
-    with pytest.raises(UserError, match=r"orc:prefer is not what run began with: orc/k\.py of orc:prefer changed"):
-        train.train(config, resume=True)
