@@ -132,7 +132,7 @@ def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message in the form that is kept."""
     role, made = message["role"], {"role": message["role"]}
-    if message.get("function_call") is not None:
+    if message.get("function_call"):
         raise UserError(
             f'{where}: a message has a "function_call", the older form of a tool call: write it as "tool_calls": '
             '[{"type": "function", "function": {"name": …, "arguments": …}}]'
