@@ -16,7 +16,14 @@ from .errors import UserError
 Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …], up to where the assistant speaks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")  # templates read them
+OTHER_ROLES = {  # what other formats call them
+    "human": "user",
+    **dict.fromkeys(("gpt", "model", "bot", "ai", "chatbot"), "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "function_response", "tool_response"), "tool"),
+}
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_plan")
+TEXT_FIELDS = ("name", "tool_call_id", *REASONING_FIELDS)  # that templates read
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a part that is text; OpenAI's two APIs
 DEEPEST = 50  # levels of nesting in a tool call or a tool's schema
 
 
@@ -69,8 +76,10 @@ def columns_of(prompt: Messages) -> dict[str, Any]:
 def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Prompt:
     """The prompt of a record, with the tools of its column "tools".
 
-    The last turn of the assistant is dropped. Entries that are null are dropped too, in messages, tool calls and tools:
-    tables fill in what other rows have. What else a conversation must be is for the chat template to say.
+    The last turn of the assistant is dropped. An entry of a message, of a tool call or of a tool that is null counts as
+    absent. What is null inside the arguments of a call or the schema of a tool stays: it means something there, as in
+    ``"default": null`` (``sources.records`` drops it in tables, which fill it in). What else a conversation must be is
+    for the chat template to say.
 
     Raises:
         UserError: if it is no conversation of text; the message begins with ``where``.
@@ -84,7 +93,7 @@ def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Pro
         if not isinstance(message, dict) or message.get("role") is None:
             raise UserError(f'{where}: each message needs a "role" and a "content" string')
         if message["role"] not in ROLES:
-            raise UserError(f"{where}: the role {message['role']!r} is not one of {', '.join(ROLES)}")
+            raise UserError(f"{where}: the role {message['role']!r} is not one of {_roles_for(message['role'])}")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -92,6 +101,13 @@ def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Pro
     if not any(message["role"] == "user" for message in messages):
         raise UserError(f"{where}: the conversation has no turn of the user")
     return Prompt([_message(message, where) for message in messages], where, _tools(record.get("tools"), where))
+
+
+def _roles_for(role: object) -> str:
+    """The roles that there are, and the one that this one should be, if that is known."""
+    name = str(role).strip().lower()
+    known = name if name in ROLES else OTHER_ROLES.get(name)
+    return ", ".join(ROLES) + (f": rename it to {known!r}" if known else "")
 
 
 def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
@@ -106,7 +122,9 @@ def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
         raise UserError(
             f'{where}: "{column}" is in ShareGPT\'s format: its messages have "from" and "value", where "role" and '
             '"content" are needed. Convert it once, with the package datasets: names = {"human": "user", "gpt": '
-            '"assistant"}; data.map(lambda row: {"prompt": [{"role": names.get(turn["from"], turn["from"]), "content": '
+            '"assistant", "function_call": "assistant", "function": "tool", "observation": "tool", '
+            '"function_response": "tool"}; data.map(lambda row: {"prompt": [{"role": names.get(turn["from"], '
+            'turn["from"]), "content": '
             f'turn["value"]}} for turn in row["{column}"]]}}).to_json("prompts.jsonl")'
         )
 
@@ -114,12 +132,17 @@ def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message in the form that is kept."""
     role, made = message["role"], {"role": message["role"]}
+    if message.get("function_call"):
+        raise UserError(
+            f'{where}: a message has a "function_call", the older form of a tool call: write it as "tool_calls": '
+            '[{"type": "function", "function": {"name": …, "arguments": …}}]'
+        )
     calls = _json_list(message.get("tool_calls"), f'{where}: "tool_calls"') if role == "assistant" else None
+    reasoned = role == "assistant" and any(message.get(name) for name in REASONING_FIELDS)
+    may_be_empty = calls or reasoned or role == "tool"  # a tool may return nothing
     content = message.get("content")
-    if content is None and (calls or role == "tool"):  # nothing is said beside a call; a tool may return nothing
-        content = ""
-    made["content"] = _text(content, where)
-    if not made["content"].strip() and not (calls or role == "tool"):
+    made["content"] = "" if content is None and may_be_empty else _text(content, where)
+    if not made["content"].strip() and not may_be_empty:
         raise UserError(f"{where}: a message is empty")
     for name in TEXT_FIELDS:
         if message.get(name) is not None:
@@ -144,10 +167,11 @@ def _text(content: object, where: str) -> str:
         raise UserError(f'{where}: each message needs a "role" and a "content" string, or a list of text parts')
     texts = []
     for part in content:
-        if isinstance(part, dict) and part.get("type") == "text":
-            part = part.get("text")
-            if not isinstance(part, str):
-                raise UserError(f'{where}: a part of the type "text" needs a "text" string')
+        if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise UserError(f'{where}: a part of the type "{part.get("type") or "text"}" needs a "text" string')
+            part = text
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise UserError(f"{where}: a message has a part of the type {str(kind)[:60]!r}: only text is read")
@@ -157,7 +181,8 @@ def _text(content: object, where: str) -> str:
 
 def _tools(value: object, where: str) -> list[dict] | None:
     tools = _json_list(value, f'{where}: "tools"')
-    _check_characters(tools, where)
+    if tools:
+        _check_characters(tools, where)
     return tools
 
 
@@ -170,7 +195,16 @@ def _json_list(value: object, what: str) -> list[dict] | None:
         value = [_parsed(item, what) for item in value]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{what} must be a list of JSON objects, as OpenAI's API has them, or that list as JSON text")
-    return [_without_nulls(item, what) for item in value]
+    return [_entry(item, what) for item in value]
+
+
+def _entry(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A tool call or a tool, without what is null in it or in its "function"."""
+    _check_json(value, what)
+    kept = {key: item for key, item in value.items() if item is not None}
+    if isinstance(kept.get("function"), dict):
+        kept["function"] = {key: item for key, item in kept["function"].items() if item is not None}
+    return kept
 
 
 def _parsed(value: object, what: str) -> object:
@@ -182,16 +216,15 @@ def _parsed(value: object, what: str) -> object:
         raise UserError(f"{what} is text that is not JSON ({error})") from None
 
 
-def _without_nulls(value: object, what: str, depth: int = 0) -> Any:
+def _check_json(value: object, what: str, depth: int = 0) -> None:
+    """Refuses what is nested too deeply, and what a table may hold but JSON cannot."""
     if depth > DEEPEST:
         raise UserError(f"{what} is nested deeper than {DEEPEST} levels")
-    if isinstance(value, dict):
-        return {key: _without_nulls(item, what, depth + 1) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item, what, depth + 1) for item in value]
-    if value is not None and not isinstance(value, (str, int, float, bool)):
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_json(item, what, depth + 1)
+    elif value is not None and not isinstance(value, (str, int, float, bool)):
         raise UserError(f"{what} holds a {type(value).__name__}, which is no JSON")
-    return value
 
 
 def _check_characters(value: object, where: str) -> None:
@@ -249,6 +282,13 @@ def plain_turns(prompt: Messages, roles: Mapping[str, str]) -> Messages:
     return made
 
 
+def characters(prompt: Messages) -> int:
+    """About how many characters a conversation has, with its tools; what messages hold beside content, as JSON."""
+    size = sum(len(message.get("content") or "") for message in prompt)
+    rest: list = [{**message, "content": ""} for message in prompt if len(message) > 2] + (tools_of(prompt) or [])
+    return size + (len(json.dumps(rest, ensure_ascii=False)) if rest else 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # For chat templates
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,14 +317,17 @@ def template_forms(prompt: Messages) -> Iterator[tuple[Messages, Messages, list[
             messages.append(dict(message))
             marked.append(dict(message))
             if message["role"] == "tool":
-                marked[-1]["content"] = mark
-                marks.append(mark)
+                marks += [f"{mark}first", f"{mark}last"]
+                marked[-1]["content"] = f"{mark}first{message.get('content') or ''}{mark}last"
             if calls := message.get("tool_calls"):
                 messages[-1]["tool_calls"] = [_call(call, as_text) for call in calls]
                 marked[-1]["tool_calls"] = []
                 for number, call in enumerate(calls):
                     marks.append(f"{mark}{number}y")
-                    function = {**call.get("function", call), "arguments": {"x": marks[-1]}}
+                    function = dict(_call(call, as_text=False)["function"])
+                    arguments = function.get("arguments")
+                    given = arguments if isinstance(arguments, dict) else {}
+                    function["arguments"] = {**given, "marked": marks[-1]}  # the last: the others are before it
                     marked[-1]["tool_calls"].append(_call({**call, "function": function}, as_text))
                 for one in (messages[-1], marked[-1]):
                     one["content"] = one["content"] or content

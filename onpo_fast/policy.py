@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .checkpoint import atomic_write_directory
 from .conversations import (
     Messages,
-    columns_of,
+    characters,
     has_tool_turns,
     message_text,
     template_forms,
@@ -155,7 +155,7 @@ class Policy:
         about_prompt = f"the prompt that ends {message_text(prompt[-1])[:60]!r}"
         try:
             messages, tools = self._for_template(prompt), template_tools(prompt)
-            long = self.context and len(json.dumps(columns_of(prompt), ensure_ascii=False)) > UNCHECKED_CHARACTERS
+            long = self.context and characters(prompt) > UNCHECKED_CHARACTERS
             if long and self._exceeds(self._through_template(messages, tools, tokenize=False), self.context - room):
                 tokens, length = None, f"more than {max(0, self.context - room)}"
             else:
@@ -210,16 +210,17 @@ class Policy:
             prompt = [{**message, "role": renamed.get(message["role"], message["role"])} for message in prompt]
         if not has_tool_turns(prompt):
             return prompt
-        refusal: Exception = _LeftOut()
+        refusals: list[Exception] = []
         for messages, marked, marks in template_forms(prompt):
             try:
                 text = self._through_template(marked, tools, tokenize=False)
             except Exception as error:  # the next form may do
-                refusal = error if isinstance(refusal, _LeftOut) else refusal
+                refusals.append(error)
             else:
                 if all(mark in text for mark in marks):
                     return messages
-        raise refusal
+                refusals.insert(0, _LeftOut())  # says more than what another form runs into
+        raise refusals[0]
 
     def _exceeds(self, text: str, limit: int) -> bool:
         """Whether a long text has more tokens than the limit, found without tokenising it whole.
@@ -269,8 +270,12 @@ class Policy:
         """What a user should know of how the chat template writes these prompts, a line each; they are usable."""
         notices, name = [], "the model's chat template"
 
-        def written(prompt: Messages, tools: Sequence[dict] | None, **variables: object) -> str:
-            return self._through_template(self._for_template(prompt), tools, tokenize=False, **variables)
+        def written(prompt: Messages, tools: Sequence[dict] | None, **variables: object) -> str | None:
+            """None where the template refuses it."""
+            try:
+                return self._through_template(self._for_template(prompt), tools, tokenize=False, **variables)
+            except Exception:  # a template is a program, and not ours
+                return None
 
         one = next((prompt for prompt in prompts if tools_of(prompt)), None)
         if one and written(one, template_tools(one)) == written(one, None):
@@ -278,9 +283,7 @@ class Policy:
         one = next((prompt for prompt in prompts if _calls(prompt)), None)
         if one and not _calls(self._for_template(one)):
             notices.append(f"{name} writes no tool calls: the policy reads them as JSON in the assistant's text")
-        try:
-            written(prompts[0], template_tools(prompts[0]), strftime_now="no function")
-        except Exception:  # it was called
+        if written(prompts[0], template_tools(prompts[0]), strftime_now="no function") is None:  # it was called
             notices.append(
                 f"{name} writes today's date into prompts: a run of more than a day has several, and --resume refuses "
                 f"another one; {PINNED_DATE}"

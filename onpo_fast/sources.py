@@ -29,16 +29,22 @@ def records(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[s
         columns: the only ones that are wanted; tables read no others if they have the first.
 
     Yields:
-        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count.
+        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count. Rows of tables (all
+        but JSON) come without what is null inside their values: a table gives every nested object all keys that any row
+        has, and null where there was none, so that the two cannot be told apart.
 
     Raises:
         UserError: naming the source, and the line of a JSON file that is broken as a whole. Also for a pipe or a
             device: it can be read once or has no end, and a run that goes on reads its prompts again.
     """
     path, name = Path(source), str(source)
-    if name in ("-", "/dev/stdin") or name.startswith(("/dev/fd/", "/proc/self/fd/")) or _is_special(path):
+    try:
+        special, exists = _is_special(path), path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a NUL
+        raise UserError(f"cannot read {name}: {error.strerror if isinstance(error, OSError) else error}") from None
+    if name in ("-", "/dev/stdin") or name.startswith(("/dev/fd/", "/proc/self/fd/")) or special:
         raise UserError(f"cannot read {name}: it is no file that can be read again; save it to a file first")
-    where, split = (name, "") if path.exists() else name.partition(":")[::2]
+    where, split = (name, "") if exists else name.partition(":")[::2]
     if path.is_file():
         if path.suffix == ".parquet":
             yield from _parquet(path, columns)
@@ -127,7 +133,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]
         for batch in file.iter_batches(columns=_wanted(columns, file.schema_arrow.names)):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", _without_nulls(row)
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -135,7 +141,18 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]
 def _rows(name: str, data, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
     if wanted := _wanted(columns, data.column_names):
         data = data.select_columns(wanted)
-    yield from ((f"{name}, row {number}", row) for number, row in enumerate(data, 1))
+    yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(data, 1))
+
+
+def _without_nulls(row: dict[str, object]) -> dict[str, object]:
+    """A table's row without what is null inside its values. A column that is null stays."""
+    return {name: _filled_in(value) for name, value in row.items()}
+
+
+def _filled_in(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _filled_in(item) for key, item in value.items() if item is not None}
+    return [_filled_in(item) for item in value] if isinstance(value, list) else value
 
 
 def _saved(directory: str, split: str):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 import tqdm
 
@@ -68,6 +69,9 @@ def test_strings_and_conversations(write_lines) -> None:
          '{"role": "tool", "content": "y"}]}', 'line 2: a tool call needs a "function" with a "name"'),
         ('{"prompt": "x", "tools": ["clock"]}', 'line 2: "tools" is text that is not JSON'),
         ('{"prompt": "x", "tools": {"name": "clock"}}', 'line 2: "tools" must be a list of JSON objects'),
+        ('{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a", "function_call": '
+         '{"name": "f", "arguments": "{}"}}, {"role": "user", "content": "y"}]}',
+         'line 2: a message has a "function_call", the older form of a tool call: write it as "tool_calls": '),
         (r'{"prompt": "x", "tools": [{"name": "\ud83d"}]}', "line 2: a message holds half of a surrogate pair"),
         ('{"prompt": "x", "tools": [{"a": ' + '{"a": ' * 60 + "1" + "}" * 61 + "]}", 'line 2: "tools" is nested'),
     ],
@@ -76,6 +80,40 @@ def test_bad_lines_are_named(write_lines, line: str, message: str) -> None:
     path = write_lines("p.jsonl", {"prompt": "fine"}, line)
     with pytest.raises(UserError, match=message):
         data.read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [
+        ("human", "user"), ("User", "user"), ("SYSTEM ", "system"), ("gpt", "assistant"), ("model", "assistant"),
+        ("function", "tool"), ("observation", "tool"), ("Human", "user"), ("ipython", "tool"), ("robot", None),
+    ],
+)  # fmt: skip
+def test_roles_of_other_formats_are_told_their_names_here(write_lines, role: str, known: str | None) -> None:
+    path = write_lines("p.jsonl", {"prompt": [user("Hi"), {"role": role, "content": "x"}]})
+    with pytest.raises(UserError, match=f"line 1: the role '{role}' is not one of system, developer, ") as refused:
+        data.read_prompts(path)
+    assert str(refused.value).endswith(f": rename it to '{known}'" if known else "tool")
+
+
+def test_parts_that_are_text(write_lines) -> None:
+    parts = [
+        {"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b", "annotations": []},
+        {"text": "c"}, {"type": None, "text": "d"}, {"type": "text", "text": "e", "image_url": None}, "f",
+    ]  # fmt: skip
+    assert data.read_prompts(write_lines("p.jsonl", {"prompt": [user(parts)]})) == [[user("abcdef")]]
+    with pytest.raises(UserError, match='a part of the type "input_text" needs a "text" string'):
+        data.read_prompts(write_lines("q.jsonl", {"prompt": [user([{"type": "input_text"}])]}))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "tool_plan"])
+@pytest.mark.parametrize("content", [None, "", []])
+def test_a_turn_may_be_reasoning_alone(write_lines, field: str, content: object) -> None:
+    thought = {"role": "assistant", "content": content, field: "Hm."}
+    (prompt,) = data.read_prompts(write_lines("p.jsonl", {"prompt": [user("Hi"), thought, user("And?")]}))
+    assert prompt[1] == {"role": "assistant", "content": "", field: "Hm."}
+    with pytest.raises(UserError, match=r"a message is empty|each message needs"):
+        data.read_prompts(write_lines("q.jsonl", {"prompt": [user("Hi"), {**thought, field: None}, user("And?")]}))
 
 
 def test_a_line_that_is_not_text_is_one_bad_line(tmp_path) -> None:
@@ -189,9 +227,52 @@ def test_what_tables_fill_in_is_dropped(tmp_path, write_lines) -> None:
         assert data.read_prompts(source)[:2] == expected, source
 
 
+NULLS = {"zone": None, "at": {"hour": None, "days": [None, 1]}}
+PARAMETERS = {"properties": {"zone": {"default": None}}}
+OPTIONAL = {"type": "function", "function": {"name": "clock", "parameters": PARAMETERS}}
+
+
+def test_nulls_inside_arguments_and_schemas_stay(write_lines, rendered) -> None:
+    """They mean something in JSON, so that a call is the same as an object and as text."""
+    calls = [{**CALL, "function": {"name": "clock", "arguments": given}} for given in (NULLS, json.dumps(NULLS))]
+    lines = [{"prompt": [user("Late?"), {"role": "assistant", "content": None, "tool_calls": [call]}, WITH_TOOLS[3]],
+              "tools": tools} for call, tools in zip(calls, ([OPTIONAL], json.dumps([OPTIONAL])))]  # fmt: skip
+    as_object, as_text = data.read_prompts(write_lines("p.jsonl", *lines))
+    assert as_object[1]["tool_calls"] == [calls[0]]
+    assert as_object.tools == as_text.tools == [OPTIONAL]
+    assert rendered(QWEN, as_object) == rendered(QWEN, as_text)
+    assert f"<call>clock {json.dumps(NULLS)}</call>" in rendered(QWEN, as_text)
+    assert '"zone": {"default": null}' in rendered(QWEN, as_object)
+    own = {**CALL, "index": None, "function": {**CALL["function"], "strict": None}}  # but not those of the call itself
+    lines[0]["prompt"][1]["tool_calls"] = [own]
+    lines[0]["tools"] = [{**CLOCK, "strict": None, "function": {**CLOCK["function"], "description": None}}]
+    (prompt,) = data.read_prompts(write_lines("q.jsonl", lines[0]))
+    assert (prompt[1]["tool_calls"], prompt.tools) == ([CALL], [CLOCK])
+
+
+def test_nulls_that_a_table_fills_in_are_dropped_at_every_depth(tmp_path, write_lines) -> None:
+    """A table gives each nested object the keys of all: what is null there may never have been."""
+    asked = {"type": "function", "function": {"name": "look", "parameters": {"place": {"type": "string"}}}}
+    looks = {"id": "call00002", "type": "function", "function": {"name": "look", "arguments": {"place": "here"}}}
+    rows = [
+        {"prompt": [user("Where?"), {"role": "assistant", "content": None, "tool_calls": [call]}, WITH_TOOLS[3]],
+         "tools": [tool]} for call, tool in ((CALL, CLOCK), (looks, asked))
+    ]  # fmt: skip
+    expected = data.read_prompts(write_lines("p.jsonl", *rows))
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist()[0]["tools"][0]["function"]["parameters"]["place"] is None
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for source in ("p.parquet", "saved"):
+        assert data.read_prompts(tmp_path / source) == expected
+
+
 def test_sharegpts_names(tmp_path, write_lines) -> None:
     """They are refused with how to convert them, which works; the column's name does not matter."""
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "look()"},
+             {"from": "observation", "value": "a cat"}, {"from": "gpt", "value": "A cat."},
+             {"from": "function", "value": "a dog"}, {"from": "tool", "value": "a cow"},
+             {"from": "function_response", "value": "a bee"}, {"from": "gpt", "value": "Yes?"}]  # fmt: skip
     path = write_lines("p.jsonl", {"id": 1, "conversations": turns})
     for column in ("prompt", "conversations"):
         with pytest.raises(UserError, match=r'line 1: "conversations" is in ShareGPT\'s format') as refused:
@@ -200,7 +281,9 @@ def test_sharegpts_names(tmp_path, write_lines) -> None:
     code = str(refused.value).partition("package datasets: ")[2].replace('"prompts.jsonl"', "out")
     table = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path))["train"]
     exec(code, {"data": table, "out": tmp_path / "prompts.jsonl"})
-    assert data.read_prompts(tmp_path / "prompts.jsonl") == [[user("Hi")]]
+    (prompt,) = data.read_prompts(tmp_path / "prompts.jsonl")
+    assert [one["role"] for one in prompt] == ["user", "assistant", "tool", "assistant", "tool", "tool", "tool"]
+    assert [one["content"] for one in prompt] == [one["value"] for one in turns[:-1]]
     path = write_lines("q.jsonl", {"conversations": TURNS})
     assert data.read_prompts(path, "conversations") == [TURNS[:3]]
 
@@ -255,6 +338,7 @@ DEEPSEEK = (
 )  # fmt: skip
 CHATML = "{% for m in messages %}" + TURN + END
 STRICT = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + TURN + END
+CUT = QWEN.replace("{{ m.content }}", "{{ m.content[:20] }}")
 USER_ONLY = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + TURN + "{% endif %}" + END
 
 
@@ -299,8 +383,23 @@ def test_tool_calls_reach_every_template(rendered, policy, arguments: object) ->
     assert "Wait." in rendered(QWEN, prompt_with(arguments, "Wait."))
     with pytest.raises(UserError, match="here: the model's chat template refuses the prompt that ends '23:59': no too"):
         rendered(STRICT, prompt)
-    with pytest.raises(UserError, match="here: the model's chat template leaves out what tools are told or say in the"):
-        rendered(USER_ONLY, prompt)
+    for template in (USER_ONLY, CUT, CHATML.replace("m.content", "m.content[:20]")):
+        with pytest.raises(UserError, match="here: the model's chat template leaves out what tools are told or say in"):
+            rendered(template, prompt)
+
+
+def test_tool_turns_are_written_whole_or_not_at_all(rendered) -> None:
+    """A template that cuts what a tool says, or what it is told, leaves something out."""
+    prompt = prompt_with({"zone": "CET"})
+    prompt[2]["content"] = "It is a minute to midnight in Vienna, and dark."
+    assert prompt[2]["content"] in rendered(QWEN, prompt)
+    for template in (CUT, CUT.replace("[:20]", "[4:]")):
+        with pytest.raises(UserError, match="the model's chat template leaves out what tools are told or say in the"):
+            rendered(template, prompt)
+    cuts_calls = QWEN.replace("| tojson }}</call>", "| tojson | truncate(30) }}</call>")
+    # the calls are then put into the text
+    assert 'Tool call: {"name": "clock", "arguments": {"zone": "CET"}}<|im_end|>' in rendered(cuts_calls, prompt)
+    assert "Be brief." in rendered(CUT, [{"role": "system", "content": "Be brief."}, user("Hi")])
 
 
 def test_a_developer_is_the_system_where_the_template_knows_none(rendered) -> None:
@@ -330,6 +429,18 @@ def test_what_a_user_should_know_of_a_template(policy) -> None:
         notices = other.template_notices(prompts)
         assert [part in notice for part, notice in zip(expected, notices, strict=True)] == [True] * len(expected)
     other.template_variables = {"date_string": "01 Jan 2026"}
+    assert other.template_notices(prompts) == []
+
+
+def test_a_template_that_wants_tools_has_no_notice(policy) -> None:
+    """Nothing is asked of it without the tools that a prompt comes with."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = (
+        "{% if not tools %}{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ raise_exception('tool turn without tools') }}{% endif %}{% endfor %}{% endif %}" + QWEN
+    )
+    other = replace(policy, tokenizer=tokenizer)
+    prompts = other.usable([prompt_with({})], 2, None)
     assert other.template_notices(prompts) == []
 
 
@@ -373,6 +484,12 @@ def test_pipes_and_devices_are_no_files(tmp_path, monkeypatch) -> None:
         for name in names:
             with pytest.raises(UserError, match=f"cannot read {name}: it is no file that can be read again; save"):
                 data.read_prompts(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/tmp/" + "x" * 300 + ".jsonl", "org/" + "x" * 5000 + ":test"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(UserError, match=f"cannot read {name}: "):
+        data.read_prompts(name)
 
 
 def test_libraries_are_quiet(caplog, capsys) -> None:

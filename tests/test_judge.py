@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import multiprocessing
 import os
@@ -401,6 +402,23 @@ def test_a_prompt_of_the_users(judge, tmp_path) -> None:
         judge("http://x/v1", judge_prompt=str(path))
     with pytest.raises(UserError, match="cannot read --judge_prompt"):
         judge("http://x/v1", judge_prompt="missing.txt")
+
+
+def test_a_judging_prompt_is_a_file_of_bearable_size(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    large, text = tmp_path / "large.txt", "{conversation} {response_a} {response_b}"
+    large.write_text(text + " " * 2**20)
+    for name, said in {
+        str(tmp_path / "pipe.txt"): "is a FIFO, where a file belongs",
+        "/dev/zero": "is a device, where a file belongs",
+        str(tmp_path): "Is a directory",
+        "x" * 5000: "File name too long",
+        str(large): "at most 1,048,576 are read",
+    }.items():
+        with pytest.raises(UserError, match=f"cannot read --judge_prompt {name}: .*{said}"):
+            chat_judge.read_prompt(Path(name))
+    (tmp_path / "lines.txt").write_bytes(codecs.BOM_UTF8 + text.replace(" ", "\r\n").encode())
+    assert chat_judge.read_prompt(tmp_path / "lines.txt") == text.replace(" ", "\n")
 
 
 def test_more_of_a_request(judge) -> None:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from bench.drill import prepare, small_run
+from bench.zoo import FAMILIES, build
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
+from onpo_fast.conversations import Prompt
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError, one_line
 from onpo_fast.oracles.pair_model import PairModel
@@ -187,6 +189,66 @@ def test_a_models_own_code_is_not_run(shallow_model, tmp_path) -> None:
     with pytest.raises(UserError, match="cannot load the model"):
         oracles.load("pair-model", Config(oracle_model=str(directory)))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Callable[[str], Path]:
+    """Builds a tiny random model of a family, and a reward model on top of its body where there is one."""
+
+    def build_one(name: str) -> Path:
+        build(FAMILIES[name], directory := tmp_path_factory.mktemp(name))
+        return directory
+
+    return build_one
+
+
+def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """The answers in batches and those to each question alone; and what was said."""
+    alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1))
+    oracle.told.clear()
+    capsys.readouterr()
+    answers = oracle.many(GROUPS)
+    said = capsys.readouterr().out
+    oracle.release()
+    assert oracle.pads is None
+    oracle.many(GROUPS)
+    assert capsys.readouterr().out == ""  # once
+    return answers, alone.many(GROUPS), " ".join(said.split())
+
+
+@pytest.mark.parametrize(("family", "pads"), [("llama", True), ("rwkv", False), ("recurrent_gemma", False)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pair_model_that_padding_disturbs_is_asked_one_at_a_time(families, capsys, family, pads, dtype) -> None:
+    """Found in float32, whatever the weights are in; those come back to the bit."""
+    oracle = PairModel(str(families(family)), Config(device="cpu", dtype=dtype))
+    answers, alone, said = _other_ways(oracle, capsys)
+    assert oracle.pads == pads
+    for one, other in zip(answers, alone):
+        np.testing.assert_allclose(one, other, atol=1e-5 if dtype == "float32" or not pads else 0.05)
+    expected = f"({family}) gives other answers to a batch of questions than to each alone, by up to 0.0"
+    assert (expected in said) == (not pads)
+    again = PairModel(oracle.source, oracle.config).loaded()
+    for one, other in zip(oracle.loaded().parameters(), again.parameters(), strict=True):
+        assert one.dtype == other.dtype == getattr(torch, dtype)
+        assert torch.equal(one, other)
+
+
+def test_a_reward_model_that_padding_disturbs_is_asked_one_at_a_time(reward_directory, monkeypatch, capsys) -> None:
+    scores = RewardModel.scores
+
+    def blind(self: RewardModel, rows: list[list[int]]) -> torch.Tensor:
+        """As of a model that takes padding for text."""
+        return scores(self, rows) + 0.01 * torch.tensor([max(map(len, rows)) - len(row) for row in rows])
+
+    oracle = RewardModel(str(reward_directory), Config(device="cpu"))
+    assert _other_ways(oracle, capsys)[2] == ""
+    assert oracle.pads
+    oracle.release()
+    monkeypatch.setattr(RewardModel, "scores", blind)
+    answers, alone, said = _other_ways(oracle, capsys)
+    assert not oracle.pads
+    np.testing.assert_allclose(answers[0], alone[0], atol=1e-6)
+    assert "gives other answers to a batch of questions than to each alone, by up to " in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,9 +476,44 @@ def test_a_template_that_refuses_some_of_the_prompts(tiny, tmp_path, write_lines
 def test_one_prompt_of_each_kind() -> None:
     user, later = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And what is that?"}
     said = {"role": "assistant", "content": "A thing."}
-    chosen = oracles.shortest_by_kind([[later], [user], [user, said, later], SYSTEM, [user, said, later, said, later]])
-    assert list(chosen.values()) == [[user], [user, said, later], SYSTEM]
-    assert len(oracles.shortest_by_kind([[{"role": str(i), "content": "x"}] for i in range(9)])) == 4
+    chosen = oracles.shortest_by_kind([[later], [user], SYSTEM, [user, said, later], [user, said, later, said, later]])
+    assert list(chosen.values()) == [[user], SYSTEM, [user, said, later]]
+    assert len(oracles.shortest_by_kind([[{"role": str(i), "content": "x"}] for i in range(19)])) == 8
+
+
+def test_a_kind_is_what_follows_what() -> None:
+    """Two turns of the user in a row, a later system message, tools and calls; nothing that another kind has."""
+    user, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A thing."}
+    system, tool = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "12:00"}
+    called = {**said, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    plain = [[user]] * 5
+    for other in ([user, user], [user, system, user], [user, called, tool], [user, said, tool],
+                  Prompt([user], tools=[{"name": "clock"}])):  # fmt: skip
+        assert list(oracles.shortest_by_kind([*plain, other, *plain]).values()) == [[user], other]
+        assert list(oracles.shortest_by_kind([other, other]).values()) == [other]
+    both = [system, user, said, user]
+    chosen = oracles.shortest_by_kind([[user], [system, user], [user, said, user], both])
+    assert both not in chosen.values()
+    assert len(chosen) == 3
+
+
+def test_an_oracle_that_wants_turns_to_alternate_is_found_before_sampling(tiny, tmp_path, write_lines) -> None:
+    """One prompt among many of single turns, and none of its roles is new."""
+    twice = [{"role": "user", "content": "Here is one about the weather."}, {"role": "user", "content": "Is it?"}]
+    plain = [{"prompt": f"What is {i} plus {i}?"} for i in range(9)]
+    (tmp_path / "alternating.py").write_text(
+        "def prefer(prompt, responses):\n"
+        "    roles = [message['role'] for message in prompt]\n"
+        "    assert all(a != b for a, b in zip(roles, roles[1:])), 'roles must alternate'\n"
+        "    return [[0.5] * len(responses)] * len(responses)\n"
+    )
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle="alternating:prefer",
+                     prompts=str(write_lines("p.jsonl", *plain, {"prompt": twice}, *plain)))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        with pytest.raises(UserError, match=r"tried before anything is sampled, prompt . .*: roles must alternate"):
+            module.train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None:
@@ -444,3 +541,21 @@ def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None
     kept = (tmp_path / "run" / "metrics.jsonl").read_text()
     (record,) = [record for record in map(json.loads, kept.splitlines()) if record["stage"] == "judge"]
     assert record["comparisons"] == 3 * 3
+
+
+def test_another_helper_of_a_function_is_another_oracle(tiny, tmp_path, monkeypatch) -> None:
+    """Also of one that is imported when the function is called: what has nothing left to judge does not call it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("orc").mkdir()
+    Path("orc/__init__.py").write_text(
+        "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
+    )
+    Path("orc/k.py").write_text("K = 0.5\n")
+    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle="orc:prefer", iterations=1)
+    module.train(config)
+    module.train(config, resume=True)
+    Path("run/evaluation.json").unlink()
+    Path("orc/k.py").write_text("K = 0.5  # another\n")
+    with pytest.raises(UserError, match=r"orc:prefer is not what .* began with: orc/k\.py of orc:prefer changed"):
+        module.train(config, resume=True)

@@ -385,6 +385,47 @@ def test_a_function_from_another_module_is_known_by_both(oracle_module, tmp_path
 
     for name in ("tasteful:prefer", "tasteful:taste"):
         assert known(name) == [f"tasteful/__init__.py of {name}", f"tasteful/rules.py of {name}"]
-    assert known("tasteful:partial") == ["tasteful/__init__.py of tasteful:partial"]
+    whole = ["tasteful/__init__.py of tasteful:partial", "tasteful/rules.py of tasteful:partial"]
+    assert known("tasteful:partial") == whole
     assert known("population") == known("operator:add") == []
-    assert known("population + 2*tasteful:partial") == ["tasteful/__init__.py of member 2, tasteful:partial"]
+    (first, _) = known("population + 2*tasteful:partial")
+    assert first == "tasteful/__init__.py of member 2, tasteful:partial"
+
+
+def test_what_a_function_imports_is_part_of_it(oracle_module, tmp_path) -> None:
+    """All of its package, and what is beside it: at once, inside a function, by a made name, from a folder of it."""
+    for name, source in {
+        "weights.py": "from inner.deep import K\n",
+        "inner/__init__.py": "",
+        "inner/deep.py": "import later\nK = 2\n",
+        "inner/never.py": "",
+        "later.py": "import json, numpy\n",
+        "dynamic.py": "",
+        "library/borrowed.py": "",
+        "unrelated.py": "",
+        "pack/__init__.py": "from . import k\n\ndef prefer(prompt, responses): ...\n",
+        "pack/k.py": "import later\n",
+        "pack/unused.py": "",
+        "spaced/k.py": "def prefer(prompt, responses): ...\n",
+        "numpy/data.txt": "",  # a folder that is no package
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    name = oracle_module(
+        "import importlib, sys\nimport weights\n\ndef prefer(prompt, responses):\n"
+        "    sys.path.append('library')\n    import borrowed\n    importlib.import_module('dyna' + 'mic')\n"
+        "    return [[0.5] * len(responses)] * len(responses)\n"
+    )
+
+    def known(name: str, oracle: object = None) -> list[str]:
+        found = oracles.fingerprint(oracle or oracles.load(name), name, lambda path: path.name)
+        return [one.removesuffix(f" of {name}") for one in found]
+
+    own = name.partition(":")[0] + ".py"
+    imported = ["inner/__init__.py", "inner/deep.py", "inner/never.py", "later.py", own, "weights.py"]
+    assert known(name) == sorted(imported)
+    oracles.probe(oracles.load(name), name, [PROMPT], in_directory=False)
+    assert known(name) == sorted([*imported, "dynamic.py", "library/borrowed.py"])
+    others = {"dynamic.py", "library/borrowed.py", "inner/__init__.py", "inner/deep.py", own, "weights.py"}  # loaded
+    assert set(known("pack:prefer")) - others == {"later.py", "pack/__init__.py", "pack/k.py", "pack/unused.py"}
+    assert "spaced/k.py" in known("spaced.k:prefer")

@@ -9,14 +9,18 @@ what each one asks.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 from ..config import Config
+from ..conversations import tools_of
 from ..data import Messages
 from ..errors import UserError
 from .interface import (
@@ -42,7 +46,9 @@ __all__ = [
 
 NAMES = ("population", "pair-model", "reward-model", "judge")
 PROBE_TEXTS = ("Yes, I think so.", "No.")  # responses that differ, also in length
-MOST_KINDS = 4  # of conversations that an oracle is tried on
+MOST_KINDS = 8  # of conversations that an oracle is tried on
+INSTALLED = ("site-packages", "dist-packages")  # folders that pip puts packages into
+NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # a newer Python is no other oracle
 
 
 def load(name: str, config: Config | None = None, directory: Path | None = None) -> Oracle:
@@ -91,18 +97,38 @@ def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: 
 
 
 def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messages]:
-    """The shortest prompt of each kind of conversation: roles that occur in it. Of the first few kinds.
+    """The shortest prompt of each kind of conversation (``kind_of``), the shortest first; at most ``MOST_KINDS``.
 
-    A chat template may refuse a role. What is short is not refused for its length.
+    A chat template may refuse a role, or one role after another. What is short is not refused for its length. A kind
+    that has nothing which the chosen ones lack is left out.
     """
     shortest: dict[frozenset[str], tuple[int, Messages]] = {}
     for prompt in prompts:
-        kind = frozenset(message["role"] for message in prompt)
-        if kind in shortest or len(shortest) < MOST_KINDS:
-            size = length(prompt)
-            if kind not in shortest or size < shortest[kind][0]:
-                shortest[kind] = size, prompt
-    return {kind: prompt for kind, (_, prompt) in shortest.items()}
+        kind, size = kind_of(prompt), length(prompt)
+        if kind not in shortest or size < shortest[kind][0]:
+            shortest[kind] = size, prompt
+    chosen: dict[frozenset[str], Messages] = {}
+    covered: set[str] = set()
+    for kind, (_, prompt) in sorted(shortest.items(), key=lambda item: item[1][0]):
+        if not kind <= covered and len(chosen) < MOST_KINDS:
+            chosen[kind] = prompt
+            covered |= kind
+    return chosen
+
+
+def kind_of(prompt: Messages) -> frozenset[str]:
+    """What a chat template may refuse of a conversation: which role follows which, tool calls, a list of tools.
+
+    >>> sorted(kind_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]))
+    ['start system', 'system user', 'user end']
+    """
+    roles = ["start", *(message["role"] for message in prompt), "end"]
+    kind = {f"{role} {following}" for role, following in pairwise(roles)}
+    if any(message.get("tool_calls") for message in prompt):
+        kind.add("tool calls")
+    if tools_of(prompt):
+        kind.add("tools")
+    return frozenset(kind)
 
 
 def length(prompt: Messages) -> int:
@@ -139,17 +165,66 @@ def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
 
 
 def _sources(name: str, oracle: Oracle, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """The files of a user's module, and of the module that its function or class comes from."""
+    """The Python files of a user's oracle: its module's, its function's or class's, and what these import."""
     defined = inspect.unwrap(oracle) if inspect.isroutine(oracle) else type(oracle)
-    files = {}
-    for module in sorted({name.partition(":")[0], defined.__module__ or ""}):
-        if module.partition(".")[0] in (*sys.stdlib_module_names, "onpo_fast"):
-            continue  # a newer Python is no other oracle
-        path = getattr(sys.modules.get(module), "__file__", None)
-        if path and Path(path).is_file():
-            ending = "/__init__.py" if Path(path).name == "__init__.py" else Path(path).suffix
-            files[module.replace(".", "/") + ending] = checksum(Path(path).resolve())
-    return files
+    files: dict[str, Path] = {}
+    for module in {name.partition(":")[0], defined.__module__ or ""}:
+        package = module.partition(".")[0]
+        if package in NO_ORACLES:
+            continue
+        folders = getattr(sys.modules.get(package), "__path__", None)
+        if folders is not None:
+            own = [(Path(folder).absolute().parent, set(Path(folder).absolute().rglob("*.py"))) for folder in folders]
+        else:
+            file = _file(sys.modules.get(module))
+            own = [(file.parent, {file})] if file else []
+        for folder, paths in own:
+            if folder.name not in INSTALLED:
+                paths |= _imported_from(folder, paths)
+            files |= {str(path.relative_to(folder)): path for path in paths}
+    return {place: checksum(path.resolve()) for place, path in sorted(files.items())}
+
+
+def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
+    """The files of a folder that these files of it import, and those that have been imported.
+
+    The former are read from the sources, as an import inside a function need not have happened yet. The latter, which
+    may be in a folder of the folder too, may have been imported under a name that was made while the program ran.
+    """
+    found, unread = set(files), list(files)
+    while unread:
+        for name in set(_imported_names(unread.pop())).difference(NO_ORACLES):
+            package = folder / name
+            paths = package.rglob("*.py") if (package / "__init__.py").is_file() else [folder / f"{name}.py"]
+            new = {path for path in paths if path.is_file()} - found
+            found |= new
+            unread += new
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("__main__", *NO_ORACLES) and (path := _file(module)):
+            above = name.count(".") + (path.name == "__init__.py")  # folders between it and where Python looked for it
+            looked_in = path.parents[above] if above < len(path.parents) else path
+            if folder in (looked_in, looked_in.parent) and looked_in.name not in INSTALLED:
+                found.add(path)
+    return found
+
+
+def _imported_names(file: Path) -> Iterator[str]:
+    """The modules and packages that a Python file imports by an absolute name, without what follows a dot."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # nobody can import it
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _file(module: ModuleType | None) -> Path | None:
+    """The Python file of a module; None where there is none."""
+    path = getattr(module, "__file__", None)
+    return Path(path).absolute() if isinstance(path, str) and Path(path).is_file() else None
 
 
 def _one(name: str, config: Config, directory: Path | None) -> Oracle:

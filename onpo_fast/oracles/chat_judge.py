@@ -33,7 +33,7 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np
 
 from .. import stopping
-from ..checkpoint import atomic_write_text
+from ..checkpoint import atomic_write_text, read_regular
 from ..config import Config
 from ..conversations import Messages, in_words
 from ..errors import UserError, one_line
@@ -58,6 +58,7 @@ correct and is clear. Neither order nor length is a merit. Nothing that the resp
 [Question]
 Which response is better, A or B? Answer with one letter."""
 
+LARGEST_PROMPT = 2**20  # bytes of a judging prompt
 PLACES = ("conversation", "response_a", "response_b")
 TOP = 5  # tokens whose log-probs are asked for, at each position
 PATIENCE = 20  # answers before the share without a verdict is looked at
@@ -690,12 +691,13 @@ def read_prompt(path: Path) -> str:
     """A judging prompt of the user's.
 
     Raises:
-        UserError: if it cannot be read or lacks a place.
+        UserError: if it cannot be read, is no regular file, is larger than ``LARGEST_PROMPT`` or lacks a place.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, LARGEST_PROMPT).decode("utf-8-sig")
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"cannot read --judge_prompt {path}: {error}") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as read_text does
     missing = [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in text]
     if missing:
         raise UserError(f"--judge_prompt {path} lacks {' and '.join(missing)}")

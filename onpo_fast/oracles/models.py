@@ -9,8 +9,9 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,13 +19,16 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..config import Config
 from ..device import device_of
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..fingerprint import model_fingerprint
 from ..loading import loading_errors, locate, without_cudnn_attention
+from ..tracking import console
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
+PROBE_TEXTS = ("Which of these is it?", "It is the second one, which is longer by about a dozen words, is it not?")
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # that answers may differ by, relative to 1 or the largest
 OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
@@ -37,12 +41,14 @@ class ModelOracle(BatchOracle):
     auto_class: Any  # the transformers class that loads it
     configurations: Container[type]  # of the models that it loads
     wanted: str  # what such a model is, in words
+    told: ClassVar[set[tuple[str, str]]] = set()  # kinds and models that a user has been told about
 
     def __init__(self, source: str | None, config: Config) -> None:
         if not source:
             raise UserError(f"--oracle {self.kind} needs --oracle_model, a Hugging Face id or a directory")
         self.source, self.config = source, config
         self.model: PreTrainedModel | None = None
+        self.pads: bool | None = None  # whether questions of different lengths may be in one batch; None: not tried
         self.device = device_of(config.device)
         locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
         with loading_errors("the model", source):
@@ -114,7 +120,7 @@ class ModelOracle(BatchOracle):
 
     def release(self) -> None:
         if self.model is not None:
-            self.model = None
+            self.model = self.pads = None
             gc.collect()  # modules refer to each other; the policy needs the memory now, not some time later
 
     def render(self, messages: list[dict[str, str]], generate: bool) -> str:
@@ -167,15 +173,44 @@ class ModelOracle(BatchOracle):
     def in_batches(
         self, questions: Iterable[tuple[Slot, list[int]]], ask: Callable[[list[list[int]]], torch.Tensor]
     ) -> Iterator[tuple[Slot, float]]:
-        """Puts (slot, tokens) to ``ask`` in batches of --oracle_batch_tokens with padding; yields (slot, value)."""
+        """Puts (slot, tokens) to ``ask`` in batches of --oracle_batch_tokens with padding; yields (slot, value).
+
+        One question at a time if padding changes the model's answers: some implementations do not mask it.
+        """
         questions = iter(questions)
         while window := list(itertools.islice(questions, WINDOW)):
             window.sort(key=lambda question: -len(question[1]))  # the longest first: memory runs out at once or never
             while window:
-                count = max(1, self.config.oracle_batch_tokens // len(window[0][1]))
+                count = max(1, self.config.oracle_batch_tokens // len(window[0][1])) if self._may_pad(ask) else 1
                 batch, window = window[:count], window[count:]
                 values = self._asked(ask, [tokens for _, tokens in batch])
                 yield from zip((slot for slot, _ in batch), values.double().cpu().tolist())
+
+    def _may_pad(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> bool:
+        """Whether two questions of different lengths have the same answers in a batch as each has alone."""
+        if self.pads is None:
+            try:
+                with in_float32(self.loaded()):
+                    difference = self._difference_by_padding(ask)
+                allowed = ROUNDING[torch.float32]
+            except (UserError, RuntimeError, ValueError):  # too little memory, or kernels and weights of other types
+                difference, allowed = self._difference_by_padding(ask), ROUNDING[torch.bfloat16]
+            self.pads = difference <= allowed
+            if not self.pads and (self.kind, self.source) not in self.told:
+                self.told.add((self.kind, self.source))
+                console.print(
+                    one_line(
+                        f"the {self.kind} {self.source} ({self.loaded().config.model_type}) gives other answers to a "
+                        f"batch of questions than to each alone, by up to {difference:.2g}: it is asked one at a time"
+                    )
+                )
+        return self.pads
+
+    def _difference_by_padding(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> float:
+        """How far two answers in a batch are from those to each question alone, relative to 1 or the largest."""
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS]
+        alone = torch.cat([self._asked(ask, [row]) for row in rows]).double()
+        return float((self._asked(ask, rows).double() - alone).abs().max() / alone.abs().max().clamp(min=1))
 
     def _asked(self, ask: Callable[[list[list[int]]], torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
         """The answers to a batch of questions, (len(rows),), all finite."""
@@ -195,6 +230,21 @@ class ModelOracle(BatchOracle):
                 "weights are damaged, or --dtype is too narrow for it"
             )
         return values
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Holds a model's half-precision weights in float32 meanwhile. They come back as they were, to the bit."""
+    half = (torch.bfloat16, torch.float16)
+    tensors = [one for one in itertools.chain(model.parameters(), model.buffers()) if one.dtype in half]
+    dtypes = [one.dtype for one in tensors]
+    try:
+        for one in tensors:
+            one.data = one.data.float()
+        yield
+    finally:
+        for one, dtype in zip(tensors, dtypes):
+            one.data = one.data.to(dtype)
 
 
 def weight_names(source: str) -> list[str]:
