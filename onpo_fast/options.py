@@ -52,7 +52,7 @@ def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None, object]:
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{path}, line {line}: *{event.anchor} is an alias: write the value itself")
             if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-                raise UserError(f"{path}, line {line}: {event.value!a} holds half of a surrogate pair, which is no text")
+                raise UserError(f"{path}, line {line}: {event.value!a} holds half of a surrogate pair: it is no text")
             if isinstance(event, yaml.ScalarEvent) and event.tag:
                 _check_tag(f"{path}, line {line}", event)
         return text, root, yaml.safe_load(text)
