@@ -51,9 +51,11 @@ def test_a_few_prompts_that_all_agree_are_not_certain(prompts: int, sure: bool) 
 
 
 def test_policies_in_the_order_they_were_made(tmp_path) -> None:
+    journal = Journal(tmp_path)
     for t in (1, 2, 99, 100):
         (tmp_path / f"iteration_{t:02d}" / "policy").mkdir(parents=True)
-    assert list(evaluate.finished_policies(tmp_path)) == ["π_2", "π_3", "π_100", "π_101"]
+        journal.record(f"iteration_{t:02d}/policy")
+    assert list(evaluate.finished_policies(tmp_path, journal)) == ["π_2", "π_3", "π_100", "π_101"]
 
 
 def test_nothing_to_evaluate(tmp_path, capsys) -> None:

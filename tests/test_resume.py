@@ -128,8 +128,11 @@ def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
     def double(items: list[int], first: int) -> list[dict]:
         return [{"first": first, "twice": 2 * item} for item in items]
 
+    def read_lines(file: Path, items: list[int]) -> list[dict]:
+        return list(read_jsonl(file))
+
     def make(items: list[int], size: int) -> list[int]:
-        results, spent = parts.make(items, size, double, write_jsonl, read_jsonl, known.append, lambda: {"asked": 1})
+        results, spent = parts.make(items, size, double, write_jsonl, read_lines, known.append, lambda: {"asked": 1})
         assert spent.pop("seconds") > 0
         assert spent == {"asked": -(-len(items) // size)}  # also what earlier calls were asked
         return [result["twice"] for result in results]
