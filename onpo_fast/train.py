@@ -134,15 +134,33 @@ class Run:
         self.oracle = oracles.load(config.oracle, config, self.directory)
         check_reporter(config.report_to)
         check_backend(config)
-        skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
+        self.to_judge = _anything_to_judge(self.directory, config)
+        skipped = Skipped() if config.skip_bad_prompts else None
+        self.prompts, held_out, rendering = self._read_prompts(skipped)
+        policy = self.load(config.model)
+        self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
+        self.vocabulary = policy.vocabulary
+        self._open_directory(policy, held_out, rendering, resume, force)
+        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
+        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
+            self.tracker.log("prompts", 0, **counts)
+        self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
+        self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
+        self.truncation = TruncationWarning()
+        self._say_what_starts(policy, held_out, skipped)
 
-        to_judge = _anything_to_judge(self.directory, config)
+    def _read_prompts(self, skipped: Skipped | None) -> tuple[list[Messages], list[Messages], str]:
+        """The prompts to train on, those held out, and a SHA-256 of the tokens of all: templates may write the date.
+
+        Each is checked against the model. The oracle is tried on each kind of conversation among them.
+        """
+        config = self.config
         tried: set[frozenset[str]] = set()  # kinds of conversation
-        rendered = hashlib.sha256()  # of the tokens of all prompts: templates may write the date
+        rendered = hashlib.sha256()
 
         def usable(prompts: list[Messages]) -> list[Messages]:
-            kinds = oracles.shortest_by_kind(prompts) if to_judge else {}
+            kinds = oracles.shortest_by_kind(prompts) if self.to_judge else {}
             if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
                 locate(config.model)  # a typo comes before minutes of loading
                 if oracles.holds_model(self.oracle):
@@ -155,31 +173,35 @@ class Run:
                 listed = counted(prompts, done) if done else prompts
                 return policy.usable(listed, config.max_new_tokens, skipped, rendered)
 
-        self.prompts, held_out = split_prompts(
+        prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
             usable,
         )  # fmt: skip
-        policy = self.load(config.model)
-        self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
-        self.vocabulary = policy.vocabulary
+        return prompts, held_out, rendered.hexdigest()
+
+    def _open_directory(
+        self, policy: Policy, held_out: list[Messages], rendering: str, resume: bool, force: bool
+    ) -> None:  # fmt: skip
+        """Takes the lock, checks that the run there is this one, and writes what a run has from its first moment on."""
+        config = self.config
         self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
         self.journal.before_record.append(self.lock.check)
         if self.journal.mended:
             say(f"the first file of the journal in {self.directory} is damaged or gone: its copy is taken")
-        prompts, rendering = {"sha256": prompts_digest(self.prompts, held_out)}, {"sha256": rendered.hexdigest()}
         checksum_once = functools.cache(checksum)  # the policy and the oracle may be the same model
         model = model_fingerprint(config.model, getattr(policy.model.config, "_commit_hash", None), checksum_once)
         oracle = oracles.fingerprint(self.oracle, config.oracle, checksum_once)
-        inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": rendering}
+        prompts = {"sha256": prompts_digest(self.prompts, held_out)}
+        inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": {"sha256": rendering}}
         self._check_inputs(inputs, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
         self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
         self.journal.begin({"options": asdict(config), **inputs})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
-        if to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
+        if self.to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
             shortest = min([*self.prompts, *held_out], key=oracles.length)
             oracles.probe(self.oracle, config.oracle, [shortest], in_directory=True)
         self.initial = self._keep_initial(policy)
@@ -187,11 +209,9 @@ class Run:
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory, config.report_to, asdict(config))
         self.journal.before_record.append(self.tracker.sync)
-        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
-        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
-            self.tracker.log("prompts", 0, **counts)
-        self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
-        self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
+
+    def _say_what_starts(self, policy: Policy, held_out: list[Messages], skipped: Skipped | None) -> None:
+        config = self.config
         say(
             f"{config.objective} on {config.model} ({self.device}, {policy.attention} attention), {len(self.prompts)} "
             f"prompts to train on and {len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
@@ -202,7 +222,6 @@ class Run:
             say(str(skipped))
         for notice in policy.template_notices(self.prompts):
             say(f"note: {notice}")
-        self.truncation = TruncationWarning()
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             say(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
