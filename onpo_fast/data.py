@@ -282,8 +282,10 @@ def read_groups(
         if not texts or responses not in (None, len(texts)):
             raise _Misfit(f"it has {len(texts)} responses{f' where {responses} were sampled' if responses else ''}")
         for some in (record["prompt_tokens"], *tokens):
-            if not _list(some, int) or min(some) < 0 or max(some) >= (vocabulary or 2**31):
-                raise _Misfit(f"it has no tokens, or one beyond the model's vocabulary of {vocabulary or 2**31}")
+            if not all(0 <= token < (vocabulary or 2**31) for token in _list(some, int)):
+                raise _Misfit(f"it has a token beyond the model's vocabulary of {vocabulary or 2**31}")
+        if not record["prompt_tokens"]:
+            raise _Misfit("its prompt has no tokens")
         tools = record.get("tools")
         prompt = Prompt(_list(record["prompt"], dict), tools=None if tools is None else _list(tools, dict))
         if asked is not None and columns_of(prompt) != columns_of(asked):
@@ -296,7 +298,7 @@ def read_groups(
 def check_tokens(groups: Iterable[Group], vocabulary: int, file: Path) -> None:
     """Raises ``UserError``, naming the file that they are from, if a group has a token that a model does not have."""
     for group in groups:
-        highest = max(max(tokens) for tokens in (group.prompt_tokens, *(r.tokens for r in group.responses)))
+        highest = max(max(tokens, default=0) for tokens in (group.prompt_tokens, *(r.tokens for r in group.responses)))
         if highest >= vocabulary:
             raise UserError(f"{file}: it has the token {highest}, and the model {vocabulary} in all; {AGAIN}")
 

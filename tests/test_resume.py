@@ -547,6 +547,8 @@ def test_a_copy_of_the_oracle_is_the_same_and_an_old_run_knows_none(judged, tmp_
     config = replace(config, out=str(copy / "run"), oracle_model=str(copy / "model"))
     module.train(config, resume=True)
     entries = {name: entry for name, entry in Journal(copy / "run").entries.items() if name != "oracle"}
+    for name in Journal.FILES:
+        (copy / "run" / name).unlink()
     (copy / "run/journal.json").write_text(json.dumps(entries))
     flip(copy / "model/model.safetensors")
     module.train(config, resume=True)
