@@ -295,7 +295,7 @@ def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model
     monkeypatch.setattr(train, "evaluate", evaluate.evaluate)
     Path("down").unlink()
     train.train(options, resume=True)
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True), (2, False), (2, False)])
 
 
@@ -331,7 +331,7 @@ def test_a_function_is_tried_once_before_anything_is_sampled(oracle_module, prom
     assert (tried, len(asked)) == (1, 1 + 3 + 2)  # an iteration, the evaluation
     train.train(config, resume=True)
     assert len(asked) == 6
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert len(asked) == 6 + 1 + 2
     assert asked[6][1] == list(oracles.PROBE_TEXTS)
 
@@ -358,7 +358,7 @@ def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow
     name = oracle_module(LISTENING.format("pass  # a module of its own"))
     train.train(Config(model=str(shallow_model), oracle=name, **RUN))
     file = Path(name.partition(":")[0] + ".py")
-    evaluate.main(["run"])
+    evaluate.main(["run", "--trust_run"])
     assert "is not what" not in capsys.readouterr().out
     file.write_text(LISTENING.format("return None"))
     del sys.modules[file.stem]
@@ -366,7 +366,7 @@ def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "make_sampler", lambda *arguments: pytest.fail("a policy was sampled"))
         with pytest.raises(SystemExit):
-            evaluate.main(["run"])
+            evaluate.main(["run", "--trust_run"])
     said = capsys.readouterr()
     assert f"--oracle {name} is not what run began with: {file} of {name} changed. The evaluation is" in said.out
     assert "tried before anything is sampled, prompt 0 ('Count to" in said.err
