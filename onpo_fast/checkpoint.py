@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -218,6 +219,20 @@ def read_lines(path: Path, most_bytes: int = MOST_LINES_BYTES, most_lines: int =
             yield line if whole else None
 
 
+@contextmanager
+def advising(remedy: str) -> Iterator[None]:
+    """Adds what to do to a ``UserError``, as "…/journal.jsonl is a FIFO, where a file belongs: remove it"."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from error
+
+
+def is_amount(value: object) -> bool:
+    """Whether a value of a JSON file is a number that can be counted with: finite, not negative, below 2**63."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def parse_json(content: bytes | str) -> Any:
     """``json.loads``, with a ``ValueError`` also for what is nested too deeply."""
     try:
@@ -227,9 +242,13 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or of a directory: the names and contents of its files."""
+    """SHA-256 of a file, or of a directory: the names and contents of its files.
+
+    Raises:
+        UserError: if one is no regular file.
+    """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.exists() and not file.is_dir())
         listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     digest = hashlib.sha256()
@@ -363,6 +382,8 @@ class Journal:
                     whole.append((name, parse(read_regular(path, MOST_LINES_BYTES))))
                 except (ValueError, RecursionError) as error:
                     damaged.append(f"{path} is damaged ({error})")
+                except UserError as error:  # no regular file, or too large
+                    damaged.append(str(error))
         if not whole:
             raise UserError(f"{' and '.join(damaged)}: remove what is damaged, and --resume makes everything again")
         name, content = whole[0]
@@ -432,7 +453,10 @@ class Journal:
 
     def _is(self, name: str, expected: str) -> bool:
         path = self.directory / name
-        return path.exists() and checksum(path) == expected
+        try:
+            return path.exists() and checksum(path) == expected
+        except UserError:  # no regular file
+            return False
 
     def _change(self, change: dict[str, Any]) -> None:
         _apply(change, self.entries)
@@ -483,6 +507,10 @@ def _line(change: dict[str, Any], previous: str) -> tuple[bytes, str]:
     return f'{body[:-1]}, "sha256": "{own}"}}\n'.encode(), own
 
 
+class _OtherVersion(ValueError):
+    """The journal is whole, and of another version of this package."""
+
+
 def _apply(change: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
     """Changes the entries as a line says."""
     for name in change.get("forget", ()):
@@ -504,14 +532,17 @@ def _parse_lines(content: bytes) -> _Content:
         try:
             change = parse_json(line)
             own = change.pop("sha256")
-            if _line(change, checksums[-1] if checksums else "")[1] != own or not _is_change(change):
+            written = _line(change, checksums[-1] if checksums else "")[1] == own
+            if not checksums and written and type(change.get("version")) is int and change["version"] != VERSION:
+                raise _OtherVersion("it is of another version of onpo_fast")
+            if not written or not _is_change(change, first=not checksums):
                 raise ValueError
+        except _OtherVersion:
+            raise
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             if checksums and number == len(lines) and not rest:
                 break  # as a power cut leaves it
             raise ValueError(f"line {number} is not what was written") from None
-        if change.get("version", VERSION) != VERSION:
-            raise ValueError("it is of another version of onpo_fast")
         checksums.append(own)
         _apply(change, entries)
     if not checksums:
@@ -519,10 +550,13 @@ def _parse_lines(content: bytes) -> _Content:
     return _Content(entries, checksums)
 
 
-def _is_change(change: dict[str, Any]) -> bool:
-    if "forget" in change:
+def _is_change(change: dict[str, Any], first: bool) -> bool:
+    """Whether it is what a line says: the version, in the first one; what was forgotten, or an output, in others."""
+    if first:
+        return change.keys() == {"version"} and type(change["version"]) is int
+    if change.keys() == {"forget"}:
         return isinstance(change["forget"], list) and all(isinstance(name, str) for name in change["forget"])
-    return "version" in change or (_is_entry(change) and isinstance(change.get("name"), str))
+    return change.keys() == {"name", "checksum", "note"} and isinstance(change["name"], str) and _is_entry(change)
 
 
 def _parse_object(content: bytes) -> _Content:
@@ -587,6 +621,11 @@ class Parts:
         self.journal, self.name, self.made_by = journal, f"{name}.parts", made_by
         self.began = time.perf_counter()  # the part that is being made
 
+    @property
+    def folder(self) -> Path:
+        """Where the parts are."""
+        return self.journal.directory / self.name
+
     @classmethod
     def sampling_size(cls, batch_size: int, responses: int) -> int:
         """The prompts in a part that is sampled: ``responses`` to each, ``batch_size`` responses at a time."""
@@ -604,14 +643,17 @@ class Parts:
         size: int,
         results: Callable[[Sequence[Item], int], list[Result]],
         write: Callable[[Path, Iterable[Result]], None],
-        read: Callable[[Path], Iterable[Result]],
+        read: Callable[[Path, Sequence[Item]], Iterable[Result]],
         known: Callable[[int], None],
         spent: Callable[[], dict[str, int]] = dict,
     ) -> tuple[list[Result], dict[str, float]]:
         """All results in order, and what they took, also in processes before this one: "seconds", and what was spent.
 
-        ``results`` is given ``size`` items at a time, and the index of the first; ``known`` is told how many items
-        were done before; ``spent`` is asked after each part.
+        ``results`` is given ``size`` items at a time, and the index of the first; ``read`` is given the items that a
+        file must be of; ``known`` is told how many items were done before; ``spent`` is asked after each part.
+
+        Raises:
+            UserError: by ``read``, or if the journal's note on a part is none; names the part.
         """
         whole: list[Result] = []
         totals: Counter[str] = Counter()
@@ -626,14 +668,34 @@ class Parts:
                 note = {"from": made_from, "spent": {"seconds": time.perf_counter() - self.began, **spent()}}
                 self.journal.record(name, note)
             else:
+                if not _is_spent(note.get("spent")):
+                    raise UserError(not_made(self.journal, name))
                 known(len(part))
-            whole += read(self.journal.directory / name)
+            whole += read(self.journal.directory / name, part)
             totals.update(note["spent"])
         return whole, dict(totals)
 
     def clear(self) -> None:
         """When the whole is there."""
         self.journal.forget_folder(self.name)
+
+
+RESERVED = {"time", "stage", "iteration", "part", "self"}  # names that a record of metrics.jsonl has for itself
+
+
+def _is_spent(spent: object) -> bool:
+    """Whether it is what a part took: "seconds", and counts."""
+    if not isinstance(spent, dict) or not all(map(is_amount, spent.values())):
+        return False
+    return spent.get("seconds", 0) > 0 and not spent.keys() & RESERVED
+
+
+def not_made(journal: Journal, name: str) -> str:
+    """What is wrong with an output whose entry in the journal has another note than a run makes."""
+    return (
+        f"{journal.directory / name}: its entry in {journal.file.name} is not what a run notes there. Remove "
+        f"{journal.directory / name}, and it is made again"
+    )
 
 
 @dataclass(frozen=True)
@@ -644,6 +706,16 @@ class _Written:
     step: int
     checksum: str
     at: float  # when it was complete, by time.monotonic
+
+
+NO_STATE = (  # what reading a state raises that is not one of this fit
+    AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError,
+)  # fmt: skip
+
+
+def not_a_state(directory: Path, error: Exception) -> str:
+    """What is wrong with a saved state that is whole, and does not fit the model, the optimizer or the schedule."""
+    return f"{directory} is no state of this fit ({type(error).__name__}: {error}): remove it, and start again"
 
 
 class Checkpoints:
@@ -742,12 +814,20 @@ class Checkpoints:
     def step(self) -> int:
         """Of the newest whole state; 0 if there is none."""
         newest = self._newest()
-        return 0 if newest is None else self.journal.note(newest)["step"]
+        if newest is None:
+            return 0
+        step = self.journal.note(newest).get("step")
+        if type(step) is not int or not 0 < step < 2**63:
+            raise UserError(not_made(self.journal, newest))
+        return step
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Puts the newest whole state back and returns its ``rest``, with the "step"; None if there is none.
 
         Removes what a kill has left beside the recorded states.
+
+        Raises:
+            UserError: if that state is not one of this model and optimizer; names it.
         """
         folder = self.journal.directory / self.name
         for path in folder.iterdir() if folder.is_dir() else ():
@@ -757,7 +837,19 @@ class Checkpoints:
         if name is None:
             return None
         directory = self.journal.directory / name
-        rest = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        try:
+            rest = self._put_back(directory, model, optimizer)
+        except NO_STATE as error:
+            raise UserError(not_a_state(directory, error)) from error
+        self.last_step = rest["step"]
+        return rest
+
+    def _put_back(
+        self, directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:  # fmt: skip
+        rest = parse_json(read_regular(directory / "state.json", MOST_LINES_BYTES))
+        if rest["step"] != self.step():
+            raise ValueError(f"it is of step {rest['step']}, and its entry in the journal of another")
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, tensor in load_file(directory / "state.safetensors").items():
             kind, parameter_name = key.split(".", 1)
@@ -770,7 +862,6 @@ class Checkpoints:
             if own:  # a parameter that has not had a gradient has no state
                 state[index] = own
         optimizer.load_state_dict({"state": state, "param_groups": rest.pop("param_groups")})
-        self.last_step = rest["step"]
         return rest
 
     def _newest(self) -> str | None:

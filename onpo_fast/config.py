@@ -27,13 +27,17 @@ from .checkpoint import Journal
 from .device import device_of
 from .errors import CommandParser, UserError
 from .objectives import OBJECTIVES, Objective
-from .options import check_file, check_flags, check_values, explain, switches
+from .options import TAG_ERRORS, check_file, check_flags, check_values, explain, explain_tags, switches
 from .pairing import PAIRINGS
 
 FILE = "config.yaml"  # in a run's directory
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")  # of an environment variable
 KEY_ENDINGS = ("_API_KEY", "_TOKEN")  # of the names of variables that a file may ask for
 LARGEST_NUMBER = 2**63  # whole numbers are smaller: others are none that a run can go by
+LARGEST_COUNTS = {  # of what a run makes lists, or matrices, of so many: more would fill the memory, or never end
+    "iterations": 10**6, "epochs_auxiliary": 10**4, "epochs_policy": 10**4, "responses_per_prompt": 10**4,
+    "eval_samples": 10**4,
+}  # fmt: skip
 TRUST = (
     "What a run directory asks for is not obeyed where it would run code, take a key from the environment, or read, "
     "write or send anything outside of the directory: give such an option again on the command line, or --trust_run "
@@ -257,8 +261,6 @@ class Config:
                 raise UserError(f"--{name} must not be empty")
             if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
                 raise UserError(f"--{name} must be smaller than 2**63")
-            if isinstance(value, str) and "\0" in value:
-                raise UserError(f"--{name} must not hold a NUL character")
         _check_template_variables(self.chat_template_kwargs)
         for name, (on_gpu, on_cpu) in BY_DEVICE.items():
             if getattr(self, name) is None:
@@ -269,6 +271,9 @@ class Config:
                      "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy", "eval_samples"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in LARGEST_COUNTS.items():
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} must be at most {most}, not {getattr(self, name)}")
         if self.responses_per_prompt < 2:
             raise UserError(f"--responses_per_prompt must be at least 2, not {self.responses_per_prompt}")
         for name in ("learning_rate", "temperature", "max_grad_norm"):
@@ -324,7 +329,7 @@ class Parsed(NamedTuple):
     """A configuration, and where its values are from."""
 
     config: Config
-    sources: dict[str, tuple[str, int] | None]  # option → (file, line), or None for the command line itself
+    sources: dict[str, tuple[str, int] | None]  # option → (file, line), or None where the command line has its value
     trusted: bool  # whether --trust_run was given
 
 
@@ -368,10 +373,12 @@ def _parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Parsed
     flags = switches(flags, [name for name, hint in hints.items() if hint is bool])
     try:  # each file was read once: what is parsed is what was checked
         values = parser.parse_args([f"--config={text}\n" for _, text, _ in read_files] + flags).as_dict()
+        given = parser.parse_args(flags, defaults=False).as_dict()
     except argparse.ArgumentError as error:
-        raise UserError(explain(error, flags, {file: lines for file, _, lines in read_files}, hints)) from None
-    except (ValueError, OverflowError, RecursionError) as error:  # of numbers of thousands of digits
-        raise UserError(f"the options cannot be read: {error}") from None
+        known_lines = {file: lines for file, _, lines in read_files}
+        raise UserError(explain_tags(flags, hints) or explain(error, flags, known_lines, hints)) from None
+    except (*TAG_ERRORS, OverflowError, RecursionError) as error:  # also of numbers of thousands of digits
+        raise UserError(explain_tags(flags, hints) or f"the options cannot be read: {error}") from None
     trusted = values["trust_run"]
     for name in ("config", "debug", "resume", "force", "trust_run"):
         del values[name]
@@ -381,7 +388,8 @@ def _parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Parsed
     sources: dict[str, tuple[str, int] | None] = {}
     for file, _, lines in read_files:  # a later file overrides an earlier one
         sources |= {name: (file, line) for name, line in lines.items()}
-    sources |= {name: None for flag in flags if (name := flag.partition("=")[0].removeprefix("--")) in hints}
+    # not where a flag as --judge_request.key adds to what a file says: then the value is the file's too
+    sources |= {name: None for name, value in given.items() if name in hints and values[name] == value}
     return Parsed(config, sources, trusted)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -215,17 +215,42 @@ def _group_record(group: Group) -> dict:
     }
 
 
-def _read(path: Path, make: Callable[[dict], Item]) -> Iterator[Item]:
-    """What ``make`` makes of each line. The file may be damaged, or anybody's.
+AGAIN = "remove the file, and --resume makes it again"  # what to do about a file of a run that does not fit
+
+
+def _read(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None, what: str) -> list[Item]:
+    """What ``make`` makes of each line and the item that it is of. The file may be damaged, or anybody's.
+
+    Args:
+        make: given None for an item if ``items`` is None.
+        items: what the file must have a line of each, or None if any number will do.
+        what: how a message calls the items.
 
     Raises:
-        UserError: if a line has not what is written there; names it.
+        UserError: if a line has not what is written there, or there are too few, too many or none; names it.
     """
+    made = []
     for number, record in enumerate(read_jsonl(path), 1):
         try:
-            yield make(record)
+            made.append(make(record, items[number - 1] if items is not None and number <= len(items) else None))
+        except _Misfit as error:
+            raise UserError(f"{path}, line {number}: {error}; {AGAIN}") from None
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-            raise UserError(f"{path}, line {number}: it lacks what a run writes there, or has another kind") from None
+            raise UserError(
+                f"{path}, line {number}: it lacks what a run writes there, or has another kind; {AGAIN}"
+            ) from None
+        if items is not None and number > len(items):
+            break
+    if items is not None and len(made) != len(items):
+        lines = f"more than {len(items)} lines" if len(made) > len(items) else f"{len(made)} lines"
+        raise UserError(f"{path} has {lines} where there are {len(items)} {what}: {AGAIN}")
+    if not made:
+        raise UserError(f"{path} has no lines: {AGAIN}")
+    return made
+
+
+class _Misfit(ValueError):
+    """What does not fit between a line and what it is of."""
 
 
 def _list(values: object, kind: type | tuple[type, ...]) -> list:
@@ -235,33 +260,72 @@ def _list(values: object, kind: type | tuple[type, ...]) -> list:
     return values
 
 
-def read_groups(path: Path) -> Iterator[Group]:
-    def make(record: dict) -> Group:
+def read_groups(
+    path: Path, prompts: Sequence[Messages] | None = None, responses: int | None = None, vocabulary: int | None = None
+) -> list[Group]:
+    """The groups that ``write_groups`` wrote.
+
+    Args:
+        prompts: those that it must have a line of each, in this order; default any.
+        responses: to each prompt; default any number, and at least one.
+        vocabulary: every token is below it; default 2**31.
+
+    Raises:
+        UserError: if the file, or a line of it, is not that; names it.
+    """
+
+    def make(record: dict, asked: Messages | None) -> Group:
         texts, tokens = _list(record["responses"], str), _list(record["response_tokens"], list)
         columns = (texts, tokens, _list(record["stop_reasons"], str), _list(record["logps"], (int, float)))
         if len(set(map(len, columns))) > 1:
             raise ValueError
+        if not texts or responses not in (None, len(texts)):
+            raise _Misfit(f"it has {len(texts)} responses{f' where {responses} were sampled' if responses else ''}")
         for some in (record["prompt_tokens"], *tokens):
-            _list(some, int)
+            if not all(0 <= token < (vocabulary or 2**31) for token in _list(some, int)):
+                raise _Misfit(f"it has a token beyond the model's vocabulary of {vocabulary or 2**31}")
+        if not record["prompt_tokens"]:
+            raise _Misfit("its prompt has no tokens")
         tools = record.get("tools")
         prompt = Prompt(_list(record["prompt"], dict), tools=None if tools is None else _list(tools, dict))
+        if asked is not None and columns_of(prompt) != columns_of(asked):
+            raise _Misfit("it is of another prompt")
         return Group(prompt, record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
 
-    return _read(path, make)
+    return _read(path, make, prompts, "prompts")
+
+
+def check_tokens(groups: Iterable[Group], vocabulary: int, file: Path) -> None:
+    """Raises ``UserError``, naming the file that they are from, if a group has a token that a model does not have."""
+    for group in groups:
+        highest = max(max(tokens, default=0) for tokens in (group.prompt_tokens, *(r.tokens for r in group.responses)))
+        if highest >= vocabulary:
+            raise UserError(f"{file}: it has the token {highest}, and the model {vocabulary} in all; {AGAIN}")
 
 
 def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
     write_jsonl(path, ({"preferences": matrix.tolist()} for matrix in preferences))
 
 
-def read_preferences(path: Path) -> list[np.ndarray]:
-    def make(record: dict) -> np.ndarray:
+def read_preferences(path: Path, groups: Sequence[Group] | None = None) -> list[np.ndarray]:
+    """(K, K) probabilities a group, as ``write_preferences`` wrote them.
+
+    Args:
+        groups: those that it must have a line of each; default any.
+
+    Raises:
+        UserError: if the file, or a line of it, is not that; names it.
+    """
+
+    def make(record: dict, group: Group | None) -> np.ndarray:
         matrix = np.array(record["preferences"], dtype=float)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not ((matrix >= 0) & (matrix <= 1)).all():
             raise ValueError
+        if group is not None and len(matrix) != len(group.responses):
+            raise _Misfit(f"it is of {len(matrix)} responses where the group has {len(group.responses)}")
         return matrix
 
-    return list(_read(path, make))
+    return _read(path, make, groups, "groups of responses")
 
 
 def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
@@ -269,22 +333,50 @@ def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
     write_jsonl(path, ({"logps": values.tolist()} for values in scores))
 
 
-def read_scores(path: Path) -> list[Tensor]:
-    def make(record: dict) -> Tensor:
-        return torch.tensor(_list(record["logps"], (int, float)), dtype=torch.float64)
+def read_scores(path: Path, groups: Sequence[Group] | None = None) -> list[Tensor]:
+    """A (K,) float64 tensor a group, in nats, as ``write_scores`` wrote them.
 
-    return list(_read(path, make))
+    Args:
+        groups: those that it must have a line of each; default any.
+
+    Raises:
+        UserError: if the file, or a line of it, is not that; names it.
+    """
+
+    def make(record: dict, group: Group | None) -> Tensor:
+        values = torch.tensor(_list(record["logps"], (int, float)), dtype=torch.float64)
+        if group is not None and len(values) != len(group.responses):
+            raise _Misfit(f"it is of {len(values)} responses where the group has {len(group.responses)}")
+        return values
+
+    return _read(path, make, groups, "groups of responses")
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    def make(record: dict) -> Pair:
+def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
+    """The pairs that ``write_pairs`` wrote, at least one.
+
+    Args:
+        groups: whose responses are compared; default any.
+
+    Raises:
+        UserError: if the file, or a line of it, is not that; names it.
+    """
+
+    def make(record: dict, _: None) -> Pair:
         numbers = _list([record[name] for name in ("group", "winner", "loser")], int)
         (preference,) = _list([record["preference"]], (int, float))
         if min(numbers) < 0 or not 0 <= preference <= 1:
             raise ValueError
-        return Pair(*numbers, preference)
+        one = Pair(*numbers, preference)
+        if one.winner == one.loser:
+            raise _Misfit("it compares a response with itself")
+        if groups is not None and one.group >= len(groups):
+            raise _Misfit(f"it is of group {one.group} where there are {len(groups)}, counted from 0")
+        if groups is not None and max(one.winner, one.loser) >= len(groups[one.group].responses):
+            raise _Misfit(f"it compares a response that group {one.group} does not have")
+        return one
 
-    return list(_read(path, make))
+    return _read(path, make, None, "pairs")
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:

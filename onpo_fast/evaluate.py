@@ -15,11 +15,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from . import config as configuration
 from . import oracles
@@ -29,6 +30,7 @@ from .conversations import columns_of
 from .data import (
     Group,
     Messages,
+    check_tokens,
     of_iterations,
     read_groups,
     read_preferences,
@@ -47,6 +49,10 @@ from .tracking import Tracker, progress, say
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
+ORACLE_OPTIONS = tuple(  # that can be given anew: all that say whom to ask, and how
+    field.name for field in fields(Config) if field.name in ASKS or field.name.startswith(("judge_", "oracle_"))
+)
+INITIAL = "initial"  # the folder of π_1 in the run's directory, where it had to be converted
 HELD_OUT = "heldout.jsonl"  # the prompts, in the run's directory: what was held out does not change with the source
 RESULT, RESPONSES = "evaluation.json", "evaluation_responses.jsonl"
 PARTS = "evaluation.parts"  # the folder of what has been done of one that is not whole
@@ -73,10 +79,10 @@ def evaluate(
     Raises:
         UserError: if the run has no finished iteration.
     """
-    sources = {"π_1": initial_policy(directory, config), **finished_policies(directory)}
+    journal = journal or Journal(directory)
+    sources = {"π_1": initial_policy(directory, config, journal), **finished_policies(directory, journal)}
     if len(sources) < 2:
         raise UserError(f"{directory} has no finished iteration to evaluate")
-    journal = journal or Journal(directory)
     prompts = read_prompts(directory / HELD_OUT)
     oracle = oracles.load(config.oracle, config, directory)
     stages = _Stages(directory, config, journal, sources, truncation or TruncationWarning())
@@ -112,15 +118,30 @@ def evaluate(
     return result
 
 
-def initial_policy(directory: Path, config: Config) -> str | Path:
-    """Where π_1 is: in the run if it had to be converted, else where the configuration says."""
-    converted = directory / "initial"
-    return converted if converted.exists() else config.model
+def initial_policy(directory: Path, config: Config, journal: Journal) -> str | Path:
+    """Where π_1 is: in the run if it was converted, and its journal says so; else where the configuration says.
+
+    Raises:
+        UserError: if the one in the run is not what it was.
+    """
+    return directory / INITIAL if _is_whole(directory, INITIAL, journal) else config.model
 
 
-def finished_policies(directory: Path) -> dict[str, Path]:
-    """π_2, π_3, … of a run, by name."""
-    return {f"π_{t + 1}": path for t, path in of_iterations(directory, "policy").items()}
+def finished_policies(directory: Path, journal: Journal) -> dict[str, Path]:
+    """π_2, π_3, … of a run, by name: those that its journal has. Other folders may be anybody's.
+
+    Raises:
+        UserError: if one is not what it was.
+    """
+    found = of_iterations(directory, "policy")
+    return {f"π_{t + 1}": path for t, path in found.items() if _is_whole(directory, _within(directory, path), journal)}
+
+
+def _is_whole(directory: Path, name: str, journal: Journal) -> bool:
+    """Whether the journal has an output; ``UserError`` if it has, and the output is not what it was."""
+    if journal.damaged(name):
+        raise UserError(f"{directory / name} is not what it was: train --resume makes it again")
+    return journal.note(name) is not None
 
 
 def restricted_gap(win_rate: np.ndarray) -> np.ndarray:
@@ -167,7 +188,7 @@ class _Stages:
             groups, spent = self.parts(f"responses_{index:02d}").make(
                 prompts, Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler()(part, count, [config.seed, 1, index], done, first),
-                write_groups, read_groups, lambda known: done(known * count),
+                write_groups, lambda file, part: read_groups(file, part, count), lambda known: done(known * count),
             )  # fmt: skip
         self.spent.update(spent)
         if sampler.cache_info().currsize:
@@ -182,9 +203,14 @@ class _Stages:
         policy = functools.cache(lambda: load(initial, config))
         for index, groups in enumerate(samples, 1):
             with progress(f"evaluate: score π_{index + 1}", len(groups)) as done:
+                sampled = self.parts(f"responses_{index:02d}")
+
+                def ask(part: Sequence[Group], first: int, sampled: Parts = sampled) -> list[Tensor]:
+                    check_tokens(part, policy().vocabulary, sampled.folder)
+                    return score(policy(), part, config.tokens_per_microbatch, done)
+
                 scores, spent = self.parts(f"logps_{index:02d}").make(
-                    groups, Parts.judging_size(len(groups)),
-                    lambda part, first: score(policy(), part, config.tokens_per_microbatch, done),
+                    groups, Parts.judging_size(len(groups)), ask,
                     write_scores, read_scores, done,
                 )  # fmt: skip
             kl.append(kl_estimate(groups, scores))
@@ -210,7 +236,7 @@ class _Stages:
                     write_preferences, read_preferences, done, lambda: oracles.take_counters(oracle),
                 )  # fmt: skip
             except Exception:
-                if tracker is not None and (spent := oracles.take_counters(oracle)):
+                if tracker is not None and any((spent := oracles.take_counters(oracle)).values()):
                     tracker.log("evaluate", 0, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
                 raise
         self.spent.update(spent)
@@ -276,10 +302,10 @@ def main(argv: list[str]) -> None:
         prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.", epilog=configuration.TRUST
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
-    configuration.add_options(parser, ASKS)
+    configuration.add_options(parser, ORACLE_OPTIONS)
     options = parser.parse_args(argv)
     directory = options.directory
-    config = configuration.read(directory, configuration.given_flags(options, ASKS), ASKS)
+    config = configuration.read(directory, configuration.given_flags(options, ORACLE_OPTIONS), ASKS)
     with locked(directory) as lock:
         check_oracle(directory, config)
         journal = Journal(directory)

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import config as configuration
-from .checkpoint import atomic_write_directory, atomic_write_text, read_jsonl
+from .checkpoint import Journal, atomic_write_directory, atomic_write_text, read_jsonl
 from .config import Config
 from .data import Messages, of_iterations
 from .errors import CommandParser, UserError, command
@@ -29,7 +29,7 @@ from .sampling import make_sampler
 from .sources import library, records
 from .tracking import progress, say
 
-ASKS = ("trust_remote_code",)  # no oracle is asked
+ASKS = ("trust_remote_code",)  # no oracle is asked: none of its options is needed
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "group")
 
 
@@ -138,7 +138,8 @@ def _instruction(record: object, where: str) -> dict[str, str]:
 
 def _policies(directory: Path, config: Config) -> dict[int, str | Path]:
     """t → where π_t is."""
-    named = {"π_1": initial_policy(directory, config), **finished_policies(directory)}
+    journal = Journal(directory)
+    named = {"π_1": initial_policy(directory, config, journal), **finished_policies(directory, journal)}
     return {int(name.removeprefix("π_")): source for name, source in named.items()}
 
 

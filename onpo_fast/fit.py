@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from . import stopping
-from .checkpoint import Checkpoints
+from .checkpoint import NO_STATE, Checkpoints, not_a_state
 from .config import Config
 from .data import Group, Pair
 from .device import device_of, to_device
@@ -96,8 +96,11 @@ def fit(
     schedule = _cosine_with_warmup(optimizer, round(config.warmup_ratio * len(batches)), len(batches))
     done = skipped = 0  # steps; of them the last in a row without a finite gradient
     if checkpoints and (state := checkpoints.restore(model, optimizer)):
-        done, skipped = state["step"], state["skipped"]
-        schedule.load_state_dict(state["schedule"])
+        try:
+            done, skipped = state["step"], int(state["skipped"])
+            schedule.load_state_dict(state["schedule"])
+        except NO_STATE as error:
+            raise UserError(not_a_state(checkpoints.journal.directory / checkpoints.name, error)) from error
 
     def give_up(reason: str) -> NoReturn:
         if checkpoints:

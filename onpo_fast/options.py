@@ -15,6 +15,7 @@ from .checkpoint import read_regular
 from .errors import UserError, nearest, not_known
 
 LARGEST_YAML = 2**18  # bytes; a run's config.yaml has about 2000
+TAG_ERRORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)  # of PyYAML, for a value unlike its tag
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
 
 
@@ -47,9 +48,13 @@ def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None, object]:
         text = content.decode("utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)  # first: it ends early where the nesting is too deep
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
                 raise UserError(f"{path}, line {line}: *{event.anchor} is an alias: write the value itself")
+            if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+                raise UserError(f"{path}, line {line}: {event.value!a} holds half of a surrogate pair: it is no text")
+            if isinstance(event, yaml.ScalarEvent) and event.tag:
+                _check_tag(f"{path}, line {line}", event)
         return text, root, yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from None
@@ -60,6 +65,17 @@ def read_yaml(path: str | Path) -> tuple[str, yaml.Node | None, object]:
         raise UserError(f"{path}: not YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # also of a number of thousands of digits, of a date
         raise UserError(f"{path}: not YAML ({error})") from None
+
+
+def _check_tag(where: str, event: yaml.ScalarEvent) -> None:
+    """Raises ``UserError`` if a value does not fit its tag, as in ``seed: !!bool perhaps``."""
+    try:
+        yaml.SafeLoader("").construct_object(yaml.ScalarNode(event.tag, event.value))
+    except TAG_ERRORS:
+        kind = event.tag.rpartition(":")[2]
+        raise UserError(f"{where}: not YAML (!!{kind} does not fit the value {event.value[:100]!a})") from None
+    except yaml.YAMLError:  # a tag that is not known: its message comes with the whole file's
+        pass
 
 
 def check_file(path: str, hints: Mapping[str, object]) -> tuple[str, dict[str, int]]:
@@ -131,6 +147,22 @@ def explain(
     if f"{where}={said}" not in argv and (where, said) not in pairwise(argv):
         where = next((f"{path}, line {of[name]}: {name}" for path, of in files.items() if name in of), where)
     return f"{where} must be {_kind(hints[name])}, not {said or 'empty'}"
+
+
+def explain_tags(argv: Sequence[str], hints: Mapping[str, object]) -> str:
+    """What is wrong with the first value on a command line that does not fit its YAML tag; "" if all do."""
+    for argument, following in pairwise([*argv, ""]):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").partition(".")[0]
+        if flag.startswith("--") and name in hints:
+            said = value if equals else following
+            try:
+                yaml.safe_load(said)
+            except yaml.YAMLError:
+                pass
+            except TAG_ERRORS:
+                return f"{flag} must be {_kind(hints[name])}, not {said[:100]}"
+    return ""
 
 
 def _kind(hint: object) -> str:

@@ -10,12 +10,14 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import matplotlib
+import matplotlib.style
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,6 +37,16 @@ STYLE = {
     "grid.alpha": 0.12,
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's colour
 }
+
+
+@contextmanager
+def page_style() -> Iterator[None]:
+    """Draws as every page does: from matplotlib's own defaults, whatever a file ``matplotlibrc`` says.
+
+    matplotlib takes one from the current folder, which may be anybody's. Its ``text.usetex`` would run LaTeX.
+    """
+    with matplotlib.style.context(["default", STYLE]):
+        yield
 
 
 class Plot(NamedTuple):

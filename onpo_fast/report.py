@@ -27,17 +27,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from .checkpoint import MIB, MOST_LINES, MOST_LINES_BYTES, parse_json, read_lines, read_regular
+from .checkpoint import MIB, MOST_LINES, MOST_LINES_BYTES, advising, parse_json, read_lines, read_regular
 from .data import of_iterations
 from .errors import CommandParser, UserError, command, one_line
 from .options import read_yaml
-from .page import COLOURS, INK, STYLE, Plot, new_axes, plot, render
+from .page import COLOURS, INK, Plot, new_axes, page_style, plot, render
 from .tracking import RECORDS_OF, whole_record
 
 # What is on a page, so that it stays a few MB whatever the run: the rest is in the run's files
@@ -53,6 +52,7 @@ MOST_POINTS_IN_ALL = 4000  # drawn for all fits
 
 MOST_JSON = 64 * MIB  # bytes read of evaluation.json or environment.json
 MOST_COLUMNS = 200  # names of numbers in metrics.jsonl
+REMEDY = "put the run's own file there, or remove it"
 LARGEST_NUMBER = 1e100  # of a measurement: what is larger is drawn as little as what is not finite
 LARGEST_ITERATION, LARGEST_STEP = 10**6, 10**9
 JUDGE = ("requests", "failures", "prompt_tokens", "completion_tokens", "answered", "cached", "nonsense")
@@ -246,11 +246,12 @@ class _Lines:
         if not path.exists():
             return
         count = 0
-        for line in read_lines(path):
-            count += 1
-            parsed = None if line is None else parse(line)
-            self.damaged[name] += parsed is None
-            yield parsed
+        with advising(REMEDY):
+            for line in read_lines(path):
+                count += 1
+                parsed = None if line is None else parse(line)
+                self.damaged[name] += parsed is None
+                yield parsed
         if count == MOST_LINES or path.stat().st_size > MOST_LINES_BYTES:
             self.read_in_part.append(name)
 
@@ -278,7 +279,8 @@ def _read_json(path: Path, check: Callable[[dict], dict | None] = lambda documen
     if not path.exists():
         return {}
     try:
-        document = parse_json(read_regular(path, MOST_JSON))
+        with advising(REMEDY):
+            document = parse_json(read_regular(path, MOST_JSON))
     except ValueError as error:
         raise UserError(f"{path} is damaged: not JSON ({error}); --resume makes it again") from None
     checked = check(document) if isinstance(document, dict) else None
@@ -687,7 +689,7 @@ def write_report(directory: Path) -> Path:
     run = Run.read(Path(directory))
     filters = {"short": _short, "percent": _percent, "duration": _duration, "date": _date, "grouped": _grouped}
     filters["options"] = _options
-    with matplotlib.rc_context(STYLE):
+    with page_style():
         plots = {draw.__name__: draw(run) for draw in PLOTS}
     path = Path(directory) / "report.html"
     return render("report.html.jinja", path, filters, run=run, plots=plots)

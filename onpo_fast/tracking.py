@@ -30,7 +30,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from . import stopping
-from .checkpoint import open_regular, parse_json, remove, sync, write_jsonl
+from .checkpoint import advising, open_regular, parse_json, remove, sync, write_jsonl
 from .errors import UserError, naming, one_line
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
@@ -212,7 +212,7 @@ class Tracker:
         self.board = None
         if not self.draws:
             return
-        if not rewrite and count_events(self.logs) == len(records):
+        if not rewrite and has_events(self.logs, len(records)):
             self.steps.update(_series(record)[0] for record in records)
             self.board = _Board(self.logs)
             return
@@ -285,24 +285,30 @@ def _as_float(value: float) -> float:
 EVENTS = "events.out.tfevents"
 
 
-def count_events(directory: Path) -> int | None:
-    """The events in a directory of TensorBoard's, but for the first one of each file, which has no number.
+def has_events(directory: Path, expected: int) -> bool:
+    """Whether a directory of TensorBoard's has so many events beside the first one of each file, which has no number.
 
-    None if it is no directory, or a file ends within an event. Only lengths are read: 12 bytes of each event.
+    False if it is no directory, or holds what is no regular file, or a file that ends within an event. Only lengths
+    are read, 12 bytes of each event, and no more events than expected.
     """
     if not directory.is_dir():
-        return None
-    count = 0
-    for path in directory.glob(f"{EVENTS}*"):
-        size, position, count = path.stat().st_size, 0, count - 1
-        with open(path, "rb") as file:
+        return False
+    files = list(directory.glob(f"{EVENTS}*"))
+    remaining = expected + len(files)
+    for path in files:
+        try:
+            file = open_regular(path)
+        except (UserError, IsADirectoryError):
+            return False
+        with file:
+            size, position = os.fstat(file.fileno()).st_size, 0
             while header := file.read(12):
                 position += 12 + (struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size) + 4
-                if position > size:
-                    return None
+                remaining -= 1
+                if position > size or remaining < 0:
+                    return False
                 file.seek(position)
-                count += 1
-    return count
+    return remaining == 0
 
 
 def check_reporter(report_to: str) -> None:
@@ -367,7 +373,7 @@ def _lines(path: Path) -> list[str]:
     """The lines of metrics.jsonl, without the half of one that a crash may have left at the end."""
     if not path.exists():
         return []
-    with open_regular(path, MOST_METRICS) as file:
+    with advising("remove it, and the run goes on without these records"), open_regular(path, MOST_METRICS) as file:
         return file.read(MOST_METRICS).decode("utf-8", "replace").split("\n")[:-1]
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -32,7 +33,21 @@ from rich.table import Table
 
 from . import config as configuration
 from . import oracles, stopping
-from .checkpoint import LOCK, PARTIAL, Checkpoints, Journal, Parts, atomic_write_text, checksum, locked, parse_json
+from .checkpoint import (
+    LOCK,
+    MOST_LINES_BYTES,
+    PARTIAL,
+    Checkpoints,
+    Journal,
+    Parts,
+    atomic_write_text,
+    checksum,
+    is_amount,
+    locked,
+    not_made,
+    parse_json,
+    read_regular,
+)
 from .config import Config
 from .data import (
     Group,
@@ -53,7 +68,7 @@ from .data import (
     write_scores,
 )
 from .errors import UserError, command, printable
-from .evaluate import HELD_OUT, PARTS, evaluate, initial_policy, summary
+from .evaluate import HELD_OUT, INITIAL, PARTS, evaluate, summary
 from .fingerprint import changes, model_fingerprint
 from .fit import check_backend, fit, plan
 from .loading import load, locate
@@ -119,15 +134,33 @@ class Run:
         self.oracle = oracles.load(config.oracle, config, self.directory)
         check_reporter(config.report_to)
         check_backend(config)
-        skipped = Skipped() if config.skip_bad_prompts else None
         self.resident: tuple[Source, Policy] | None = None
+        self.to_judge = _anything_to_judge(self.directory, config)
+        skipped = Skipped() if config.skip_bad_prompts else None
+        self.prompts, held_out, rendering = self._read_prompts(skipped)
+        policy = self.load(config.model)
+        self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
+        self.vocabulary = policy.vocabulary
+        self._open_directory(policy, held_out, rendering, resume, force)
+        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
+        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
+            self.tracker.log("prompts", 0, **counts)
+        self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
+        self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
+        self.truncation = TruncationWarning()
+        self._say_what_starts(policy, held_out, skipped)
 
-        to_judge = _anything_to_judge(self.directory, config)
+    def _read_prompts(self, skipped: Skipped | None) -> tuple[list[Messages], list[Messages], str]:
+        """The prompts to train on, those held out, and a SHA-256 of the tokens of all: templates may write the date.
+
+        Each is checked against the model. The oracle is tried on each kind of conversation among them.
+        """
+        config = self.config
         tried: set[frozenset[str]] = set()  # kinds of conversation
-        rendered = hashlib.sha256()  # of the tokens of all prompts: templates may write the date
+        rendered = hashlib.sha256()
 
         def usable(prompts: list[Messages]) -> list[Messages]:
-            kinds = oracles.shortest_by_kind(prompts) if to_judge else {}
+            kinds = oracles.shortest_by_kind(prompts) if self.to_judge else {}
             if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
                 locate(config.model)  # a typo comes before minutes of loading
                 if oracles.holds_model(self.oracle):
@@ -140,48 +173,45 @@ class Run:
                 listed = counted(prompts, done) if done else prompts
                 return policy.usable(listed, config.max_new_tokens, skipped, rendered)
 
-        self.prompts, held_out = split_prompts(
+        prompts, held_out = split_prompts(
             config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
             usable,
         )  # fmt: skip
-        policy = self.load(config.model)
-        self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
+        return prompts, held_out, rendered.hexdigest()
+
+    def _open_directory(
+        self, policy: Policy, held_out: list[Messages], rendering: str, resume: bool, force: bool
+    ) -> None:  # fmt: skip
+        """Takes the lock, checks that the run there is this one, and writes what a run has from its first moment on."""
+        config = self.config
         self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
         self.journal.before_record.append(self.lock.check)
         if self.journal.mended:
             say(f"the first file of the journal in {self.directory} is damaged or gone: its copy is taken")
-        prompts, rendering = {"sha256": prompts_digest(self.prompts, held_out)}, {"sha256": rendered.hexdigest()}
         checksum_once = functools.cache(checksum)  # the policy and the oracle may be the same model
         model = model_fingerprint(config.model, getattr(policy.model.config, "_commit_hash", None), checksum_once)
         oracle = oracles.fingerprint(self.oracle, config.oracle, checksum_once)
-        inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": rendering}
+        prompts = {"sha256": prompts_digest(self.prompts, held_out)}
+        inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": {"sha256": rendering}}
         self._check_inputs(inputs, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
         self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
         self.journal.begin({"options": asdict(config), **inputs})
         atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
-        if to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
+        if self.to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
             shortest = min([*self.prompts, *held_out], key=oracles.length)
             oracles.probe(self.oracle, config.oracle, [shortest], in_directory=True)
-        self.initial = initial_policy(self.directory, config)
-        if policy.converted:  # dequantised once, and kept: what π_1 was is then in the run itself
-            self.initial = self.directory / "initial"
-            if self.journal.note("initial") is None:
-                policy.save(self.initial)
-                self.journal.record("initial")
-            self.resident = (self.initial, policy)
+        self.initial = self._keep_initial(policy)
         write_prompts(self.directory / HELD_OUT, held_out)
         atomic_write_text(self.directory / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
         self.tracker = Tracker(self.directory, config.report_to, asdict(config))
         self.journal.before_record.append(self.tracker.sync)
-        counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
-        if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
-            self.tracker.log("prompts", 0, **counts)
-        self.notes: dict[str, dict] = {}  # on the outputs of the iteration so far
-        self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
+
+    def _say_what_starts(self, policy: Policy, held_out: list[Messages], skipped: Skipped | None) -> None:
+        config = self.config
         say(
             f"{config.objective} on {config.model} ({self.device}, {policy.attention} attention), {len(self.prompts)} "
             f"prompts to train on and {len(held_out)} held out, oracle {config.oracle}, into {self.directory}"
@@ -192,11 +222,22 @@ class Run:
             say(str(skipped))
         for notice in policy.template_notices(self.prompts):
             say(f"note: {notice}")
-        self.truncation = TruncationWarning()
         if len(self.prompts_of(1)) < config.prompts_per_iteration:
             say(
                 f"{len(self.prompts_of(1))} prompts an iteration, not {config.prompts_per_iteration}: there are no more"
             )
+
+    def _keep_initial(self, policy: Policy) -> Source:
+        """Where π_1 is. One that was dequantised is kept in the run, which then can say what it was."""
+        if not policy.converted:
+            self.journal.forget_records(INITIAL)  # of another model that the run began with
+            return self.config.model
+        kept = self.directory / INITIAL
+        if self.journal.note(INITIAL) is None:
+            policy.save(kept)
+            self.journal.record(INITIAL)
+        self.resident = (kept, policy)
+        return kept
 
     def load(self, source: Source) -> Policy:
         """The policy from here, and no other: at most one model is in memory."""
@@ -214,6 +255,8 @@ class Run:
                 say(f"{name} is not what it was: it is made again")
             self.tracker.begin(name, keep)
             return False
+        if not _is_note(note):
+            raise UserError(not_made(self.journal, name))
         self.notes[name] = note
         return True
 
@@ -235,7 +278,7 @@ class Run:
         self.notes, self.numbers = {}, {}
         name = f"{self.name(t)}/responses.jsonl"
         if self.whole(name):
-            groups = list(read_groups(self.directory / name))
+            groups = read_groups(self.directory / name, vocabulary=self.vocabulary)
             self.truncation.said |= all_truncated(groups)  # when it was sampled
         else:
             groups = self._sample(t, source, name)
@@ -265,7 +308,8 @@ class Run:
             groups, spent = parts.make(
                 prompts, Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
-                write_groups, read_groups, lambda known: done(known * count),
+                write_groups, lambda file, part: read_groups(file, part, count, self.vocabulary),
+                lambda known: done(known * count),
             )  # fmt: skip
         write_groups(self.directory / name, groups)
         responses = [response for group in groups for response in group.responses]
@@ -283,7 +327,7 @@ class Run:
     def judge(self, t: int, groups: list[Group]) -> list[np.ndarray]:
         name = f"{self.name(t)}/preferences.jsonl"
         made = self.whole(name, keep=_stopped)
-        preferences = read_preferences(self.directory / name) if made else self._judge(t, groups, name)
+        preferences = read_preferences(self.directory / name, groups) if made else self._judge(t, groups, name)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.numbers["cyclic_triples"] = cyclic / triples if triples else None
         return preferences
@@ -300,14 +344,16 @@ class Run:
                     write_preferences, read_preferences, done, lambda: oracles.take_counters(self.oracle),
                 )  # fmt: skip
             except Exception:
-                if spent := oracles.take_counters(self.oracle):
+                if any((spent := oracles.take_counters(self.oracle)).values()):
                     self.tracker.log("judge", t, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
                 raise
         write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.tracker.log(
-            "judge", t, **spent, triples=triples, cyclic_triples=cyclic / triples if triples else None,
-            comparisons=sum(len(p) * (len(p) - 1) // 2 for p in preferences),
+            "judge", t, **spent | {
+                "triples": triples, "cyclic_triples": cyclic / triples if triples else None,
+                "comparisons": sum(len(p) * (len(p) - 1) // 2 for p in preferences),
+            },
         )  # fmt: skip
         self.complete(name, stage="judge", seconds=spent["seconds"])
         parts.clear()
@@ -316,7 +362,7 @@ class Run:
     def pair(self, t: int, groups: list[Group], preferences: list[np.ndarray]) -> list[Pair]:
         name = f"{self.name(t)}/pairs.jsonl"
         if self.made(name):
-            return read_pairs(self.directory / name)
+            return read_pairs(self.directory / name, groups)
         chosen = pair(preferences, self.config.pairing, self.config.labels, [self.config.seed, 2, t])
         pairs = distinct(chosen, groups)
         if not pairs:
@@ -376,6 +422,11 @@ class Run:
         epochs = config.epochs_auxiliary if name == "auxiliary" else config.epochs_policy
         # the same seed for both fits of an iteration: they see the pairs in the same order
         batches = plan(pairs, epochs, config.batch_pairs, [config.seed, 3, t])
+        if before >= len(batches):  # the policy is saved after the last step, and no state
+            raise UserError(
+                f"{self.directory / checkpoints.name} has a state after step {before} of a fit of {len(batches)} "
+                "steps: remove it, and --resume begins the fit again"
+            )
         with progress(f"iteration {t}: fit {name}", len(batches), stoppable=False) as done:
             done(before)
 
@@ -443,7 +494,7 @@ class Run:
         name, responses = "evaluation.json", "evaluation_responses.jsonl"
         if self.made(name, keep=_stopped) and self.journal.note(responses) is not None:
             try:
-                result = parse_json((self.directory / name).read_bytes())
+                result = parse_json(read_regular(self.directory / name, MOST_LINES_BYTES))
             except ValueError:
                 result = None
             if is_evaluation(result) and len(result["policies"]) == self.config.iterations + 1:
@@ -468,7 +519,7 @@ class Run:
         where = model if source == self.initial else f"{Path(source).parent.name}_{model}"
         name = f"{self.name(t)}/logps_{where}.jsonl"
         if self.made(name):
-            return read_scores(self.directory / name)
+            return read_scores(self.directory / name, groups)
         policy = self.load(source)
         start = time.perf_counter()
         with progress(f"iteration {t}: score {model}", len(groups)) as done:
@@ -512,8 +563,15 @@ def _iteration_name(t: int) -> str:
 def _anything_to_judge(directory: Path, config: Config) -> bool:
     """Whether a run has preferences or its evaluation still to make. If not, the oracle need not be there."""
     journal = Journal(directory)
-    judged = [f"{_iteration_name(t)}/preferences.jsonl" for t in range(1, config.iterations + 1)]
-    return any(journal.note(name) is None for name in (*judged, "evaluation.json"))
+    judged = (f"{_iteration_name(t)}/preferences.jsonl" for t in range(1, config.iterations + 1))
+    return journal.note("evaluation.json") is None or any(journal.note(name) is None for name in judged)
+
+
+def _is_note(note: dict) -> bool:
+    """Whether it is what a run notes of an output: its stage with the seconds that it took, a fit its loss too."""
+    if "stage" in note and not (isinstance(note["stage"], str) and is_amount(note.get("seconds"))):
+        return False
+    return note.get("loss") is None or (isinstance(note["loss"], float) and math.isfinite(note["loss"]))
 
 
 def _stopped(record: dict) -> bool:

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
-from onpo_fast.checkpoint import Journal, atomic_write_directory, locked
+from onpo_fast.checkpoint import Journal, Parts, atomic_write_directory, locked, read_jsonl, write_jsonl
+from onpo_fast.checkpoint import _line as journal_line
 from onpo_fast.config import Config, asked, parse, parse_run, read
 from onpo_fast.errors import UserError, command
-from onpo_fast.tracking import say
+from onpo_fast.tracking import Tracker, say
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
 FILES = {
@@ -617,3 +618,191 @@ def test_switches_need_no_value() -> None:
     assert (config.skip_bad_prompts, config.trust_remote_code, config.gradient_checkpointing) == (True, True, True)
     assert not parse(["--gradient_checkpointing", "false"]).gradient_checkpointing
     assert not Config().trust_remote_code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What counts as given on the command line, and what a file of options may hold
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [["--out", "oracle"], ["--out=oracle"]])
+def test_the_name_of_a_directory_gives_no_option(here: Path, where: list[str], capsys) -> None:
+    """Nor does any other value that reads like an option."""
+    strangers_run(here, oracle="evil:f").rename("oracle")
+    said = one_line(train.main, ["--resume", *where], capsys)
+    assert "oracle asks to run the Python code of evil:f" in said
+    Path("oracle").rename("--oracle=evil:f")
+    said = one_line(train.main, ["--resume", "--out=--oracle=evil:f"], capsys)
+    assert "oracle asks to run the Python code of evil:f" in said
+    assert one_line(train.main, ["--resume", "--out", "--oracle=evil:f"], capsys)  # no value, and no --out
+    assert not (here / "owned").exists()
+
+
+def test_a_key_of_a_dictionary_is_given_with_a_dot(here: Path) -> None:
+    """But what a stranger's file has beside it is not."""
+    strangers_run(here)
+    config, _ = parse_run(["--resume", "--force", "--out", "run", "--judge_request.foo", "1"])
+    assert config.judge_request == {"foo": "1"}
+    shutil.rmtree("run")
+    strangers_run(here, judge_request={"evil": 1})
+    with pytest.raises(UserError, match=r'judge_request asks to send \{"evil": 1, "foo": "1"\}'):
+        parse_run(["--resume", "--force", "--out", "run", "--judge_request.foo", "1"])
+    config, _ = parse_run(["--resume", "--force", "--out", "run", '--judge_request={"foo": 1}'])
+    assert config.judge_request == {"foo": 1}
+
+
+ODD_VALUES = [  # of the option seed
+    ("!!bool foo", "!!bool does not fit the value 'foo'"),
+    ('!!int ""', "!!int does not fit the value ''"),
+    ("!!timestamp foo", "!!timestamp does not fit the value 'foo'"),
+    ('"\\ud800"', "'\\ud800' holds half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), ODD_VALUES)
+def test_values_unlike_their_yaml_tags(here: Path, value: str, message: str, capsys) -> None:
+    (here / "odd.yaml").write_text(f"eta: 3.0\nseed: {value}\n")
+    said = one_line(train.main, ["--config", "odd.yaml"], capsys)
+    assert said.startswith("odd.yaml, line 2: ")
+    assert message in said
+    run = strangers_run(here)
+    (run / "config.yaml").write_text(f"eta: 3.0\nseed: {value}\n")
+    for main, arguments in (
+        (train.main, ["--resume", "--out", "run"]), (evaluate.main, ["run"]), (export.main, ["run"]),
+        (report.main, ["run"]),
+    ):  # fmt: skip
+        said = one_line(main, arguments, capsys)
+        assert "run/config.yaml, line 2: " in said
+        assert message in said
+
+
+@pytest.mark.parametrize("value", ["!!bool foo", "!!int ''", "!!timestamp foo", "\ud800"])
+def test_such_values_on_the_command_line(here: Path, value: str, capsys) -> None:
+    for arguments in (["--seed", value], [f"--seed={value}"]):
+        assert "--seed" in one_line(train.main, arguments, capsys) or value == "\ud800"
+
+
+@pytest.mark.parametrize("name", ["iterations", "epochs_policy", "eval_samples", "responses_per_prompt"])
+def test_counts_that_would_never_end(here: Path, name: str, capsys) -> None:
+    assert f"--{name} must be at most 10" in one_line(train.main, [f"--{name}", "1000000000000"], capsys)
+    run = strangers_run(here)
+    options = vars(Config(out="run")) | {name: 10**12}
+    Journal(run).begin({"options": options})
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(f"{name}: ", f"{name}: 1000000000000 #"))
+    assert f"--{name} must be at most 10" in one_line(train.main, ["--resume", "--out", "run"], capsys)
+
+
+def test_an_evaluation_takes_all_that_says_whom_to_ask(here: Path, monkeypatch) -> None:
+    strangers_run(here, oracle="judge", judge_url="http://x/v1")
+    read_by: list[Config] = []
+    monkeypatch.setattr(evaluate, "check_oracle", lambda directory, config: (read_by.append(config), 1 / 0))
+    line = "run --judge_url http://y/v1 --judge_model m --judge_max_tokens 9 --judge_retries 2 --oracle_model o"
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main([*line.split(), '--judge_request={"a": 1}', "--judge_timeout=2.5"])
+    (config,) = read_by
+    assert (config.judge_url, config.judge_model, config.judge_max_tokens) == ("http://y/v1", "m", 9)
+    assert (config.judge_retries, config.oracle_model, config.judge_request) == (2, "o", {"a": 1})
+    assert config.judge_timeout == 2.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals and other files of a run directory from a stranger, with right checksums
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def journal_of(*changes: dict) -> str:
+    """The lines of a journal, with right checksums."""
+    lines, last = [], ""
+    for change in changes:
+        line, last = journal_line(change, last)
+        lines.append(line.decode())
+    return "".join(lines)
+
+
+ENTRY = {"name": "x", "checksum": None, "note": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ([{"version": 1, "name": "x"}], 1),
+        ([{"version": 1, "name": {}}], 1),
+        ([{"version": True}], 1),
+        ([ENTRY], 1),
+        ([{"version": 1}, {"version": 1}, ENTRY], 2),
+        ([{"version": 1}, {"forget": [], "name": "x"}, ENTRY], 2),
+        ([{"version": 1}, {"forget": [], "name": "x", "checksum": 5, "note": 7}, ENTRY], 2),
+        ([{"version": 1}, {"forget": [3]}, ENTRY], 2),
+        ([{"version": 1}, ENTRY | {"name": ["x"]}, ENTRY], 2),
+        ([{"version": 1}, ENTRY | {"checksum": 5}, ENTRY], 2),
+        ([{"version": 1}, ENTRY | {"note": 7}, ENTRY], 2),
+        ([{"version": 1}, ENTRY | {"more": 7}, ENTRY], 2),
+        ([{"version": 1}, {"name": "x", "note": {}}, ENTRY], 2),
+    ],
+)
+def test_lines_of_a_journal_that_are_none(tmp_path: Path, changes: list[dict], line: int) -> None:
+    (tmp_path / "journal.jsonl").write_text(journal_of(*changes))
+    with pytest.raises(UserError, match=f"is damaged .line {line} is not what was written"):
+        Journal(tmp_path)
+
+
+def test_a_journal_of_another_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text(journal_of({"version": 2, "kind": "new"}, {"output": "x"}))
+    with pytest.raises(UserError, match="it is of another version of onpo_fast"):
+        Journal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "metrics.jsonl", "evaluation.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_comes_with_a_remedy(here: Path, name: str, kind: str, capsys) -> None:
+    run = strangers_run(here)
+    for journal in Journal.FILES if name == "journal.jsonl" else ():
+        (run / journal).unlink()
+    os.mkfifo(run / name) if kind == "fifo" else (run / name).symlink_to("/dev/zero")
+    arguments = ["run"]
+    said = one_line(evaluate.main if name == "journal.jsonl" else report.main, arguments, capsys)
+    assert f"run/{name} is a " in said
+    assert "remove" in said
+    if name == "metrics.jsonl":
+        with pytest.raises(UserError, match=r"metrics\.jsonl is a .*: remove it, and the run goes on"):
+            Tracker(run)
+
+
+def test_an_output_that_is_no_file_is_made_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    (tmp_path / "policy").mkdir()
+    for name in ("evaluation.json", "policy/weights"):
+        (tmp_path / name).write_text("{}")
+    for name in ("evaluation.json", "policy"):
+        journal.record(name)
+    for name in ("evaluation.json", "policy/weights"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    again = Journal(tmp_path)
+    assert again.damaged("evaluation.json")
+    assert again.damaged("policy")
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {}, {"spent": 5}, {"spent": {}}, {"spent": {"seconds": "x"}}, {"spent": {"seconds": 0}},
+        {"spent": {"seconds": 1, "requests": "x"}}, {"spent": {"seconds": 1, "stage": 2}},
+        {"spent": {"seconds": float("inf")}}, {"spent": {"seconds": -1}},
+    ],
+)  # fmt: skip
+def test_a_part_with_another_note_is_named(tmp_path: Path, note: dict) -> None:
+    parts = Parts(Journal(tmp_path), "all.jsonl")
+
+    def make() -> list[dict]:
+        return parts.make([1], 1, lambda items, first: [{}], write_jsonl, lambda file, items: read_jsonl(file), str)[0]
+
+    assert make() == [{}]
+    (name,) = parts.journal.entries
+    note["from"] = parts.journal.entries[name]["note"]["from"]
+    parts.journal.record(name, note)
+    with pytest.raises(UserError, match=r"all\.jsonl\.parts/00000000\.jsonl: its entry in journal\.jsonl is not what"):
+        make()
+    (tmp_path / name).unlink()
+    parts.journal.checked.clear()
+    assert make() == [{}]

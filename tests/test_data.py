@@ -11,12 +11,15 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 import tqdm
 
 from onpo_fast import data, oracles, sources
@@ -617,3 +620,62 @@ def test_files_of_an_iteration(tmp_path) -> None:
     (row,) = datasets.load_dataset("json", data_files=str(tmp_path / "p.jsonl"), cache_dir=str(tmp_path))["train"]
     assert row["prompt"] == [user("q")]
     assert row["chosen"][0]["role"] == "assistant"
+
+
+COUNTED = ("groups", "preferences", "scores")
+
+
+def written(tmp_path: Path) -> tuple[list[Group], dict[str, Path]]:
+    """Two groups, one of three responses and one of two, and their files as a run has them."""
+    groups = [
+        Group([user(f"q{number}")], [1, 2], [Response("a", [3, 4], "eos", -1.0)] * responses)
+        for number, responses in enumerate((3, 2))
+    ]
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("groups", "preferences", "scores", "pairs")}
+    data.write_groups(paths["groups"], groups)
+    data.write_preferences(paths["preferences"], [np.full((len(g.responses),) * 2, 0.5) for g in groups])
+    data.write_scores(paths["scores"], [torch.zeros(len(g.responses), dtype=torch.float64) for g in groups])
+    data.write_pairs(paths["pairs"], [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5)], groups)
+    return groups, paths
+
+
+def read_all(groups: list[Group], paths: dict[str, Path]) -> None:
+    prompts = [group.prompt for group in groups]
+    assert data.read_groups(paths["groups"], prompts, vocabulary=5) == groups
+    assert len(data.read_preferences(paths["preferences"], groups)) == 2
+    assert len(data.read_scores(paths["scores"], groups)) == 2
+    assert data.read_pairs(paths["pairs"], groups) == [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        *((name, lambda lines: lines[:1], r"has 1 lines where there are 2 \w+") for name in COUNTED),
+        *((name, lambda lines: [*lines, lines[1]], "has more than 2 lines where there are 2") for name in COUNTED),
+        *((name, lambda lines: [], "has (0 lines where|no lines)") for name in (*COUNTED, "pairs")),
+        *((name, lambda lines: lines[::-1], "line 1: it is of 2 responses where the group has 3")
+          for name in ("preferences", "scores")),
+        ("groups", lambda lines: lines[::-1], "line 1: it is of another prompt"),
+        ("groups", lambda lines: [lines[0], lines[1].replace("[3, 4]", "[3, 5]")], "line 2: it has a token beyond the"),
+        ("groups", lambda lines: [lines[0], lines[1].replace("[3, 4]", "[3, -1]")], "line 2: it has a token beyond"),
+        ("groups", lambda lines: [lines[0], lines[1].replace("[1, 2]", "[]")], "line 2: its prompt has no tokens"),
+        ("pairs", lambda lines: [lines[0], lines[1].replace('"group": 1', '"group": 99')], "line 2: it is of group 99"),
+        ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 3')], "line 1: it compares a response tha"),
+        ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 1')], "line 1: it compares a response wit"),
+    ],
+)  # fmt: skip
+def test_files_of_an_iteration_that_do_not_fit_each_other(tmp_path, name: str, change: Callable, message: str) -> None:
+    groups, paths = written(tmp_path)
+    read_all(groups, paths)
+    lines = paths[name].read_text(encoding="utf-8").splitlines()
+    changed = change(lines)
+    assert changed != lines
+    paths[name].write_text("".join(line + "\n" for line in changed), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}\.jsonl(, | ){message}.*remove the file, and --resume makes it"):
+        read_all(groups, paths)
+
+
+def test_every_prompt_has_as_many_responses_as_were_sampled(tmp_path) -> None:
+    _, paths = written(tmp_path)
+    with pytest.raises(UserError, match="line 2: it has 2 responses where 3 were sampled"):
+        data.read_groups(paths["groups"], responses=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from bench.drill import bits, flip, prepare, small_run
-from onpo_fast import evaluate, train
-from onpo_fast.checkpoint import Journal, Parts
+from onpo_fast import evaluate, stopping, train
+from onpo_fast.checkpoint import Journal, Parts, checksum
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
+from onpo_fast.tracking import Tracker
 
 
 def test_blocks_average_the_samples_of_two_policies() -> None:
@@ -51,9 +53,11 @@ def test_a_few_prompts_that_all_agree_are_not_certain(prompts: int, sure: bool) 
 
 
 def test_policies_in_the_order_they_were_made(tmp_path) -> None:
+    journal = Journal(tmp_path)
     for t in (1, 2, 99, 100):
         (tmp_path / f"iteration_{t:02d}" / "policy").mkdir(parents=True)
-    assert list(evaluate.finished_policies(tmp_path)) == ["π_2", "π_3", "π_100", "π_101"]
+        journal.record(f"iteration_{t:02d}/policy")
+    assert list(evaluate.finished_policies(tmp_path, journal)) == ["π_2", "π_3", "π_100", "π_101"]
 
 
 def test_nothing_to_evaluate(tmp_path, capsys) -> None:
@@ -171,3 +175,59 @@ def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, m
     train.train(config, resume=True)  # its evaluation is whole: the parts go
     assert not list(directory.rglob("*.parts"))
     assert bits(directory) == kept
+
+
+@pytest.mark.parametrize(("asked", "records"), [(0, 0), (3, 1)])
+def test_a_stop_is_recorded_with_what_was_asked(run: Config, tmp_path, monkeypatch, asked: int, records: int) -> None:
+    """Between two parts nothing was: then there is nothing to record."""
+
+    class Stopping(Counting):
+        def many(self, groups: list, progress) -> list[np.ndarray]:
+            self.counted = asked
+            raise stopping.Stopped(2)
+
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: Stopping())
+    tracker = Tracker(directory, "none")
+    before = (directory / "metrics.jsonl").read_text()
+    with pytest.raises(stopping.Stopped):
+        evaluate.evaluate(directory, replace(run, out=str(directory)), tracker, Journal(directory))
+    tracker.close()
+    added = (directory / "metrics.jsonl").read_text().removeprefix(before).splitlines()
+    assert [json.loads(line)["requests"] for line in added] == [asked] * records
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("responses_00", lambda line: "", "has 0 lines where there are 1 prompts"),
+        ("responses_01", lambda line: line.replace('"response_tokens": [[', '"response_tokens": [[9999999, '),
+         "it has the token 9999999, and the model "),
+        ("logps_01", lambda line: "", "has 0 lines where there are 2 groups of responses"),
+        ("logps_01", lambda line: line + line, "has more than 2 lines where there are 2 groups of responses"),
+        ("preferences", lambda line: "", "has 0 lines where there are 2 groups of responses"),
+        ("preferences", lambda line: line.splitlines()[0] + "\n", "has 1 lines where there are 2 groups of responses"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_named(
+    run: Config, tmp_path, monkeypatch, name: str, change: Callable, message: str
+) -> None:
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    config, journal, oracle = replace(run, out=str(directory)), Journal(directory), Counting()
+    monkeypatch.setattr(Parts, "GROUPS", 2)
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    oracle.fails_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(directory, config, None, journal)
+    part = next(iter(sorted((directory / f"evaluation.parts/{name}.parts").iterdir())))
+    if name == "responses_01":  # else they are scored already
+        journal.forget_folder("evaluation.parts/logps_01.parts")
+    part.write_text(change(part.read_text(encoding="utf-8")), encoding="utf-8")
+    own = part.relative_to(directory).as_posix()
+    journal.entries[own]["checksum"] = checksum(part)
+    journal._write_anew()
+    with pytest.raises(UserError, match=rf"evaluation\.parts/{name}\.parts.*{message}"):
+        evaluate.evaluate(directory, config, None, Journal(directory))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ import pandas
 import pytest
 
 from onpo_fast import data, export
+from onpo_fast.checkpoint import Journal
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
@@ -25,7 +28,8 @@ def run(tmp_path: Path, shallow_model: Path) -> Path:
     groups = [Group(PROMPT, [1], [Response(text, [5], "eos", 0.0) for text in ("yes", "no\u2028", "")])]
     for t, pairs in ((1, [Pair(0, 0, 1, 0.75), Pair(0, 0, 2, 1.0)]), (2, [Pair(0, 2, 1, 0.5)])):
         data.write_pairs(directory / f"iteration_{t:02d}/pairs.jsonl", pairs, groups)
-        (directory / f"iteration_{t:02d}/policy").symlink_to(shallow_model)
+        shutil.copytree(shallow_model, directory / f"iteration_{t:02d}/policy", copy_function=os.link)
+        Journal(directory).record(f"iteration_{t:02d}/policy")
     config = Config(model=str(shallow_model), max_new_tokens=3, out=str(directory))
     (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return directory
@@ -134,7 +138,7 @@ def test_damaged_pairs(run: Path, line: str, message: str, capsys, monkeypatch) 
 def test_folders_that_are_none_of_the_run(run: Path) -> None:
     for name in ("iteration_xx/policy", "iteration_/policy", "iteration_xx/pairs.jsonl"):
         (run / name).mkdir(parents=True)
-    assert list(finished_policies(run)) == ["π_2", "π_3"]
+    assert list(finished_policies(run, Journal(run))) == ["π_2", "π_3"]
     assert export.export_pairs(run, run / "pairs") == 3
 
 

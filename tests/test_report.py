@@ -18,8 +18,10 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from cycler import cycler
 
 from onpo_fast.report import Run, is_evaluation, main, write_report
 
@@ -589,3 +591,31 @@ def test_what_a_killed_report_has_left_goes(finished: Path) -> None:
     (finished / "report.html.1.partial").write_text("of a process that is there")
     write_report(finished)
     assert sorted(path.name for path in finished.glob("report.html*")) == ["report.html", "report.html.1.partial"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A matplotlibrc in the folder where a command is run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_matplotlib_change_no_page(finished: Path) -> None:
+    """One that a caller has made, or a file has: ``text.usetex`` would run LaTeX, with what it says."""
+    expected = write_report(finished).read_bytes()
+    settings = {"text.usetex": True, "text.latex.preamble": r"\nothing", "axes.prop_cycle": cycler(color=["red"]),
+                "lines.linewidth": 9, "savefig.bbox": "tight", "svg.id": "x"}  # fmt: skip
+    with matplotlib.rc_context(settings):
+        assert write_report(finished).read_bytes() == expected
+        assert matplotlib.rcParams["text.usetex"]  # the caller's are left alone
+
+
+@pytest.mark.parametrize("content", ["text.usetex: True\n", b"text.usetex: \xff\n", None])
+def test_a_matplotlibrc_is_not_read(finished: Path, content: str | bytes | None) -> None:
+    """Nor waited for, where it is a FIFO."""
+    if content is None:
+        os.mkfifo(finished / "matplotlibrc")
+    else:
+        (finished / "matplotlibrc").write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = [sys.executable, "-m", "onpo_fast.report", "."]
+    done = subprocess.run(words, cwd=finished, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<svg" in (finished / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -128,8 +129,11 @@ def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
     def double(items: list[int], first: int) -> list[dict]:
         return [{"first": first, "twice": 2 * item} for item in items]
 
+    def read_lines(file: Path, items: list[int]) -> list[dict]:
+        return list(read_jsonl(file))
+
     def make(items: list[int], size: int) -> list[int]:
-        results, spent = parts.make(items, size, double, write_jsonl, read_jsonl, known.append, lambda: {"asked": 1})
+        results, spent = parts.make(items, size, double, write_jsonl, read_lines, known.append, lambda: {"asked": 1})
         assert spent.pop("seconds") > 0
         assert spent == {"asked": -(-len(items) // size)}  # also what earlier calls were asked
         return [result["twice"] for result in results]
@@ -420,6 +424,105 @@ def test_a_symbolic_link_in_a_run_is_refused(run: Path, whole: Whole, tmp_path, 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def record(run: Path, name: str, note: dict | None = None) -> None:
+    """Makes the journal's entry fit the file as it is now, as a stranger can, and leaves all others."""
+    journal = Journal(run)
+    journal.entries[name] = {
+        "checksum": checkpoint.checksum(run / name), "note": journal.entries[name]["note"] if note is None else note
+    }  # fmt: skip
+    journal._write_anew()
+
+
+FIRST = "iteration_01"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("responses", lambda lines: lines[:-1], "logps_initial.jsonl has more than 2 lines where there are 2 groups"),
+        ("responses", lambda lines: [*lines, lines[0]], "logps_initial.jsonl has 3 lines where there are 4 groups of"),
+        ("responses", lambda lines: [], "responses.jsonl has no lines"),
+        ("responses", lambda lines: [re.sub(r'"response_tokens": \[\[\d+', r'"response_tokens": [[9999999', lines[0]),
+                                     *lines[1:]], "responses.jsonl, line 1: it has a token beyond the model's"),
+        *((name, lambda lines: lines[:-1], f"{name}.jsonl has 2 lines where there are 3 groups of responses")
+          for name in ("preferences", "logps_initial")),
+        *((name, lambda lines: [*lines, lines[0]], f"{name}.jsonl has more than 3 lines where there are 3 groups of re")
+          for name in ("preferences", "logps_initial")),
+        *((name, lambda lines: [], f"{name}.jsonl has 0 lines where there are 3 groups of responses")
+          for name in ("preferences", "logps_initial")),
+        ("pairs", lambda lines: [], "pairs.jsonl has no lines"),
+        ("pairs", lambda lines: [re.sub(r'"winner": \d+', '"winner": 99', lines[0])], "pairs.jsonl, line 1: it comp"),
+        ("pairs", lambda lines: [re.sub(r'"group": \d+', '"group": 99', lines[0])], "pairs.jsonl, line 1: it is of gr"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_each_other_are_named(
+    run: Path, whole: Whole, name: str, change: Callable, message: str
+) -> None:
+    """Though each is as the journal has it. What the message says to remove can be removed."""
+    file = run / FIRST / f"{name}.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    changed = change(lines)
+    assert changed != lines
+    file.write_text("".join(line + "\n" for line in changed), encoding="utf-8")
+    record(run, f"{FIRST}/{name}.jsonl")
+    config = replace(whole.config, out=str(run))
+    expected = re.escape(f"{run}/{FIRST}/{message}")
+    with pytest.raises(UserError, match=rf"^{expected}.*remove the file, and --resume makes it again$"):
+        module.train(config, resume=True)
+    if name != "responses":
+        file.unlink()
+        module.train(config, resume=True)
+        assert bits(run) == whole.bits
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("responses.jsonl", {"stage": "sample"}),
+        ("responses.jsonl", {"stage": "sample", "seconds": "x"}),
+        ("responses.jsonl", {"stage": ["a"], "seconds": 1.0}),
+        ("preferences.jsonl", {"stage": "judge", "seconds": float("nan")}),
+        ("policy", {"stage": "fit policy", "seconds": 1.0, "loss": "x"}),
+        ("policy", {"stage": "fit policy", "seconds": 1.0, "loss": [1]}),
+        ("policy", {"stage": "fit policy", "seconds": 1.0, "loss": 10**400}),
+    ],
+)
+def test_notes_that_are_none_are_named(run: Path, whole: Whole, name: str, note: dict) -> None:
+    record(run, f"{FIRST}/{name}", note)
+    with pytest.raises(UserError, match=rf"{FIRST}/{name}: its entry in journal.jsonl is not what a run notes there"):
+        module.train(replace(whole.config, out=str(run)), resume=True)
+
+
+def test_a_policy_that_the_journal_does_not_have_is_none_of_the_run(run: Path, whole: Whole) -> None:
+    """Of another's ``initial``, or an iteration more, nothing is evaluated."""
+    config = replace(whole.config, out=str(run))
+    for name in ("initial", "iteration_03/policy"):
+        shutil.copytree(run / "iteration_02/policy", run / name)
+    Journal(run).forget(evaluate.RESULT, evaluate.RESPONSES)
+    module.train(config, resume=True)
+    assert (run / evaluate.RESULT).read_bytes() == (whole.work / "whole" / evaluate.RESULT).read_bytes()
+    shutil.rmtree(run / "iteration_03")
+    assert bits(run) == whole.bits
+    journal = Journal(run)
+    assert evaluate.initial_policy(run, config, journal) == config.model
+    journal.record("initial")
+    assert evaluate.initial_policy(run, config, journal) == run / "initial"
+    flip(run / "initial/model.safetensors")
+    with pytest.raises(UserError, match="initial is not what it was: train --resume makes it again"):
+        evaluate.initial_policy(run, config, Journal(run))
+    flip(run / "iteration_02/policy/model.safetensors")
+    with pytest.raises(UserError, match="iteration_02/policy is not what it was: train --resume makes it again"):
+        evaluate.finished_policies(run, Journal(run))
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", f"{FIRST}/pairs.jsonl"])
+def test_a_fifo_in_the_place_of_an_output_is_made_again(run: Path, whole: Whole, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    module.train(replace(whole.config, out=str(run)), resume=True)
+    assert bits(run) == whole.bits
+
+
 def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatch) -> None:
     """Another process may have locked a file of the same name, and write the same outputs."""
     out = tmp_path / "run"
@@ -569,7 +672,7 @@ def test_files_are_hashed_once(judged, tmp_path, monkeypatch) -> None:
 def test_with_force_an_iteration_is_judged_by_one_oracle(whole: Whole, tmp_path, monkeypatch) -> None:
     """What the old one has said of a part of it is asked anew."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(checkpoint.Parts, "GROUPS", 1)
+    monkeypatch.setattr(Parts, "GROUPS", 1)
     source = "def prefer(prompt, texts):\n    return [[{0} if a < b else 1 - {0} for b in texts] for a in texts]\n"
     judge, done = module.oracles.judge, []
 
@@ -681,6 +784,35 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
     for _ in range(3):
         step(again, optimizer, schedule)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{}", "KeyError: 'step'"),
+        ('{"step": 2}', "it is of step 2, and its entry in the journal of another"),
+        ('{"step": 1}', "KeyError: 'param_groups'"),
+        ('{"step": 1, "param_groups": 3}', "is no state of this fit (TypeError: "),
+        ("[]", "is no state of this fit (TypeError: "),
+    ],
+)
+def test_a_state_of_something_else_is_named(tmp_path, document: str, message: str) -> None:
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    journal = Journal(tmp_path)
+    checkpoints = Checkpoints(journal, "fit", 1, 1e9)
+    checkpoints.save(1, model, optimizer, {})
+    checkpoints.finish()
+    (tmp_path / "fit/step_00000001/state.json").write_text(document)
+    journal.record("fit/step_00000001", {"step": 1})
+    with pytest.raises(UserError) as error:
+        checkpoints.restore(model, optimizer)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/fit/step_00000001 is no state of this fit (")
+    for note in ({}, {"step": "x"}, {"step": 0}, {"step": True}):
+        journal.record("fit/step_00000001", note)
+        with pytest.raises(UserError, match=r"step_00000001: its entry in journal\.jsonl is not what a run notes"):
+            checkpoints.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -154,3 +156,30 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(text in content for text in (b"onpo_fast", b"loss", b"fit/policy/record", b"0.25"))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
+
+
+def odd(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path: Path) -> None:
+    """Of no size on disk, and a thousand million events of no length."""
+    path.touch()
+    os.truncate(path, 2**34)
+
+
+@pytest.mark.parametrize("harm", [odd, endless, sparse, Path.mkdir])
+def test_odd_files_of_tensorboard_are_not_waited_for(tmp_path: Path, harm: Callable) -> None:
+    """All is drawn again."""
+    steps(tmp_path, 1, 2)
+    expected = curves(tmp_path)
+    harm(tmp_path / "tensorboard" / "events.out.tfevents.0")
+    start = time.monotonic()
+    steps(tmp_path, kept=2)
+    assert time.monotonic() - start < 5
+    assert curves(tmp_path) == expected
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1

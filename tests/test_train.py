@@ -150,7 +150,7 @@ def test_metrics(run_directory: Path) -> None:
 def test_evaluation(run_directory: Path, monkeypatch, capsys) -> None:
     before = (run_directory / "evaluation.json").read_bytes()
     monkeypatch.chdir(run_directory.parent)
-    evaluate.main(["out", "--trust_run"])
+    evaluate.main(["out", "--oracle", "taste:shorter"])
     assert "π_3 wins against π_1 in" in capsys.readouterr().out
     assert (run_directory / "evaluation.json").read_bytes() == before
     result = json.loads((run_directory / "evaluation.json").read_text(encoding="utf-8"))

@@ -20,7 +20,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from docstring_parser import parse_from_object
@@ -29,7 +28,7 @@ from rich.table import Table
 from ..checkpoint import atomic_write_text
 from ..errors import CommandParser, UserError, command, nearest
 from ..objectives import OBJECTIVES
-from ..page import STYLE, Plot, render
+from ..page import Plot, page_style, render
 from ..tracking import console, environment, progress, say
 from . import figures, lab
 from .algorithms import ALGORITHMS
@@ -146,7 +145,7 @@ def write_page(out: Path) -> Path:
     for name, path in found.items():
         try:
             results[name] = json.loads(path.read_text(encoding="utf-8"))
-            with matplotlib.rc_context(STYLE):
+            with page_style():
                 plots[name] = {draw.__name__: draw(results[name]) for draw in figures.FIGURES[name]}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f"{path} is not what {name} writes: remove it, or run {name} again") from None
