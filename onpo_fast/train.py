@@ -141,7 +141,12 @@ class Run:
         policy = self.load(config.model)
         self.device, self.compute_dtype, self.family = policy.device, policy.compute_dtype, policy.family
         self.vocabulary = policy.vocabulary
-        self._open_directory(policy, held_out, rendering, resume, force)
+        self.lock = locked(self.directory, "--out ")
+        try:
+            self._open_directory(policy, held_out, rendering, resume, force)
+        except BaseException:  # whoever keeps the exception would keep the lock
+            self.lock.release()
+            raise
         counts = {"train": len(self.prompts), "held_out": len(held_out), "skipped": skipped.count if skipped else 0}
         if not self.tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
             self.tracker.log("prompts", 0, **counts)
@@ -182,9 +187,8 @@ class Run:
     def _open_directory(
         self, policy: Policy, held_out: list[Messages], rendering: str, resume: bool, force: bool
     ) -> None:  # fmt: skip
-        """Takes the lock, checks that the run there is this one, and writes what a run has from its first moment on."""
+        """Checks that the run there is this one, and writes what a run has from its first moment on."""
         config = self.config
-        self.lock = locked(self.directory, "--out ")
         _check_directory(self.directory, resume)
         self.journal = Journal(self.directory)
         self.journal.before_record.append(self.lock.check)
