@@ -92,9 +92,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    begin, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # before anything is computed: children are forked
-    begin = time.monotonic()
-    rows = check_all(options.only or list(FAMILIES), max(1, options.jobs))
+    try:
+        rows = check_all(options.only or list(FAMILIES), max(1, options.jobs))
+    finally:
+        torch.set_num_threads(threads)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     page = options.page or (None if options.only else PAGE)

@@ -210,7 +210,10 @@ def sampled_and_scored(policy, sampler) -> tuple[torch.Tensor, torch.Tensor]:
     return sampled, torch.cat(score(policy, groups, 1000))
 
 
-def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(build, capsys: pytest.CaptureFixture) -> None:
+def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(
+    build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersSampler, "told", set())
     config_class, options = KINDS["softcap by another name"]
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build(config_class, **{**SMALL, **options}), config)
@@ -223,7 +226,10 @@ def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(build, 
     assert (sampled - scored).abs().max() > 0.01  # else the test would show nothing
 
 
-def test_one_response_at_a_time_where_a_batch_is_wrong(build, capsys: pytest.CaptureFixture) -> None:
+def test_one_response_at_a_time_where_a_batch_is_wrong(
+    build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersSampler, "told", set())
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build("RwkvConfig", hidden_size=32, num_hidden_layers=2, context_length=512), config)
     sampler = make_sampler(policy, config)
