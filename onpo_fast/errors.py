@@ -62,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-LONGEST_LINE = 2000  # characters of a message on a terminal
+LONGEST_MESSAGE = 2000  # characters of a message on a terminal
 
 
 def printable(text: str) -> str:
@@ -74,7 +74,7 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
     r"""Text of a file, a model or a server, for a terminal: one line, ``printable``, of ``longest`` characters at most.
 
     A longer one keeps its beginning and its end.

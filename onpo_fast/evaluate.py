@@ -64,6 +64,7 @@ def evaluate(
     tracker: Tracker | None = None,
     journal: Journal | None = None,
     truncation: TruncationWarning | None = None,
+    oracle_files: dict[str, str] | None = None,
 ) -> dict:
     """Samples from every policy of the run, judges them all together, and writes and returns the evaluation.
 
@@ -75,6 +76,7 @@ def evaluate(
         tracker: takes the time and what the oracle counts, over all processes that had a part in it.
         journal: the run's, in which the parts and both files are recorded.
         truncation: warns where all responses of a policy are cut off; default one that has not warned yet.
+        oracle_files: ``oracles.fingerprint`` of the oracle, if it is known: files may take long to read.
 
     Raises:
         UserError: if the run has no finished iteration.
@@ -92,7 +94,9 @@ def evaluate(
     # π_1's log-probs last, when the other models are gone
     kl = [0.0, *stages.divergences(sources["π_1"], list(samples.values())[1:])]
     names = list(sources)
-    matrices = stages.judge(samples, prompts, oracle, tracker)
+    if oracle_files is None:
+        oracle_files = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
+    matrices = stages.judge(samples, prompts, oracle, oracle_files, tracker)
     wins = np.stack([_blocks(matrix, len(names)) for matrix in matrices])  # (prompts, policies, policies)
     result = {
         "policies": names,
@@ -219,15 +223,14 @@ class _Stages:
 
     def judge(
         self, samples: dict[str, list[Group]], prompts: Sequence[Messages], oracle: oracles.Oracle,
-        tracker: Tracker | None,
+        oracle_files: dict[str, str], tracker: Tracker | None,
     ) -> list[np.ndarray]:  # fmt: skip
         """A matrix a prompt over the responses of all policies, policy by policy."""
         joined = [
             Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
             for p, prompt in enumerate(prompts)
         ]
-        # another oracle under the same name judges all of it
-        parts = self.parts("preferences", oracles.fingerprint(oracle, self.config.oracle, functools.cache(checksum)))
+        parts = self.parts("preferences", oracle_files)  # another oracle under the same name judges all of it
         with progress("evaluate: judge", len(joined)) as done:
             try:
                 matrices, spent = parts.make(
@@ -279,10 +282,11 @@ def _response_records(
         yield {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
 
 
-def check_oracle(directory: Path, config: Config) -> None:
-    """Tries the oracle before anything is sampled, and says so if it is not the one that the run was judged by.
+def check_oracle(directory: Path, config: Config) -> dict[str, str]:
+    """Tries the oracle before anything is sampled, and returns its fingerprint.
 
-    That is no error: the win rates are those of the oracle as it is now, all of one.
+    If it is not the one that the run was judged by, it says so. That is no error: the win rates are those of the oracle
+    as it is now, all of one.
     """
     oracle = oracles.load(config.oracle, config, directory)
     now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
@@ -294,6 +298,7 @@ def check_oracle(directory: Path, config: Config) -> None:
     kinds = list(oracles.shortest_by_kind(read_prompts(directory / HELD_OUT)).values())
     oracles.probe(oracle, config.oracle, kinds, in_directory=False)
     oracles.probe(oracle, config.oracle, [min(kinds, key=oracles.length)], in_directory=True)
+    return now
 
 
 @command
@@ -307,13 +312,13 @@ def main(argv: list[str]) -> None:
     directory = options.directory
     config = configuration.read(directory, configuration.given_flags(options, ORACLE_OPTIONS), ASKS)
     with locked(directory) as lock:
-        check_oracle(directory, config)
+        oracle_files = check_oracle(directory, config)
         journal = Journal(directory)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         journal.before_record += [lock.check, tracker.sync]
         tracker.begin(RESULT, keep=lambda record: True)  # the judge was asked then too
         try:
-            say(summary(evaluate(directory, config, tracker, journal)))
+            say(summary(evaluate(directory, config, tracker, journal, oracle_files=oracle_files)))
         finally:
             tracker.close()
 

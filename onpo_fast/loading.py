@@ -50,41 +50,9 @@ def load(source: str | Path, config: Config) -> Policy:
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name} has no chat template, which is how prompts are put to the model")
     is_gguf = "gguf_file" in location
-    attention = config.attention
-    if attention == "auto":
-        attention = "sdpa" if is_gguf else None  # None: what the model prefers
-    if not is_gguf:
-        weight_files(name)  # refuses some
-    with loading_errors("the model", name):
-        model_config = AutoConfig.from_pretrained(**location, **trust)
-        loader = _loader(model_config, name)
-        quantised = is_gguf or _dequantise(model_config, name)
-        own_generation = {} if is_gguf else _generation_settings(name)
-        model, found = loader.from_pretrained(
-            **location,
-            **trust,
-            **({} if is_gguf else {"config": model_config}),
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=None if is_gguf else True,  # a pickle may run code as it is read
-            ignore_mismatched_sizes=True,  # for _check_complete to name them
-            output_loading_info=True,
-        )
-        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        if isinstance(layers, int) and layers < 0:  # it loads, without layers
-            raise ValueError(f"its config.json says num_hidden_layers: {layers}")
-    _check_complete(found, name)
+    model, model_config, quantised = _read_model(name, location, config)
+    own_generation = {} if is_gguf else _generation_settings(name)
     _check_vocabulary(model, tokenizer, name)
-    quantiser = getattr(model, "hf_quantizer", None)
-    if quantiser is not None and not quantised:
-        raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
-    if quantised:  # from here on an ordinary model, which can be saved
-        if quantiser is not None:
-            quantiser.remove_quantization_config(model)
-        model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
-        for part in _configs(model.config):
-            part.__dict__.pop("quantization_config", None)
-        model.float()
     if is_gguf:
         # the file says which token it is; transformers 5.17 names another one in the tokenizer
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
@@ -119,6 +87,51 @@ def load(source: str | Path, config: Config) -> Policy:
         if may_share:
             policy.layout = shared_or_separate(policy)
     return policy
+
+
+def _read_model(
+    name: str, location: dict[str, str], config: Config
+) -> tuple[PreTrainedModel, PretrainedConfig, bool]:  # fmt: skip
+    """The model with float32 weights on the CPU, its configuration, and whether its weights were quantised on disk.
+
+    Raises:
+        UserError: if it cannot be read, or not all of it.
+    """
+    is_gguf, trust = "gguf_file" in location, {"trust_remote_code": config.trust_remote_code}
+    attention = config.attention
+    if attention == "auto":
+        attention = "sdpa" if is_gguf else None  # None: what the model prefers
+    if not is_gguf:
+        weight_files(name)  # of a model on the hub, too: refuses what is no safetensors file of its own
+    with loading_errors("the model", name):
+        model_config = AutoConfig.from_pretrained(**location, **trust)
+        loader = _loader(model_config, name)
+        quantised = is_gguf or _dequantise(model_config, name)
+        model, found = loader.from_pretrained(
+            **location,
+            **trust,
+            **({} if is_gguf else {"config": model_config}),
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=None if is_gguf else True,  # a pickle may run code as it is read
+            ignore_mismatched_sizes=True,  # for _check_complete to name them
+            output_loading_info=True,
+        )
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers < 0:  # it loads, without layers
+            raise ValueError(f"its config.json says num_hidden_layers: {layers}")
+    _check_complete(found, name)
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantised:
+        raise UserError(f"{name} is quantised, and training needs plain weights: dequantise it and save that")
+    if quantised:  # from here on an ordinary model, which can be saved
+        if quantiser is not None:
+            quantiser.remove_quantization_config(model)
+        model._weight_conversions = None  # those of the quantisation would turn what is saved into its format again
+        for part in _configs(model.config):
+            part.__dict__.pop("quantization_config", None)
+        model.float()
+    return model, model_config, quantised
 
 
 def locate(source: str) -> dict[str, str]:
@@ -243,18 +256,23 @@ def _check_complete(found: dict, source: str) -> None:
     """Weights that the files lack would be random numbers; those that the model lacks would be lost."""
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} lacks {len(missing)} of the weights that its config.json asks for, as {missing[0]}")
-    if mismatched := sorted(found["mismatched_keys"], key=str):
-        name, there, wanted = mismatched[0]
-        raise UserError(
-            f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
-            f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
-        )
+    check_shapes(found, source)
     if unexpected := sorted(name for name in found["unexpected_keys"] if not DERIVED.search(name)):
         raise UserError(
             f"{source} has {len(unexpected)} weights that its config.json does not know, as {unexpected[0]}: they "
             "would be left out of what is computed and saved. If its config.json is of another model, or lacks a "
             "quantization_config, put that right; if they are not needed, drop them once: "
             f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained(DIR), and the tokenizer too"
+        )
+
+
+def check_shapes(found: dict, source: str) -> None:
+    """Refuses a checkpoint whose tensors have other shapes; ``found`` is transformers' report on what it loaded."""
+    if mismatched := sorted(found["mismatched_keys"], key=str):
+        name, there, wanted = mismatched[0]
+        raise UserError(
+            f"the weights of {source} do not fit its config.json: {name} is {tuple(there)} where it says "
+            f"{tuple(wanted)}{'' if len(mismatched) == 1 else f', and {len(mismatched) - 1} more'}"
         )
 
 
@@ -271,7 +289,7 @@ def _left_out(model: PreTrainedModel, config: PretrainedConfig, source: str) -> 
     patterns = model._keys_to_ignore_on_load_unexpected
     left_out = [
         name
-        for name in _tensor_names(source)
+        for name in tensor_names(source)
         if any(re.search(pattern, name) for pattern in patterns) and not DERIVED.search(name)
     ]  # fmt: skip
     if not left_out:
@@ -287,8 +305,8 @@ def _left_out(model: PreTrainedModel, config: PretrainedConfig, source: str) -> 
     ]
 
 
-def _tensor_names(source: str) -> Iterator[str]:
-    """Of a checkpoint in safetensors: those in its files."""
+def tensor_names(source: str) -> Iterator[str]:
+    """Those of all tensors in a checkpoint's safetensors files."""
     for path in weight_files(source):
         with loading_errors("the model", source), safe_open(path, "pt") as file:
             names = list(file.keys())

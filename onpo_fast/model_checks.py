@@ -6,7 +6,6 @@ Left out: kernels and sums are tested elsewhere (tests/triton_kernels); generati
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +61,7 @@ def computing(model: str) -> Iterator[None]:
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
     """``PROBE``, in the policy's vocabulary; of a model with a small context, those groups that fit."""
     size = len(policy.head["weight"])
-    longest = min((limit for limit in (policy.context, policy.rotary_boundary) if limit), default=math.inf)
-    groups = [group for group in PROBE if row_length(group[0], group[1][:1]) <= longest] or PROBE[1:2]
+    groups = [group for group in PROBE if row_length(group[0], group[1][:1]) <= policy.safe_length] or PROBE[1:2]
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 
@@ -116,14 +114,14 @@ def _log_probs_alone(policy: Policy, prompt: list[int], response: list[int]) -> 
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-WINDOW = re.compile(r"(window|attention_chunk)(_size)?$")  # names of options that limit how far attention sees
+WINDOW_OPTION = re.compile(r"(window|attention_chunk)(_size)?$")  # names of options that limit how far attention sees
 
 
 def has_window(config: PretrainedConfig) -> bool:
     """Whether attention sees a part of a row only: the one mask of shared prompts would widen a window, or, where the
     model counts positions along the row, hide the prompt. It may be narrower or wider than the probe could show."""
     text = config.get_text_config()
-    windows = [value for name, value in vars(text).items() if WINDOW.search(name) and value]
+    windows = [value for name, value in vars(text).items() if WINDOW_OPTION.search(name) and value]
     return bool(windows) or bool(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +114,11 @@ class Policy:
             one["original_max_position_embeddings"] for one in of_layers if one.get("rope_type") == "longrope"
         ]
         return min(boundaries, default=None)
+
+    @cached_property
+    def safe_length(self) -> float:
+        """The longest row, in tokens, that any model of the family computes alike: within context and boundary."""
+        return min((limit for limit in (self.context, self.rotary_boundary) if limit), default=math.inf)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:

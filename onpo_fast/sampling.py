@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from transformers.generation import TopPLogitsWarper
 
 from .config import Config
 from .data import Group, Messages, Response
-from .errors import UserError, one_line
+from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
 from .model_checks import computing
 from .policy import TOLERANCE, Policy, pad_token, score
-from .tracking import console
+from .tracking import say, say_once
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
 Job = TypeVar("Job")
@@ -45,11 +45,9 @@ class TruncationWarning:
     def __call__(self, what: str, policy: Policy, groups: Sequence[Group], max_new_tokens: int) -> None:
         if not self.said and all_truncated(groups):
             self.said = True
-            console.print(
-                one_line(
-                    f"warning: every response of {what} was cut off at {max_new_tokens} tokens: "
-                    f"{policy.truncation_remedy(max_new_tokens)}"
-                )
+            say(
+                f"warning: every response of {what} was cut off at {max_new_tokens} tokens: "
+                f"{policy.truncation_remedy(max_new_tokens)}"
             )
 
 
@@ -90,8 +88,6 @@ def make_sampler(policy: Policy, config: Config) -> Sampler:
 
 class TransformersSampler:
     """Batched generation with a KV cache on the policy's own device."""
-
-    told: ClassVar[set[str]] = set()  # families that a user has been told about
 
     def __init__(
         self, policy: Policy, *, max_new_tokens: int, temperature: float, top_p: float, batch_size: int
@@ -157,24 +153,22 @@ class TransformersSampler:
                     f"a model of the family {family} cannot be trained with this version of transformers: the "
                     f"log-probs it generates with and those it is scored by differ by up to {alone:.2g} nats a token"
                 )
-        if family not in self.told:
-            self.told.add(family)
-            console.print(
-                f"a model of the family {family} gives log-probs that are up to {padded:.2g} nats a token off where "
-                f"prompts are in one batch: {done}"
-            )
+        say_once(
+            ("sampler", family),
+            f"a model of the family {family} gives log-probs that are up to {padded:.2g} nats a token off where "
+            f"prompts are in one batch: {done}",
+        )
 
     @torch.no_grad()
     def _difference(self) -> float:
         """How far sampled and scored log-probs of a few responses are apart, in nats over the root of their tokens."""
         policy = self.policy
-        limits = [limit for limit in (policy.context, policy.rotary_boundary) if limit]
         size = len(policy.head["weight"])
         prompts = [
             [(7 * i + 3 * length) % size for i in range(length)]
             for length in PROBE_LENGTHS
             for _ in range(2)
-            if length + PROBE_TOKENS <= min(limits, default=math.inf)
+            if length + PROBE_TOKENS <= policy.safe_length
         ]
         if not prompts:
             return 0.0

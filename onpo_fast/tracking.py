@@ -61,6 +61,16 @@ def say(message: str) -> None:
     console.print(one_line(message))
 
 
+said: set[object] = set()  # what a user need not be told again
+
+
+def say_once(about: object, message: str) -> None:
+    """``say``, the first time in a process that something is said about this."""
+    if about not in said:
+        said.add(about)
+        say(message)
+
+
 @contextmanager
 def progress(description: str, total: int, stoppable: bool = True) -> Iterator[Callable[[int], None]]:
     """One line with a bar and the time left; yields a function that is told how much was done.

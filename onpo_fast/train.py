@@ -201,6 +201,7 @@ class Run:
         inputs = {"model": model, "oracle": oracle, "prompts": prompts, "rendering": {"sha256": rendering}}
         self._check_inputs(inputs, force)
         self.made_by = ({name: value for name, value in asdict(config).items() if name != "out"}, model)
+        self.oracle_files = oracle
         self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
         self.journal.begin({"options": asdict(config), **inputs})
@@ -506,7 +507,9 @@ class Run:
                 return result
         self.journal.forget(name, responses)  # also of a run that was shorter then
         self.tracker.begin(name, keep=_stopped)
-        return evaluate(self.directory, self.config, self.tracker, self.journal, self.truncation)
+        return evaluate(
+            self.directory, self.config, self.tracker, self.journal, self.truncation, self.oracle_files
+        )  # fmt: skip
 
     # Shared by the stages -------------------------------------------------------------------------------------------
 

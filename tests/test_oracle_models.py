@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from bench.drill import prepare, small_run
 from bench.zoo import FAMILIES, build
-from onpo_fast import oracles
+from onpo_fast import oracles, tracking
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.conversations import Prompt
@@ -205,7 +205,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
 def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """The answers in batches and those to each question alone; and what was said."""
     alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1))
-    oracle.told.clear()
+    tracking.said.clear()
     capsys.readouterr()
     answers = oracle.many(GROUPS)
     said = capsys.readouterr().out

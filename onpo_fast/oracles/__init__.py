@@ -9,15 +9,13 @@ what each one asks.
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 from ..config import Config
 from ..conversations import tools_of
@@ -47,8 +45,6 @@ __all__ = [
 NAMES = ("population", "pair-model", "reward-model", "judge")
 PROBE_TEXTS = ("Yes, I think so.", "No.")  # responses that differ, also in length
 MOST_KINDS = 8  # of conversations that an oracle is tried on
-INSTALLED = ("site-packages", "dist-packages")  # folders that pip puts packages into
-NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # a newer Python is no other oracle
 
 
 def load(name: str, config: Config | None = None, directory: Path | None = None) -> Oracle:
@@ -132,7 +128,7 @@ def kind_of(prompt: Messages) -> frozenset[str]:
 
 
 def length(prompt: Messages) -> int:
-    """Characters of a conversation as JSON."""
+    """Characters of a conversation as JSON, in which every turn counts, as its tokens do in a template."""
     return len(json.dumps(prompt))
 
 
@@ -144,13 +140,15 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
     Args:
         checksum: of a file, given its resolved path.
     """
+    from ..fingerprint import function_fingerprint  # with transformers, which takes seconds
+
     members = _members(oracle, name)
     files: dict[str, str] = {}
     for number, (member, judging) in enumerate(members, 1):
         kind = member.partition("=")[0]
         suffix = f" of {kind}" if len(members) == 1 else f" of member {number}, {kind}"
         if kind not in NAMES:
-            found = _sources(kind, judging, checksum)
+            found = function_fingerprint(kind, judging, checksum)
         else:
             found = judging.fingerprint(checksum) if hasattr(judging, "fingerprint") else {}
         files |= {f"{file}{suffix}": value for file, value in found.items()}
@@ -162,69 +160,6 @@ def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
     if isinstance(oracle, Panel):
         return [(member, one) for _, member, one in oracle.members]
     return [(terms(name)[0][1], oracle)]
-
-
-def _sources(name: str, oracle: Oracle, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """The Python files of a user's oracle: its module's, its function's or class's, and what these import."""
-    defined = inspect.unwrap(oracle) if inspect.isroutine(oracle) else type(oracle)
-    files: dict[str, Path] = {}
-    for module in {name.partition(":")[0], defined.__module__ or ""}:
-        package = module.partition(".")[0]
-        if package in NO_ORACLES:
-            continue
-        folders = getattr(sys.modules.get(package), "__path__", None)
-        if folders is not None:
-            own = [(Path(folder).absolute().parent, set(Path(folder).absolute().rglob("*.py"))) for folder in folders]
-        else:
-            file = _file(sys.modules.get(module))
-            own = [(file.parent, {file})] if file else []
-        for folder, paths in own:
-            if folder.name not in INSTALLED:
-                paths |= _imported_from(folder, paths)
-            files |= {str(path.relative_to(folder)): path for path in paths}
-    return {place: checksum(path.resolve()) for place, path in sorted(files.items())}
-
-
-def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
-    """The files of a folder that these files of it import, and those that have been imported.
-
-    The former are read from the sources, as an import inside a function need not have happened yet. The latter, which
-    may be in a folder of the folder too, may have been imported under a name that was made while the program ran.
-    """
-    found, unread = set(files), list(files)
-    while unread:
-        for name in set(_imported_names(unread.pop())).difference(NO_ORACLES):
-            package = folder / name
-            paths = package.rglob("*.py") if (package / "__init__.py").is_file() else [folder / f"{name}.py"]
-            new = {path for path in paths if path.is_file()} - found
-            found |= new
-            unread += new
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in ("__main__", *NO_ORACLES) and (path := _file(module)):
-            above = name.count(".") + (path.name == "__init__.py")  # folders between it and where Python looked for it
-            looked_in = path.parents[above] if above < len(path.parents) else path
-            if folder in (looked_in, looked_in.parent) and looked_in.name not in INSTALLED:
-                found.add(path)
-    return found
-
-
-def _imported_names(file: Path) -> Iterator[str]:
-    """The modules and packages that a Python file imports by an absolute name, without what follows a dot."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return  # nobody can import it
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
-
-
-def _file(module: ModuleType | None) -> Path | None:
-    """The Python file of a module; None where there is none."""
-    path = getattr(module, "__file__", None)
-    return Path(path).absolute() if isinstance(path, str) and Path(path).is_file() else None
 
 
 def _one(name: str, config: Config, directory: Path | None) -> Oracle:

@@ -11,24 +11,26 @@ import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
 from ..device import device_of
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..fingerprint import model_fingerprint
-from ..loading import loading_errors, locate, without_cudnn_attention
-from ..tracking import console
+from ..loading import check_shapes, loading_errors, locate, without_cudnn_attention
+from ..tracking import say_once
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
 VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|regression_head)\.")  # of TRL, OpenRLHF and others
-PROBE_TEXTS = ("Which of these is it?", "It is the second one, which is longer by about a dozen words, is it not?")
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # that answers may differ by, relative to 1 or the largest
+PADDED_TEXTS = ("Which of these is it?", "It is the second one, which is longer by about a dozen words, is it not?")
+PADDING_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.06,
+}  # that answers may differ by, relative to 1 or the largest
 OTHER_MODELS = "other models can be asked in a function of your own, --oracle module:function"
 Slot = TypeVar("Slot", bound=Hashable)
 
@@ -41,7 +43,6 @@ class ModelOracle(BatchOracle):
     auto_class: Any  # the transformers class that loads it
     configurations: Container[type]  # of the models that it loads
     wanted: str  # what such a model is, in words
-    told: ClassVar[set[tuple[str, str]]] = set()  # kinds and models that a user has been told about
 
     def __init__(self, source: str | None, config: Config) -> None:
         if not source:
@@ -108,12 +109,7 @@ class ModelOracle(BatchOracle):
                 + (f", and has {', '.join(instead[:3])}" if instead else "")
                 + f"; a {self.kind} is {self.wanted}"
             )
-        if mismatched := sorted(report["mismatched_keys"], key=str):
-            name, there, wanted = mismatched[0]
-            raise UserError(
-                f"the weights of {self.source} do not fit its config.json: {name} is {tuple(there)} where it says "
-                f"{tuple(wanted)}"
-            )
+        check_shapes(report, self.source)
 
     def check_value_head(self, weights: Iterable[str]) -> None:
         """Refuses a reward model of reinforcement learning, whose score no class of transformers reads."""
@@ -192,23 +188,21 @@ class ModelOracle(BatchOracle):
             try:
                 with in_float32(self.loaded()):
                     difference = self._difference_by_padding(ask)
-                allowed = ROUNDING[torch.float32]
+                allowed = PADDING_TOLERANCE[torch.float32]
             except (UserError, RuntimeError, ValueError):  # too little memory, or kernels and weights of other types
-                difference, allowed = self._difference_by_padding(ask), ROUNDING[torch.bfloat16]
+                difference, allowed = self._difference_by_padding(ask), PADDING_TOLERANCE[torch.bfloat16]
             self.pads = difference <= allowed
-            if not self.pads and (self.kind, self.source) not in self.told:
-                self.told.add((self.kind, self.source))
-                console.print(
-                    one_line(
-                        f"the {self.kind} {self.source} ({self.loaded().config.model_type}) gives other answers to a "
-                        f"batch of questions than to each alone, by up to {difference:.2g}: it is asked one at a time"
-                    )
+            if not self.pads:
+                say_once(
+                    (self.kind, self.source),
+                    f"the {self.kind} {self.source} ({self.loaded().config.model_type}) gives other answers to a batch "
+                    f"of questions than to each alone, by up to {difference:.2g}: it is asked one at a time",
                 )
         return self.pads
 
     def _difference_by_padding(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> float:
         """How far two answers in a batch are from those to each question alone, relative to 1 or the largest."""
-        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS]
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PADDED_TEXTS]
         alone = torch.cat([self._asked(ask, [row]) for row in rows]).double()
         return float((self._asked(ask, rows).double() - alone).abs().max() / alone.abs().max().clamp(min=1))
 
@@ -245,12 +239,3 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for one, dtype in zip(tensors, dtypes):
             one.data = one.data.to(dtype)
-
-
-def weight_names(source: str) -> list[str]:
-    """The names of all weights in a directory; none for a model that is still on the hub."""
-    names: list[str] = []
-    for path in sorted(Path(source).glob("*.safetensors")):
-        with loading_errors("the model", source), safe_open(path, "pt") as file:
-            names += file.keys()
-    return names

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -22,8 +23,9 @@ from transformers import (
 from ..config import Config
 from ..conversations import Messages, plain_turns
 from ..errors import UserError
+from ..loading import tensor_names
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
-from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle, weight_names
+from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle
 
 OTHER_ROLES = {"developer": "system", "tools": "user", "tool": "user"}  # what a reward model may not know
 
@@ -83,7 +85,8 @@ class RewardModel(ModelOracle):
 
     def check_config(self, config: PretrainedConfig) -> None:
         super().check_config(config)
-        self.check_value_head(weight_names(self.source))
+        if Path(self.source).is_dir():  # one that is still on the hub is looked at when it is loaded
+            self.check_value_head(tensor_names(self.source))
         if config.num_labels == 1:
             return
         for name in config.architectures or []:
