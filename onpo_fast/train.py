@@ -92,30 +92,30 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
     With ``resume`` it goes on with the run that is there, to the end that it would have had, bit for bit where the
     device computes the same bits twice (a CPU with as many threads does). ``force``: also from another model.
     """
-    run = Run(config, resume, force)
-    policy = auxiliary = run.initial  # π_1 = π′_1
-    objective = config.make_objective()
+    with Run(config, resume, force) as run:
+        policy = auxiliary = run.initial  # π_1 = π′_1
+        objective = config.make_objective()
 
-    for t in range(1, config.iterations + 1):
-        groups = run.sample(t, policy)  # y_1 … y_K ~ π_t
-        preferences = run.judge(t, groups)  # P(y_i ≻ y_j)
-        pairs = run.pair(t, groups, preferences)  # D_t
-        if objective.optimistic:
-            anchor = run.anchor(t, objective, auxiliary, groups)
-            start = auxiliary if config.fit_start == "anchor" else policy
-            auxiliary = run.fit(t, "auxiliary", start, groups, pairs, anchor, objective)  # π′_{t+1}
-            start = auxiliary if config.fit_start == "anchor" else policy
-            if config.second_fit == "chained":
+        for t in range(1, config.iterations + 1):
+            groups = run.sample(t, policy)  # y_1 … y_K ~ π_t
+            preferences = run.judge(t, groups)  # P(y_i ≻ y_j)
+            pairs = run.pair(t, groups, preferences)  # D_t
+            if objective.optimistic:
                 anchor = run.anchor(t, objective, auxiliary, groups)
-                policy = run.fit(t, "policy", start, groups, pairs, anchor, objective)  # π_{t+1}
+                start = auxiliary if config.fit_start == "anchor" else policy
+                auxiliary = run.fit(t, "auxiliary", start, groups, pairs, anchor, objective)  # π′_{t+1}
+                start = auxiliary if config.fit_start == "anchor" else policy
+                if config.second_fit == "chained":
+                    anchor = run.anchor(t, objective, auxiliary, groups)
+                    policy = run.fit(t, "policy", start, groups, pairs, anchor, objective)  # π_{t+1}
+                else:
+                    policy = run.fit(t, "policy", start, groups, pairs, anchor, doubled(objective))
             else:
-                policy = run.fit(t, "policy", start, groups, pairs, anchor, doubled(objective))
-        else:
-            anchor = run.anchor(t, objective, policy, groups)
-            policy = run.fit(t, "policy", policy, groups, pairs, anchor, objective)
-        run.end_iteration(t)
+                anchor = run.anchor(t, objective, policy, groups)
+                policy = run.fit(t, "policy", policy, groups, pairs, anchor, objective)
+            run.end_iteration(t)
 
-    return run.finish()
+        return run.finish()
 
 
 def doubled(objective: Objective) -> Objective:
@@ -154,6 +154,12 @@ class Run:
         self.numbers: dict[str, float | None] = {}  # of the iteration so far, for its summary
         self.truncation = TruncationWarning()
         self._say_what_starts(policy, held_out, skipped)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
 
     def _read_prompts(self, skipped: Skipped | None) -> tuple[list[Messages], list[Messages], str]:
         """The prompts to train on, those held out, and a SHA-256 of the tokens of all: templates may write the date.
