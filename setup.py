@@ -17,14 +17,18 @@ setup(
     # The link onpo_fast/kernels serves a checkout and an editable install; package_dir serves wheels.
     packages=[
         "onpo_fast",
+        "onpo_fast.config",
         "onpo_fast.games",
         "onpo_fast.integrations",
         "onpo_fast.kernels",
+        "onpo_fast.models",
         "onpo_fast.oracles",
         "onpo_fast.prompts",
+        "onpo_fast.reports",
+        "onpo_fast.run",
     ],
     package_dir={"onpo_fast.kernels": "kernels"},
-    package_data={"onpo_fast": ["*.jinja", "games/*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
+    package_data={"onpo_fast": ["games/*.jinja", "reports/*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -21,8 +21,18 @@ from importlib import import_module
 
 # each a module with ``arguments(parser)`` and ``main(options)``
 COMMANDS = (
-    "kernels", "compile", "checks", "sweep", "survey", "plots", "summary", "drill", "families", "training", "inputs",
-)  # fmt: skip
+    "kernels",
+    "compile",
+    "checks",
+    "sweep",
+    "survey",
+    "plots",
+    "summary",
+    "drill",
+    "families",
+    "training",
+    "inputs",
+)
 
 
 def main(argv: list[str]) -> int | None:
@@ -31,9 +41,10 @@ def main(argv: list[str]) -> int | None:
         return 2
     module = import_module(f"bench.{argv[0]}")  # a command's packages are needed by nobody else
     parser = argparse.ArgumentParser(
-        prog=f"python -m bench {argv[0]}", description=module.__doc__,
+        prog=f"python -m bench {argv[0]}",
+        description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     module.arguments(parser)
     return module.main(parser.parse_args(argv[1:]))
 

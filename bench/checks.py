@@ -34,8 +34,13 @@ SHAPES = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], metavar="SHAPE",
-                        help=f"of {', '.join(shape.name for shape in SHAPES)}")  # fmt: skip
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=[shape.name for shape in SHAPES],
+        metavar="SHAPE",
+        help=f"of {', '.join(shape.name for shape in SHAPES)}",
+    )
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, once: for a sanitizer")
 
 
@@ -133,8 +138,11 @@ def faults_of(method: Method, task: Task, problem: Problem, exact: errors.Exact,
 
 def differences(a: Result, b: Result) -> list[str]:
     """The parts that are not the same, bit for bit. Two NaNs are not the same."""
-    return [name for name in Result._fields if getattr(a, name) is not None
-            and not torch.equal(getattr(a, name), getattr(b, name))]  # fmt: skip
+    return [
+        name
+        for name in Result._fields
+        if getattr(a, name) is not None and not torch.equal(getattr(a, name), getattr(b, name))
+    ]
 
 
 def _poisoned(method: Method, task: Task, problem: Problem) -> Result:

@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels import fused, sampled_tokens
 from onpo_fast.kernels.groups import Layout
 from onpo_fast.kernels.head import Head
@@ -196,21 +196,25 @@ def launch_small(dtype: torch.dtype) -> None:
 
 def _launch(
     dtype: torch.dtype, vocabulary: int, features: int, length: int, bias: bool = False, **options: float
-) -> None:  # fmt: skip
+) -> None:
     """Every mode of the loss, and per-token log-probs with their gradients, of 8 responses in pairs."""
     responses = 8
     rows = length * responses
     hidden, reference = (torch.zeros(rows, features, dtype=dtype) for _ in range(2))
-    head = Head(torch.zeros(vocabulary, features, dtype=dtype), torch.zeros(vocabulary, dtype=dtype) if bias else None,
-                **options)  # fmt: skip
+    head = Head(
+        torch.zeros(vocabulary, features, dtype=dtype),
+        torch.zeros(vocabulary, dtype=dtype) if bias else None,
+        **options,
+    )
     targets = torch.zeros(rows, dtype=torch.int64)
     layout = Layout.of(torch.arange(responses + 1) * length, torch.arange(responses).view(-1, 2))
     ones = torch.ones(responses // 2, dtype=torch.float64)
     everything = (True, True, bias)
     for mode, workspace in (("fast", 2**40), ("fast", _workspace_for_chunks(layout, head.weight)), ("lean", None)):
         for leaves in {(dtype,) * 3, (torch.float32,) * 3}:
-            fused.PairLoss(hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything, leaves,
-                           mode, workspace).run()  # fmt: skip
+            fused.PairLoss(
+                hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything, leaves, mode, workspace
+            ).run()
     logps = fused.token_logps(hidden, head, targets)
     fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
 
@@ -227,7 +231,7 @@ LAUNCHES = {"default": launch_everything, "variants": launch_variants, "small": 
 
 def compile_everything(
     architecture: int, dtypes: Sequence[torch.dtype] = DTYPES, launches: Sequence[str] = ("default",)
-) -> list[Compiled]:  # fmt: skip
+) -> list[Compiled]:
     """The kernels of these ``LAUNCHES`` for one architecture."""
     found = {}
     for dtype in dtypes:
@@ -254,13 +258,19 @@ def _examine(kernel: JITFunction, architecture: int, arguments: dict, compiled, 
     if name in COUNTED and (instructions := listing.epilogue()) is not None:
         epilogue = instructions * 32 * warps / (constants["ROWS"] * constants["COLUMNS"])
     return Compiled(
-        kernel=name, architecture=architecture,
+        kernel=name,
+        architecture=architecture,
         options={"dtype": str(dtype).removeprefix("torch."), **constants},
-        warps=warps, stages=compiled.metadata.num_stages,
-        registers=counts["REG"], stack=counts["STACK"], shared=compiled.metadata.shared,
-        matrix_instructions=listing.matrix_instructions, spills_in_a_product=listing.spills_in_a_product(),
-        serialised=compiled.metadata.num_stages > 1 and listing.serialised(), epilogue=epilogue,
-    )  # fmt: skip
+        warps=warps,
+        stages=compiled.metadata.num_stages,
+        registers=counts["REG"],
+        stack=counts["STACK"],
+        shared=compiled.metadata.shared,
+        matrix_instructions=listing.matrix_instructions,
+        spills_in_a_product=listing.spills_in_a_product(),
+        serialised=compiled.metadata.num_stages > 1 and listing.serialised(),
+        epilogue=epilogue,
+    )
 
 
 def _dump(option: str, file: str) -> str:
@@ -275,16 +285,21 @@ def _dump(option: str, file: str) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_MEMORY),
+        "--architectures",
+        type=int,
+        nargs="+",
+        default=ARCHITECTURES,
+        choices=sorted(SHARED_MEMORY),
         help="compute capabilities without the point, such as 90",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--quick", action="store_true", help="leave out the tiles of small problems, and the variants of the benchmark"
     )
     parser.add_argument(
-        "--record", action="store_true",
+        "--record",
+        action="store_true",
         help=f"write the instruction counts of these architectures to {INSTRUCTIONS.name}; not with --quick",
-    )  # fmt: skip
+    )
 
 
 def _launches(architecture: int, quick: bool) -> tuple[str, ...]:
@@ -296,12 +311,24 @@ def main(options: argparse.Namespace) -> int:
     """Prints the table; the exit status is 1 if a kernel has a fault."""
     if options.record and options.quick:
         raise SystemExit("--record takes everything: leave out --quick")
-    table = Table("kernel", "sm", "options", "tile", "warps×stages", "registers", "stack", "shared", "matrix",
-                  "instructions\nan element", "fault")  # fmt: skip
+    table = Table(
+        "kernel",
+        "sm",
+        "options",
+        "tile",
+        "warps×stages",
+        "registers",
+        "stack",
+        "shared",
+        "matrix",
+        "instructions\nan element",
+        "fault",
+    )
     jobs = [
         (architecture, (dtype,), _launches(architecture, options.quick))
-        for architecture in options.architectures for dtype in DTYPES
-    ]  # fmt: skip
+        for architecture in options.architectures
+        for dtype in DTYPES
+    ]
     counted: dict[str, dict[str, float]] = {}
     faults = number = 0
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -309,10 +336,18 @@ def main(options: argparse.Namespace) -> int:
             for c in found:
                 kernel, _, flags = c.name.partition(" ")
                 table.add_row(
-                    kernel, str(architecture), flags, c.tile, f"{c.warps}×{c.stages}", str(c.registers), str(c.stack),
-                    f"{c.shared >> 10} of {SHARED_MEMORY[architecture] >> 10} KiB", " ".join(c.matrix_instructions),
-                    "" if c.epilogue is None else f"{c.epilogue:.2f}", (c.broken if options.record else c.fault) or "",
-                )  # fmt: skip
+                    kernel,
+                    str(architecture),
+                    flags,
+                    c.tile,
+                    f"{c.warps}×{c.stages}",
+                    str(c.registers),
+                    str(c.stack),
+                    f"{c.shared >> 10} of {SHARED_MEMORY[architecture] >> 10} KiB",
+                    " ".join(c.matrix_instructions),
+                    "" if c.epilogue is None else f"{c.epilogue:.2f}",
+                    (c.broken if options.record else c.fault) or "",
+                )
                 number, faults = number + 1, faults + bool(c.broken if options.record else c.fault)
                 if c.epilogue is not None and architecture in COUNTED_ON:
                     of_architecture = counted.setdefault(str(architecture), {})

@@ -35,20 +35,35 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
-from onpo_fast.checkpoint import Checkpoints, Journal, Parts, checksum
 from onpo_fast.config import Config
 from onpo_fast.errors import command
-from onpo_fast.loading import locate
-from onpo_fast.tracking import console
+from onpo_fast.files import checksum
+from onpo_fast.models.loading import locate
+from onpo_fast.run.fit_states import Checkpoints
+from onpo_fast.run.journal import Journal
+from onpo_fast.run.parts import Parts
+from onpo_fast.run.tracking import console
 
 SMALL = {
-    "prompts_per_iteration": 3, "responses_per_prompt": 3, "max_new_tokens": 6, "eval_samples": 1, "batch_pairs": 3,
-    "iterations": 2, "checkpoint_steps": 1, "learning_rate": 1e-3, "eval_fraction": 0.4, "sampling_batch_size": 3,
+    "prompts_per_iteration": 3,
+    "responses_per_prompt": 3,
+    "max_new_tokens": 6,
+    "eval_samples": 1,
+    "batch_pairs": 3,
+    "iterations": 2,
+    "checkpoint_steps": 1,
+    "learning_rate": 1e-3,
+    "eval_fraction": 0.4,
+    "sampling_batch_size": 3,
     "tokens_per_microbatch": 1024,
-}  # fmt: skip
+}
 COUNTED = (  # a question that was under way at a kill is asked again
-    "requests", "answered", "cached", "prompt_tokens", "completion_tokens",
-)  # fmt: skip
+    "requests",
+    "answered",
+    "cached",
+    "prompt_tokens",
+    "completion_tokens",
+)
 TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
 
@@ -76,10 +91,17 @@ def prepare(work: Path, tokenizer: str) -> None:
     taken = AutoTokenizer.from_pretrained(**locate(tokenizer))
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(taken), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=taken.bos_token_id, eos_token_id=taken.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(taken),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=taken.bos_token_id,
+        eos_token_id=taken.eos_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(work / "model")
     taken.save_pretrained(work / "model")
     prompts = "".join(json.dumps({"prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(10))
@@ -326,10 +348,13 @@ def judge_server() -> Iterator[str]:
             share = hashlib.sha256(json.dumps(json.loads(question)["messages"]).encode()).digest()[0]
             message = {"role": "assistant", "content": "AB"[share % 2]}
             reply = {
-                "id": "x", "object": "chat.completion", "created": 0, "model": "hash",
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "hash",
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-            }  # fmt: skip
+            }
             content = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")

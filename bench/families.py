@@ -39,9 +39,9 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response, read_groups
 from onpo_fast.errors import UserError, one_line
 from onpo_fast.fit import fit, plan
-from onpo_fast.loading import load
+from onpo_fast.models.loading import load
+from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
-from onpo_fast.policy import Policy, score
 from onpo_fast.sampling import make_sampler
 from onpo_fast.sources import quiet
 from onpo_fast.train import train
@@ -86,8 +86,12 @@ class Row:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=FAMILIES, help="these families of bench/zoo.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table to this page (default: "
-                        "docs/models.md, or nowhere with --only)")  # fmt: skip
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="write the table to this page (default: docs/models.md, or nowhere with --only)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at a time (default: one a core)")
 
 
@@ -174,9 +178,15 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
         UserError: if the family is refused.
     """
     config = Config(
-        model=str(source), device="cpu", max_new_tokens=max(map(max, LENGTHS)), sampling_batch_size=6,
-        tokens_per_microbatch=TOKENS, batch_pairs=len(PAIRS), max_grad_norm=1e9, warmup_ratio=0.0,
-    )  # fmt: skip
+        model=str(source),
+        device="cpu",
+        max_new_tokens=max(map(max, LENGTHS)),
+        sampling_batch_size=6,
+        tokens_per_microbatch=TOKENS,
+        batch_pairs=len(PAIRS),
+        max_grad_norm=1e9,
+        warmup_ratio=0.0,
+    )
     policy = load(source, config)
     row.layout = policy.layout
     if not family.causal:
@@ -280,12 +290,22 @@ def real_run(source: Path, work: Path) -> list[Group]:
     out = work / "run"
     train(
         Config(
-            model=str(source), device="cpu", prompts=str(prompts), eval_prompts=str(held_out), out=str(out),
-            iterations=1, prompts_per_iteration=len(CONVERSATIONS), responses_per_prompt=2, eval_samples=1,
-            max_new_tokens=max(map(max, LENGTHS)), sampling_batch_size=6, tokens_per_microbatch=TOKENS,
-            batch_pairs=len(PAIRS), report_to="none",
+            model=str(source),
+            device="cpu",
+            prompts=str(prompts),
+            eval_prompts=str(held_out),
+            out=str(out),
+            iterations=1,
+            prompts_per_iteration=len(CONVERSATIONS),
+            responses_per_prompt=2,
+            eval_samples=1,
+            max_new_tokens=max(map(max, LENGTHS)),
+            sampling_batch_size=6,
+            tokens_per_microbatch=TOKENS,
+            batch_pairs=len(PAIRS),
+            report_to="none",
         )
-    )  # fmt: skip
+    )
     return list(read_groups(out / "iteration_01" / "responses.jsonl"))
 
 
@@ -327,9 +347,7 @@ def row_logps(model: PreTrainedModel, prompt: list[int], response: list[int]) ->
 @torch.no_grad()
 def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[Tensor]:
     """Summed log-probs: a (K,) float64 tensor a group, nats."""
-    return [
-        torch.stack([row_logps(model, group.prompt_tokens, r.tokens) for r in group.responses]) for group in groups
-    ]
+    return [torch.stack([row_logps(model, group.prompt_tokens, r.tokens) for r in group.responses]) for group in groups]
 
 
 def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -361,8 +379,9 @@ def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
     A model with pictures may be trained without the modules around its language model, under shorter names.
     """
-    ours, theirs = ({name.replace("language_model.", ""): g.double() for name, g in one.items()}
-                    for one in (ours, theirs))  # fmt: skip
+    ours, theirs = (
+        {name.replace("language_model.", ""): g.double() for name, g in one.items()} for one in (ours, theirs)
+    )
     square = 0.0
     for name in ours.keys() | theirs.keys():
         square += float((ours.get(name, 0.0) - theirs.get(name, torch.zeros(()))).square().sum())
@@ -379,8 +398,10 @@ def compare_files(family: Family, source: Path, saved: Path) -> Iterator[str]:
         before = {name.removesuffix("_blocks"): None for name in before if not name.endswith(("_scales", "_scale_inv"))}
     if before.keys() != after.keys():
         lost, more = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-        yield (f"of {len(before)} tensors {len(lost)} are not saved{f' (as {lost[0]})' if lost else ''}, and "
-               f"{len(more)} are new{f' (as {more[0]})' if more else ''}")  # fmt: skip
+        yield (
+            f"of {len(before)} tensors {len(lost)} are not saved{f' (as {lost[0]})' if lost else ''}, and "
+            f"{len(more)} are new{f' (as {more[0]})' if more else ''}"
+        )
     for name, tensor in after.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             yield f"{name} is saved in {str(tensor.dtype).removeprefix('torch.')}"
@@ -417,11 +438,16 @@ def summary(rows: Sequence[Row]) -> str:
 
 def make_page(rows: Sequence[Row]) -> str:
     """docs/models.md."""
-    lines = [PREFACE.format(
-        summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
-    )]  # fmt: skip
-    lines += ["", "| family | what is special | layout | log-probs | gradient | sampled | saved | result |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        PREFACE.format(
+            summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
+        )
+    ]
+    lines += [
+        "",
+        "| family | what is special | layout | log-probs | gradient | sampled | saved | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     told = [row for row in rows if row.verdict != "absent"]
 
     def said(word: str) -> dict[str, str]:
@@ -481,5 +507,7 @@ def versions() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
     commit = (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
-    return (f"onpo_fast {onpo_fast.__version__} (commit {commit}), transformers {transformers.__version__}, "
-            f"torch {torch.__version__}, Python {platform.python_version()}.")  # fmt: skip
+    return (
+        f"onpo_fast {onpo_fast.__version__} (commit {commit}), transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}."
+    )

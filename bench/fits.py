@@ -27,10 +27,10 @@ from onpo_fast import fit as fitting
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.fit import fit, plan
-from onpo_fast.loading import apply_liger, without_cudnn_attention
 from onpo_fast.loss import PairLossOutput, choose_backend
+from onpo_fast.models.loading import apply_liger, without_cudnn_attention
+from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Objective, Onpo
-from onpo_fast.policy import Policy, score
 
 from .kernels import surroundings
 from .memory import Gauge
@@ -61,19 +61,31 @@ class Shape:
 SHAPES = {
     "llama3-8b": Shape(
         {
-            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
         },
-        prompt=64, response=1024,
+        prompt=64,
+        response=1024,
     ),
     "tiny": Shape(
         {
-            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
         },
-        prompt=8, response=16,
+        prompt=8,
+        response=16,
     ),
-}  # fmt: skip
+}
 
 LOSSES = ("triton", "torch", "materialised")
 
@@ -82,9 +94,7 @@ PARAMETER_BYTES = {"weights": 2, "gradients": 2, "moments": 4}
 USABLE = 0.97  # of the free memory: some is lost between blocks
 
 
-def large(
-    loss: str, shape: str, pairs: int, steps: int, device: str, layers: int | None = None
-) -> dict[str, Any]:  # fmt: skip
+def large(loss: str, shape: str, pairs: int, steps: int, device: str, layers: int | None = None) -> dict[str, Any]:
     """A fit of ``steps`` steps after a first one, of ``pairs`` pairs each in one micro-batch: seconds and bytes.
 
     ``layers``: of the model; by default all, or as many as the memory is expected to hold.
@@ -95,9 +105,12 @@ def large(
     layers = layers or _layers_that_fit(form, where)
     count = form.parameters(layers)
     row: dict[str, Any] = {
-        "environment": surroundings(where), "layers": layers, "of_layers": form.layers, "parameters": count,
+        "environment": surroundings(where),
+        "layers": layers,
+        "of_layers": form.layers,
+        "parameters": count,
         "expected_bytes": {part: size * count for part, size in PARAMETER_BYTES.items()},
-    }  # fmt: skip
+    }
     gauge = Gauge(where)
     before, marks = gauge.held(), Marks(gauge)
     try:
@@ -109,16 +122,21 @@ def large(
     held, peak, rest = marks.held, marks.peak, marks.held["rest"]
     return row | {
         "status": "measured",
-        "attention": policy.model.config._attn_implementation, "layout": policy.layout,
+        "attention": policy.model.config._attn_implementation,
+        "layout": policy.layout,
         "seconds": Spread.of(laps)._asdict(),
-        "pairs_per_second": pairs / Spread.of(laps).median, "loss_last": last,
+        "pairs_per_second": pairs / Spread.of(laps).median,
+        "loss_last": last,
         "bytes": {
-            "weights": weights, "gradients": held["backward"] - rest, "moments": rest - before - weights,
-            "kept by the forward pass": held["forward"] - rest, "loss": peak["loss"] - held["forward"],
+            "weights": weights,
+            "gradients": held["backward"] - rest,
+            "moments": rest - before - weights,
+            "kept by the forward pass": held["forward"] - rest,
+            "loss": peak["loss"] - held["forward"],
             "in the optimizer's step": peak["optimizer"] - held["backward"],
         },
         "peak_bytes": {phase: peak[phase] - before for phase in Marks.PHASES},
-    }  # fmt: skip
+    }
 
 
 def _absent(backend: str, device: torch.device) -> str | None:
@@ -145,9 +163,10 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
     without_cudnn_attention()
     with device:
         model = AutoModelForCausalLM.from_config(
-            shape.config(layers), dtype=torch.bfloat16,
+            shape.config(layers),
+            dtype=torch.bfloat16,
             attn_implementation="flash_attention_2" if flash else "sdpa",
-        )  # fmt: skip
+        )
     # renamed in transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -158,15 +177,17 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
 
 def _measured_fit(
     policy: Policy, shape: Shape, pairs: int, steps: int, loss: str, marks: Marks
-) -> tuple[list[float], float | None]:  # fmt: skip
+) -> tuple[list[float], float | None]:
     """Seconds of each step after the first, which compiles and makes the moments; the last normalised loss."""
     groups = _random_groups(shape, pairs)
     tokens = 2 * pairs * (shape.prompt + shape.response)  # more than all that there are
     config = Config(
-        batch_pairs=pairs, tokens_per_microbatch=tokens, gradient_checkpointing=True,
+        batch_pairs=pairs,
+        tokens_per_microbatch=tokens,
+        gradient_checkpointing=True,
         learning_rate=5e-7,  # the paper's; most updates are below a spacing of bf16: it is the work that is measured
         loss_backend="torch" if loss == "materialised" else loss,
-    )  # fmt: skip
+    )
     draw = torch.Generator().manual_seed(1)
     anchor = [own + torch.randn(2, generator=draw) for own in score(policy, groups, tokens)]
     batches = plan([Pair(g, 0, 1, 1.0) for g in range(pairs)], steps + 1, pairs, [0])

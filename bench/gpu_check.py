@@ -105,9 +105,10 @@ def read_tests(output: str, folder: Path) -> dict[str, Any]:
     counts = {kind: sum(found == kind for found in outcomes.values()) for kind in ("passed", "failed", "skipped")}
     began = [match[1] for match in TEST_BEGAN.finditer(TEST_OUTCOME.sub("", output))]
     return {
-        **counts, "failures": [name for name, found in outcomes.items() if found == "failed"],
+        **counts,
+        "failures": [name for name, found in outcomes.items() if found == "failed"],
         "unfinished": [name for name in dict.fromkeys(began) if name not in outcomes],
-    }  # fmt: skip
+    }
 
 
 def read_checks(output: str, folder: Path) -> dict[str, Any]:
@@ -199,11 +200,20 @@ def preparation(at: Setting) -> list[tuple[Step, ...]]:
     command = [sys.executable, "-m", "bench.wheels", "install", str(at.wheels), str(at.site)]
     survey = bench("survey", "--out", "{out}", "--device", "cpu" if at.dry else "cuda")
     return [
-        (Step("install", 10, 40, "measured on an H200: 0 s where no wheel is missing; 10 s for 34 is an estimate",
-              [command], read_last_lines, some_lines, scales=at.dry),),
-        (Step("survey", 6, 40, "measured on an H200: 6 s",
-              [survey], read_json, products_were_tried, scales=at.dry),),
-    ]  # fmt: skip
+        (
+            Step(
+                "install",
+                10,
+                40,
+                "measured on an H200: 0 s where no wheel is missing; 10 s for 34 is an estimate",
+                [command],
+                read_last_lines,
+                some_lines,
+                scales=at.dry,
+            ),
+        ),
+        (Step("survey", 6, 40, "measured on an H200: 6 s", [survey], read_json, products_were_tried, scales=at.dry),),
+    ]
 
 
 def run_tests(at: Setting, *files: str, pick: str = "") -> Callable[[], list[list[str]]]:
@@ -213,9 +223,18 @@ def run_tests(at: Setting, *files: str, pick: str = "") -> Callable[[], list[lis
 
 def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list[str]]:
     # conftest.py of tests/ wants the real model: it is left out, that of the kernels' tests is not
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider",
-              f"--confcutdir={TESTS / 'triton_kernels'}", "-o", f"pythonpath={TESTS}",
-              *(["-k", pick] if pick else [])]  # fmt: skip
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        f"--confcutdir={TESTS / 'triton_kernels'}",
+        "-o",
+        f"pythonpath={TESTS}",
+        *(["-k", pick] if pick else []),
+    ]
     pytest = [*(INTERPRETED if at.dry else []), *pytest]
     paths = [str(TESTS / file) for file in files]
     PathFinder.invalidate_caches()
@@ -226,10 +245,16 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
 
 
 # the properties first: each of their examples has kernels of its own to compile
-KERNEL_TESTS = tuple(f"triton_kernels/test_{name}.py" for name in (
-    "properties", "pair_loss", "token_logprobs", "sampled_tokens",
-))  # fmt: skip
-GPU_TESTS = ("triton_kernels/test_on_gpu.py", "test_fit_device.py")
+KERNEL_TESTS = tuple(
+    f"triton_kernels/test_{name}.py"
+    for name in (
+        "properties",
+        "pair_loss",
+        "token_logprobs",
+        "sampled_tokens",
+    )
+)
+GPU_TESTS = ("triton_kernels/test_on_gpu.py", "gpu/test_fit_device.py")
 
 
 def part_1(at: Setting) -> list[tuple[Step, ...]]:
@@ -238,8 +263,23 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
             at, "triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs"
         )
         checks = [bench("checks", "--device", "cpu", "--tiny")]
-        compiled = [[*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--compile", "--workers", "1",
-                                          "--lines", "light, 3 GiB")]]  # fmt: skip
+        compiled = [
+            [
+                *INTERPRETED,
+                *bench(
+                    "sweep",
+                    "--device",
+                    "cpu",
+                    "--shape",
+                    TINY,
+                    "--compile",
+                    "--workers",
+                    "1",
+                    "--lines",
+                    "light, 3 GiB",
+                ),
+            ]
+        ]
     else:
         tests = run_tests(at, *KERNEL_TESTS)
         checks = [bench("checks", "--shapes", *shapes) for shapes in CHECK_SHAPES]
@@ -247,24 +287,74 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
     return [
         *preparation(at),
         (
-            Step("kernel tests", 74, 150, "measured on an H200: 74 s, 304 tests and 10 of the GPU tests, 8 processes",
-                 tests, read_tests, tests_pass),
+            Step(
+                "kernel tests",
+                74,
+                150,
+                "measured on an H200: 74 s, 304 tests and 10 of the GPU tests, 8 processes",
+                tests,
+                read_tests,
+                tests_pass,
+            ),
             Step("checks", 35, 150, "measured on an H200: 35 s", checks, read_checks, checks_pass),
-            Step("compile", 80, 150,
-                 "measured on an H200: 41 s, 19 variants in 4 processes; 35 s more for the small head is an estimate",
-                 compiled, read_last_lines, some_lines),
+            Step(
+                "compile",
+                80,
+                150,
+                "measured on an H200: 41 s, 19 variants in 4 processes; 35 s more for the small head is an estimate",
+                compiled,
+                read_last_lines,
+                some_lines,
+            ),
         ),
-        (Step("GPU tests", 40, 80, "measured on an H200: 40 s, 28 tests in 8 processes",
-              run_tests(at, *GPU_TESTS), read_tests, tests_pass),),
-    ]  # fmt: skip
+        (
+            Step(
+                "GPU tests",
+                40,
+                80,
+                "measured on an H200: 40 s, 28 tests in 8 processes",
+                run_tests(at, *GPU_TESTS),
+                read_tests,
+                tests_pass,
+            ),
+        ),
+    ]
 
 
 def part_2(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
-        headline = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "PyTorch",
-                         "--block", "0.05", "--out", "{out}", "--budget", "{budget}")  # fmt: skip
-        sweep = [*INTERPRETED, *bench("sweep", "--device", "cpu", "--shape", TINY, "--lines", "masked, 3 GiB",
-                                      "light, 3 GiB", "persistent, 3 GiB", "--block", "0.05")]  # fmt: skip
+        headline = bench(
+            "kernels",
+            "--device",
+            "cpu",
+            "--shapes",
+            TINY,
+            "--methods",
+            "onpo_fast torch",
+            "PyTorch",
+            "--block",
+            "0.05",
+            "--out",
+            "{out}",
+            "--budget",
+            "{budget}",
+        )
+        sweep = [
+            *INTERPRETED,
+            *bench(
+                "sweep",
+                "--device",
+                "cpu",
+                "--shape",
+                TINY,
+                "--lines",
+                "masked, 3 GiB",
+                "light, 3 GiB",
+                "persistent, 3 GiB",
+                "--block",
+                "0.05",
+            ),
+        ]
         fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
     else:
         headline = bench("kernels", "--shapes", TARGET, "--block", "0.35", "--out", "{out}", "--budget", "{budget}")
@@ -273,39 +363,96 @@ def part_2(at: Setting) -> list[tuple[Step, ...]]:
     method, loss = ("onpo_fast torch", "torch") if at.dry else ("onpo_fast fast", "triton")
     return [
         *preparation(at),
-        (Step("headline", 120, 220,
-              "measured on an H200: 93 s, and 25 s more with the two peers that need CUTLASS",
-              [headline], read_json, ours_measured(method), resumes=True),),
-        (Step("sweep", 95, 140,
-              "measured on an H200: 55 s at one shape; 40 s for the small head and float64 is an estimate",
-              [[*sweep, "--out", "{out}", "--budget", "{budget}"]], read_json, epilogues_measured, resumes=True),),
-        (Step("fit", 57, 120, "measured on an H200: 57 s, 2 losses",
-              [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
-              read_json, fit_measured(loss)),),
-    ]  # fmt: skip
+        (
+            Step(
+                "headline",
+                120,
+                220,
+                "measured on an H200: 93 s, and 25 s more with the two peers that need CUTLASS",
+                [headline],
+                read_json,
+                ours_measured(method),
+                resumes=True,
+            ),
+        ),
+        (
+            Step(
+                "sweep",
+                95,
+                140,
+                "measured on an H200: 55 s at one shape; 40 s for the small head and float64 is an estimate",
+                [[*sweep, "--out", "{out}", "--budget", "{budget}"]],
+                read_json,
+                epilogues_measured,
+                resumes=True,
+            ),
+        ),
+        (
+            Step(
+                "fit",
+                57,
+                120,
+                "measured on an H200: 57 s, 2 losses",
+                [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
+                read_json,
+                fit_measured(loss),
+            ),
+        ),
+    ]
 
 
 def part_3(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
-        states = bench("kernels", "--device", "cpu", "--shapes", TINY, "--methods", "onpo_fast torch", "materialised",
-                       "--block", "0.05")  # fmt: skip
+        states = bench(
+            "kernels",
+            "--device",
+            "cpu",
+            "--shapes",
+            TINY,
+            "--methods",
+            "onpo_fast torch",
+            "materialised",
+            "--block",
+            "0.05",
+        )
         trainer = ["--device", "cpu", "--tiny"]
     else:
-        states = bench("kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL",
-                       "--block", "0.25")  # fmt: skip
+        states = bench(
+            "kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL", "--block", "0.25"
+        )
         if (inputs := at.wheels / "smollm2.npz").is_file():
             states += ["--inputs", str(inputs.resolve())]
-        trainer = ["--device", "cuda", "--train=--iterations 3 --prompts_per_iteration 128 --max_new_tokens 64 "
-                   "--batch_pairs 128"]  # fmt: skip
+        trainer = [
+            "--device",
+            "cuda",
+            "--train=--iterations 3 --prompts_per_iteration 128 --max_new_tokens 64 --batch_pairs 128",
+        ]
     return [
         *preparation(at),
-        (Step("trainer", 135, 180, "measured on an H200: 132 s, when it was cut as it ended",
-              [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
-              read_json, run_has_rates),),
-        (Step("states", 67, 100, "measured on an H200: 67 s, with the model on the CPU",
-              [[*states, "--out", "{out}", "--budget", "{budget}"]], read_json,
-              ours_measured("onpo_fast torch" if at.dry else "onpo_fast fast"), resumes=True),),
-    ]  # fmt: skip
+        (
+            Step(
+                "trainer",
+                135,
+                180,
+                "measured on an H200: 132 s, when it was cut as it ended",
+                [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
+                read_json,
+                run_has_rates,
+            ),
+        ),
+        (
+            Step(
+                "states",
+                67,
+                100,
+                "measured on an H200: 67 s, with the model on the CPU",
+                [[*states, "--out", "{out}", "--budget", "{budget}"]],
+                read_json,
+                ours_measured("onpo_fast torch" if at.dry else "onpo_fast fast"),
+                resumes=True,
+            ),
+        ),
+    ]
 
 
 def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
@@ -314,11 +461,20 @@ def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
     return [
         *preparation(at),
         *(
-            (Step(tool, 125, 200, "one tiny shape once: import 10 s, 30 kernels of 1 s, launches 50 times slower",
-                  [[*command, tool, *bench("checks", "--tiny")]], read_reports, no_reports),)
+            (
+                Step(
+                    tool,
+                    125,
+                    200,
+                    "one tiny shape once: import 10 s, 30 kernels of 1 s, launches 50 times slower",
+                    [[*command, tool, *bench("checks", "--tiny")]],
+                    read_reports,
+                    no_reports,
+                ),
+            )
             for tool in ("memcheck", "racecheck")
         ),
-    ]  # fmt: skip
+    ]
 
 
 def read_reports(output: str, folder: Path) -> dict[str, Any]:
@@ -337,14 +493,20 @@ def no_reports(found: Any) -> str | None:
 
 
 PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {
-    "1": part_1, "2": part_2, "3": part_3, "sanitizer": part_sanitizer,
-}  # fmt: skip
+    "1": part_1,
+    "2": part_2,
+    "3": part_3,
+    "sanitizer": part_sanitizer,
+}
 
 
 def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
     """The plan of a part as a table. Steps that run side by side count once."""
-    rows = [[("+ " if i else "") + step.name, f"{step.seconds:.0f}", f"{step.most:.0f}", step.assumption]
-            for group in groups for i, step in enumerate(group)]  # fmt: skip
+    rows = [
+        [("+ " if i else "") + step.name, f"{step.seconds:.0f}", f"{step.most:.0f}", step.assumption]
+        for group in groups
+        for i, step in enumerate(group)
+    ]
     total = sum(map(planned, groups)) + CLOSING
     rows += [
         ["closing", f"{CLOSING:.0f}", "", "summary"],
@@ -412,8 +574,13 @@ def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
     groups, limit = PARTS[part](at), LIMITS[part]
     seconds = limit * (DRY_SCALE if at.dry else 1.0) if options.minutes is None else 60 * options.minutes
     fixed = fixed_seconds(groups)
-    data = {"part": part, "command": " ".join(["bench.gpu_check", *sys.argv[1:]]), "commit": commit(),
-            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "dry_run": at.dry}  # fmt: skip
+    data = {
+        "part": part,
+        "command": " ".join(["bench.gpu_check", *sys.argv[1:]]),
+        "commit": commit(),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "dry_run": at.dry,
+    }
     runner = Runner(options.out.resolve() / name, seconds, data, at.site)
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it

@@ -35,8 +35,9 @@ def save(path: Path, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     """In bfloat16, compressed: (N, H), (V, H), (N,). High bytes apart from low ones: they alone have a pattern."""
     planes = {
         f"{name}_{part}": x.bfloat16().view(torch.uint8)[:, byte::2].numpy()
-        for name, x in (("hidden", hidden), ("weight", weight)) for byte, part in enumerate(("low", "high"))
-    }  # fmt: skip
+        for name, x in (("hidden", hidden), ("weight", weight))
+        for byte, part in enumerate(("low", "high"))
+    }
     with open(path, "wb") as file:  # given a name, numpy would add to it
         np.savez_compressed(file, targets=targets.numpy(), **planes)
 
@@ -57,8 +58,10 @@ def text_inputs(
     with np.load(file) as stored:
         hidden, weight = (
             torch.from_numpy(np.stack([stored[f"{name}_low"], stored[f"{name}_high"]], axis=-1))
-            .flatten(1).view(torch.bfloat16) for name in ("hidden", "weight")
-        )  # fmt: skip
+            .flatten(1)
+            .view(torch.bfloat16)
+            for name in ("hidden", "weight")
+        )
         targets = torch.from_numpy(stored["targets"])
     if len(hidden) < rows:
         raise Unavailable(f"{file} has {len(hidden)} tokens, {rows} are needed")
@@ -72,7 +75,7 @@ def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         from onpo_fast.config import Config
         from onpo_fast.data import split_prompts
         from onpo_fast.errors import UserError
-        from onpo_fast.loading import SMOLLM2, load
+        from onpo_fast.models.loading import SMOLLM2, load
     except ImportError as error:
         raise Unavailable(f"the real model needs a package that is not here: {error}") from None
     try:

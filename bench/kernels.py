@@ -25,8 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from onpo_fast.checkpoint import atomic_write_text
-from onpo_fast.tracking import environment
+from onpo_fast.files import atomic_write_text
+from onpo_fast.run.tracking import environment
 
 from . import errors, plots
 from .inputs import Unavailable
@@ -211,9 +211,14 @@ class Bench:
         row["peak_extra_bytes"] = peak_bytes(method, task, problem) - row["gradient_bytes"]
 
     def timed(
-        self, method: Method, task: Task, problem: Problem, samples: list[list[float]], row: dict[str, Any],
+        self,
+        method: Method,
+        task: Task,
+        problem: Problem,
+        samples: list[list[float]],
+        row: dict[str, Any],
         record: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Adds a block of calls to the samples; the row's figures are over all of them."""
         samples += self.clock.block(lambda mark: run(method, task, problem, mark), *self.block)
         forward, backward = ([laps[i] for laps in samples] for i in (0, 1))
@@ -287,8 +292,15 @@ class Report:
     def open(cls, path: Path, device: torch.device, resume: bool) -> Report:
         if resume and path.is_file():
             return cls(path, json.loads(path.read_text(encoding="utf-8")))
-        return cls(path, {"command": " ".join(["python -m bench", *sys.argv[1:]]), "environment": surroundings(device),
-                          "shapes": [], "verdicts": []})  # fmt: skip
+        return cls(
+            path,
+            {
+                "command": " ".join(["python -m bench", *sys.argv[1:]]),
+                "environment": surroundings(device),
+                "shapes": [],
+                "verdicts": [],
+            },
+        )
 
     def shape(self, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         """The record of a shape: what it has already, or an empty one."""
@@ -296,11 +308,19 @@ class Report:
             if record["shape"] == shape.name:
                 return record
         record = {
-            "shape": shape.name, "model": shape.model, "inputs": "text" if shape.text else "random",
-            "dtype": str(dtype).removeprefix("torch."), "tokens": shape.rows, "groups": shape.groups,
-            "responses": shape.responses, "response_tokens": shape.tokens, "features": shape.features,
-            "vocabulary": shape.vocabulary, "gemm_flops": shape.gemm_flops, "rows": [],
-        }  # fmt: skip
+            "shape": shape.name,
+            "model": shape.model,
+            "inputs": "text" if shape.text else "random",
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": shape.rows,
+            "groups": shape.groups,
+            "responses": shape.responses,
+            "response_tokens": shape.tokens,
+            "features": shape.features,
+            "vocabulary": shape.vocabulary,
+            "gemm_flops": shape.gemm_flops,
+            "rows": [],
+        }
         self.data["shapes"].append(record)
         return record
 
@@ -348,23 +368,40 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
-            "cuda": torch.version.cuda, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
-        }  # fmt: skip
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
     return found
 
 
 def shape_table(record: dict[str, Any]) -> Table:
     floor = record.get("floor_seconds")
     bare = "" if floor is None else "; bare products, ms: " + ", ".join(f"{n} {s * 1e3:.4g}" for n, s in floor.items())
-    title = (f"{record['shape']}: {record['tokens']} tokens, H {record['features']}, V {record['vocabulary']}, "
-             f"{record['dtype']}, {record['inputs']} inputs{bare}")  # fmt: skip
+    title = (
+        f"{record['shape']}: {record['tokens']} tokens, H {record['features']}, V {record['vocabulary']}, "
+        f"{record['dtype']}, {record['inputs']} inputs{bare}"
+    )
     if record.get("no_errors"):
         title += f"; no errors: {record['no_errors']}"
     table = Table(
-        "", "task", "ms", "± iqr", "forward", "backward", "× floor", "TFLOP/s", "extra MB", "nats", "dX", "dW",
-        title=title, title_justify="left", title_style="bold",
-    )  # fmt: skip
+        "",
+        "task",
+        "ms",
+        "± iqr",
+        "forward",
+        "backward",
+        "× floor",
+        "TFLOP/s",
+        "extra MB",
+        "nats",
+        "dX",
+        "dW",
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     for row in record["rows"]:
         if row["status"] == "absent":
             continue
@@ -373,12 +410,15 @@ def shape_table(record: dict[str, Any]) -> Table:
             continue
         seconds, error = row["seconds"], row.get("error", {})
         table.add_row(
-            row["method"], row["task"], *(f"{1e3 * seconds['both'][k]:.4g}" for k in ("median", "iqr")),
+            row["method"],
+            row["task"],
+            *(f"{1e3 * seconds['both'][k]:.4g}" for k in ("median", "iqr")),
             *(f"{1e3 * seconds[phase]['median']:.4g}" for phase in ("forward", "backward")),
-            f"{row['over_floor']:.2f}" if "over_floor" in row else "", f"{row['tflops_per_second']:.3g}",
+            f"{row['over_floor']:.2f}" if "over_floor" in row else "",
+            f"{row['tflops_per_second']:.3g}",
             f"{row['peak_extra_bytes'] / 1e6:.0f}",
             *(f"{error[k]:.1e}" if k in error else "" for k in ERRORS),
-        )  # fmt: skip
+        )
     return table
 
 

@@ -218,9 +218,12 @@ def liger_dpo(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> O
     # its default, but a CPU has no use for compiled chunks
     loss = LigerFusedLinearDPOLoss(beta=DPO.beta, compiled=hidden.is_cuda)
     value, (chosen, rejected, *_) = loss(
-        weight, stacked(hidden), stacked(problem.targets),
-        ref_input=stacked(problem.ref_hidden), ref_weight=problem.ref_weight,
-    )  # fmt: skip
+        weight,
+        stacked(hidden),
+        stacked(problem.targets),
+        ref_input=stacked(problem.ref_hidden),
+        ref_weight=problem.ref_weight,
+    )
     by_pair = torch.cat([chosen, rejected]).detach().double()
     logps = by_pair.new_zeros(len(problem.cu_seqlens) - 1)
     logps[order] = by_pair
@@ -283,14 +286,17 @@ COMPILED = Method("torch.compile of it", from_token_logps(compiled))
 TRL = Method("TRL", from_token_logps(trl), absent=needs("trl.kernels", "trl.trainer.utils"))
 LIGER_DPO = Method("Liger FusedLinearDPO", liger_dpo, (FULL,), needs("liger_kernel.chunked_loss"), DPO)
 LIGER_HOPPER = Method(
-    "Liger Hopper CE", from_token_logps(liger_hopper),
-    absent=needs("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", gpu=True, bfloat16=True,
-                 capability=(9, 0)),
-)  # fmt: skip
+    "Liger Hopper CE",
+    from_token_logps(liger_hopper),
+    absent=needs(
+        "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", gpu=True, bfloat16=True, capability=(9, 0)
+    ),
+)
 CCE = Method("CCE", from_token_logps(cce), absent=needs("cut_cross_entropy", gpu=True, bfloat16=True))
 CCE_EXACT = Method("CCE exact", from_token_logps(cce_exact), absent=CCE.absent)
-LINEAR_CE = Method("F.linear_cross_entropy", from_token_logps(torch_linear_cross_entropy),
-                   absent=_no_linear_cross_entropy)  # fmt: skip
+LINEAR_CE = Method(
+    "F.linear_cross_entropy", from_token_logps(torch_linear_cross_entropy), absent=_no_linear_cross_entropy
+)
 QUACK = Method("QuACK", quack, (SCORING,), needs("quack.linear_cross_entropy", gpu=True, bfloat16=True))
 
 OURS = (FAST, LEAN, TORCH)

@@ -20,10 +20,15 @@ from .verdicts import Measured
 
 # a method keeps its colour and marker in every panel; ours are the filled ones
 STYLES = {
-    method.name: {"color": f"C{i % 10}", "marker": "oDs"[i] if i < 3 else "v^<>xP*dph"[i - 3], "linewidth": 1.2,
-                  "markersize": 5, "markerfacecolor": f"C{i % 10}" if i < 3 else "none"}
+    method.name: {
+        "color": f"C{i % 10}",
+        "marker": "oDs"[i] if i < 3 else "v^<>xP*dph"[i - 3],
+        "linewidth": 1.2,
+        "markersize": 5,
+        "markerfacecolor": f"C{i % 10}" if i < 3 else "none",
+    }
     for i, method in enumerate(METHODS)
-}  # fmt: skip
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +100,13 @@ def against_tokens(axes: Axes, sweep: list[dict[str, Any]], label: str, value) -
 def against_time(axes: Axes, record: dict[str, Any]) -> None:
     for row in measured(record):
         if error := row.get("error"):
-            axes.plot(row["seconds"]["both"]["median"], error["logps_nats_max"], linestyle="",
-                      label=row["method"], **{**STYLES[row["method"]], "markersize": 8})  # fmt: skip
+            axes.plot(
+                row["seconds"]["both"]["median"],
+                error["logps_nats_max"],
+                linestyle="",
+                label=row["method"],
+                **{**STYLES[row["method"]], "markersize": 8},
+            )
     log_log(axes, "seconds, forward and backward", "log-prob error, nats per 1000 tokens")
 
 

@@ -60,8 +60,9 @@ class Shape:
     def pairs(self) -> Tensor:
         """(P, 2) int64: every pair of every group, the earlier response the winner."""
         within = list(combinations(range(self.responses), 2))
-        return torch.tensor([(g + w, g + x) for g in range(0, self.groups * self.responses, self.responses)
-                             for w, x in within])  # fmt: skip
+        return torch.tensor(
+            [(g + w, g + x) for g in range(0, self.groups * self.responses, self.responses) for w, x in within]
+        )
 
 
 TARGET = Shape.of("qwen3-8b", 4, 2, 1024)  # the shape that the targets are about
@@ -107,9 +108,13 @@ class Problem:
 
     @classmethod
     def make(
-        cls, shape: Shape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0,
+        cls,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
         inputs: Path | None = None,
-    ) -> Problem:  # fmt: skip
+    ) -> Problem:
         """Draws in float32 and rounds to ``dtype``. ``inputs``: a file with the inputs of the text shapes.
 
         Raises:

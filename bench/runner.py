@@ -147,9 +147,16 @@ class Process:
         self.log(f"\n$ {' '.join(self.arguments)}\n")
         try:
             self.child = subprocess.Popen(
-                self.arguments, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-            )  # fmt: skip
+                self.arguments,
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         except OSError as error:  # there is no such command
             self.output.add(f"{error}\n")
             self.status = 127
@@ -214,11 +221,16 @@ class Runner:
         self.stopped: int | None = None  # by this signal
         paths = [str(site or ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "150",
-        }  # fmt: skip
-        self.watcher = subprocess.Popen([sys.executable, "-S", "-c", WATCHER], stdin=subprocess.PIPE, text=True,
-                                        bufsize=1, start_new_session=True)  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "COLUMNS": "150",
+        }
+        self.watcher = subprocess.Popen(
+            [sys.executable, "-S", "-c", WATCHER], stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
 
     def stop(self, number: int, frame: object = None) -> None:
         """A signal handler. It raises nothing, so that however many signals come, the processes are ended once and the
@@ -352,9 +364,14 @@ class Runner:
 
     def _note(self, step: Step, outcome: str, seconds: float) -> None:
         self.data["steps"].append(
-            {"name": step.name, "planned": step.seconds, "most": step.most, "seconds": round(seconds, 1),
-             "outcome": outcome}
-        )  # fmt: skip
+            {
+                "name": step.name,
+                "planned": step.seconds,
+                "most": step.most,
+                "seconds": round(seconds, 1),
+                "outcome": outcome,
+            }
+        )
         self.save()
         say(f"[{max(self.left(), 0):4.0f} s left] {step.name}: {outcome} ({seconds:.0f} s)")
 

@@ -72,9 +72,10 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
         del sections[name][-1]
         hidden[name] += 1
     return [
-        line for name, section in sections.items()
+        line
+        for name, section in sections.items()
         for line in (*section, *([f"… {hidden[name]} more lines in {path}"] if hidden[name] else []))
-    ]  # fmt: skip
+    ]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -150,11 +151,19 @@ def headline_table(found: dict[str, Any] | None) -> list[str]:
         if row["status"] == "measured" and (row["method"] in OURS or row["method"] not in seen):
             seen.add(row["method"])
             error = row.get("error", {})
-            rows.append([
-                row["method"], row["task"], number(row["seconds"]["both"]["median"], ".4g", 1e3),
-                number(row.get("over_floor"), ".3f"), number(row["peak_extra_bytes"], ".0f", 1e-6),
-                *(number(error.get(key), ".1e") for key in ("logps_nats_max", "hidden_gradient", "weight_gradient")),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    row["method"],
+                    row["task"],
+                    number(row["seconds"]["both"]["median"], ".4g", 1e3),
+                    number(row.get("over_floor"), ".3f"),
+                    number(row["peak_extra_bytes"], ".0f", 1e-6),
+                    *(
+                        number(error.get(key), ".1e")
+                        for key in ("logps_nats_max", "hidden_gradient", "weight_gradient")
+                    ),
+                ]
+            )
     columns = ("method", "task", "ms", "× products", "extra MB", "nats", "dX", "dW")
     return [title, *(table(columns, rows) if rows else [])]
 
@@ -165,8 +174,9 @@ def absent_lines(found: dict[str, Any] | None) -> list[str]:
         return []
     said = [
         f"{row['method']} ({row['status']}{': ' + row['reason'][:60] if row.get('reason') else ''})"
-        for row in found["shapes"][0]["rows"] if row["status"] != "measured"
-    ]  # fmt: skip
+        for row in found["shapes"][0]["rows"]
+        if row["status"] != "measured"
+    ]
     return [f"not measured: {'; '.join(dict.fromkeys(said))}"] if said else []
 
 
@@ -187,12 +197,17 @@ def sweep_table(record: dict[str, Any]) -> list[str]:
     by_time = sorted(record["rows"], key=lambda row: row.get("over_products") or float("inf"))
     ordered = [*by_time[:3], *sorted(by_time[3:], key=lambda row: row["predicted"] is None)]
     rows = [
-        [row["line"], number(row["predicted"], ".2f"), number(row.get("over_products"), ".3f"),
-         number(row["predicted_scoring"], ".2f"), number(row.get("scoring_over_product"), ".3f"),
-         number(row.get("nats"), ".1e"),
-         "" if row["status"] == "measured" else f"{row['status']}: {row.get('reason', '')}"[:70]]
+        [
+            row["line"],
+            number(row["predicted"], ".2f"),
+            number(row.get("over_products"), ".3f"),
+            number(row["predicted_scoring"], ".2f"),
+            number(row.get("scoring_over_product"), ".3f"),
+            number(row.get("nats"), ".1e"),
+            "" if row["status"] == "measured" else f"{row['status']}: {row.get('reason', '')}"[:70],
+        ]
         for row in ordered
-    ]  # fmt: skip
+    ]
     columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "nats", "")
     return [f"variants of the kernels at {record['shape']}", *table(columns, rows)]
 
@@ -206,12 +221,16 @@ def fit_table(fits: list[Row]) -> list[str]:
     for fit in fits:
         size, peaks = fit.get("bytes", {}), fit.get("peak_bytes", {})
         measured = fit["status"] == "measured"
-        rows.append([
-            fit["loss"], f"{fit.get('layers', '-')} of {fit.get('of_layers', '-')}",
-            number(fit.get("pairs_per_second")) if measured else fit["status"],
-            number(fit.get("seconds", {}).get("median")), *(number(size.get(part), ".2f", 1 / GB) for part in parts),
-            number(max(peaks.values(), default=None), ".2f", 1 / GB),
-        ])  # fmt: skip
+        rows.append(
+            [
+                fit["loss"],
+                f"{fit.get('layers', '-')} of {fit.get('of_layers', '-')}",
+                number(fit.get("pairs_per_second")) if measured else fit["status"],
+                number(fit.get("seconds", {}).get("median")),
+                *(number(size.get(part), ".2f", 1 / GB) for part in parts),
+                number(max(peaks.values(), default=None), ".2f", 1 / GB),
+            ]
+        )
     title = f"fit of {fits[0]['shape']} with random bf16 weights, {fits[0]['pairs']} pairs a step; memory in GB"
     columns = ("loss", "layers", "pairs/s", "s a step", "weights", "gradients", "moments", "forward", "loss", "peak")
     return [title, *table(columns, rows)]
@@ -227,9 +246,14 @@ def run_table(runs: list[Row]) -> list[str]:
         seconds, rates, peaks = (run.get(key, {}) for key in ("stage_seconds", "tokens_per_second", "peak_bytes"))
         stages = list(dict.fromkeys([*seconds, *rates]))
         rows = [
-            [stage, number(rates.get(stage), ".4g"), number(seconds.get(stage)),
-             number(peaks.get(stage), ".2f", 1 / GB)] for stage in stages
-        ]  # fmt: skip
+            [
+                stage,
+                number(rates.get(stage), ".4g"),
+                number(seconds.get(stage)),
+                number(peaks.get(stage), ".2f", 1 / GB),
+            ]
+            for stage in stages
+        ]
         text += [f"trainer, {run['options']}{ended}"]
         text += table(("stage", "tokens/s", "seconds", "peak GB"), rows) if rows else []
     return text
@@ -240,8 +264,9 @@ def step_lines(steps: list[Row]) -> list[str]:
     ok = [step for step in steps if step["outcome"] == "ok"]
     rows = [
         [step["name"], f"{step['planned']:.0f}", f"{step['seconds']:.0f}", step["outcome"][:150]]
-        for step in steps if step["outcome"] != "ok"
-    ]  # fmt: skip
+        for step in steps
+        if step["outcome"] != "ok"
+    ]
     total = ", ".join(f"{step['name']} {step['seconds']:.0f} s" for step in ok)
     said = [f"{len(ok)} of {len(steps)} steps ok: {total}"] if ok else []
     return [*(table(("step", "planned s", "s", "outcome"), rows) if rows else []), *said]

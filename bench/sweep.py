@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
-from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels.variants import Variant, using
 
 from .errors import exact_logps, nats_off, product_seconds, relative_error
@@ -89,9 +89,12 @@ class Line:
 
 def epilogue_line(epilogue: str, gib: int) -> Line:
     return Line(
-        Variant(epilogue), gib, predicted(epilogue, gib), predicted_scoring(epilogue) if gib == 3 else None,
+        Variant(epilogue),
+        gib,
+        predicted(epilogue, gib),
+        predicted_scoring(epilogue) if gib == 3 else None,
         scores=gib == 3,
-    )  # fmt: skip
+    )
 
 
 # Small enough for two or three programs a multiprocessor, by shared memory and registers as compiled for sm_90: one
@@ -103,14 +106,16 @@ LINES = (
     epilogue_line("light", 2),
     *(Line(Variant(stages=stages)) for stages in (3, 4)),
     *(Line(Variant("persistent", stages=stages)) for stages in (3, 4)),
-    *(Line(Variant(rows=rows, columns=columns, depth=64, warps=warps, stages=stages))
-      for rows, columns, warps, stages in SHARING),
+    *(
+        Line(Variant(rows=rows, columns=columns, depth=64, warps=warps, stages=stages))
+        for rows, columns, warps, stages in SHARING
+    ),
     *(Line(Variant(rows=rows, columns=columns, depth=64)) for rows, columns in ((128, 256), (256, 128), (128, 128))),
     Line(Variant("persistent", rows=128, columns=128, depth=64, warps=4, stages=3)),
     Line(Variant(rows=128, columns=256, depth=128, stages=2)),
     *(Line(Variant(group=group)) for group in (8, 16, 32)),
     *(Line(Variant("persistent", group=group)) for group in (8, 32)),
-)  # fmt: skip
+)
 
 
 def lines_of(shape: Shape) -> list[Line]:
@@ -124,8 +129,14 @@ def lines_of(shape: Shape) -> list[Line]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[TARGET.name], metavar="SHAPE",
-                        help="as of `bench kernels`; measured one after the other")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        choices=SHAPES,
+        default=[TARGET.name],
+        metavar="SHAPE",
+        help="as of `bench kernels`; measured one after the other",
+    )
     parser.add_argument("--lines", nargs="*", metavar="PART", help="those whose names contain one of these")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
     parser.add_argument("--block", type=float, default=0.3, metavar="SECONDS", help="of timed calls; two a line")
@@ -164,10 +175,18 @@ def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: N
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
     mark()
     out = fused_linear_pair_loss(
-        hidden, weight, problem.targets, problem.cu_seqlens, problem.pairs, objective=ONPO,
-        ref_hidden=problem.ref_hidden, ref_weight=problem.ref_weight, backend="triton", mode="fast",
+        hidden,
+        weight,
+        problem.targets,
+        problem.cu_seqlens,
+        problem.pairs,
+        objective=ONPO,
+        ref_hidden=problem.ref_hidden,
+        ref_weight=problem.ref_weight,
+        backend="triton",
+        mode="fast",
         workspace_bytes=workspace,
-    )  # fmt: skip
+    )
     out.loss.backward()
     mark()
     return hidden.grad, out.logps.detach()
@@ -211,9 +230,14 @@ class Sweep:
             if line.name in done:
                 continue
             row = {
-                "line": line.name, "epilogue": line.variant.epilogue, "variant": asdict(line.variant), "gib": line.gib,
-                "predicted": line.predicted, "predicted_scoring": line.predicted_scoring, "status": DID_NOT_RETURN,
-            }  # fmt: skip
+                "line": line.name,
+                "epilogue": line.variant.epilogue,
+                "variant": asdict(line.variant),
+                "gib": line.gib,
+                "predicted": line.predicted,
+                "predicted_scoring": line.predicted_scoring,
+                "status": DID_NOT_RETURN,
+            }
             self.record["rows"].append(row)
             self.save()
             if time.monotonic() >= self.deadline:

@@ -17,9 +17,11 @@ ROUNDS = 5
 PHASES = {"forward": [Step.forward], "backward": [Step.backward], "both": [Step.forward, Step.backward]}
 CASES = [
     pytest.param(method, task, phase, id=f"{method.name}-{task.name}-{phase}")
-    for task in TASKS for method in METHODS for phase in (PHASES if task.trains else ["forward"])
+    for task in TASKS
+    for method in METHODS
+    for phase in (PHASES if task.trains else ["forward"])
     if task in method.tasks and (task is method.tasks[0] or method in OURS)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

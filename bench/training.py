@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from onpo_fast.checkpoint import atomic_write_text
+from onpo_fast.files import atomic_write_text
 
 from . import drill
 from .fits import LOSSES, SHAPES
@@ -75,9 +75,11 @@ class Bench:
         self.end = time.monotonic() + options.budget
         self.path = options.out / "training.json"
         self.data: dict[str, Any] = {
-            "command": " ".join(["python -m bench", *map(shlex.quote, sys.argv[1:])]), "environment": None, "fits": [],
+            "command": " ".join(["python -m bench", *map(shlex.quote, sys.argv[1:])]),
+            "environment": None,
+            "fits": [],
             "runs": [],
-        }  # fmt: skip
+        }
 
     def save(self, row: Row) -> None:
         self.data["environment"] = row.pop("environment", None) or self.data["environment"]
@@ -97,9 +99,14 @@ class Bench:
             return {"status": "skipped", "reason": "no time left"}, ""
         start = time.monotonic()
         child = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env={**environment, **os.environ}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, errors="replace",
-        )  # fmt: skip
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env={**environment, **os.environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         while child.returncode is None:
             if time.monotonic() >= self.end:
                 child.kill()
@@ -119,9 +126,7 @@ class Bench:
     def job(self, **arguments: Any) -> Row:
         """One fit in a process of its own: its result, or how it ended without."""
         # nine tenths of the memory are asked for: what is free must not lie between blocks of fixed sizes
-        row, output = self.process(
-            ["bench.fits", json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True"
-        )
+        row, output = self.process(["bench.fits", json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
         return json.loads(output.splitlines()[-1]) if output else row
 
     def fits(self) -> None:
@@ -148,8 +153,16 @@ class Bench:
             drill.prepare(work, "smollm2")
             tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **drill.SMALL}
             train = " ".join([*(f"--{name} {value}" for name, value in tiny.items()), train])
-        command = ["onpo_fast.train", "--out", str(directory), "--device", self.options.device, "--report_to", "none",
-                   *shlex.split(train)]  # fmt: skip
+        command = [
+            "onpo_fast.train",
+            "--out",
+            str(directory),
+            "--device",
+            self.options.device,
+            "--report_to",
+            "none",
+            *shlex.split(train),
+        ]
         row: Row = {"options": self.options.train or "defaults", "status": DID_NOT_RETURN}
         self.data["runs"].append(row)
 
@@ -187,8 +200,9 @@ def measures(run: Path) -> Row:
             seconds[stage] = record["seconds"]
     found: Row = {
         "tokens_per_second": {stage: statistics.median(values) for stage, values in rates.items()},
-        "peak_bytes": peaks, "stage_seconds": seconds,
-    }  # fmt: skip
+        "peak_bytes": peaks,
+        "stage_seconds": seconds,
+    }
     if (run / "evaluation.json").is_file():
         evaluation = read_json(run / "evaluation.json")
         found |= {"win_rate": evaluation["win_rate"][-1][0], "kl_to_initial": evaluation["kl_to_initial"][-1]}

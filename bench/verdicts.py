@@ -80,23 +80,42 @@ NATS = ("error", "logps_nats_rms")
 
 TARGETS = (
     Target("fast, policy + reference: time over its four bare products", 1.12, lambda m: m.over_floor(FAST, FULL)),
-    Target("fast: time over the fastest peer's", 0.90, lambda m: m.over(FAST, m.best_peer(*SECONDS), *SECONDS),
-           peer=lambda m: m.best_peer(*SECONDS)),
+    Target(
+        "fast: time over the fastest peer's",
+        0.90,
+        lambda m: m.over(FAST, m.best_peer(*SECONDS), *SECONDS),
+        peer=lambda m: m.best_peer(*SECONDS),
+    ),
     Target("fast, in one chunk: memory beyond inputs and gradients", 2.8, _extra_gib(FAST), unit="GiB"),
-    Target("lean, policy + reference: time over five bare products", 1.12,
-           lambda m: m.over_floor(LEAN, FULL, recomputed=1)),
+    Target(
+        "lean, policy + reference: time over five bare products", 1.12, lambda m: m.over_floor(LEAN, FULL, recomputed=1)
+    ),
     Target("lean: memory beyond inputs and gradients", 0.35, _extra_gib(LEAN), unit="GiB"),
     Target("fast, cached reference: time over its three bare products", 1.12, lambda m: m.over_floor(FAST, CACHED)),
     Target("scoring: time over its one bare product", 1.10, lambda m: m.over_floor(FAST, SCORING)),
-    Target("fast: summed log-prob of a 1000-token response against float64", 0.01,
-           lambda m: m.value(FAST, FULL, "error", "logps_nats_max"), unit="nat"),
-    Target("fast: log-prob error over that of the most exact peer", 1.0,
-           lambda m: m.over(FAST, m.best_peer(*NATS), *NATS), peer=lambda m: m.best_peer(*NATS)),
-    Target("fast: error of dX over materialised PyTorch's", 1.5,
-           lambda m: m.over(FAST, MATERIALISED, "error", "hidden_gradient")),
-    Target("fast: error of dW over materialised PyTorch's", 1.5,
-           lambda m: m.over(FAST, MATERIALISED, "error", "weight_gradient")),
-)  # fmt: skip
+    Target(
+        "fast: summed log-prob of a 1000-token response against float64",
+        0.01,
+        lambda m: m.value(FAST, FULL, "error", "logps_nats_max"),
+        unit="nat",
+    ),
+    Target(
+        "fast: log-prob error over that of the most exact peer",
+        1.0,
+        lambda m: m.over(FAST, m.best_peer(*NATS), *NATS),
+        peer=lambda m: m.best_peer(*NATS),
+    ),
+    Target(
+        "fast: error of dX over materialised PyTorch's",
+        1.5,
+        lambda m: m.over(FAST, MATERIALISED, "error", "hidden_gradient"),
+    ),
+    Target(
+        "fast: error of dW over materialised PyTorch's",
+        1.5,
+        lambda m: m.over(FAST, MATERIALISED, "error", "weight_gradient"),
+    ),
+)
 
 
 def verdicts(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -131,8 +131,19 @@ def install(folder: Path, site: Path) -> int:
 def pip_install(wheels: list[Path], site: Path) -> list[str]:
     """Installs wheels; names those that pip refused. pip stops at the first that it cannot use, as one for another
     machine, before it has installed any, and names it: it is called again with the others."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
-           "--disable-pip-version-check", "--target", str(site)]  # fmt: skip
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--disable-pip-version-check",
+        "--target",
+        str(site),
+    ]
     refused: list[str] = []
     while wheels:
         done = subprocess.run([*pip, *map(str, wheels)], stderr=subprocess.PIPE, text=True, check=False)

@@ -149,9 +149,9 @@ def _recompute(
             weight=head.weight[tokens], bias=None if head.bias is None else head.bias[tokens].contiguous()
         )
         e = buffer[:, : len(part.weight)]
-        Pass(
-            hidden, part, targets, sums=False, store=e, target_values=target_values, first_token=start
-        ).exponentials(shift)
+        Pass(hidden, part, targets, sums=False, store=e, target_values=target_values, first_token=start).exponentials(
+            shift
+        )
         if total is not None:
             _add_product(total, e, part.weight)
         if scaled is not None:

@@ -17,9 +17,7 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return double.logits(hidden.double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def response_logps(
-    hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None = None
-) -> Tensor:
+def response_logps(hidden: Tensor, head: Head, targets: Tensor, layout: Layout, workspace: int | None = None) -> Tensor:
     """(N, H), (N,) -> (S,) float64: summed over responses. An empty one sums to 0. Takes all the memory it wants."""
     logps = token_logps(hidden, head, targets)
     sums = [logps[a:b].sum() for a, b in pairwise(layout.edges)]

@@ -88,9 +88,7 @@ def weight_gradient_kernel(
         value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         value = rounded(total, DTYPE, INTERPRET)
-    store_tile(
-        gradient, value, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS
-    )
+    store_tile(gradient, value, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS)
 
 
 def carry_for(gradient: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import read_jsonl, write_jsonl
 from .conversations import Messages, Prompt, check_names, columns_of, read_conversation
 from .errors import UserError
+from .files import read_jsonl, write_jsonl
 from .sources import records
 
 Item = TypeVar("Item")

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from . import config as configuration
 from . import oracles
-from .checkpoint import Journal, Parts, atomic_write_text, checksum, locked, write_jsonl
-from .config import Config
+from .config import Config, JudgeConfig, ModelConfig, OracleConfig
 from .conversations import columns_of
 from .data import (
     Group,
@@ -41,11 +40,15 @@ from .data import (
     write_scores,
 )
 from .errors import CommandParser, UserError, command
-from .fingerprint import changes
-from .loading import load
-from .policy import kl_estimate, score
+from .files import atomic_write_text, checksum, write_jsonl
+from .models.loading import load
+from .models.policy import kl_estimate, score
+from .run.fingerprint import changes
+from .run.journal import Journal
+from .run.lock import locked
+from .run.parts import Parts
+from .run.tracking import Tracker, progress, say
 from .sampling import TruncationWarning, all_truncated, make_sampler
-from .tracking import Tracker, progress, say
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
@@ -86,7 +89,13 @@ def evaluate(
     if len(sources) < 2:
         raise UserError(f"{directory} has no finished iteration to evaluate")
     prompts = read_prompts(directory / HELD_OUT)
-    oracle = oracles.load(config.oracle, config, directory)
+    oracle = oracles.load(
+        config.oracle,
+        config.section(OracleConfig),
+        config.section(JudgeConfig),
+        config.section(ModelConfig),
+        directory,
+    )
     stages = _Stages(directory, config, journal, sources, truncation or TruncationWarning())
     samples = {
         name: stages.sample(name, source, prompts, index) for index, (name, source) in enumerate(sources.items())
@@ -108,9 +117,10 @@ def evaluate(
         "interval": _intervals(wins).tolist(),
         "duality_gap": restricted_gap(wins.mean(0)).tolist(),
         "kl_to_initial": kl,
-        "response_tokens_mean": [float(np.mean([len(r.tokens) for g in s for r in g.responses]))
-                                 for s in samples.values()],
-    }  # fmt: skip
+        "response_tokens_mean": [
+            float(np.mean([len(r.tokens) for g in s for r in g.responses])) for s in samples.values()
+        ],
+    }
     journal.forget_records(RESULT, RESPONSES)
     write_jsonl(directory / RESPONSES, _response_records(samples, prompts, matrices, config))
     atomic_write_text(directory / RESULT, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
@@ -170,9 +180,13 @@ class _Stages:
     """
 
     def __init__(
-        self, directory: Path, config: Config, journal: Journal, sources: dict[str, str | Path],
+        self,
+        directory: Path,
+        config: Config,
+        journal: Journal,
+        sources: dict[str, str | Path],
         truncation: TruncationWarning,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.journal, self.truncation = config, journal, truncation
         self.spent: Counter[str] = Counter()
         options = {name: value for name, value in asdict(config).items() if name != "out"}
@@ -190,10 +204,13 @@ class _Stages:
         sampler = functools.cache(lambda: make_sampler(policy(), config))
         with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, spent = self.parts(f"responses_{index:02d}").make(
-                prompts, Parts.sampling_size(config.sampling_batch_size, count),
+                prompts,
+                Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler()(part, count, [config.seed, 1, index], done, first),
-                write_groups, lambda file, part: read_groups(file, part, count), lambda known: done(known * count),
-            )  # fmt: skip
+                write_groups,
+                lambda file, part: read_groups(file, part, count),
+                lambda known: done(known * count),
+            )
         self.spent.update(spent)
         if sampler.cache_info().currsize:
             self.truncation(f"{name} in the evaluation", policy(), groups, config.max_new_tokens)
@@ -214,17 +231,25 @@ class _Stages:
                     return score(policy(), part, config.tokens_per_microbatch, done)
 
                 scores, spent = self.parts(f"logps_{index:02d}").make(
-                    groups, Parts.judging_size(len(groups)), ask,
-                    write_scores, read_scores, done,
-                )  # fmt: skip
+                    groups,
+                    Parts.judging_size(len(groups)),
+                    ask,
+                    write_scores,
+                    read_scores,
+                    done,
+                )
             kl.append(kl_estimate(groups, scores))
             self.spent.update(spent)
         return kl
 
     def judge(
-        self, samples: dict[str, list[Group]], prompts: Sequence[Messages], oracle: oracles.Oracle,
-        oracle_files: dict[str, str], tracker: Tracker | None,
-    ) -> list[np.ndarray]:  # fmt: skip
+        self,
+        samples: dict[str, list[Group]],
+        prompts: Sequence[Messages],
+        oracle: oracles.Oracle,
+        oracle_files: dict[str, str],
+        tracker: Tracker | None,
+    ) -> list[np.ndarray]:
         """A matrix a prompt over the responses of all policies, policy by policy."""
         joined = [
             Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
@@ -234,10 +259,14 @@ class _Stages:
         with progress("evaluate: judge", len(joined)) as done:
             try:
                 matrices, spent = parts.make(
-                    joined, Parts.judging_size(len(joined)),
+                    joined,
+                    Parts.judging_size(len(joined)),
                     lambda part, first: oracles.judge(oracle, part, self.config.oracle, done, first),
-                    write_preferences, read_preferences, done, lambda: oracles.take_counters(oracle),
-                )  # fmt: skip
+                    write_preferences,
+                    read_preferences,
+                    done,
+                    lambda: oracles.take_counters(oracle),
+                )
             except Exception:
                 if tracker is not None and any((spent := oracles.take_counters(oracle)).values()):
                     tracker.log("evaluate", 0, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
@@ -288,7 +317,13 @@ def check_oracle(directory: Path, config: Config) -> dict[str, str]:
     If it is not the one that the run was judged by, it says so. That is no error: the win rates are those of the oracle
     as it is now, all of one.
     """
-    oracle = oracles.load(config.oracle, config, directory)
+    oracle = oracles.load(
+        config.oracle,
+        config.section(OracleConfig),
+        config.section(JudgeConfig),
+        config.section(ModelConfig),
+        directory,
+    )
     now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
     if changed := changes(Journal(directory).note("oracle") or now, now):
         say(

@@ -19,15 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import config as configuration
-from .checkpoint import Journal, atomic_write_directory, atomic_write_text, read_jsonl
 from .config import Config
 from .data import Messages, of_iterations
 from .errors import CommandParser, UserError, command
 from .evaluate import finished_policies, initial_policy
-from .loading import load
+from .files import atomic_write_directory, atomic_write_text, read_jsonl
+from .models.loading import load
+from .run.journal import Journal
+from .run.tracking import progress, say
 from .sampling import make_sampler
 from .sources import library, records
-from .tracking import progress, say
 
 ASKS = ("trust_remote_code",)  # no oracle is asked: none of its options is needed
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "group")
@@ -159,9 +160,10 @@ def _check_unused(out: Path) -> None:
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        prog="python -m onpo_fast.export", description="Export the pairs or the answers of a run.",
+        prog="python -m onpo_fast.export",
+        description="Export the pairs or the answers of a run.",
         epilog=configuration.TRUST,
-    )  # fmt: skip
+    )
     parser.add_argument("directory", type=Path, help="the run's output directory")
     parser.add_argument("--out", type=Path, help="default: DIR/pairs, or DIR/alpaca_eval_N.json")
     parser.add_argument("--iterations", type=int, nargs="+", metavar="T", help="whose pairs; default all")

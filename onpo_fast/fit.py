@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from . import stopping
-from .checkpoint import NO_STATE, Checkpoints, not_a_state
-from .config import Config
+from .config import FitConfig
 from .data import Group, Pair
-from .device import device_of, to_device
 from .errors import UserError
 from .loss import PairLossOutput, choose_backend, fused_linear_pair_loss
-from .model_checks import probe
+from .models.checks import probe
+from .models.device import device_of, to_device
+from .models.policy import Policy, disagreement, token_group
 from .objectives import Objective
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
-from .policy import Policy, disagreement, token_group
-from .tracking import peak_memory_bytes
+from .run import signals
+from .run.fit_states import NO_STATE, Checkpoints, not_a_state
+from .run.tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
 Batch = dict[int, list[Pair]]  # one optimizer step: its groups, by index, with their pairs
 
 
-def check_backend(config: Config) -> None:
+def check_backend(backend: str, device: str) -> None:
     """Raises ``UserError`` if --loss_backend cannot run on --device."""
     try:
-        choose_backend(config.loss_backend, device_of(config.device), torch.float32)  # bfloat16 runs where this does
+        choose_backend(backend, device_of(device), torch.float32)  # bfloat16 runs where this does
     except ValueError as error:
-        raise UserError(f"--loss_backend {config.loss_backend}: {error}") from None
+        raise UserError(f"--loss_backend {backend}: {error}") from None
 
 
 def plan(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Sequence[int]) -> list[Batch]:
@@ -64,7 +64,7 @@ def fit(
     batches: Sequence[Batch],
     anchor: Anchor,
     objective: Objective,
-    config: Config,
+    config: FitConfig,
     on_step: Callable[[dict[str, float | None]], None],
     checkpoints: Checkpoints | None = None,
     starts_at_anchor: bool = False,
@@ -151,7 +151,7 @@ def fit(
             }
         )
         if step < len(batches):  # after the last one the policy itself is saved
-            stop = stopping.asked()  # once: a signal that comes later stops the next step, with its state saved
+            stop = signals.asked()  # once: a signal that comes later stops the next step, with its state saved
             if checkpoints:
                 checkpoints.record_written()
                 if stop or checkpoints.due(step):
@@ -159,7 +159,7 @@ def fit(
                 if stop:
                     checkpoints.finish()
             if stop:
-                stopping.stop_if_asked()
+                signals.stop_if_asked()
     try:
         probe(policy, "the fitted policy")
     except UserError as error:
@@ -185,7 +185,7 @@ def _weight(batch: Batch) -> float:
     return sum(pair.weight for pairs in batch.values() for pair in pairs)
 
 
-def _microbatches(policy: Policy, groups: Sequence[Group], batch: Batch, config: Config) -> Iterator[Batch]:
+def _microbatches(policy: Policy, groups: Sequence[Group], batch: Batch, config: FitConfig) -> Iterator[Batch]:
     members = list(batch)
     tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
     for chosen in microbatches(tokens, policy.layout, config.tokens_per_microbatch, policy.rotary_boundary):
@@ -251,7 +251,7 @@ class MicroBatch:
 
 
 def _compare(
-    policy: Policy, microbatch: MicroBatch, anchor: Anchor, objective: Objective, config: Config
+    policy: Policy, microbatch: MicroBatch, anchor: Anchor, objective: Objective, config: FitConfig
 ) -> PairLossOutput:
     """The micro-batch through the model and the loss."""
     packed = microbatch.packed
@@ -261,8 +261,10 @@ def _compare(
             with torch.no_grad():
                 head = anchor.head
                 reference = {
-                    "ref_hidden": anchor.hidden_states(packed), "ref_weight": head["weight"], "ref_bias": head["bias"]
-                }  # fmt: skip
+                    "ref_hidden": anchor.hidden_states(packed),
+                    "ref_weight": head["weight"],
+                    "ref_bias": head["bias"],
+                }
         return fused_linear_pair_loss(
             policy.hidden_states(packed),
             targets=packed.targets,

@@ -194,9 +194,18 @@ def fused_linear_pair_loss(
         dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
         with _alone_on(hidden.device):
             result = kernels.PairLoss(
-                *_cast(dtype, hidden, weight, bias, options), targets, layout, objective, anchor, preference,
-                pair_weight, wanted, dtypes, mode, workspace_bytes,
-            ).run()  # fmt: skip
+                *_cast(dtype, hidden, weight, bias, options),
+                targets,
+                layout,
+                objective,
+                anchor,
+                preference,
+                pair_weight,
+                wanted,
+                dtypes,
+                mode,
+                workspace_bytes,
+            ).run()
         anchor = result.ref_logps  # all that a second evaluation needs of it
         return result
 
@@ -367,9 +376,14 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: to
 
 
 def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, temperature: float, prefix: str = "",
-) -> torch.dtype:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    prefix: str = "",
+) -> torch.dtype:
     """The dtype of the products: the tensors' own, or under autocast its dtype, as a linear layer would have it."""
     _expect(f"{prefix}hidden", hidden, (None, None), hidden.device)
     _expect(f"{prefix}weight", weight, (None, hidden.shape[1]), hidden.device)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .device import to_device
+from .models.device import to_device
 
 Layout = Literal["shared", "separate"]
 TokenGroup = tuple[list[int], list[list[int]]]  # prompt tokens, tokens of each response
@@ -92,8 +92,15 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
             lengths.append(len(response))
             cursor = span.stop
     cu_seqlens = torch.tensor(lengths).cumsum(0).int()
-    return Packed(input_ids, position_ids, segment, torch.tensor(rows, dtype=torch.int64),
-                  torch.tensor(targets, dtype=torch.int64), cu_seqlens, layout)  # fmt: skip
+    return Packed(
+        input_ids,
+        position_ids,
+        segment,
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+        cu_seqlens,
+        layout,
+    )
 
 
 def row_length(prompt: list[int], responses: list[list[int]]) -> int:

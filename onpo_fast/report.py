@@ -32,12 +32,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from .checkpoint import MIB, MOST_LINES, MOST_LINES_BYTES, advising, parse_json, read_lines, read_regular
+from .config.cli_errors import read_yaml
 from .data import of_iterations
 from .errors import CommandParser, UserError, command, one_line
-from .options import read_yaml
-from .page import COLOURS, INK, Plot, new_axes, page_style, plot, render
-from .tracking import RECORDS_OF, whole_record
+from .files import MIB, MOST_LINES, MOST_LINES_BYTES, advising, parse_json, read_lines, read_regular
+from .reports.page import COLOURS, INK, Plot, new_axes, page_style, plot, render
+from .run.tracking import RECORDS_OF, whole_record
 
 # What is on a page, so that it stays a few MB whatever the run: the rest is in the run's files
 MOST_PROMPTS = 40  # shown side by side
@@ -399,10 +399,14 @@ def _read_responses(lines: _Lines, policies: list[str]) -> tuple[list[dict[str, 
             policies = policies or list(row["responses"])
             named = {policy: row["responses"].get(policy) for policy in {policies[0], policies[-1]}}
             texts = {policy: _cut(texts[0], name) for policy, texts in named.items() if texts}
-            rows.append({
-                "prompt": _conversation(row["prompt"], name), "responses": texts, "preference": row["preference"],
-                "policies": [policies[0], policies[-1]],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "prompt": _conversation(row["prompt"], name),
+                    "responses": texts,
+                    "preference": row["preference"],
+                    "policies": [policies[0], policies[-1]],
+                }
+            )
     return rows, count
 
 

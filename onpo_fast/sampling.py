@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import TopPLogitsWarper
 
-from .config import Config
+from .config import SamplingConfig
 from .data import Group, Messages, Response
 from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
-from .model_checks import computing
-from .policy import TOLERANCE, Policy, pad_token, score
-from .tracking import say, say_once
+from .models.checks import computing
+from .models.policy import TOLERANCE, Policy, pad_token, score
+from .run.tracking import say, say_once
 
 Progress = Callable[[int], None]  # told the responses done, a batch at a time
 Job = TypeVar("Job")
@@ -69,7 +69,7 @@ class Sampler(Protocol):
     ) -> list[Group]: ...
 
 
-def make_sampler(policy: Policy, config: Config) -> Sampler:
+def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     """The sampler that the configuration asks for.
 
     Raises:

@@ -32,23 +32,8 @@ import torch
 from rich.table import Table
 
 from . import config as configuration
-from . import oracles, stopping
-from .checkpoint import (
-    LOCK,
-    MOST_LINES_BYTES,
-    PARTIAL,
-    Checkpoints,
-    Journal,
-    Parts,
-    atomic_write_text,
-    checksum,
-    is_amount,
-    locked,
-    not_made,
-    parse_json,
-    read_regular,
-)
-from .config import Config
+from . import oracles
+from .config import Config, JudgeConfig, ModelConfig, OracleConfig
 from .data import (
     Group,
     Messages,
@@ -69,15 +54,21 @@ from .data import (
 )
 from .errors import UserError, command, printable
 from .evaluate import HELD_OUT, INITIAL, PARTS, evaluate, summary
-from .fingerprint import changes, model_fingerprint
+from .files import MOST_LINES_BYTES, PARTIAL, atomic_write_text, checksum, is_amount, parse_json, read_regular
 from .fit import check_backend, fit, plan
-from .loading import load, locate
+from .models.loading import load, locate
+from .models.policy import PINNED_DATE, Policy, disagreement, kl_estimate, score
 from .objectives import Objective
 from .pairing import distinct, pair
-from .policy import PINNED_DATE, Policy, disagreement, kl_estimate, score
 from .report import is_evaluation, write_report
+from .run import signals
+from .run.fingerprint import changes, model_fingerprint
+from .run.fit_states import Checkpoints
+from .run.journal import Journal, not_made
+from .run.lock import LOCK, locked
+from .run.parts import Parts
+from .run.tracking import Tracker, check_reporter, console, counted, environment, peak_memory_bytes, progress, say
 from .sampling import TruncationWarning, all_truncated, make_sampler
-from .tracking import Tracker, check_reporter, console, counted, environment, peak_memory_bytes, progress, say
 
 MANY_PROMPTS = 2000  # that to render takes seconds
 
@@ -131,9 +122,15 @@ class Run:
         self.directory = Path(config.out)
         # everything that a typo can break, before anything is written
         _check_directory(self.directory, resume)
-        self.oracle = oracles.load(config.oracle, config, self.directory)
+        self.oracle = oracles.load(
+            config.oracle,
+            config.section(OracleConfig),
+            config.section(JudgeConfig),
+            config.section(ModelConfig),
+            self.directory,
+        )
         check_reporter(config.report_to)
-        check_backend(config)
+        check_backend(config.loss_backend, config.device)
         self.resident: tuple[Source, Policy] | None = None
         self.to_judge = _anything_to_judge(self.directory, config)
         skipped = Skipped() if config.skip_bad_prompts else None
@@ -185,14 +182,19 @@ class Run:
                 return policy.usable(listed, config.max_new_tokens, skipped, rendered)
 
         prompts, held_out = split_prompts(
-            config.prompts, config.eval_prompts, config.eval_fraction, config.seed, config.prompt_column, skipped,
+            config.prompts,
+            config.eval_prompts,
+            config.eval_fraction,
+            config.seed,
+            config.prompt_column,
+            skipped,
             usable,
-        )  # fmt: skip
+        )
         return prompts, held_out, rendered.hexdigest()
 
     def _open_directory(
         self, policy: Policy, held_out: list[Messages], rendering: str, resume: bool, force: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Checks that the run there is this one, and writes what a run has from its first moment on."""
         config = self.config
         _check_directory(self.directory, resume)
@@ -259,7 +261,7 @@ class Run:
 
     def made(self, name: str, keep: Callable[[dict], bool] = lambda record: False) -> bool:
         """Whether this output is there from before. If not, its stage is to run, and logs anew but for ``keep``."""
-        stopping.stop_if_asked()
+        signals.stop_if_asked()
         note = self.journal.note(name)
         if note is None:
             if self.journal.damaged(name):
@@ -317,20 +319,27 @@ class Run:
         sampler, parts = make_sampler(self.load(source), config), Parts(self.journal, name, self.made_by)
         with progress(f"iteration {t}: sample", len(prompts) * count) as done:
             groups, spent = parts.make(
-                prompts, Parts.sampling_size(config.sampling_batch_size, count),
+                prompts,
+                Parts.sampling_size(config.sampling_batch_size, count),
                 lambda part, first: sampler(part, count, [config.seed, 0, t], done, first),
-                write_groups, lambda file, part: read_groups(file, part, count, self.vocabulary),
+                write_groups,
+                lambda file, part: read_groups(file, part, count, self.vocabulary),
                 lambda known: done(known * count),
-            )  # fmt: skip
+            )
         write_groups(self.directory / name, groups)
         responses = [response for group in groups for response in group.responses]
         tokens, seconds = sum(len(response.tokens) for response in responses), spent["seconds"]
         self.tracker.log(
-            "sample", t, seconds=seconds, responses=len(responses), tokens=tokens,
-            tokens_per_second=tokens / seconds, response_tokens_mean=tokens / len(responses),
+            "sample",
+            t,
+            seconds=seconds,
+            responses=len(responses),
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            response_tokens_mean=tokens / len(responses),
             stopped_by_length=float(np.mean([r.stop_reason == "length" for r in responses])),
             peak_memory_bytes=peak_memory_bytes(self.device),
-        )  # fmt: skip
+        )
         self.complete(name, stage="sample", seconds=seconds)
         parts.clear()
         return groups
@@ -350,10 +359,14 @@ class Run:
         with progress(f"iteration {t}: judge", len(groups)) as done:
             try:
                 preferences, spent = parts.make(
-                    groups, Parts.judging_size(len(groups)),
+                    groups,
+                    Parts.judging_size(len(groups)),
                     lambda part, first: oracles.judge(self.oracle, part, self.config.oracle, done, first),
-                    write_preferences, read_preferences, done, lambda: oracles.take_counters(self.oracle),
-                )  # fmt: skip
+                    write_preferences,
+                    read_preferences,
+                    done,
+                    lambda: oracles.take_counters(self.oracle),
+                )
             except Exception:
                 if any((spent := oracles.take_counters(self.oracle)).values()):
                     self.tracker.log("judge", t, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
@@ -361,11 +374,15 @@ class Run:
         write_preferences(self.directory / name, preferences)
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.tracker.log(
-            "judge", t, **spent | {
-                "triples": triples, "cyclic_triples": cyclic / triples if triples else None,
+            "judge",
+            t,
+            **spent
+            | {
+                "triples": triples,
+                "cyclic_triples": cyclic / triples if triples else None,
                 "comparisons": sum(len(p) * (len(p) - 1) // 2 for p in preferences),
             },
-        )  # fmt: skip
+        )
         self.complete(name, stage="judge", seconds=spent["seconds"])
         parts.clear()
         return preferences
@@ -387,10 +404,14 @@ class Run:
         labels = torch.tensor([one.preference for one in pairs], dtype=torch.float64)
         untrained = objective.loss(torch.zeros_like(labels), labels).mean() / objective.normaliser  # all margins 0
         self.tracker.log(
-            "pair", t, untrained_loss=float(untrained), pairs=len(pairs), identical_pairs=len(chosen) - len(pairs),
+            "pair",
+            t,
+            untrained_loss=float(untrained),
+            pairs=len(pairs),
+            identical_pairs=len(chosen) - len(pairs),
             prompts_without_pairs=len(groups) - len({p.group for p in pairs}),
             empty_responses=sum(not response.text.strip() for group in groups for response in group.responses),
-        )  # fmt: skip
+        )
         self.complete(name)
         return pairs
 
@@ -414,9 +435,15 @@ class Run:
         return anchor
 
     def fit(
-        self, t: int, name: str, source: Source, groups: list[Group], pairs: list[Pair], anchor: Anchor,
+        self,
+        t: int,
+        name: str,
+        source: Source,
+        groups: list[Group],
+        pairs: list[Pair],
+        anchor: Anchor,
         objective: Objective,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """One argmin over D_t; returns where the fitted policy is."""
         config, output = self.config, f"{self.name(t)}/{name}"
         target = self.directory / output
@@ -475,8 +502,9 @@ class Run:
         self.tracker.log("iteration", t, seconds=sum(stages.values()), stage_seconds=stages, **numbers)
         losses = ", ".join(
             f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
-            for output, note in self.notes.items() if "loss" in note
-        )  # fmt: skip
+            for output, note in self.notes.items()
+            if "loss" in note
+        )
         # + 0 makes 0 of -0; the anchor's is known where it was scored
         to_initial, to_anchor = (None if numbers[name] is None else round(numbers[name], 2) + 0 for name in names[2:])
         say(
@@ -513,9 +541,7 @@ class Run:
                 return result
         self.journal.forget(name, responses)  # also of a run that was shorter then
         self.tracker.begin(name, keep=_stopped)
-        return evaluate(
-            self.directory, self.config, self.tracker, self.journal, self.truncation, self.oracle_files
-        )  # fmt: skip
+        return evaluate(self.directory, self.config, self.tracker, self.journal, self.truncation, self.oracle_files)
 
     # Shared by the stages -------------------------------------------------------------------------------------------
 
@@ -612,10 +638,10 @@ def _check_directory(directory: Path, resume: bool) -> None:
 @command
 def main(argv: list[str]) -> None:
     config, resume = configuration.parse_run(argv)
-    stopping.listen()
+    signals.listen()
     try:
         train(config, resume, force="--force" in argv)
-    except stopping.Stopped as stopped:
+    except signals.Stopped as stopped:
         directory = printable(shlex.quote(config.out))
         trust = " --trust_run" if configuration.asked(config) else ""
         console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}{trust}")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from onpo_fast.config import Config
-from onpo_fast.loading import load
-from onpo_fast.policy import Policy
+from onpo_fast.models.loading import load
+from onpo_fast.models.policy import Policy
 
 
 @pytest.fixture(scope="session")

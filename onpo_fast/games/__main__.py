@@ -25,11 +25,11 @@ import torch
 from docstring_parser import parse_from_object
 from rich.table import Table
 
-from ..checkpoint import atomic_write_text
 from ..errors import CommandParser, UserError, command, nearest
+from ..files import atomic_write_text
 from ..objectives import OBJECTIVES
-from ..page import Plot, page_style, render
-from ..tracking import console, environment, progress, say
+from ..reports.page import Plot, page_style, render
+from ..run.tracking import console, environment, progress, say
 from . import figures, lab
 from .algorithms import ALGORITHMS
 from .arguments import count
@@ -42,9 +42,16 @@ GAME = f"a game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with P or a b
 def matrix(options: argparse.Namespace) -> dict:
     with progress("matrix games", lab.matrix_parts(options.algorithms)) as done:
         return lab.matrix(
-            options.game, options.algorithms, options.actions, options.count, options.steps, options.eta, options.tau,
-            options.seed, done,
-        )  # fmt: skip
+            options.game,
+            options.algorithms,
+            options.actions,
+            options.count,
+            options.steps,
+            options.eta,
+            options.tau,
+            options.seed,
+            done,
+        )
 
 
 def neural(options: argparse.Namespace) -> dict:
@@ -84,10 +91,14 @@ def table(experiment: str, results: dict) -> Table:
 
 def _matrix_table(results: dict) -> tuple[list[str], list[list]]:
     rows = [
-        [figures.label(name), *(run[gap]["median"][-1] if gap in run else None for gap in ("average_gap", "last_gap")),
-         run.get("slope"), run["last_regularised_gap"]["median"][-1] if "slope" in run else None]
+        [
+            figures.label(name),
+            *(run[gap]["median"][-1] if gap in run else None for gap in ("average_gap", "last_gap")),
+            run.get("slope"),
+            run["last_regularised_gap"]["median"][-1] if "slope" in run else None,
+        ]
         for name, run in results["algorithms"].items()
-    ]  # fmt: skip
+    ]
     tuned = results["omd_tuned"]
     rows.append(["OMD, η tuned to T", tuned["average"]["median"][-1], None, tuned["slope"], None])
     return [f"after {results['T'][-1]} policies", "gap of the average", "of the last", "slope", "regularised"], rows
@@ -109,8 +120,10 @@ def _neural_table(results: dict) -> tuple[list[str], list[list]]:
 
 
 def _multiturn_table(results: dict) -> tuple[list[str], list[list]]:
-    rows = [[figures.label(name), run["average_gap"], run["worst_average_gap"], run["last_gap"]]
-            for name, run in results["final"].items()]  # fmt: skip
+    rows = [
+        [figures.label(name), run["average_gap"], run["worst_average_gap"], run["last_gap"]]
+        for name, run in results["final"].items()
+    ]
     return [f"after {results['T'][-1]} policies", "gap of the average", "the worst", "of the last"], rows
 
 

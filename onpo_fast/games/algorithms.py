@@ -187,8 +187,9 @@ def run(
     elif mode == "sampled":
         if algorithm == "sppo":
             raise ValueError("sppo compares responses with a policy, not pairs: it has no mode='sampled'")
-        game = Sampled(P, objective, eta, tau, count("groups", groups), count("responses", responses, 2),
-                       pairing, labels, seed)  # fmt: skip
+        game = Sampled(
+            P, objective, eta, tau, count("groups", groups), count("responses", responses, 2), pairing, labels, seed
+        )
     else:
         raise ValueError(f"mode must be 'exact' or 'sampled', not {mode!r}")
 
@@ -235,8 +236,10 @@ def _distribution(init: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray
     given = np.asarray(init)
     start = given.astype(np.float64)
     if start.shape not in ((actions,), shape):
-        raise ValueError(f"init must be a distribution over {actions} actions, of shape ({actions},) or ({games}, "
-                         f"{actions}), not {start.shape}")  # fmt: skip
+        raise ValueError(
+            f"init must be a distribution over {actions} actions, of shape ({actions},) or ({games}, "
+            f"{actions}), not {start.shape}"
+        )
     if not (start >= 0).all():
         raise ValueError(f"init must be a distribution: it has the probability {start[~(start >= 0)][0]:g}")
     sums = start.sum(-1)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..page import COLOURS, INK, Plot, new_axes, plot
+from ..reports.page import COLOURS, INK, Plot, new_axes, plot
 
 Results = dict[str, Any]
 
@@ -21,8 +21,12 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def label(name: str) -> str:
     """nash_md → Nash-MD."""
-    known = {"nash_md": "Nash-MD", "online_ipo": "online IPO", "iterative_dpo": "iterative DPO",
-             "branches": "ONPO, branches compared"}  # fmt: skip
+    known = {
+        "nash_md": "Nash-MD",
+        "online_ipo": "online IPO",
+        "iterative_dpo": "iterative DPO",
+        "branches": "ONPO, branches compared",
+    }
     return known.get(name, name.upper())
 
 
@@ -31,8 +35,15 @@ def average_gap(results: Results) -> Plot | None:
     figure, axes = new_axes("T, policies", "duality gap of their average", height=3.4)
     said = _curves(axes, results["T"], results["algorithms"], "average_gap", "slope")
     tuned = results["omd_tuned"]
-    axes.plot(tuned["T"], tuned["average"]["median"], "s", color=LOOK["omd"][0], markersize=3.5, markerfacecolor="none",
-              label="OMD, η tuned to T")  # fmt: skip
+    axes.plot(
+        tuned["T"],
+        tuned["average"]["median"],
+        "s",
+        color=LOOK["omd"][0],
+        markersize=3.5,
+        markerfacecolor="none",
+        label="OMD, η tuned to T",
+    )
     if tuned["slope"] is not None:
         said.append(f"OMD tuned to each T: slope {tuned['slope']:.2f}")
     if results["theorem_2"]:

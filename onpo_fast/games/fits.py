@@ -77,8 +77,10 @@ def bradley_terry_scores(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
     for game, weight in zip(P, policy):
         beats = (game > 0) & (weight > 0) & (weight > 0)[:, None]
         if connected_components(beats, directed=True, connection="strong")[0] > 1 + (weight == 0).sum():
-            raise ValueError("iterative_dpo has no minimum in this game: some actions beat all others for sure, which "
-                             "is an infinite difference of scores")  # fmt: skip
+            raise ValueError(
+                "iterative_dpo has no minimum in this game: some actions beat all others for sure, which "
+                "is an infinite difference of scores"
+            )
     scores = np.zeros_like(policy)
     for _ in range(NEWTON_STEPS):
         wins = expit(scores[..., :, None] - scores[..., None, :])
@@ -137,9 +139,17 @@ class Sampled:
     """``groups`` times K actions drawn from a policy, compared, and paired by the code that trains language models."""
 
     def __init__(
-        self, P: np.ndarray, objective: Objective, eta: float, tau: float, groups: int, responses: int, pairing: str,
-        labels: Literal["soft", "bits"], seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        P: np.ndarray,
+        objective: Objective,
+        eta: float,
+        tau: float,
+        groups: int,
+        responses: int,
+        pairing: str,
+        labels: Literal["soft", "bits"],
+        seed: int,
+    ) -> None:
         if pairing not in PAIRINGS:
             raise ValueError(f"there is no pairing {pairing!r}; there are {', '.join(PAIRINGS)}")
         if labels not in ("soft", "bits"):

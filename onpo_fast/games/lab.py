@@ -42,9 +42,16 @@ SAMPLES = (100, 1000, 10_000, 100_000)
 
 
 def matrix(
-    game: str, algorithms: Sequence[str], actions: int | None, count: int, steps: int, eta: float, tau: float,
-    seed: int, done: Done,
-) -> dict:  # fmt: skip
+    game: str,
+    algorithms: Sequence[str],
+    actions: int | None,
+    count: int,
+    steps: int,
+    eta: float,
+    tau: float,
+    seed: int,
+    done: Done,
+) -> dict:
     """All methods on the same games; then what three actions show. ``done`` is told the parts, ``matrix_parts``."""
     for check, name, value in ((positive, "eta", eta), (at_least_zero, "tau", tau), (whole, "steps", steps)):
         check(name, value)  # here, where it is said of all methods
@@ -54,9 +61,13 @@ def matrix(
     D = float(np.log(P.shape[-1]))
     at = grid(1, steps, 60)
     result = {
-        "games": len(P), "actions": P.shape[-1], "nash_support": (nash(P) > 1e-9).sum(-1).mean(), "T": at,
-        "theorem_2": bounds.theorem_2(D, at, eta) if eta <= 0.5 else None, "algorithms": {},
-    }  # fmt: skip
+        "games": len(P),
+        "actions": P.shape[-1],
+        "nash_support": (nash(P) > 1e-9).sum(-1).mean(),
+        "T": at,
+        "theorem_2": bounds.theorem_2(D, at, eta) if eta <= 0.5 else None,
+        "algorithms": {},
+    }
     for algorithm in algorithms:
         try:
             trace = run(P, algorithm, eta, steps, tau=tau)
@@ -69,9 +80,11 @@ def matrix(
     gaps = [run(P, "omd", bounds.tuned_eta(D, int(T)), int(T)).average_gap[:, -1] for T in tuned_at]
     tuned = np.transpose(gaps)
     result["omd_tuned"] = {
-        "T": tuned_at, "average": spread(tuned), "slope": slope(tuned_at, tuned),
+        "T": tuned_at,
+        "average": spread(tuned),
+        "slope": slope(tuned_at, tuned),
         "theorem_1": bounds.theorem_1(D, tuned_at),
-    }  # fmt: skip
+    }
     done(1)
     result["cycling"] = _cycling()
     result["simplex"] = _simplex(P[0] if P.shape[-1] == 3 else WEIGHTED)
@@ -166,9 +179,13 @@ def fitted_step(
 
 
 def transformer(
-    options: NeuralGame, objectives: Sequence[str], seeds: Sequence[int], eta: float | None, done: Done,
+    options: NeuralGame,
+    objectives: Sequence[str],
+    seeds: Sequence[int],
+    eta: float | None,
+    done: Done,
     preferences: np.ndarray | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """The neural game, by every objective from the same starts. ``done`` is told the runs.
 
     ``eta`` is the step of mirror descent for all of them, where INPO takes its inverse; None: what suits each game.
@@ -177,8 +194,9 @@ def transformer(
     result = {"iterations": options.iterations, "seeds": list(seeds), "objectives": {}}
     runs = [
         replace(options, objective=objective, seed=seed, eta=1 / eta if eta and objective == "inpo" else eta)
-        for objective in objectives for seed in seeds
-    ]  # fmt: skip
+        for objective in objectives
+        for seed in seeds
+    ]
     played = _played(runs, preferences, done)
     for objective in objectives:
         traces = [trace for trace in played if trace.game.objective == objective]
@@ -193,7 +211,7 @@ def transformer(
             "distance": spread(np.max(distance, axis=-1)) if distance else None,
             "worst_distance": float(np.max(distance)) if distance else None,
             "seconds": [trace.seconds for trace in traces],
-        }  # fmt: skip
+        }
     of_each = ("objective", "eta", "tau", "seed")
     return result | {"game": {name: value for name, value in asdict(played[0].game).items() if name not in of_each}}
 
@@ -233,14 +251,22 @@ def several_turns(
         }
         average, last = trace.average_gap[:, -1], trace.last_gap[:, -1]
         final[name] = {
-            "average_gap": average.mean(), "worst_average_gap": average.max(),
-            "last_gap": last.mean(), "median_last_gap": np.median(last),
-        }  # fmt: skip
+            "average_gap": average.mean(),
+            "worst_average_gap": average.max(),
+            "last_gap": last.mean(),
+            "median_last_gap": np.median(last),
+        }
         done(1)
     errors = multiturn.sampling_error(P, turns, SAMPLES, seed=seed).mean(0)
     done(1)
     return {
-        "games": len(P), "turns": turns, "final_states": P.shape[-1], "T": at, "curves": curves, "final": final,
-        "samples": SAMPLES, "sampling_error": errors,
+        "games": len(P),
+        "turns": turns,
+        "final_states": P.shape[-1],
+        "T": at,
+        "curves": curves,
+        "final": final,
+        "samples": SAMPLES,
+        "sampling_error": errors,
         "sampling_slope": float(np.polyfit(np.log(SAMPLES), np.log(errors), 1)[0]) if errors.all() else None,
-    }  # fmt: skip
+    }

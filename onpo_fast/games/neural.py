@@ -24,14 +24,14 @@ import torch
 from scipy.special import logsumexp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..config import Config
+from ..config import FitConfig
 from ..data import Group, Pair, Response
-from ..device import device_of
 from ..fit import fit, plan
 from ..loss import BACKENDS
+from ..models.device import device_of
+from ..models.policy import Policy, score
 from ..objectives import OBJECTIVES, Objective
 from ..pairing import PAIRINGS, distinct, pair
-from ..policy import Policy, score
 from .preferences import GAMES, check
 from .solution import duality_gap, nash, rewards
 
@@ -117,15 +117,26 @@ class NeuralGame:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("game", [*GAMES, GIVEN]), ("objective", OBJECTIVES), ("pairing", [EXPECTED, *PAIRINGS]),
-            ("labels", ("soft", "bits")), ("loss_backend", BACKENDS),
-        ):  # fmt: skip
+            ("game", [*GAMES, GIVEN]),
+            ("objective", OBJECTIVES),
+            ("pairing", [EXPECTED, *PAIRINGS]),
+            ("labels", ("soft", "bits")),
+            ("loss_backend", BACKENDS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name, least in (
-            ("actions", 2), ("contexts", 1), ("alphabet", 2), ("length", 1), ("layers", 1), ("iterations", 1),
-            ("groups", 1), ("responses", 2), ("fit_steps", 1), ("seed", 0),
-        ):  # fmt: skip
+            ("actions", 2),
+            ("contexts", 1),
+            ("alphabet", 2),
+            ("length", 1),
+            ("layers", 1),
+            ("iterations", 1),
+            ("groups", 1),
+            ("responses", 2),
+            ("fit_steps", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
@@ -269,9 +280,14 @@ def play(
             on_progress(fits_each * t, fits_each * game.iterations)
 
     return NeuralTrace(
-        game, matrices, classes, np.stack(logps), np.stack(logps_auxiliary) if objective.optimistic else None,
-        table.mass_error, time.perf_counter() - start,
-    )  # fmt: skip
+        game,
+        matrices,
+        classes,
+        np.stack(logps),
+        np.stack(logps_auxiliary) if objective.optimistic else None,
+        table.mass_error,
+        time.perf_counter() - start,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,10 +405,13 @@ class _Table:
         self.game, self.P = game, P
         self.device = device_of(game.device)
         self.objective = _objective(game)
-        self.config = Config(
-            learning_rate=game.learning_rate, warmup_ratio=game.warmup_ratio, max_grad_norm=game.max_grad_norm,
-            device=game.device, loss_backend=game.loss_backend, tokens_per_microbatch=1 << 14,
-        )  # fmt: skip
+        self.config = FitConfig(
+            learning_rate=game.learning_rate,
+            warmup_ratio=game.warmup_ratio,
+            max_grad_norm=game.max_grad_norm,
+            loss_backend=game.loss_backend,
+            tokens_per_microbatch=1 << 14,
+        )
         alphabet = range(game.alphabet)
         self.responses = [
             Response(" ".join(map(str, tokens)), list(tokens), "length", math.nan)
@@ -407,11 +426,18 @@ class _Table:
         """π_1: random weights of the seed."""
         game = self.game
         architecture = LlamaConfig(
-            vocab_size=game.alphabet, hidden_size=game.width, intermediate_size=2 * game.width,
-            num_hidden_layers=game.layers, num_attention_heads=2, max_position_embeddings=64,
-            initializer_range=game.width**-0.5, tie_word_embeddings=False,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+            vocab_size=game.alphabet,
+            hidden_size=game.width,
+            intermediate_size=2 * game.width,
+            num_hidden_layers=game.layers,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            initializer_range=game.width**-0.5,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(game.seed)
             model = LlamaForCausalLM(architecture)
@@ -424,8 +450,9 @@ class _Table:
         n = len(self.responses)
         groups = [
             self._group(c, range(first, min(first + PACKED, n)))
-            for c in range(self.game.contexts) for first in range(0, n, PACKED)
-        ]  # fmt: skip
+            for c in range(self.game.contexts)
+            for first in range(0, n, PACKED)
+        ]
         logps = torch.cat(score(policy, groups, self.config.tokens_per_microbatch)).numpy().reshape(-1, n)
         mass = logsumexp(logps, axis=-1, keepdims=True)
         self.mass_error = max(self.mass_error, float(np.abs(np.expm1(mass)).max()))

@@ -144,9 +144,17 @@ class FusedLinearPairLoss(nn.Module):
         else:
             anchor = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), reference))
         output = fused_linear_pair_loss(
-            hidden, weight, targets, kept.cu_seqlens, objective=self.objective, preference=preference, bias=bias,
-            logit_scale=self.logit_scale, softcap=self.softcap, **anchor,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            kept.cu_seqlens,
+            objective=self.objective,
+            preference=preference,
+            bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            **anchor,
+        )
         return output.loss, output.logps, output.ref_logps, torch.zeros_like(output.loss)
 
     def _by_token(

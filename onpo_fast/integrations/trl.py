@@ -30,8 +30,8 @@ try:
 except ImportError as error:
     raise ImportError("onpo_fast.integrations.trl needs TRL, and Python 3.11: pip install 'onpo_fast[trl]'") from error
 
-from ..heads import head_arguments
 from ..loss import fused_linear_pair_loss, linear_logprobs
+from ..models.heads import head_arguments
 from ..objectives import Dpo, Ipo, Objective, Onpo
 from .stacked import Kept, mean_logits, with_beta
 
@@ -80,9 +80,13 @@ class ONPOConfig(DPOConfig):
         else:
             self.beta = with_beta("beta", self.beta, None, lambda x: x)
         others = {
-            "loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0, "ld_alpha": None,
-            "f_divergence_type": "reverse_kl", "use_weighting": False,
-        }  # fmt: skip
+            "loss_type": ["sigmoid"],
+            "loss_weights": None,
+            "label_smoothing": 0.0,
+            "ld_alpha": None,
+            "f_divergence_type": "reverse_kl",
+            "use_weighting": False,
+        }
         for name, default in others.items():
             if getattr(self, name) != default:
                 raise ValueError(

@@ -3,8 +3,8 @@
 An oracle maps a prompt (a list of messages) and K responses to the K×K matrix of P(response i ≻ response j). It need
 not come from a score: preferences may be cyclic. ``judge`` asks it for many groups and checks what it says.
 
-To add an oracle: write a callable, or a ``BatchOracle``, in a file here and name it in ``_one``. docs/oracles.md says
-what each one asks.
+To add an oracle: write a callable, or a ``BatchOracle``, in a file here and name it in ``make_oracle``.
+docs/oracles.md says what each one asks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ..config import Config
+from ..config import JudgeConfig, ModelConfig, OracleConfig
 from ..conversations import tools_of
 from ..data import Messages
 from ..errors import UserError
@@ -37,34 +37,56 @@ from .panel import Panel, terms
 from .population import Population
 
 __all__ = [
-    "BatchOracle", "Oracle", "Panel", "Population",
-    "checked", "cyclic_triples", "fingerprint", "holds_model", "judge", "keeps_files", "length", "load", "probe",
-    "shortest_by_kind", "take_counters", "title",
-]  # fmt: skip
+    "BatchOracle",
+    "Oracle",
+    "Panel",
+    "Population",
+    "checked",
+    "cyclic_triples",
+    "fingerprint",
+    "holds_model",
+    "judge",
+    "keeps_files",
+    "length",
+    "load",
+    "probe",
+    "shortest_by_kind",
+    "take_counters",
+    "title",
+]
 
 NAMES = ("population", "pair-model", "reward-model", "judge")
 PROBE_TEXTS = ("Yes, I think so.", "No.")  # responses that differ, also in length
 MOST_KINDS = 8  # of conversations that an oracle is tried on
 
 
-def load(name: str, config: Config | None = None, directory: Path | None = None) -> Oracle:
+def load(
+    name: str,
+    config: OracleConfig | None = None,
+    judge: JudgeConfig | None = None,
+    policy: ModelConfig | None = None,
+    directory: Path | None = None,
+) -> Oracle:
     """The oracle of this name, or a panel: "0.7*population+0.3*module:function".
 
     Args:
-        config: the options of oracles that have any; default: all at their defaults.
+        name: what --oracle says.
+        config: the options of oracles that are models.
+        judge: the options of the judge.
+        policy: the options of the policy; an oracle that is a model is computed on its device, in its dtype.
         directory: the run's, where the judge's answers are kept unless --judge_cache says otherwise.
 
     Raises:
         UserError: if it cannot be had; the message names it.
     """
-    config = config or Config()
+    sections = (config or OracleConfig(), judge or JudgeConfig(), policy or ModelConfig())
     members = terms(name)
     if len(members) == 1 and members[0][0] is None:
-        return _one(members[0][1], config, directory)
-    return Panel([(weight or 1.0, member, _one(member, config, directory)) for weight, member in members])
+        return make_oracle(members[0][1], *sections, directory)
+    return Panel([(weight or 1.0, member, make_oracle(member, *sections, directory)) for weight, member in members])
 
 
-def title(config: Config) -> str:
+def title(config: OracleConfig) -> str:
     """How messages name the oracle of a run, with the model behind it."""
     return f"--oracle {config.oracle}" + (f" (--oracle_model {config.oracle_model})" if config.oracle_model else "")
 
@@ -140,7 +162,7 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
     Args:
         checksum: of a file, given its resolved path.
     """
-    from ..fingerprint import function_fingerprint  # with transformers, which takes seconds
+    from ..run.fingerprint import function_fingerprint  # with transformers, which takes seconds
 
     members = _members(oracle, name)
     files: dict[str, str] = {}
@@ -162,7 +184,9 @@ def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
     return [(terms(name)[0][1], oracle)]
 
 
-def _one(name: str, config: Config, directory: Path | None) -> Oracle:
+def make_oracle(
+    name: str, config: OracleConfig, judge: JudgeConfig, policy: ModelConfig, directory: Path | None
+) -> Oracle:
     """An oracle by its name alone, or as kind=model: members of a panel may be different models of a kind."""
     kind, equals, model = name.partition("=")
     if kind not in NAMES:
@@ -173,15 +197,15 @@ def _one(name: str, config: Config, directory: Path | None) -> Oracle:
     if kind == "pair-model":
         from .pair_model import PairModel
 
-        return PairModel(model or config.oracle_model, config)
+        return PairModel(model or config.oracle_model, config, policy)
     if kind == "reward-model":
         from .reward_model import RewardModel
 
-        return RewardModel(model or config.oracle_model, config)
+        return RewardModel(model or config.oracle_model, config, policy)
     if kind == "judge":
         from .chat_judge import ChatJudge
 
-        return ChatJudge(model or config.judge_model, config, directory)
+        return ChatJudge(model or judge.judge_model, judge, directory)
     return Population()
 
 

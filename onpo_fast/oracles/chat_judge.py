@@ -32,12 +32,12 @@ from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
-from .. import stopping
-from ..checkpoint import atomic_write_text, read_regular
-from ..config import Config
+from ..config import JudgeConfig
 from ..conversations import Messages, in_words
 from ..errors import UserError, one_line
-from ..tracking import say
+from ..files import atomic_write_text, read_regular
+from ..run import signals
+from ..run.tracking import say
 from .answers import Answer, Answers, key_of
 from .interface import Asked, BatchOracle, Progress, Steps, both_orders, spread, where, without_repeats
 from .verdicts import PARSER_VERSION, preference_of, read_answer, top_logprobs
@@ -98,7 +98,7 @@ class ChatJudge(BatchOracle):
 
     keeps_files = True  # the answers, and the judging prompt
 
-    def __init__(self, model: str | None, config: Config, directory: Path | None) -> None:
+    def __init__(self, model: str | None, config: JudgeConfig, directory: Path | None) -> None:
         for name, value in (("url", config.judge_url), ("model", model)):
             if not value:
                 raise UserError(f"--oracle judge needs --judge_{name}")
@@ -292,7 +292,7 @@ class _Sitting:
                 _, askers = await asyncio.wait(askers, timeout=0.1)
                 self.stop_if_asked()
                 now = asyncio.get_running_loop().time()
-                end = min(end, now + GRACE) if stopping.asked() else end
+                end = min(end, now + GRACE) if signals.asked() else end
                 if now > end:
                     return
         finally:
@@ -312,8 +312,8 @@ class _Sitting:
 
     def stop_if_asked(self) -> None:
         try:
-            stopping.stop_if_asked()
-        except stopping.Stopped as stopped:
+            signals.stop_if_asked()
+        except signals.Stopped as stopped:
             self.stop(stopped)
 
     def stop(self, error: Exception) -> None:
@@ -711,7 +711,7 @@ def read_key(variable: str) -> str:
         UserError: if there can be none. What was given for the name may be the key itself, and is not said back.
     """
     named = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) is not None
-    if not named or (variable != Config.judge_key_variable and variable not in os.environ):
+    if not named or (variable != JudgeConfig.judge_key_variable and variable not in os.environ):
         raise UserError(
             "--judge_key_variable must be the NAME of an environment variable that is set, as OPENAI_API_KEY (what was "
             "given is not repeated here: it may be the key)"

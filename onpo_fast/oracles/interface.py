@@ -13,7 +13,7 @@ import torch
 from ..conversations import message_text
 from ..data import Group, Messages
 from ..errors import UserError
-from ..stopping import Stopped
+from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 Asked = tuple[Messages, list[str]]  # a prompt with its K responses

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import Config
-from ..device import device_of
+from ..config import ModelConfig, OracleConfig
 from ..errors import UserError
-from ..fingerprint import model_fingerprint
-from ..loading import check_shapes, loading_errors, locate, without_cudnn_attention
-from ..tracking import say_once
+from ..models.device import device_of
+from ..models.loading import check_shapes, loading_errors, locate, without_cudnn_attention
+from ..run.fingerprint import model_fingerprint
+from ..run.tracking import say_once
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time: batches of equal lengths, while few tokens wait in memory
@@ -44,21 +44,21 @@ class ModelOracle(BatchOracle):
     configurations: Container[type]  # of the models that it loads
     wanted: str  # what such a model is, in words
 
-    def __init__(self, source: str | None, config: Config) -> None:
+    def __init__(self, source: str | None, config: OracleConfig, policy: ModelConfig) -> None:
         if not source:
             raise UserError(f"--oracle {self.kind} needs --oracle_model, a Hugging Face id or a directory")
-        self.source, self.config = source, config
+        self.source, self.config, self.policy = source, config, policy
         self.model: PreTrainedModel | None = None
         self.pads: bool | None = None  # whether questions of different lengths may be in one batch; None: not tried
-        self.device = device_of(config.device)
+        self.device = device_of(policy.device)
         locate(source)  # a directory that is there, with a model in it, or what may be a hub's id
         with loading_errors("the model", source):
-            model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            model_config = AutoConfig.from_pretrained(source, trust_remote_code=policy.trust_remote_code)
         self.commit: str | None = getattr(model_config, "_commit_hash", None)
         self.check_config(model_config)
         with loading_errors("the tokenizer of", source):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code
+                source, trust_remote_code=policy.trust_remote_code
             )
         if self.tokenizer.chat_template is None:
             raise UserError(
@@ -73,13 +73,13 @@ class ModelOracle(BatchOracle):
     def loaded(self) -> PreTrainedModel:
         """The model, in bfloat16 on a GPU and float32 elsewhere (--dtype)."""
         if self.model is None:
-            chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(self.config.dtype)
+            chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(self.policy.dtype)
             with loading_errors("the model", self.source):
                 model, report = self.auto_class.from_pretrained(
                     self.source,
-                    dtype=chosen or getattr(torch, self.config.dtype),
+                    dtype=chosen or getattr(torch, self.policy.dtype),
                     use_safetensors=True,
-                    trust_remote_code=self.config.trust_remote_code,
+                    trust_remote_code=self.policy.trust_remote_code,
                     ignore_mismatched_sizes=True,  # for check_loaded to name them
                     output_loading_info=True,
                 )

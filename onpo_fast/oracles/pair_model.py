@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from ..config import Config
+from ..config import ModelConfig, OracleConfig
 from ..conversations import Messages, plain_turns
 from ..errors import UserError
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
@@ -52,8 +52,8 @@ class PairModel(ModelOracle):
     configurations = MODEL_FOR_CAUSAL_LM_MAPPING
     wanted = "a causal language model that reads two responses and says A or B (not an encoder, as PairRM)"
 
-    def __init__(self, source: str | None, config: Config) -> None:
-        super().__init__(source, config)
+    def __init__(self, source: str | None, config: OracleConfig, policy: ModelConfig) -> None:
+        super().__init__(source, config, policy)
         self.verdicts = [self._single_token(letter) for letter in "AB"]
         self.bos = self._own_bos()
         self._check_header()

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UserError
-from .interface import Asked, BatchOracle, Oracle, Progress, Steps, holds_model, judge_texts, keeps_files, take_counters
+from .interface import (
+    Asked,
+    BatchOracle,
+    Oracle,
+    Progress,
+    Steps,
+    holds_model,
+    judge_texts,
+    keeps_files,
+    take_counters,
+)
 
 
 def terms(expression: str) -> list[tuple[float | None, str]]:

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..config import Config
+from ..config import ModelConfig, OracleConfig
 from ..conversations import Messages, plain_turns
 from ..errors import UserError
-from ..loading import tensor_names
+from ..models.loading import tensor_names
 from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
 from .models import OTHER_MODELS, VALUE_HEAD, ModelOracle
 
@@ -38,8 +38,8 @@ class RewardModel(ModelOracle):
     configurations = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     wanted = "a sequence-classification model with one label"
 
-    def __init__(self, source: str | None, config: Config) -> None:
-        super().__init__(source, config)
+    def __init__(self, source: str | None, config: OracleConfig, policy: ModelConfig) -> None:
+        super().__init__(source, config, policy)
         self._check_template()
 
     def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:

@@ -257,8 +257,9 @@ def _decided(text: str, ended: bool) -> tuple[str | None, int | None]:
     else the verdict with which the text ends, if the sentence before it does not speak for the other; or else what all
     that is said agrees on.
     """
-    text = LATEX_SIGN.sub(lambda found: (">" if found["more"] else "<" if found["less"] else "=").ljust(len(found[0])),
-                          text)  # fmt: skip
+    text = LATEX_SIGN.sub(
+        lambda found: (">" if found["more"] else "<" if found["less"] else "=").ljust(len(found[0])), text
+    )
     text = PAIR_OF_TAGS.sub(_without_other_tags, text)
     objects = list(_objects(text))
     bare = _blanked(TAG, text)

@@ -28,14 +28,26 @@ RUNS = {
     "dpo": ["--objective", "dpo"],
 }
 OPTIONS = [
-    "--iterations=2", "--prompts_per_iteration=6", "--responses_per_prompt=3", "--max_new_tokens=10", "--seed=7",
-    "--learning_rate=1e-3", "--batch_pairs=6", "--eval_samples=1", "--report_to=none", "--device=cpu",
-    "--tokens_per_microbatch=256", "--sampling_batch_size=8",
-]  # fmt: skip
+    "--iterations=2",
+    "--prompts_per_iteration=6",
+    "--responses_per_prompt=3",
+    "--max_new_tokens=10",
+    "--seed=7",
+    "--learning_rate=1e-3",
+    "--batch_pairs=6",
+    "--eval_samples=1",
+    "--report_to=none",
+    "--device=cpu",
+    "--tokens_per_microbatch=256",
+    "--sampling_batch_size=8",
+]
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
     "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+}
 
 
 def make_model(directory: Path) -> None:
@@ -57,9 +69,17 @@ def make_model(directory: Path) -> None:
     )
     fast.save_pretrained(directory)
     config = LlamaConfig(
-        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
     model = LlamaForCausalLM(config).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import CASES, Case, relative_error
+from support.loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.objectives import Onpo
@@ -123,9 +123,10 @@ def test_the_tensor_cores_rounding_does_not_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "workspace", "limit"), [("fast", None, 3e9), ("fast", 2**30, 2**30), ("lean", None, 0.35 * 2**30)],
+    ("mode", "workspace", "limit"),
+    [("fast", None, 3e9), ("fast", 2**30, 2**30), ("lean", None, 0.35 * 2**30)],
     ids=["fast, one chunk", "fast, 1 GiB", "lean, 0.35 GiB"],
-)  # fmt: skip
+)
 def test_memory_beside_inputs_and_gradients(mode: str, workspace: int | None, limit: float) -> None:
     """Four pairs of 2×1024 tokens, H = 4096, V = 151936."""
     tokens, features, vocabulary = 8192, 4096, 151936
@@ -143,9 +144,15 @@ def test_memory_beside_inputs_and_gradients(mode: str, workspace: int | None, li
     def step() -> None:
         hidden.grad = weight.grad = None
         fused_linear_pair_loss(
-            hidden, weight, targets, edges, objective=Onpo(eta=1.0), ref_hidden=reference, mode=mode,
+            hidden,
+            weight,
+            targets,
+            edges,
+            objective=Onpo(eta=1.0),
+            ref_hidden=reference,
+            mode=mode,
             workspace_bytes=workspace,
-        ).loss.backward()  # fmt: skip
+        ).loss.backward()
 
     step()
     hidden.grad = weight.grad = None

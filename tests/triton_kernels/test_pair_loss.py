@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loss_cases import CASES, Case, relative_error
+from support.loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.kernels import exponentials, fused, launch, weight_gradient
@@ -69,9 +69,16 @@ def test_fp32(name: str, way: str, device: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "name",
-    ["pairs", "groups with all pairs", "arbitrary pairs", "one head for both", "everything", "a prime vocabulary",
-     "sure of most tokens"],
-)  # fmt: skip
+    [
+        "pairs",
+        "groups with all pairs",
+        "arbitrary pairs",
+        "one head for both",
+        "everything",
+        "a prime vocabulary",
+        "sure of most tokens",
+    ],
+)
 def test_bf16(name: str, way: str, device: str) -> None:
     """No further from float64 than 1.5 times what materialised PyTorch in bf16 is, on the same rounded inputs."""
     case = CASES[name]
@@ -165,9 +172,15 @@ def test_some_rows_far_from_likely(epilogue: str, mode: str, scale: float, devic
         leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
         with using(Variant(epilogue)):
             out = fused_linear_pair_loss(
-                *leaves, targets.to(device), edges, objective=Onpo(eta=1.0), backend=backend, mode=mode,
-                ref_logps=torch.zeros(2, device=device), logit_scale=scale,
-            )  # fmt: skip
+                *leaves,
+                targets.to(device),
+                edges,
+                objective=Onpo(eta=1.0),
+                backend=backend,
+                mode=mode,
+                ref_logps=torch.zeros(2, device=device),
+                logit_scale=scale,
+            )
             scored = linear_logprobs(*leaves, targets.to(device), backend=backend, logit_scale=scale)
         out.loss.backward()
         results.append([scored.detach().cpu(), out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
@@ -193,9 +206,14 @@ def test_many_tokens_above_the_target(distance: int, mode: str, device: str) -> 
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
         out = fused_linear_pair_loss(
-            *leaves, targets.to(device), torch.tensor([0, 2, 4], dtype=torch.int32), objective=Dpo(beta=0.01),
-            ref_logps=torch.zeros(2, device=device), backend=backend, mode=mode,
-        )  # fmt: skip
+            *leaves,
+            targets.to(device),
+            torch.tensor([0, 2, 4], dtype=torch.int32),
+            objective=Dpo(beta=0.01),
+            ref_logps=torch.zeros(2, device=device),
+            backend=backend,
+            mode=mode,
+        )
         out.loss.backward()
         results.append([out.logps.cpu(), out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     for got, want in zip(*results):
@@ -303,9 +321,13 @@ def test_nothing_to_do(device: str) -> None:
     none = torch.zeros(0, dtype=torch.int64, device=device)
     for responses in (0, 2):
         output = fused_linear_pair_loss(
-            **empty, targets=none, cu_seqlens=torch.zeros(responses + 1, dtype=torch.int32), objective=Onpo(eta=1.0),
-            ref_logps=torch.zeros(responses, device=device), backend="triton",
-        )  # fmt: skip
+            **empty,
+            targets=none,
+            cu_seqlens=torch.zeros(responses + 1, dtype=torch.int32),
+            objective=Onpo(eta=1.0),
+            ref_logps=torch.zeros(responses, device=device),
+            backend="triton",
+        )
         assert output.loss.item() == (0.25 if responses else 0)  # two empty responses: margin 0, target ½
     output.loss.backward()
     assert empty["hidden"].grad.shape == (0, 4)
@@ -317,9 +339,12 @@ def test_nan_is_not_hidden(device: str) -> None:
     values["hidden"][3, 2] = float("nan")
     weight = values["weight"].requires_grad_()
     output = fused_linear_pair_loss(
-        **values, objective=case.objective, backend="triton", mode="fast",
+        **values,
+        objective=case.objective,
+        backend="triton",
+        mode="fast",
         workspace_bytes=least_workspace(case, torch.bfloat16),
-    )  # fmt: skip
+    )
     output.loss.backward()
     assert output.loss.isnan()
     assert weight.grad.isnan().any()
@@ -461,9 +486,15 @@ def test_a_vocabulary_that_is_masked(mode: str, device: str) -> None:
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
         out = fused_linear_pair_loss(
-            *leaves, targets.to(device), edges, objective=Onpo(eta=1.0), ref_logps=torch.zeros(2, device=device),
-            bias=bias.to(device, dtype), backend=backend, mode=mode,
-        )  # fmt: skip
+            *leaves,
+            targets.to(device),
+            edges,
+            objective=Onpo(eta=1.0),
+            ref_logps=torch.zeros(2, device=device),
+            bias=bias.to(device, dtype),
+            backend=backend,
+            mode=mode,
+        )
         out.loss.backward()
         results.append([out.loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     for got, want in zip(*results):
@@ -476,9 +507,15 @@ def test_a_token_without_alternatives(mode: str, device: str) -> None:
     hidden = torch.full((4, 8), -30.0, device=device, requires_grad=True)
     weight = torch.full((1, 8), 10.0, device=device, requires_grad=True)
     out = fused_linear_pair_loss(
-        hidden, weight, torch.zeros(4, dtype=torch.int64, device=device), torch.tensor([0, 2, 4], dtype=torch.int32),
-        objective=Onpo(eta=1.0), ref_logps=torch.zeros(2, device=device), backend="triton", mode=mode,
-    )  # fmt: skip
+        hidden,
+        weight,
+        torch.zeros(4, dtype=torch.int64, device=device),
+        torch.tensor([0, 2, 4], dtype=torch.int32),
+        objective=Onpo(eta=1.0),
+        ref_logps=torch.zeros(2, device=device),
+        backend="triton",
+        mode=mode,
+    )
     out.loss.backward()
     assert out.loss.item() == 0.25
     assert hidden.grad.abs().max() == weight.grad.abs().max() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loss_cases import Case, relative_error
+from support.loss_cases import Case, relative_error
 
 from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Dpo, Ipo, Onpo
@@ -24,17 +24,26 @@ def cases(draw) -> Case:
     return Case(
         responses,
         draw(st.lists(pair, min_size=1, max_size=10)),
-        vocabulary=draw(sizes), features=draw(sizes), bias=draw(st.booleans()), soft=draw(st.booleans()),
-        weighted=draw(st.booleans()), logit_scale=draw(finite | st.just(-1.0)), softcap=draw(st.none() | finite),
-        temperature=draw(finite), shared_head=draw(st.booleans()), spread=draw(st.floats(0.01, 1.0)),
+        vocabulary=draw(sizes),
+        features=draw(sizes),
+        bias=draw(st.booleans()),
+        soft=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+        logit_scale=draw(finite | st.just(-1.0)),
+        softcap=draw(st.none() | finite),
+        temperature=draw(finite),
+        shared_head=draw(st.booleans()),
+        spread=draw(st.floats(0.01, 1.0)),
         objective=draw(st.sampled_from([Onpo(eta=2.0), Ipo(tau=0.3), Dpo(beta=0.2)])),
-    )  # fmt: skip
+    )
 
 
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True,
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 @given(case=cases(), workspace=st.none() | st.integers(1, 2**18), epilogue=st.sampled_from(EPILOGUES))
 def test_any_problem(case: Case, workspace: int | None, epilogue: str, device: str) -> None:
     want = case.exact(torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import CASES, Case, relative_error
+from support.loss_cases import CASES, Case, relative_error
 
 from onpo_fast import linear_logprobs
 from onpo_fast.kernels import exponentials, fused
@@ -20,9 +20,14 @@ def run(case: Case, dtype: torch.dtype, device: str, backend: str, upstream: tor
     if backend == "reference":
         leaves = {k: None if x is None else x.detach().double().requires_grad_() for k, x in leaves.items()}
     logps = linear_logprobs(
-        **leaves, targets=values["targets"].to(device), backend=backend, logit_scale=case.logit_scale,
-        softcap=case.softcap, temperature=case.temperature, **options,
-    )  # fmt: skip
+        **leaves,
+        targets=values["targets"].to(device),
+        backend=backend,
+        logit_scale=case.logit_scale,
+        softcap=case.softcap,
+        temperature=case.temperature,
+        **options,
+    )
     logps.backward(upstream.to(logps))
     return [logps.detach().cpu(), *(x.grad.cpu() for x in leaves.values() if x is not None)]
 
@@ -56,9 +61,10 @@ def _materialised(case: Case, dtype: torch.dtype, upstream: torch.Tensor) -> lis
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(
-    ("options", "bias"), [({}, 0.0), ({}, 30.0), ({"softcap": 20.0}, 0.0), ({"softcap": 20.0}, 30.0),
-                          ({"logit_scale": -1.0}, 0.0)], ids=str,
-)  # fmt: skip
+    ("options", "bias"),
+    [({}, 0.0), ({}, 30.0), ({"softcap": 20.0}, 0.0), ({"softcap": 20.0}, 30.0), ({"logit_scale": -1.0}, 0.0)],
+    ids=str,
+)
 def test_what_tensor_cores_lose_is_made_up_for(options: dict, bias: float, epilogue: str, device, monkeypatch) -> None:
     """A head whose products are too small by a known share gives the probabilities of the whole one, if the target's
     logit, which is taken apart from the others, is that of the whole one."""

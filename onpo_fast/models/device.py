@@ -1,0 +1,39 @@
+"""Where a run computes, and how tensors get there."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``--device`` names; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: if there is no such device, or torch cannot compute on it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; try auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no GPU is available to torch here")
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()  # sums of log-probs are float64 everywhere
+    except Exception as error:  # every device has its own types
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise UserError(f"--device {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
+    return device
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to a device. To a GPU the copy goes through pinned memory, without a host synchronisation."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

@@ -1,0 +1,109 @@
+"""What a model, or a user's function, is on disk: a run tells by the checksums of the files that it was replaced."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from ..models.loading import locate, weight_files
+
+INSTALLED = ("site-packages", "dist-packages")  # folders that pip puts packages into
+NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # modules; a newer Python is no other oracle
+MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+
+
+def model_fingerprint(source: str, commit: str | None, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """Returns the SHA-256 of each file that loading a model may read, by name, or the hub's commit.
+
+    Whole files are read: a size stays the same when weights change, and a date changes when they are copied. That is
+    8 s for 16 GB where the processor has instructions for it; the journal does as much for every policy of a run.
+
+    Args:
+        source: a directory, a Hugging Face id, or "smollm2".
+        commit: of a model from the hub, if it is known.
+        checksum: of a file, given its resolved path.
+    """
+    directory = Path(locate(source)["pretrained_model_name_or_path"])
+    if directory.is_dir():
+        files = {path for path in directory.iterdir() if path.suffix in MODEL_FILES}
+        files |= set(weight_files(str(directory)))  # shards may be in folders of it
+        return {str(path.relative_to(directory)): checksum(path.resolve()) for path in sorted(files)}
+    return {"commit": commit} if commit else {}
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The names under which two fingerprints differ, in order."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def function_fingerprint(name: str, oracle: Callable, checksum: Callable[[Path], str]) -> dict[str, str]:
+    """The SHA-256 of each Python file of a user's function, by name: its modules', and what these import.
+
+    Args:
+        name: of the module, before a colon.
+        oracle: the function, or an object that is called.
+        checksum: of a file, given its resolved path.
+    """
+    defined = inspect.unwrap(oracle) if inspect.isroutine(oracle) else type(oracle)
+    files: dict[str, Path] = {}
+    for module in {name.partition(":")[0], defined.__module__ or ""}:
+        package = module.partition(".")[0]
+        if package in NO_ORACLES:
+            continue
+        folders = getattr(sys.modules.get(package), "__path__", None)
+        if folders is not None:
+            own = [(Path(folder).absolute().parent, set(Path(folder).absolute().rglob("*.py"))) for folder in folders]
+        else:
+            file = _file(sys.modules.get(module))
+            own = [(file.parent, {file})] if file else []
+        for folder, paths in own:
+            if folder.name not in INSTALLED:
+                paths |= _imported_from(folder, paths)
+            files |= {str(path.relative_to(folder)): path for path in paths}
+    return {place: checksum(path.resolve()) for place, path in sorted(files.items())}
+
+
+def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
+    """The files of a folder that these files of it import, and those that have been imported.
+
+    The former are read from the sources, as an import inside a function need not have happened yet. The latter, which
+    may be in a folder of the folder too, may have been imported under a name that was made while the program ran.
+    """
+    found, unread = set(files), list(files)
+    while unread:
+        for name in set(_imported_names(unread.pop())).difference(NO_ORACLES):
+            package = folder / name
+            paths = package.rglob("*.py") if (package / "__init__.py").is_file() else [folder / f"{name}.py"]
+            new = {path for path in paths if path.is_file()} - found
+            found |= new
+            unread += new
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("__main__", *NO_ORACLES) and (path := _file(module)):
+            above = name.count(".") + (path.name == "__init__.py")  # folders between it and where Python looked for it
+            looked_in = path.parents[above] if above < len(path.parents) else path
+            if folder in (looked_in, looked_in.parent) and looked_in.name not in INSTALLED:
+                found.add(path)
+    return found
+
+
+def _imported_names(file: Path) -> Iterator[str]:
+    """The modules and packages that a Python file imports by an absolute name, without what follows a dot."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # nobody can import it
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _file(module: ModuleType | None) -> Path | None:
+    """The Python file of a module; None where there is none."""
+    path = getattr(module, "__file__", None)
+    return Path(path).absolute() if isinstance(path, str) and Path(path).is_file() else None

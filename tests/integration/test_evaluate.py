@@ -1,0 +1,240 @@
+"""Win rates, intervals and the restricted duality gap on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.drill import bits, flip, prepare, small_run
+from onpo_fast import evaluate, train
+from onpo_fast.config import Config
+from onpo_fast.errors import UserError
+from onpo_fast.files import checksum
+from onpo_fast.run import signals
+from onpo_fast.run.journal import Journal
+from onpo_fast.run.parts import Parts
+from onpo_fast.run.tracking import Tracker
+
+
+def test_blocks_average_the_samples_of_two_policies() -> None:
+    upper = np.array([[0.5, 0.6, 0.9, 0.7], [0.4, 0.5, 0.5, 0.3], [0.1, 0.5, 0.5, 0.2], [0.3, 0.7, 0.8, 0.5]])
+    blocks = evaluate._blocks(upper, 2)
+    np.testing.assert_allclose(blocks, [[0.5, 0.6], [0.4, 0.5]])
+
+
+def test_restricted_gap() -> None:
+    cycle = np.array([[0.5, 0.7, 0.2], [0.3, 0.5, 0.9], [0.8, 0.1, 0.5]])
+    np.testing.assert_allclose(evaluate.restricted_gap(cycle), [0.6, 0.4, 0.8])
+    assert evaluate.restricted_gap(np.full((3, 3), 0.5)).tolist() == [0, 0, 0]
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(500):
+        wins = np.clip(rng.normal(0.6, 0.15, size=(40, 2, 2)), 0, 1)
+        low, high = evaluate._intervals(wins)[0, 1]
+        hits += low <= 0.6 <= high
+    assert hits / 500 >= 0.93
+
+
+@pytest.mark.parametrize(("prompts", "sure"), [(1, False), (3, False), (80, True)])
+def test_a_few_prompts_that_all_agree_are_not_certain(prompts: int, sure: bool) -> None:
+    wins = np.tile([[0.5, 1.0], [0.0, 0.5]], (prompts, 1, 1))
+    intervals = evaluate._intervals(wins)
+    low, high = intervals[0, 1]
+    assert (low > 0.5) == sure
+    assert high == 1
+    np.testing.assert_allclose(intervals[1, 0], [0, 1 - low])
+    assert intervals[0, 0].tolist() == [0.5, 0.5]
+
+
+def test_policies_in_the_order_they_were_made(tmp_path) -> None:
+    journal = Journal(tmp_path)
+    for t in (1, 2, 99, 100):
+        (tmp_path / f"iteration_{t:02d}" / "policy").mkdir(parents=True)
+        journal.record(f"iteration_{t:02d}/policy")
+    assert list(evaluate.finished_policies(tmp_path, journal)) == ["π_2", "π_3", "π_100", "π_101"]
+
+
+def test_nothing_to_evaluate(tmp_path, capsys) -> None:
+    with pytest.raises(UserError, match="no finished iteration"):
+        evaluate.evaluate(tmp_path, Config())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+class Counting:
+    """An oracle that counts what it is asked, and may be killed."""
+
+    def __init__(self) -> None:
+        self.asked = self.counted = 0
+        self.fails_at = -1
+
+    def many(self, groups: list, progress) -> list[np.ndarray]:
+        if self.asked == self.fails_at:
+            raise KeyboardInterrupt  # as a kill: nothing is cleaned up after it
+        self.asked += len(groups)
+        self.counted += len(groups)
+        answers = []
+        for _, texts in groups:
+            lengths = np.array([float(len(text)) for text in texts])
+            answers.append(1 / (1 + np.exp(lengths[None] - lengths[:, None])))
+        return answers
+
+    def take_counters(self) -> dict[str, int]:
+        counted, self.counted = self.counted, 0
+        return {"requests": counted}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model_directory) -> Config:
+    """A run of one iteration, whole."""
+    work = tmp_path_factory.mktemp("evaluated")
+    prepare(work, str(model_directory))
+    config = replace(small_run(work, "run"), iterations=1, sampling_batch_size=1)
+    train.train(config)
+    return config
+
+
+def outputs(directory: Path) -> list[str]:
+    return [(directory / name).read_text() for name in (evaluate.RESULT, evaluate.RESPONSES)]
+
+
+@pytest.mark.parametrize("by_command", [False, True])
+def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch, by_command: bool) -> None:
+    """What was sampled, scored or judged is not done again unless it is damaged, and is counted over all processes."""
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
+    monkeypatch.setattr(Parts, "GROUPS", 1)
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    config, oracle, sampled = replace(run, out=str(directory)), Counting(), []
+    make = evaluate.make_sampler
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    monkeypatch.setattr(evaluate.oracles, "probe", lambda *given, **options: None)  # which would be counted
+    monkeypatch.setattr(
+        evaluate,
+        "make_sampler",
+        lambda *given: lambda prompts, *rest: (sampled.append(rest[-1]), make(*given)(prompts, *rest))[1],
+    )
+
+    def go_on() -> None:
+        if by_command:
+            evaluate.main([str(directory)])
+        else:
+            train.train(config, resume=True)
+
+    Journal(directory).forget(evaluate.RESULT, evaluate.RESPONSES)
+    oracle.fails_at = 2
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        go_on()
+    prompts = len((directory / evaluate.HELD_OUT).read_text().splitlines())
+    assert prompts == 4
+    assert sampled == [0, 1, 2, 3] * 2
+    parts = sorted(directory.glob("evaluation.parts/*/*"))
+    assert [part.parent.name for part in parts] == [
+        name
+        for name in ("logps_01.parts", "preferences.parts", "responses_00.parts", "responses_01.parts")
+        for _ in range(2 if name.startswith("pref") else 4)
+    ]
+    flip(directory / "evaluation.parts/responses_01.parts/00000002.jsonl")
+    oracle.fails_at = -1
+    go_on()
+    assert sampled[8:] == [2]
+    assert oracle.asked == prompts
+    assert not list(directory.rglob("*.parts"))
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["stage"] == "evaluate"][-1]
+    assert last["requests"] == prompts
+    assert last["seconds"] > 0
+    undisturbed, disturbed = tmp_path / "undisturbed", outputs(directory)
+    shutil.copytree(directory, undisturbed)
+    evaluate.main([str(undisturbed)])
+    assert outputs(undisturbed) == disturbed
+    assert Journal(undisturbed).note(evaluate.RESULT) is not None
+
+
+def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, monkeypatch) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    kept = bits(directory)
+    journal, oracle = Journal(directory), Counting()
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    oracle.fails_at = 0
+    config = replace(run, out=str(directory))
+    for options, made in ((config, True), (config, False), (replace(config, temperature=0.9), True)):
+        before = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(directory, options, None, journal)
+        after = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
+        assert (after != before) == made
+    train.train(config, resume=True)  # its evaluation is whole: the parts go
+    assert not list(directory.rglob("*.parts"))
+    assert bits(directory) == kept
+
+
+@pytest.mark.parametrize(("asked", "records"), [(0, 0), (3, 1)])
+def test_a_stop_is_recorded_with_what_was_asked(run: Config, tmp_path, monkeypatch, asked: int, records: int) -> None:
+    """Between two parts nothing was: then there is nothing to record."""
+
+    class Stopping(Counting):
+        def many(self, groups: list, progress) -> list[np.ndarray]:
+            self.counted = asked
+            raise signals.Stopped(2)
+
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: Stopping())
+    tracker = Tracker(directory, "none")
+    before = (directory / "metrics.jsonl").read_text()
+    with pytest.raises(signals.Stopped):
+        evaluate.evaluate(directory, replace(run, out=str(directory)), tracker, Journal(directory))
+    tracker.close()
+    added = (directory / "metrics.jsonl").read_text().removeprefix(before).splitlines()
+    assert [json.loads(line)["requests"] for line in added] == [asked] * records
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("responses_00", lambda line: "", "has 0 lines where there are 1 prompts"),
+        (
+            "responses_01",
+            lambda line: line.replace('"response_tokens": [[', '"response_tokens": [[9999999, '),
+            "it has the token 9999999, and the model ",
+        ),
+        ("logps_01", lambda line: "", "has 0 lines where there are 2 groups of responses"),
+        ("logps_01", lambda line: line + line, "has more than 2 lines where there are 2 groups of responses"),
+        ("preferences", lambda line: "", "has 0 lines where there are 2 groups of responses"),
+        ("preferences", lambda line: line.splitlines()[0] + "\n", "has 1 lines where there are 2 groups of responses"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(
+    run: Config, tmp_path, monkeypatch, name: str, change: Callable, message: str
+) -> None:
+    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    config, journal, oracle = replace(run, out=str(directory)), Journal(directory), Counting()
+    monkeypatch.setattr(Parts, "GROUPS", 2)
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    oracle.fails_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(directory, config, None, journal)
+    part = next(iter(sorted((directory / f"evaluation.parts/{name}.parts").iterdir())))
+    if name == "responses_01":  # else they are scored already
+        journal.forget_folder("evaluation.parts/logps_01.parts")
+    part.write_text(change(part.read_text(encoding="utf-8")), encoding="utf-8")
+    own = part.relative_to(directory).as_posix()
+    journal.entries[own]["checksum"] = checksum(part)
+    journal._write_anew()
+    with pytest.raises(UserError, match=rf"evaluation\.parts/{name}\.parts.*{message}"):
+        evaluate.evaluate(directory, config, None, Journal(directory))

@@ -1,0 +1,155 @@
+"""The house: configurations against the paper, packaging, and what the documentation promises."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from onpo_fast import files
+from onpo_fast.config import Config, parse, read
+from onpo_fast.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+PAPER = {  # arXiv 2502.16852, section 5 and appendix
+    "objective": "onpo",
+    "eta": 1 / 0.01,
+    "responses_per_prompt": 8,
+    "pairing": "best_worst",
+    "labels": "bits",
+    "learning_rate": 5e-7,
+    "warmup_ratio": 0.03,
+    "batch_pairs": 128,
+    "prompts_per_iteration": 20000,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 2048,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("paper-llama3", {"model": "RLHFlow/LLaMA3-SFT", "iterations": 5, "epochs_auxiliary": 2, "epochs_policy": 1}),
+        (
+            "paper-mistral",
+            {"model": "mistralai/Mistral-7B-Instruct-v0.3", "iterations": 3, "epochs_auxiliary": 1, "epochs_policy": 2},
+        ),
+    ],
+)
+def test_the_papers_settings(name: str, own: dict) -> None:
+    config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), "--seed", "3"])
+    for key, value in {**PAPER, **own}.items():
+        assert getattr(config, key) == value, key
+    assert config.seed == 3
+    assert config.make_objective().normaliser == pytest.approx(100.0**2)
+
+
+def test_the_demonstration_is_the_defaults() -> None:
+    assert yaml.safe_load((ROOT / "configs/cpu-demo.yaml").read_text()).items() <= vars(Config()).items()
+
+
+def test_flags_override_the_file(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("eta: 7.0\niterations: 4\n")
+    for order in (["--config", str(path), "--iterations", "5"], ["--iterations", "5", f"--config={path}"]):
+        config = parse(order)
+        assert (config.eta, config.iterations) == (7.0, 5)
+    path.write_text(config.to_yaml())
+    assert parse(["--config", str(path)]) == config
+
+
+def test_a_baseline_takes_the_same_step_by_default() -> None:
+    sure = torch.ones(1)
+    targets = {
+        name: Config(objective=name).make_objective().target(sure).item() for name in ("onpo", "omd", "inpo", "ipo")
+    }
+    assert set(targets.values()) == {10.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "--seed"),
+        ({"warmup_ratio": -0.5}, "--warmup_ratio"),
+        ({"warmup_ratio": 1.0}, "--warmup_ratio"),
+        ({"model": None}, "--model"),
+        ({"top_p": 0.0}, "--top_p"),
+        ({"learning_rate": float("nan")}, "--learning_rate"),
+        ({"objective": "onp"}, "--objective"),
+        ({"objective": "inpo", "eta": 0.1, "tau": 0.2}, "--objective inpo: tau"),
+    ],
+)
+def test_values_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(**change)
+
+
+def test_a_configuration_that_is_none(tmp_path) -> None:
+    for text in ("unknown: 1\n", "- list\n", "a: [1\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="is not the configuration of a run"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["in the checkout", "elsewhere"])
+def test_the_pypi_package_kernels_stays_importable(cwd: Path) -> None:
+    """The folder has no __init__.py, so that even where it lies on the path, the installed package wins."""
+    code = (
+        "import onpo_fast.kernels.chunked as ours, kernels, importlib.metadata as m;"
+        "assert kernels.__version__ == m.version('kernels');"
+        "print(kernels.__file__); print(ours.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
+    theirs, ours = done.stdout.split()
+    assert "site-packages" in theirs
+    assert Path(ours).resolve() == ROOT / "kernels" / "chunked.py"
+
+
+def test_layers() -> None:
+    """kernels/ imports nothing of onpo_fast, and only loss.py and sampling.py import kernels."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert "onpo_fast" not in "".join(
+            line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("import", "from"))
+        )
+    importers = {p.name for p in (ROOT / "onpo_fast").glob("*.py") if ".kernels" in p.read_text(encoding="utf-8")}
+    assert importers == {"loss.py", "sampling.py"}
+
+
+def test_the_snippets_of_the_readme() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(snippet, {})
+
+
+def test_version() -> None:
+    import onpo_fast
+
+    assert importlib.metadata.version("onpo_fast") == onpo_fast.__version__
+
+
+def test_files_are_whole_or_not_there(tmp_path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    files.atomic_write_text(path, "one")
+    files.atomic_write_text(path, "zwei\n")
+    assert path.read_text(encoding="utf-8") == "zwei\n"
+
+    def fail(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    target = tmp_path / "model"
+    files.atomic_write_directory(target, lambda d: (d / "a").write_text("1"))
+    with pytest.raises(KeyboardInterrupt):
+        files.atomic_write_directory(target, fail)
+    assert [p.name for p in target.iterdir()] == ["a"]
+    files.atomic_write_directory(target, lambda d: (d / "b").write_text("2"))
+    assert [p.name for p in target.iterdir()] == ["b"]
