@@ -138,6 +138,19 @@ class Ipo(_Squared):
 
 
 @dataclass(frozen=True)
+class Sppo(_Squared):
+    """(log π(y)/π_t(y) − η(p − ½))², p = P(y ≻ π_t): each response by itself. arXiv 2405.00675, equation 3.5.
+
+    The margin is a response's log-ratio, that is, the pair's loser is an empty response, whose log-prob is 0.
+    """
+
+    eta: float  # step size of mirror descent
+
+    def target(self, preference: Tensor) -> Tensor:
+        return self.eta * (preference - 0.5)
+
+
+@dataclass(frozen=True)
 class Dpo(Objective):
     """−p·log σ(βg) − (1 − p)·log σ(−βg) against π_t: iterative DPO. arXiv 2305.18290, equation 7.
 
@@ -157,4 +170,11 @@ class Dpo(Objective):
         return self.beta * (torch.sigmoid(self.beta * margin) - preference)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"onpo": Onpo, "omd": Omd, "inpo": Inpo, "ipo": Ipo, "dpo": Dpo}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "onpo": Onpo,
+    "omd": Omd,
+    "inpo": Inpo,
+    "ipo": Ipo,
+    "sppo": Sppo,
+    "dpo": Dpo,
+}
