@@ -32,6 +32,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from onpo_fast.run.parts import Parts
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from onpo_fast import train as training
@@ -41,7 +42,6 @@ from onpo_fast.files import checksum
 from onpo_fast.models.loading import locate
 from onpo_fast.run.fit_states import Checkpoints
 from onpo_fast.run.journal import Journal
-from onpo_fast.run.parts import Parts
 from onpo_fast.run.tracking import console
 
 SMALL = {

@@ -45,7 +45,7 @@ def not_a_state(directory: Path, error: Exception) -> str:
     return f"{directory} is no state of this fit ({type(error).__name__}: {error}): remove it, and start again"
 
 
-class Checkpoints:
+class FitStates:
     """The newest two states of a fit: weights, optimizer and schedule, to the last bit. No pickle.
 
     ``save`` copies the state to host memory: 12 bytes a parameter, where weights and both moments are float32. A thread
@@ -70,6 +70,11 @@ class Checkpoints:
         self.ended: float | None = self.began  # None while it is being written
         self.executor = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[_Written] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the states."""
+        return self.journal.directory / self.name
 
     def due(self, step: int) -> bool:
         """Whether to save a state after this step."""
@@ -156,8 +161,7 @@ class Checkpoints:
         Raises:
             UserError: if that state is not one of this model and optimizer; names it.
         """
-        folder = self.journal.directory / self.name
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if f"{self.name}/{path.name}" not in self.journal.entries:
                 remove(path)
         name = self._newest()
