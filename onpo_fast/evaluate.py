@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import config as configuration
 from . import oracles, stages
-from .config import Config, FitConfig, JudgeConfig, ModelConfig, OracleConfig, RunConfig, SamplingConfig
+from .config import Config, FitConfig, ModelConfig, OracleConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
     Group,
@@ -46,7 +46,7 @@ from .run.cache import StageCache, was_stopped
 from .run.fingerprint import changes
 from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import config_key
+from .run.opening import config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
@@ -100,12 +100,6 @@ def evaluate(
         config.section(RunConfig),
     )
     return evaluator.evaluate(policies, read_prompts(directory / HELD_OUT))
-
-
-def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
-    """The oracle that the options of a run name."""
-    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
-    return oracles.load(config.oracle, *sections, directory)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 
 from .. import config as configuration
 from .. import oracles
-from ..config import AlgorithmConfig, Config, JudgeConfig, ModelConfig, OracleConfig
+from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
 from ..data import (
     Messages,
     Skipped,
@@ -93,7 +93,10 @@ class OpenRun:
 
 
 def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenRun:
-    """Opens a new run, or with ``resume`` the one in ``config.out``; what a run has from its first moment is written.
+    """Opens a new run, or with ``resume`` the one in ``config.out``.
+
+    Everything that a mistake can break is checked first. Then the directory is locked and what a run has from its
+    first moment on is written: config.yaml, the journal, the held-out prompts, the environment.
 
     Args:
         force: go on although the model, the oracle or the rendering of prompts has changed.
@@ -102,66 +105,88 @@ def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenR
         UserError: if anything does not fit: a directory, an oracle, a prompt, the model; or if the run in the directory
             began with something else.
     """
+    checked = _check(config, resume)
+    lock = locked(Path(config.out), "--out ")
+    try:
+        return _begin(config, checked, lock, resume, force)
+    except BaseException:  # whoever keeps the exception would keep the lock
+        lock.release()
+        raise
+
+
+@dataclass
+class _Checked:
+    """What a run starts with, checked before anything is written."""
+
+    oracle: oracles.Oracle
+    to_judge: bool  # whether the oracle is still needed
+    policies: ResidentPolicy
+    skipped: Skipped | None
+    prompts: list[Messages]
+    held_out: list[Messages]
+    rendering: str  # SHA-256 of the tokens of all prompts
+
+
+def _check(config: Config, resume: bool) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
-    oracle = oracles.load(
-        config.oracle,
-        config.section(OracleConfig),
-        config.section(JudgeConfig),
-        config.section(ModelConfig),
-        directory,
-    )
+    oracle = load_oracle(config, directory)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
-    prompts, held_out, rendering = _read_prompts(config, policies, oracle if to_judge else None, skipped)
-    policy = policies(config.model)
-    lock = locked(directory, "--out ")
-    try:
-        check_directory(directory, resume)
-        journal = Journal(directory)
-        journal.before_record.append(lock.check)
-        if journal.mended:
-            say(f"the first file of the journal in {directory} is damaged or gone: its copy is taken")
-        inputs = _inputs(config, policy, oracle, prompts, held_out, rendering)
-        _check_inputs(config, journal, inputs, force)
-        # before config.yaml: from its first file on, a run can say what it began with
-        journal.begin({"options": asdict(config), **inputs})
-        atomic_write_text(directory / configuration.FILE, config.to_yaml())
-        if to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
-            shortest = min([*prompts, *held_out], key=oracles.length)
-            oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
-        initial = _keep_initial(config.model, policy, policies, journal)
-        write_prompts(directory / HELD_OUT, held_out)
-        atomic_write_text(directory / "environment.json", json.dumps(environment(policy.device), indent=1) + "\n")
-        tracker = Tracker(directory, config.report_to, asdict(config))
-        journal.before_record.append(tracker.sync)
-    except BaseException:  # whoever keeps the exception would keep the lock
-        lock.release()
-        raise
-    _log_prompts(tracker, len(prompts), len(held_out), skipped)
-    _say_what_starts(config, policy, prompts, held_out, skipped)
-    cache = StageCache(journal, tracker, config_key(config, inputs["model"]))
+    prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
+    return _Checked(oracle, to_judge, policies, skipped, *prompts)
+
+
+def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool) -> OpenRun:
+    """Writes what a run has from its first moment on, if it may go on in the directory."""
+    directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
+    check_directory(directory, resume)
+    journal = Journal(directory)
+    journal.before_record.append(lock.check)
+    if journal.mended:
+        say(f"the first file of the journal in {directory} is damaged or gone: its copy is taken")
+    inputs = _inputs(config, policy, checked)
+    _check_inputs(config, journal, inputs, force)
+    # before config.yaml: from its first file on, a run can say what it began with
+    journal.begin({"options": asdict(config), **inputs})
+    atomic_write_text(directory / configuration.FILE, config.to_yaml())
+    if checked.to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
+        shortest = min([*checked.prompts, *checked.held_out], key=oracles.length)
+        oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
+    initial = _keep_initial(config.model, policy, checked.policies, journal)
+    write_prompts(directory / HELD_OUT, checked.held_out)
+    atomic_write_text(directory / "environment.json", json.dumps(environment(policy.device), indent=1) + "\n")
+    tracker = Tracker(directory, config.report_to, asdict(config))
+    journal.before_record.append(tracker.sync)
+    _log_prompts(tracker, checked)
+    _say_what_starts(config, policy, checked)
     return OpenRun(
-        directory,
-        lock,
-        journal,
-        tracker,
-        cache,
-        policies,
-        initial,
-        prompts,
-        held_out,
-        oracle,
-        config.oracle,
-        inputs["oracle"],
-        policy.family,
-        policy.vocabulary,
-        policy.device,
-        policy.compute_dtype,
+        directory=directory,
+        lock=lock,
+        journal=journal,
+        tracker=tracker,
+        cache=StageCache(journal, tracker, config_key(config, inputs["model"])),
+        policies=checked.policies,
+        initial=initial,
+        prompts=checked.prompts,
+        held_out=checked.held_out,
+        oracle=oracle,
+        oracle_name=config.oracle,
+        oracle_files=inputs["oracle"],
+        family=policy.family,
+        vocabulary=policy.vocabulary,
+        device=policy.device,
+        compute_dtype=policy.compute_dtype,
     )
+
+
+def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
+    """The oracle that the options of a run name."""
+    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
+    return oracles.load(config.oracle, *sections, directory)
 
 
 def config_key(config: Config, model: dict[str, str] | None) -> object:
@@ -226,22 +251,15 @@ def _read_prompts(
     return prompts, held_out, rendered.hexdigest()
 
 
-def _inputs(
-    config: Config,
-    policy: Policy,
-    oracle: oracles.Oracle,
-    prompts: list[Messages],
-    held_out: list[Messages],
-    rendering: str,
-) -> dict[str, dict[str, str]]:
+def _inputs(config: Config, policy: Policy, checked: _Checked) -> dict[str, dict[str, str]]:
     """The identity of what a run works on: fingerprints of the model, the oracle, the prompts and their tokens."""
     checksum_once: Callable[[Path], str] = functools.cache(checksum)  # policy and oracle may be the same model
     commit = getattr(policy.model.config, "_commit_hash", None)
     return {
         "model": model_fingerprint(config.model, commit, checksum_once),
-        "oracle": oracles.fingerprint(oracle, config.oracle, checksum_once),
-        "prompts": {"sha256": prompts_digest(prompts, held_out)},
-        "rendering": {"sha256": rendering},
+        "oracle": oracles.fingerprint(checked.oracle, config.oracle, checksum_once),
+        "prompts": {"sha256": prompts_digest(checked.prompts, checked.held_out)},
+        "rendering": {"sha256": checked.rendering},
     }
 
 
@@ -284,26 +302,28 @@ def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal:
     return kept
 
 
-def _log_prompts(tracker: Tracker, train: int, held_out: int, skipped: Skipped | None) -> None:
-    counts = {"train": train, "held_out": held_out, "skipped": skipped.count if skipped else 0}
+def _log_prompts(tracker: Tracker, checked: _Checked) -> None:
+    counts = {
+        "train": len(checked.prompts),
+        "held_out": len(checked.held_out),
+        "skipped": checked.skipped.count if checked.skipped else 0,
+    }
     if not tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
         tracker.log("prompts", 0, **counts)
 
 
-def _say_what_starts(
-    config: Config, policy: Policy, prompts: list[Messages], held_out: list[Messages], skipped: Skipped | None
-) -> None:
+def _say_what_starts(config: Config, policy: Policy, checked: _Checked) -> None:
     say(
-        f"{config.objective} on {config.model} ({policy.device}, {policy.attention} attention), {len(prompts)} prompts "
-        f"to train on and {len(held_out)} held out, oracle {config.oracle}, into {config.out}"
+        f"{config.objective} on {config.model} ({policy.device}, {policy.attention} attention), {len(checked.prompts)} "
+        f"prompts to train on and {len(checked.held_out)} held out, oracle {config.oracle}, into {config.out}"
     )
     for note in policy.notes:
         say(note)
-    if skipped and skipped.count:
-        say(str(skipped))
-    for notice in policy.template_notices(prompts):
+    if checked.skipped and checked.skipped.count:
+        say(str(checked.skipped))
+    for notice in policy.template_notices(checked.prompts):
         say(f"note: {notice}")
-    algorithm = config.section(AlgorithmConfig)
-    count = len(prompts_of_iteration(prompts, 1, algorithm.iterations, algorithm.prompts_per_iteration))
-    if count < algorithm.prompts_per_iteration:
-        say(f"{count} prompts an iteration, not {algorithm.prompts_per_iteration}: there are no more")
+    wanted = config.prompts_per_iteration
+    count = len(prompts_of_iteration(checked.prompts, 1, config.iterations, wanted))
+    if count < wanted:
+        say(f"{count} prompts an iteration, not {wanted}: there are no more")
