@@ -50,8 +50,8 @@ class FitStates:
 
     ``save`` copies the state to host memory: 12 bytes a parameter, for float32 weights and two moments. A thread writes
     the copy while training goes on. Only the calling thread uses the journal: a state counts once ``record_written`` or
-    ``finish`` has recorded it. A state that was not recorded, because the run was killed, is never restored; ``restore``
-    and ``clear`` remove it.
+    ``finish`` has recorded it. A state that was not recorded, because the run was killed, is never restored; both
+    ``restore`` and ``clear`` remove it.
 
     Args:
         journal: records the states with their checksums. A damaged state is skipped.
