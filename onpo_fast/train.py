@@ -58,7 +58,7 @@ from .files import MOST_LINES_BYTES, PARTIAL, atomic_write_text, checksum, is_am
 from .fit import check_backend, fit, plan
 from .models.loading import load, locate
 from .models.policy import PINNED_DATE, Policy, disagreement, kl_estimate, score
-from .objectives import Objective
+from .objectives import Inpo, Ipo, Objective, Onpo
 from .pairing import distinct, pair
 from .report import is_evaluation, write_report
 from .run import signals
@@ -91,7 +91,7 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
             groups = run.sample(t, policy)  # y_1 … y_K ~ π_t
             preferences = run.judge(t, groups)  # P(y_i ≻ y_j)
             pairs = run.pair(t, groups, preferences)  # D_t
-            if objective.optimistic:
+            if isinstance(objective, Onpo):
                 anchor = run.anchor(t, objective, auxiliary, groups)
                 start = auxiliary if config.fit_start == "anchor" else policy
                 auxiliary = run.fit(t, "auxiliary", start, groups, pairs, anchor, objective)  # π′_{t+1}
@@ -421,7 +421,7 @@ class Run:
         Cached, its log-probs of all responses, also those in no pair: KL estimates need the ones that the oracle did
         not choose. Live, where the policy is: the fit loads it, and lets go of it.
         """
-        share = objective.initial_share
+        share = objective.initial_share if isinstance(objective, Inpo) else float(isinstance(objective, Ipo))
         # the policy that the anchor is; a mixture is none, unless of π_1 with itself
         self.anchored_at = self.initial if share == 1 else source if share == 0 or source == self.initial else None
         initial = self._score(t, self.initial, groups)
