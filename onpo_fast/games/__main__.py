@@ -25,13 +25,13 @@ import torch
 from docstring_parser import parse_from_object
 from rich.table import Table
 
+from ..algorithms import ALGORITHMS
 from ..errors import CommandParser, UserError, command, nearest
 from ..files import atomic_write_text
 from ..objectives import OBJECTIVES
 from ..reports.page import Plot, page_style, render
 from ..run.tracking import console, environment, progress, say
 from . import figures, lab
-from .algorithms import ALGORITHMS
 from .arguments import count
 from .neural import GIVEN, NeuralGame
 from .preferences import GAMES, make

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..objectives import Omd
 from . import bounds, multiturn
-from .algorithms import GameTrace, run
 from .arguments import at_least_zero, positive
 from .arguments import count as whole
 from .fits import Sampled
+from .matrix import GameTrace, run
 from .neural import NeuralGame, NeuralTrace, play
 from .preferences import make, three_cycle
 from .solution import nash
