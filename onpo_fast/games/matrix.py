@@ -17,7 +17,7 @@ import numpy as np
 
 from ..algorithms import Play, named
 from ..objectives import Dpo, Inpo, Ipo, Objective, Omd
-from .arguments import at_least_zero, count, positive
+from .arguments import non_negative, positive, whole_number
 from .fits import Exact, MatrixGame, Sampled
 from .preferences import check, tolerance_of
 from .solution import gap_of_rewards, regularised_gap_of_rewards
@@ -76,7 +76,7 @@ def run(
     single = P.ndim == 2
     P = P[None] if single else P
     play = named(algorithm).play
-    eta, tau, T = positive("eta", eta), at_least_zero("tau", tau), count("T", T)
+    eta, tau, T = positive("eta", eta), non_negative("tau", tau), whole_number("T", T)
     check_mixture(algorithm, eta, tau)
     initial = _distribution(init, P.shape[:2])
     objective = objective_of(algorithm, eta, tau)
@@ -85,7 +85,7 @@ def run(
     elif mode == "sampled":
         if algorithm == "sppo":
             raise ValueError("sppo compares responses with a policy, not in pairs: it has no mode='sampled'")
-        groups, responses = count("groups", groups), count("responses", responses, 2)
+        groups, responses = whole_number("groups", groups), whole_number("responses", responses, 2)
         game = Sampled(P, objective, eta, tau, groups, responses, pairing, labels, seed)
     else:
         raise ValueError(f"mode must be 'exact' or 'sampled', not {mode!r}")

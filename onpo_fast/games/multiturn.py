@@ -32,7 +32,7 @@ import torch
 
 from ..algorithms import named
 from ..objectives import Objective, Onpo
-from .arguments import count, positive
+from .arguments import positive, whole_number
 from .fits import LABELS, log_normalised
 from .preferences import TOLERANCE, check
 from .solution import gap_of_rewards, rewards
@@ -93,7 +93,7 @@ def run(
         raise ValueError(f"there is no target {target!r}; there are {', '.join(TARGETS)}")
     chosen = named(algorithm)
     objective = chosen.objective(positive("eta", eta))
-    count("T", T)
+    whole_number("T", T)
     game = _MultiTurnGame(games, objective, target, samples, labels, seed)
     total = np.zeros(games.shape[:2])
     average_gap, last_gap = np.empty((2, len(games), T))
@@ -240,7 +240,7 @@ def sampled_steps(
         samples: pairs a state.
         labels: "soft": as above; "bits": 1{f ≻ o} − 1{f′ ≻ o}, two independent draws.
     """
-    count("samples", samples)
+    whole_number("samples", samples)
     if labels not in LABELS:
         raise ValueError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
     steps = []
@@ -329,7 +329,7 @@ def _games(P: np.ndarray, turns: int) -> tuple[np.ndarray, int]:
 
 def _actions(final_states: int, turns: int) -> int:
     """Return A. Raises ``ValueError`` if there is no such number."""
-    count("turns", turns)
+    whole_number("turns", turns)
     actions = round(final_states ** (1 / turns))
     if actions**turns != final_states:
         raise ValueError(

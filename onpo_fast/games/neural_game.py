@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations, product
 
@@ -84,10 +84,9 @@ class TransformerGame:
         ]
         # two different tokens: if all were the same, attention could not distinguish positions
         self.contexts = [list(tokens) for tokens in islice(permutations(alphabet, 2), game.contexts)]
-        self.groups = [self._group(c, range(len(self.responses))) for c in range(game.contexts)]
-        if isinstance(self.objective, Sppo):  # compares a response with an empty one, whose log-prob is 0
-            for group in self.groups:
-                group.responses.append(Response("", [], "length", math.nan))
+        # SPPO's margin is a response's own log-ratio: it is paired with an empty response, whose log-prob is 0
+        unpaired = [Response("", [], "length", math.nan)] if isinstance(self.objective, Sppo) else []
+        self.groups = [Group([], context, self.responses + unpaired) for context in self.contexts]
         self.model = self._random_model()
         self.comparisons = 0
         self.mass_error = 0.0
@@ -152,8 +151,8 @@ class TransformerGame:
         """Return the model's log-probs of all responses, (C, n), normalised in float64."""
         n = len(self.responses)
         groups = [
-            self._group(c, range(first, min(first + PACKED, n)))
-            for c in range(self.options.contexts)
+            Group([], context, self.responses[first : first + PACKED])
+            for context in self.contexts
             for first in range(0, n, PACKED)
         ]
         logps = torch.cat(score(self.model, groups, self.config.tokens_per_microbatch)).numpy().reshape(-1, n)
@@ -204,9 +203,6 @@ class TransformerGame:
             if self.options.labels != "soft":
                 wins = (rng.random(len(wins)) < wins).astype(np.float64)
             yield 0.5 + (wins[:, None] - wins[None, :]) / 2
-
-    def _group(self, context: int, members: Iterable[int]) -> Group:
-        return Group([], self.contexts[context], [self.responses[i] for i in members])
 
     def _random_model(self) -> Policy:
         """Return a transformer with random weights, which the seed determines."""
