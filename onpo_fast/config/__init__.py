@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from ..errors import CommandParser, UserError
 from ..models.device import device_of
-from ..objectives import OBJECTIVES, Objective
+from ..objectives import OBJECTIVES, Inpo, Objective
 from ..pairing import PAIRINGS
 from ..run.journal import Journal
 from .cli_errors import TAG_ERRORS, check_file, check_flags, check_values, explain, explain_tags, switches
@@ -161,8 +161,8 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
         for name, known in (("objective", OBJECTIVES), ("pairing", PAIRINGS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        share = self.make_objective().initial_share
-        if self.anchor == "live" and 0 < share < 1:
+        objective = self.make_objective()
+        if self.anchor == "live" and isinstance(objective, Inpo) and objective.initial_share < 1:
             raise UserError(f"--anchor live takes one anchor: --objective {self.objective} mixes two, use cached")
 
     def make_objective(self) -> Objective:
