@@ -474,7 +474,7 @@ def make_page(rows: Sequence[Row]) -> str:
 PREFACE = """\
 # Model families
 
-Tiny random models of each family, trained here and compared with plain transformers: two to four layers of the real model
+Tiny random models of each family, run here and compared with plain transformers: two to four layers of the real model
 classes, with weights larger than a fresh model's, and with dropout, router jitter and biases that are not 0, so that
 mistakes show. No trained weights and no GPU were used. `python -m bench families` writes this page; `bench/zoo.py` has the
 configurations; `python -m bench families --only llama` tries one.
