@@ -57,6 +57,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "ruff",
             "datasets",
             "kernels",
