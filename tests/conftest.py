@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the suite asks no hub
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,16 @@ def real_policy(model_directory: Path) -> Policy:
     from onpo_fast.models.loading import load
 
     return load(model_directory, Config())
+
+
+@pytest.fixture(scope="module")
+def without_plots() -> Iterator[None]:
+    """Leaves plots empty, which take half of the time of a small run, in a module whose tests are not of reports."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))
+        yield
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from onpo_fast.run.journal import Journal
 from onpo_fast.run.parts import Parts
 from onpo_fast.run.tracking import Tracker
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 def test_blocks_average_the_samples_of_two_policies() -> None:
     upper = np.array([[0.5, 0.6, 0.9, 0.7], [0.4, 0.5, 0.5, 0.3], [0.1, 0.5, 0.5, 0.2], [0.3, 0.7, 0.8, 0.5]])

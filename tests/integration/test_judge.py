@@ -46,6 +46,8 @@ from tests.support.servers import (
     trickle,
 )
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 TEXTS = ["Blue.", "I like red most of all, and you?", "Red.", "Blue."]
 

@@ -26,6 +26,8 @@ from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 PROMPT = [
     {"role": "user", "content": "Name a {colour}."},
     {"role": "assistant", "content": "Blue."},

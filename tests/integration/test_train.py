@@ -26,6 +26,8 @@ from onpo_fast.models.policy import Policy
 from onpo_fast.objectives import Onpo
 from onpo_fast.run.journal import Journal
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 PROMPTS = [
     {"prompt": "Nenne drei Farben."},
     {"prompt": "用一句话介绍北京。"},

@@ -35,6 +35,8 @@ from onpo_fast.run.fit_states import Checkpoints
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.parts import Parts
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @dataclass
 class Whole:
