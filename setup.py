@@ -59,6 +59,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "ruff",
             "datasets",
             "kernels",

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.small_runs import flip, prepare, small_run
 
-from bench.drill import bits, flip, prepare, small_run
 from onpo_fast import evaluate, train
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
 from onpo_fast.run import signals
+from onpo_fast.run.digest import run_digest
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def test_blocks_average_the_samples_of_two_policies() -> None:
@@ -97,10 +100,10 @@ class Counting:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, model_directory) -> Config:
+def run(tmp_path_factory, tiny_model) -> Config:
     """A run of one iteration, whole."""
     work = tmp_path_factory.mktemp("evaluated")
-    prepare(work, str(model_directory))
+    prepare(work, tiny_model)
     config = replace(small_run(work, "run"), iterations=1, sampling_batch_size=1)
     train.train(config)
     return config
@@ -166,7 +169,7 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
 def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, monkeypatch) -> None:
     directory = tmp_path / "run"
     shutil.copytree(run.out, directory)
-    kept = bits(directory)
+    kept = run_digest(directory)
     journal, oracle = Journal(directory), Counting()
     monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
     oracle.fails_at = 0
@@ -179,7 +182,7 @@ def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, m
         assert (after != before) == made
     train.train(config, resume=True)  # its evaluation is whole: the parts go
     assert not list(directory.rglob("*.parts"))
-    assert bits(directory) == kept
+    assert run_digest(directory) == kept
 
 
 @pytest.mark.parametrize(("asked", "records"), [(0, 0), (3, 1)])

@@ -16,6 +16,8 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 PROMPT = [{"role": "user", "content": "How do I water tomatoes in summer?"}]
 
 

@@ -14,16 +14,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.small_runs import prepare, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from bench.drill import prepare, small_run
 from onpo_fast import evaluate
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.models.policy import Policy
 from onpo_fast.run.journal import Journal
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 PROMPTS = [
     {"prompt": "Nenne drei Farben."},
@@ -256,9 +258,9 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type"
 
 
 @pytest.fixture
-def templated(tmp_path, model_directory) -> Callable[..., Config]:
+def templated(tmp_path, tiny_model) -> Callable[..., Config]:
     """A small run of a random model with this chat template."""
-    prepare(tmp_path, str(model_directory))
+    prepare(tmp_path, tiny_model)
 
     def make(template: str, **options) -> Config:
         (tmp_path / "model" / "chat_template.jinja").write_text(template)

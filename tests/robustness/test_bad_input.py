@@ -25,6 +25,8 @@ from onpo_fast.run.lock import locked
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker, say
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
 FILES = {
     "good.jsonl": GOOD,

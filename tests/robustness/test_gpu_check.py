@@ -74,7 +74,7 @@ def test_shapes_have_the_names_that_the_plan_gives_them() -> None:
 
 
 def test_every_test_of_the_kernels_is_in_the_plan(tmp_path: Path) -> None:
-    files = {f"triton_kernels/{path.name}" for path in (ROOT / "tests/triton_kernels").glob("test_*.py")}
+    files = {f"gpu/triton_kernels/{path.name}" for path in (ROOT / "tests/gpu/triton_kernels").glob("test_*.py")}
     at = Setting(tmp_path, tmp_path, dry=False)
     steps = {step.name: step for group in PARTS["1"](at) for step in group}
     planned_files = [

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 
-from bench.drill import SMALL, append, bits, cut, flip, prepare, small_run
 from onpo_fast import evaluate, files, language_game, oracles
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
@@ -30,11 +30,14 @@ from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl, write_jsonl
 from onpo_fast.run import fit_states, opening, signals
 from onpo_fast.run import lock as run_lock
+from onpo_fast.run.digest import run_digest as bits
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, RESPONSES, finished_policies, initial_policy
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @dataclass
@@ -47,9 +50,9 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, model_directory) -> Whole:
+def whole(tmp_path_factory, tiny_model) -> Whole:
     work = tmp_path_factory.mktemp("whole")
-    prepare(work, str(model_directory))
+    prepare(work, tiny_model)
     config = small_run(work, "whole")
     module.train(config)
     return Whole(work, config, bits(work / "whole"))
@@ -72,10 +75,10 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
     ]
 
 
-def test_the_drill(model_directory) -> None:
+def test_the_drill(tiny_model) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
     line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3"]
-    line += ["--tokenizer", str(model_directory)]
+    line += ["--tokenizer", str(tiny_model)]
     done = subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every run ended with the same bits" in done.stdout
