@@ -51,7 +51,7 @@ from .run.tracking import Tracker, progress, say
 from .sampling import TruncationWarning, all_truncated, make_sampler
 
 CONFIDENCE = 0.95
-ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
+ASKS = tuple(name for name in configuration.NEEDS_TRUST if name != "report_to")  # numbers stay in the directory
 ORACLE_OPTIONS = tuple(  # that can be given anew: all that say whom to ask, and how
     field.name for field in fields(Config) if field.name in ASKS or field.name.startswith(("judge_", "oracle_"))
 )
@@ -339,13 +339,15 @@ def check_oracle(directory: Path, config: Config) -> dict[str, str]:
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.", epilog=configuration.TRUST
+        prog="python -m onpo_fast.evaluate",
+        description="Evaluate the policies of a run.",
+        epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
     configuration.add_options(parser, ORACLE_OPTIONS)
     options = parser.parse_args(argv)
     directory = options.directory
-    config = configuration.read(directory, configuration.given_flags(options, ORACLE_OPTIONS), ASKS)
+    config = configuration.read_run(directory, configuration.given_options(options, ORACLE_OPTIONS), ASKS)
     with locked(directory) as lock:
         oracle_files = check_oracle(directory, config)
         journal = Journal(directory)

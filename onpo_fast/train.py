@@ -93,10 +93,10 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
             pairs = run.pair(t, groups, preferences)  # D_t
             if objective.optimistic:
                 anchor = run.anchor(t, objective, auxiliary, groups)
-                start = auxiliary if config.fit_start == "anchor" else policy
+                start = auxiliary if config.objective != "onpo_from_policy" else policy
                 auxiliary = run.fit(t, "auxiliary", start, groups, pairs, anchor, objective)  # π′_{t+1}
-                start = auxiliary if config.fit_start == "anchor" else policy
-                if config.second_fit == "chained":
+                start = auxiliary if config.objective != "onpo_from_policy" else policy
+                if config.objective != "onpo_direct":
                     anchor = run.anchor(t, objective, auxiliary, groups)
                     policy = run.fit(t, "policy", start, groups, pairs, anchor, objective)  # π_{t+1}
                 else:
@@ -213,7 +213,7 @@ class Run:
         self.judged_by = (*self.made_by, oracle)
         # before config.yaml: from its first file on, a run can say what it began with
         self.journal.begin({"options": asdict(config), **inputs})
-        atomic_write_text(self.directory / configuration.FILE, config.to_yaml())
+        atomic_write_text(self.directory / configuration.CONFIG_FILE, config.to_yaml())
         if self.to_judge and oracles.keeps_files(self.oracle):  # it may do so from here on
             shortest = min([*self.prompts, *held_out], key=oracles.length)
             oracles.probe(self.oracle, config.oracle, [shortest], in_directory=True)
@@ -623,7 +623,7 @@ JOURNALS = Journal.FILES + Journal.EARLIER_FILES
 
 def _check_directory(directory: Path, resume: bool) -> None:
     """A run directory that holds anything is somebody's, unless it is a run, to go on with."""
-    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.FILE)):
+    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.CONFIG_FILE)):
         return
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file: give a directory")
@@ -643,7 +643,7 @@ def main(argv: list[str]) -> None:
         train(config, resume, force="--force" in argv)
     except signals.Stopped as stopped:
         directory = printable(shlex.quote(config.out))
-        trust = " --trust_run" if configuration.asked(config) else ""
+        trust = " --trust_run" if configuration.options_needing_trust(config) else ""
         console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}{trust}")
         raise SystemExit(stopped.exit_status) from None
 

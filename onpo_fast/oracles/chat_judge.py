@@ -491,12 +491,12 @@ class _Sitting:
     def check_verdicts(self, least: int) -> None:
         """Stops if too few answers are verdicts. Those that are none are forgotten: a mended judge is asked anew."""
         nonsense = len(self.without_verdict)
-        if self.answers < least or nonsense <= self.config.judge_max_nonsense * self.answers:
+        if self.answers < least or nonsense <= self.config.judge_max_invalid_rate * self.answers:
             return
         self.kept.drop(key for question in self.without_verdict for key in (question.key, question.key_without))
         raise UserError(
             f"the judge {self.judge.model} gave no verdict, A or B, in {nonsense} of {self.answers} answers, more than "
-            f"the share {self.config.judge_max_nonsense:g} of --judge_max_nonsense; the last was "
+            f"the share {self.config.judge_max_invalid_rate:g} of --judge_max_invalid_rate; the last was "
             f"{self.last_without[:80]!r}"
             + ("; some ended before a verdict: they may need more --judge_max_tokens" if self.cut_off else "")
         )
