@@ -33,8 +33,8 @@ SWITCHES = {
     "debug": "Show the traceback of an error in the input.",
     "print_config": "Print every option with its value as YAML, and exit.",
     "resume": "Continue the run in --out, or start it if there is none. A finished stage is not repeated.",
-    "force": "With --resume: continue although options, the model or the prompts have changed since the run began. What "
-    "is finished stays as it is.",
+    "force": "With --resume: continue although options, the model or the prompts have changed since the run began. "
+    "What is finished stays as it is.",
     "trust_run": TRUST_RUN_HELP,
 }
 METAVARS = {int: "N", float: "X", str: "TEXT", dict: "JSON"}

@@ -104,10 +104,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, ModelConfig)
-        taken = [
-            name for name in self.chat_template_kwargs or {} if name in TEMPLATE_PARAMETERS or type(name) is not str
-        ]
-        if taken:
+        variables = self.chat_template_kwargs or {}
+        if taken := [name for name in variables if not isinstance(name, str) or name in TEMPLATE_PARAMETERS]:
             raise UserError(
                 f"--chat_template_kwargs must leave {', '.join(map(str, taken))} alone: it is for variables of the "
                 "model's own template"
@@ -246,7 +244,7 @@ class AlgorithmConfig:
     """The algorithm: what is compared, and how the policy is updated."""
 
     objective: str = "onpo"
-    """Algorithm that updates the policy (--algorithm is the same option), one of:"""
+    """Algorithm that updates the policy (--algorithm is the same option). Default: onpo. One of:"""
     eta: float | None = None
     """Step size η of mirror descent: the target margin of a certain preference is η/2 nats (paper: 100). For inpo, η is
     the inverse step size, and that target 1/(2η). Default: 20; inpo 1/20, which is the same step."""
@@ -267,9 +265,9 @@ class AlgorithmConfig:
     responses_per_prompt: int = 4
     """Responses K that are sampled for each prompt, at least 2 (paper: 8)."""
     pairing: str = "all_pairs"
-    """Responses of a prompt that are compared. "iid" (disjoint pairs) and "all_pairs" are covered by the theory;
-    "best_worst" and "knockout" choose two responses by the oracle, as the paper's experiments do. Pairs of identical
-    responses are left out: their gradient is zero."""
+    """Responses of a prompt that are compared. "iid" (disjoint pairs) or "all_pairs", which the theory covers;
+    "best_worst" (by mean preference) or "knockout" (first and last of a tournament), which choose two responses by the
+    oracle, as the paper's experiments do. Pairs of identical responses are left out: their gradient is zero."""
     labels: Literal["soft", "sampled"] = "soft"
     """Label of a pair. "soft": the oracle's probability, which has the same minimiser with less variance. "sampled": a
     winner drawn with that probability, as in Algorithm 1."""
