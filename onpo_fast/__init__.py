@@ -7,9 +7,9 @@ import os
 import sys
 
 # ``python -m onpo_fast.COMMAND`` puts the current folder first on the path. The folder may be a stranger's run, whose
-# numpy.py must not be imported (docs/trust.md), so it is taken off the path, as ``python -P`` does. While Python imports
-# this package for -m, argv[0] is "-m", and orig_argv has the module's name before the same other arguments. The console
-# script ``onpo-fast`` has its own folder on the path.
+# numpy.py must not be imported (docs/trust.md), so it is taken off the path, as ``python -P`` does. While Python
+# imports this package for -m, argv[0] is "-m", and orig_argv has the module's name before the same other arguments.
+# The console script ``onpo-fast`` has its own folder on the path.
 _is_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].endswith(__name__)
 _is_script = os.path.splitext(os.path.basename("".join(sys.argv[:1])))[0] == "onpo-fast"
 if (

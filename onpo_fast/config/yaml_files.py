@@ -122,6 +122,10 @@ def _known_name(where: str, written: str, section: str | None, hints: Mapping[st
     if name not in hints:
         if written in INSTEAD:
             raise UserError(f"{where}: there is no option {written}: {INSTEAD[written]}")
+        if written in SECTIONS:
+            raise UserError(
+                f"{where}: {written} is a section: its options come below it, as in {written}: {{name: value}}"
+            )
         known = hints if section else [*hints, *SECTIONS]
         raise UserError(f"{where}: there is no option {written}{nearest(written, known) or ' (see --help)'}")
     own = next((own for own, kind in SECTIONS.items() if name in kind.__dataclass_fields__), "algorithm")
