@@ -53,7 +53,7 @@ from .run.tracking import Tracker, progress, say
 from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
 
 CONFIDENCE = 0.95
-ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # metrics stay in the directory
+ASKS = tuple(name for name in configuration.NEEDS_TRUST if name != "report_to")  # metrics stay in the directory
 ORACLE_OPTIONS = tuple(  # options of the oracle, which may be given anew
     option.name for option in fields(Config) if option.name in ASKS or option.name.startswith(("judge_", "oracle_"))
 )
@@ -331,13 +331,15 @@ def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        prog="python -m onpo_fast.evaluate", description="Evaluate the policies of a run.", epilog=configuration.TRUST
+        prog="python -m onpo_fast.evaluate",
+        description="Evaluate the policies of a run.",
+        epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
     configuration.add_options(parser, ORACLE_OPTIONS)
     options = parser.parse_args(argv)
     directory = options.directory
-    config = configuration.read(directory, configuration.given_flags(options, ORACLE_OPTIONS), ASKS)
+    config = configuration.read_run(directory, configuration.given_options(options, ORACLE_OPTIONS), ASKS)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)
         journal = Journal(directory)

@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
     parser = CommandParser(
         prog="python -m onpo_fast.export",
         description="Export the pairs or the answers of a run.",
-        epilog=configuration.TRUST,
+        epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
     parser.add_argument("--out", type=Path, help="default: DIR/pairs, or DIR/alpaca_eval_N.json")
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     asks = () if options.alpaca is None else ASKS  # no model is loaded for pairs
     directory = options.directory
-    config = configuration.read(directory, configuration.given_flags(options, ASKS), asks)
+    config = configuration.read_run(directory, configuration.given_options(options, ASKS), asks)
     if options.alpaca is None:
         for name in ("policy", "max_new_tokens", "temperature", *ASKS):
             if getattr(options, name) is not None:

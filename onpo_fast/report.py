@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from .config.cli_errors import read_yaml
+from .config import read_yaml
 from .data import of_iterations
 from .errors import CommandParser, UserError, command, one_line
 from .files import MIB, MOST_LINES, MOST_LINES_BYTES, advising, parse_json, read_lines, read_regular
@@ -265,7 +265,7 @@ def _document(line: bytes) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    _, _, options = read_yaml(path)
+    _, options = read_yaml(path)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError(f'{path} is damaged: expected "name: value"')
     iterations = options.get("iterations", 0)

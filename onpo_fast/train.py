@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         train(config, resume, force="--force" in argv)
     except signals.Stopped as stopped:
         directory = printable(shlex.quote(config.out))
-        trust = " --trust_run" if configuration.asked(config) else ""
+        trust = " --trust_run" if configuration.options_needing_trust(config) else ""
         console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}{trust}")
         raise SystemExit(stopped.exit_status) from None
 

@@ -152,7 +152,7 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
     _check_inputs(config, journal, inputs, force)
     # before config.yaml: from its first file on, a run can say what it began with
     journal.begin({"options": asdict(config), **inputs})
-    atomic_write_text(directory / configuration.FILE, config.to_yaml())
+    atomic_write_text(directory / configuration.CONFIG_FILE, config.to_yaml())
     if checked.to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
         shortest = min([*checked.prompts, *checked.held_out], key=oracles.length)
         oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
@@ -196,7 +196,7 @@ def config_key(config: Config, model: dict[str, str] | None) -> object:
 
 def check_directory(directory: Path, resume: bool) -> None:
     """Raises ``UserError`` if a directory holds anything but, with ``resume``, a run to go on with."""
-    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.FILE)):
+    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.CONFIG_FILE)):
         return
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file: give a directory")

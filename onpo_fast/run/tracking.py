@@ -139,7 +139,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Of the checkout that this file is in; None if it is installed elsewhere."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

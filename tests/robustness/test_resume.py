@@ -25,7 +25,7 @@ from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 from onpo_fast import evaluate, files, language_game, oracles
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
-from onpo_fast.config import Config, parse_run, read
+from onpo_fast.config import Config, parse_run, read_run
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl, write_jsonl
 from onpo_fast.run import fit_states, opening, signals
@@ -228,7 +228,7 @@ def test_what_was_edited_can_be_forced(run: Path) -> None:
 def test_a_lost_configuration_is_in_the_journal(whole: Whole, run: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text[: text.index("prompts_per_iteration")])
-    assert replace(read(run), out=whole.config.out) == whole.config  # for the other commands
+    assert replace(read_run(run), out=whole.config.out) == whole.config  # for the other commands
     (run / "config.yaml").unlink()
     config, _ = parse_run(["--resume", "--out", str(run)])
     assert replace(config, out=whole.config.out) == whole.config
@@ -275,7 +275,7 @@ def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) 
     for name in ("config.yaml", *Journal.FILES):
         (run / name).unlink()
     (run / "journal.json").write_text(json.dumps({"prompts": entries["prompts"]}))
-    with pytest.raises(UserError, match="has no run to go on with; to start one there, give its options too"):
+    with pytest.raises(UserError, match="has no run to continue; to start one there, give its options too"):
         parse_run(["--resume", "--out", str(run)])
 
 
@@ -1049,7 +1049,7 @@ def test_a_fit_that_fails_keeps_the_state_that_was_being_written(whole: Whole, t
 def test_a_run_keeps_the_batch_sizes_of_the_device_it_began_on(tmp_path, monkeypatch) -> None:
     out = str(tmp_path / "run")
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("onpo_fast.config.device_of", lambda name: torch.device("cuda"))
+        elsewhere.setattr("onpo_fast.config.combined.device_of", lambda name: torch.device("cuda"))
         began = Config(out=out)
     assert (began.tokens_per_microbatch, began.sampling_batch_size) == (16384, 256)
     assert (Config().tokens_per_microbatch, Config().sampling_batch_size) == (1024, 32)
@@ -1057,7 +1057,7 @@ def test_a_run_keeps_the_batch_sizes_of_the_device_it_began_on(tmp_path, monkeyp
     Journal(Path(out)).begin({"options": vars(began)})
     (Path(out) / "config.yaml").write_text(began.to_yaml())
     assert "tokens_per_microbatch: 16384\n" in began.to_yaml()
-    assert parse_run(["--resume", "--out", out])[0] == read(Path(out)) == began
+    assert parse_run(["--resume", "--out", out])[0] == read_run(Path(out)) == began
     with pytest.raises(UserError, match="--tokens_per_microbatch 16384 → 1024"):
         parse_run(["--resume", "--out", out, "--tokens_per_microbatch", "null"])
     with pytest.raises(UserError, match="--sampling_batch_size 256 → 32"):
