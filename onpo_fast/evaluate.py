@@ -51,7 +51,7 @@ from .run.tracking import Tracker, progress, say
 from .sampling import TruncationWarning, all_truncated, make_sampler
 
 CONFIDENCE = 0.95
-ASKS = tuple(name for name in configuration.ASKS if name != "report_to")  # numbers stay in the directory
+ASKS = tuple(name for name in configuration.ASKS if name not in ("report_to", "push_to_hub"))  # nothing is sent
 ORACLE_OPTIONS = tuple(  # that can be given anew: all that say whom to ask, and how
     field.name for field in fields(Config) if field.name in ASKS or field.name.startswith(("judge_", "oracle_"))
 )

@@ -67,6 +67,7 @@ ASKS = {  # options that only the user may set, and what a value other than the 
     "judge_prompt": "to read {value} and send it to the judge",
     "judge_cache": "to write {value}",
     "report_to": "to report to Weights & Biases with your key",
+    "push_to_hub": "to upload the policy to {value} with your Hugging Face token",
 }
 BY_DEVICE = {"tokens_per_microbatch": (16384, 1024), "sampling_batch_size": (256, 32)}  # defaults on a GPU, on a CPU
 

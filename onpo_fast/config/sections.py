@@ -203,6 +203,9 @@ class RunConfig:
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, by its own environment variables
     (WANDB_API_KEY or WANDB_MODE=offline; WANDB_PROJECT, WANDB_NAME, …)."""
+    push_to_hub: str | None = None
+    """Upload the last policy with its model card to this Hugging Face repository, ORG/NAME, when the run ends. The
+    token comes from HF_TOKEN or `hf auth login` and is never saved."""
 
 
 SECTIONS = (ModelConfig, DataConfig, SamplingConfig, OracleConfig, JudgeConfig, AlgorithmConfig, FitConfig, RunConfig)

@@ -33,10 +33,7 @@ def draw_all(run: RunData) -> dict[str, Plot | None]:
 
 
 def _draw_alone(run: RunData, draw: Draw) -> Plot | None:
-    if draw is win_rates:
-        height = 1 + 0.36 * min(len(run.shown_policies), 8)
-    else:
-        height = HEIGHTS.get(draw.__name__, 2.6)
+    height = 1 + 0.36 * min(len(run.shown_policies), 8) if draw is win_rates else HEIGHTS.get(draw.__name__, 2.6)
     figure, axes = new_axes("", "", height=height)
     return plot(figure, draw(run, axes))
 

@@ -47,11 +47,11 @@ STAGE_FIELDS = {  # required besides, by stage
     "evaluate": {"seconds": (int, float)},
 }
 
+TEXT_FIELDS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # all other fields are numbers or null
+
 MANY_RECORDS = 5000  # drawing more takes seconds, and shows its progress
 
 Item = TypeVar("Item")
-
-TEXT_FIELDS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # all other fields are numbers or null
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -380,7 +380,7 @@ class _Wandb:
             )
         except Exception as error:  # the network, the service, its keys
             raise UserError(
-                f"--report_to wandb: Weights & Biases cannot be reached, or refuses ({error}). WANDB_MODE=offline needs "
+                f"--report_to wandb: Weights & Biases cannot be reached or refuses ({error}). WANDB_MODE=offline needs "
                 f"neither key nor network (`wandb sync` uploads later); --resume continues the run in {directory}"
             ) from error
         self.steps: dict[str, int] = {}

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from cycler import cycler
 
-from onpo_fast.report import is_evaluation, main, write_report
+from onpo_fast.report import is_evaluation, main, write_picture, write_report
 from onpo_fast.reports.run_data import RunData
 
 ATTACK = "</script></div><script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -646,3 +646,41 @@ def test_a_matplotlibrc_is_not_read(finished: Path, content: str | bytes | None)
     done = subprocess.run(words, cwd=finished, capture_output=True, text=True, check=False, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     assert "<svg" in (finished / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture of the main plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "start"), [("plots.svg", b"<?xml"), ("plots.png", b"\x89PNG")])
+def test_picture(finished: Path, name: str, start: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = finished / name
+    main([str(finished), "--picture", str(picture)])
+    assert capsys.readouterr().out.splitlines() == [str(finished / "report.html"), str(picture)]
+    first = picture.read_bytes()
+    assert first.startswith(start)
+    main([str(finished), "--picture", str(picture)])
+    assert picture.read_bytes() == first
+    if name.endswith("svg"):
+        text = first.decode()
+        for title in (
+            "Win rates on held-out prompts",
+            "Normalised loss",
+            "KL from the first policy",
+            "Seconds by stage",
+        ):
+            assert title in text
+
+
+def test_picture_of_an_unfinished_run(unfinished: Path) -> None:
+    write_picture(unfinished, unfinished / "plots.svg")
+    text = (unfinished / "plots.svg").read_text(encoding="utf-8")
+    assert "Win rates on held-out prompts: not recorded yet" in text
+    assert "Normalised loss: not recorded yet" not in text
+
+
+def test_picture_of_another_kind(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(finished), "--picture", "plots.gif"])
+    assert "--picture plots.gif" in capsys.readouterr().err
