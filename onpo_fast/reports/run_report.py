@@ -6,12 +6,13 @@ import io
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import UserError, naming
 from .formatting import date, duration, grouped, percent, policy_symbol, table_rows
 from .page import page_style, render
-from .plots import divergence, draw_all, loss, stage_seconds, win_rates
+from .plots import Draw, divergence, draw_all, loss, stage_seconds, win_rates
 from .run_data import RunData
 
 FILTERS = {
@@ -58,19 +59,25 @@ def write_picture(directory: Path, path: Path) -> Path:
     run = RunData.read(Path(directory), examples=False)
     content = io.BytesIO()
     with page_style(), matplotlib.rc_context({"svg.hashsalt": "onpo_fast"}):
-        figure = Figure(figsize=(9, 6.4), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor="white")
         for axes, (title, draw) in zip(figure.subplots(2, 2).flat, PICTURE.items()):
-            axes.set_title(title, pad=16, loc="left", fontweight="bold")
-            if not draw(run, axes):
-                axes.clear()
-                axes.set_axis_off()
-                axes.set_title(f"{title}: not recorded yet", loc="left")
-            elif len(axes.get_legend_handles_labels()[1]) > 1:
-                handles, labels = axes.get_legend_handles_labels()
-                unique = dict(zip(labels, handles))
-                axes.legend(unique.values(), unique.keys(), fontsize="small")
+            _draw_titled(run, axes, title, draw)
         metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(content, format=path.suffix[1:], dpi=160, facecolor="white", metadata=metadata)
     with naming(path):
         path.write_bytes(content.getvalue())
     return path
+
+
+def _draw_titled(run: RunData, axes: Axes, title: str, draw: Draw) -> None:
+    """Draw a plot with a title and a legend, or only a title that says that the run has no values for it."""
+    axes.set_title(title, pad=16, loc="left", fontweight="bold")
+    if not draw(run, axes):
+        axes.clear()
+        axes.set_axis_off()
+        axes.set_title(f"{title}: not recorded yet", loc="left")
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    if len(unique := dict(zip(labels, handles))) > 1:
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if draw is stage_seconds else {}  # bars fill the axes
+        axes.legend(unique.values(), unique.keys(), fontsize="small", **beside)

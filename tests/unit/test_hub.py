@@ -10,7 +10,8 @@ import huggingface_hub
 import pytest
 from test_model_card import make_run
 
-from onpo_fast import export
+from onpo_fast import evaluate, export
+from onpo_fast.config import Config, parse_run
 from onpo_fast.errors import UserError
 from onpo_fast.reports import hub
 from onpo_fast.run.journal import Journal
@@ -183,3 +184,21 @@ def test_a_run_without_a_policy(tmp_path: Path, calls: list) -> None:
     (tmp_path / "config.yaml").write_text("iterations: 2\n")
     with pytest.raises(UserError, match="no finished policy"):
         hub.push_policy(tmp_path, "org/name")
+
+
+@pytest.mark.parametrize("where", ["file", "journal"])
+def test_a_run_directory_uploads_nothing_unasked(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come from a stranger, who would get what the user's prompts and GPU made of it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = Config(out="run", device="cpu", push_to_hub="stranger/model")
+    if where == "file":
+        (run / "config.yaml").write_text(config.to_yaml())
+    else:
+        Journal(run).begin({"options": vars(config)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="push_to_hub asks to upload the policy to stranger/model"):
+        parse_run(["--resume", "--out", "run"])
+    given = ["--resume", "--out", "run", "--push_to_hub", "stranger/model"]
+    assert parse_run(given)[0].push_to_hub == "stranger/model"
+    assert "push_to_hub" not in evaluate.ORACLE_OPTIONS
