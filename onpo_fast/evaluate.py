@@ -53,7 +53,7 @@ from .run.tracking import Tracker, progress, say
 from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
 
 CONFIDENCE = 0.95
-ASKS = tuple(name for name in configuration.NEEDS_TRUST if name != "report_to")  # metrics stay in the directory
+ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
 ORACLE_OPTIONS = tuple(  # options of the oracle, which may be given anew
     option.name for option in fields(Config) if option.name in ASKS or option.name.startswith(("judge_", "oracle_"))
 )

@@ -32,6 +32,7 @@ from .models.loading import load
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective
+from .reports.model_card import write_model_card
 from .run.fit_states import FitStates
 from .run.opening import OpenRun
 from .run.outputs import iteration_folder
@@ -199,12 +200,13 @@ class LanguageGame:
             keep=lambda record: record["stage"] == "fit" and record["step"] <= known,
         )
         states.clear()  # also what is left if the run was killed just before
+        if last:  # it was fitted just now
+            write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
     def mixture(self, initial: Source, policy: Source) -> Mixture:
-        """π_1^s · π^(1−s), with INPO's s = τ/η, and ητ where η is the step."""
-        share = getattr(self.objective, "initial_share", None)
-        return Mixture(initial, policy, self.algorithm.eta * self.algorithm.tau if share is None else share)
+        """π_1^s · π^(1−s), with the weight s of the algorithm's options."""
+        return Mixture(initial, policy, self.algorithm.initial_weight)
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
 

@@ -521,8 +521,8 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in (evaluate, export):
-        monkeypatch.delattr(module, "load")
+    for module in ("evaluate", "reports.exports"):
+        monkeypatch.delattr(f"onpo_fast.{module}.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))
