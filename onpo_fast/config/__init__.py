@@ -149,8 +149,8 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
             raise UserError(f"--judge_retries must not be negative, not {self.judge_retries}")
         if not (math.isfinite(self.judge_timeout) and self.judge_timeout > 0):
             raise UserError(f"--judge_timeout must be positive and finite, not {self.judge_timeout}")
-        if not 0 <= self.judge_max_nonsense <= 1:
-            raise UserError(f"--judge_max_nonsense must be in [0, 1], not {self.judge_max_nonsense}")
+        if not 0 <= self.judge_max_invalid_rate <= 1:
+            raise UserError(f"--judge_max_invalid_rate must be in [0, 1], not {self.judge_max_invalid_rate}")
         if self.checkpoint_steps < 1:
             raise UserError(f"--checkpoint_steps must be at least 1, not {self.checkpoint_steps}")
         for name in ("max_skipped_steps", "checkpoint_minutes"):

@@ -109,7 +109,7 @@ class JudgeConfig:
     judge_retries: int = 15
     """Further tries of a request that failed before the run stops. The waits between them double up to a minute: 15
     wait for five minutes at least, as a server needs to start again."""
-    judge_max_nonsense: float = 0.5
+    judge_max_invalid_rate: float = 0.5
     """The share of answers without a verdict, each counted as ½, above which the run stops."""
     judge_cache: str | None = None
     """The SQLite file of answers, which runs may share. Default: judge.sqlite in the run directory."""
