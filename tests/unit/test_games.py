@@ -391,7 +391,7 @@ def exact_step(P, policy):
 
 
 @pytest.mark.parametrize("pairing", ["iid", "all_pairs"])
-@pytest.mark.parametrize("labels", ["soft", "bits"])
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
 def test_sampled_minimisers_converge_to_the_closed_form(pairing, labels):
     P, policy = games(5, 1, seed=15)[0], np.array([0.3, 0.25, 0.2, 0.15, 0.1])
     errors = []
@@ -436,7 +436,14 @@ def test_sampled_runs_follow_the_exact_ones(algorithm):
     np.testing.assert_array_equal(sampled.policy, again.policy)
 
 
-@pytest.mark.parametrize("labels", ["soft", "bits"])
+def test_bits_is_an_old_name_of_sampled_labels():
+    P, options = games(4, 2, seed=17), {"mode": "sampled", "groups": 10}
+    old, new = (run(P, "omd", 0.5, 3, labels=labels, **options).policy for labels in ("bits", "sampled"))
+    np.testing.assert_array_equal(old, new)
+    assert not np.array_equal(new, run(P, "omd", 0.5, 3, **options).policy)
+
+
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
 def test_an_opponents_draws_give_its_rewards(labels):
     """EGPO's second fit: pairs of π against draws of another policy, not against each other."""
     P, policy, other = games(4, 1, seed=18), np.full((1, 4), 0.25), np.array([[0.7, 0.1, 0.1, 0.1]])
