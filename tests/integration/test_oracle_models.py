@@ -25,6 +25,8 @@ from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
 from tests.support.model_files import edit_config, edit_template
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 PROMPT = [
     {"role": "user", "content": "Name a {colour}."},
     {"role": "assistant", "content": "Blue."},
@@ -208,7 +210,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
 def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """The answers in batches and those to each question alone; and what was said."""
     alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1), oracle.policy)
-    tracking.said.clear()
+    tracking.announced.clear()
     capsys.readouterr()
     answers = oracle.many(GROUPS)
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +18,27 @@ from onpo_fast.config import Config
 from onpo_fast.conversations import Prompt
 from onpo_fast.errors import UserError, one_line
 from onpo_fast.oracles.reward_model import RewardModel
-from tests.support.fixed_runs import make_model
 from tests.support.model_files import edit_config, edit_template, edit_weights
+from tests.support.small_runs import prepare, small_run
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny language model in "model", a reward model in "reward", and ten prompts."""
+def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny language model in "model", a reward model in "reward", and prompts.jsonl."""
     work = tmp_path_factory.mktemp("tiny")
-    make_model(work / "model")
+    prepare(work, tiny_model)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, dtype=torch.float32)
     model.save_pretrained(work / "reward")
     AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "reward")
-    (work / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {i} plus {i}?"}}\n' for i in range(10)))
     return work
 
 
-def small_run(tiny: Path, out: Path, **options: object) -> Config:
+def run_config(tiny: Path, out: Path, **options: object) -> Config:
     """A run of a second or two with the files of ``tiny``."""
-    sizes = {
-        "iterations": 2,
-        "prompts_per_iteration": 3,
-        "responses_per_prompt": 3,
-        "max_new_tokens": 6,
-        "batch_pairs": 3,
-        "eval_samples": 1,
-        "eval_fraction": 0.4,
-    }
-    files = {"model": str(tiny / "model"), "prompts": str(tiny / "prompts.jsonl"), "out": str(out)}
-    return Config(**{**sizes, **files, **options})
+    return replace(small_run(tiny, "unused"), out=str(out), **options)
 
 
 def _value_head(weights: dict[str, torch.Tensor]) -> None:
@@ -192,7 +184,7 @@ def test_an_oracle_of_no_use_is_found_before_the_policy_is_loaded(tiny, tmp_path
     directory = Path(shutil.copytree(tiny / source, tmp_path / "judging"))
     harm(directory)
     monkeypatch.setattr(module, "load", lambda *arguments: pytest.fail("the policy was loaded"))
-    config = small_run(tiny, tmp_path / "run", oracle=kind, oracle_model=str(directory))
+    config = run_config(tiny, tmp_path / "run", oracle=kind, oracle_model=str(directory))
     with pytest.raises(UserError) as error:
         module.train(config)
     said = one_line(str(error.value))
@@ -217,7 +209,7 @@ def test_a_template_that_refuses_some_of_the_prompts(tiny, tmp_path, write_lines
         "prompts": write_lines("plain.jsonl", *plain),
         where: write_lines("mixed.jsonl", *plain[:4], {"prompt": SYSTEM}),
     }
-    config = small_run(
+    config = run_config(
         tiny,
         tmp_path / "run",
         oracle=oracle.format(directory),
@@ -267,7 +259,7 @@ def test_an_oracle_that_wants_turns_to_alternate_is_found_before_sampling(tiny, 
         "    assert all(a != b for a, b in zip(roles, roles[1:])), 'roles must alternate'\n"
         "    return [[0.5] * len(responses)] * len(responses)\n"
     )
-    config = small_run(
+    config = run_config(
         tiny,
         tmp_path / "run",
         oracle="alternating:prefer",
@@ -291,7 +283,7 @@ def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None
 
     monkeypatch.setattr(RewardModel, "many", asked)
     monkeypatch.setattr(module, "load", lambda *arguments: (events.append("policy"), load(*arguments))[1])
-    config = small_run(tiny, tmp_path / "run", oracle=f"reward-model={tiny / 'reward'}", iterations=1)
+    config = run_config(tiny, tmp_path / "run", oracle=f"reward-model={tiny / 'reward'}", iterations=1)
     module.train(config)
     assert events[:2] == ["1 × 2", "policy"]
     assert [event for event in events if event != "policy"] == ["1 × 2", "3 × 3", "4 × 2"]  # and the evaluation
@@ -315,7 +307,7 @@ def test_another_helper_of_a_function_is_another_oracle(tiny, tmp_path, monkeypa
         "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
     )
     Path("orc/k.py").write_text("K = 0.5\n")
-    config = small_run(tiny, tmp_path / "run", oracle="orc:prefer", iterations=1)
+    config = run_config(tiny, tmp_path / "run", oracle="orc:prefer", iterations=1)
     module.train(config)
     module.train(config, resume=True)
     Path("run/evaluation.json").unlink()

@@ -10,7 +10,6 @@ from onpo_fast import oracles
 from onpo_fast.config import Config
 from onpo_fast.oracles import chat_judge
 from onpo_fast.servers import retries
-from tests.support.fixed_runs import make_model
 from tests.support.servers import Server
 
 
@@ -25,11 +24,3 @@ def judge(tmp_path, monkeypatch):
         return oracles.load("judge", judge=Config(judge_url=url, judge_model="m", **options), directory=directory)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights and a tokenizer of bytes, as a directory."""
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    make_model(directory)
-    return directory

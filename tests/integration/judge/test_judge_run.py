@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
@@ -15,6 +17,8 @@ from tests.support.servers import (
     Error,
     serving,
 )
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def test_a_run_with_a_judge(tiny_model, tmp_path, monkeypatch, write_lines) -> None:

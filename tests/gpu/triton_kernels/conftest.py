@@ -1,7 +1,7 @@
 """The Triton kernels' tests run where a GPU is, or under the interpreter in a process of its own.
 
-python -m pytest tests/triton_kernels                       on a GPU
-TRITON_INTERPRET=1 python -m pytest tests/triton_kernels    on a CPU; tests/test_triton.py does this
+python -m pytest tests/gpu/triton_kernels                       on a GPU
+TRITON_INTERPRET=1 python -m pytest tests/gpu/triton_kernels    on a CPU; tests/integration/test_triton.py does this
 """
 
 from __future__ import annotations

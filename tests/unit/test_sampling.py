@@ -80,15 +80,9 @@ def test_recorded_log_probs_are_the_policys(policy: Policy, groups) -> None:
         np.testing.assert_allclose([r.logp for r in group.responses], scores.numpy(), rtol=1e-4, atol=1e-3)
 
 
-def test_some_responses_end_by_themselves(policy: Policy) -> None:
-    prompt = [[{"role": "user", "content": "Answer with one word: is water wet?"}]]
-    reasons = {r.stop_reason for r in sampler(policy, max_new_tokens=24)(prompt, 12, [0])[0].responses}
-    assert "eos" in reasons
-
-
 def test_a_prompt_beyond_the_context_is_refused(policy: Policy) -> None:
     long = [[{"role": "user", "content": "word " * 9000}]]
-    with pytest.raises(UserError, match="exceeds the model's context of 8192 tokens"):
+    with pytest.raises(UserError, match="exceeds the model's context of 512 tokens"):
         sampler(policy)(long, 2, [0])
 
 
