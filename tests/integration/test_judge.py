@@ -818,7 +818,7 @@ def test_a_judge_without_verdicts_stops_the_run(judge) -> None:
             (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
         np.testing.assert_array_equal(matrix, SHORTER)
     with serving(lambda body: "") as server:
-        oracles.judge(judge(server, judge_max_nonsense=1.0), groups("c", "d"), "judge")
+        oracles.judge(judge(server, judge_max_invalid_rate=1.0), groups("c", "d"), "judge")
 
 
 def test_concurrency_is_limited_and_used(judge) -> None:
