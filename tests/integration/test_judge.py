@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onpo_fast.oracles.answers import Answers
 
 from onpo_fast import oracles
 from onpo_fast import train as module
@@ -30,7 +31,6 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import chat_judge
-from onpo_fast.oracles.answers import Answers
 from onpo_fast.run import signals
 from tests.support.servers import (
     Error,
@@ -45,6 +45,8 @@ from tests.support.servers import (
     serving,
     trickle,
 )
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 TEXTS = ["Blue.", "I like red most of all, and you?", "Red.", "Blue."]

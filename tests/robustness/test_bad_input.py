@@ -22,8 +22,10 @@ from onpo_fast.files import atomic_write_directory, read_jsonl, write_jsonl
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.journal import _line as journal_line
 from onpo_fast.run.lock import locked
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker, say
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 GOOD = "".join(f'{{"prompt": "Count to {n}."}}\n' for n in range(6))
 FILES = {
@@ -519,8 +521,8 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in (evaluate, export):
-        monkeypatch.delattr(module, "load")
+    for module in ("evaluate", "reports.exports"):
+        monkeypatch.delattr(f"onpo_fast.{module}.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))
@@ -879,7 +881,7 @@ def test_an_output_that_is_no_file_is_made_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_part_with_another_note_is_named(tmp_path: Path, note: dict) -> None:
-    parts = Parts(Journal(tmp_path), "all.jsonl")
+    parts = ResumableStage(Journal(tmp_path), "all.jsonl")
 
     def make() -> list[dict]:
         return parts.make([1], 1, lambda items, first: [{}], write_jsonl, lambda file, items: read_jsonl(file), str)[0]
