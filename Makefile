@@ -1,5 +1,7 @@
 # Two commands: `make train` runs the main job, `make test` the tests. Each sets up .venv on first use.
 #   make train ARGS="--iterations 3 --objective omd"
+#   make test-quick                                            the unit tier: no run, no other process
+#   make test ARGS="tests/unit/test_loss.py -k bf16"           some tests, in one process
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
@@ -7,14 +9,24 @@ ARGS ?=
 
 WHEELS ?= wheels
 
-.PHONY: train test bench gpu-check wheels clean
+.PHONY: train test test-quick lint bench gpu-check wheels clean
 
 train: .venv/.train
 	.venv/bin/python -m onpo_fast.train --config configs/cpu-demo.yaml $(ARGS)
 
-test: .venv/.test
+# One thread a process: threads of several processes on the same cores would wait for each other.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+IN_PARALLEL = -n $(or $(WORKERS),2) --dist worksteal
+
+test: lint
+	$(PYTEST) $(or $(ARGS),$(IN_PARALLEL))
+
+test-quick: lint
+	$(PYTEST) $(IN_PARALLEL) tests/unit $(ARGS)
+
+lint: .venv/.test
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/ruff format --check .
 
 bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)

@@ -37,11 +37,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from onpo_fast import train as training
 from onpo_fast.config import Config
 from onpo_fast.errors import command
-from onpo_fast.files import checksum
 from onpo_fast.models.loading import locate
-from onpo_fast.run.fit_states import Checkpoints
+from onpo_fast.run.digest import run_digest
+from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import console
 
 SMALL = {
@@ -57,14 +57,6 @@ SMALL = {
     "sampling_batch_size": 3,
     "tokens_per_microbatch": 1024,
 }
-COUNTED = (  # a question that was under way at a kill is asked again
-    "requests",
-    "answered",
-    "cached",
-    "prompt_tokens",
-    "completion_tokens",
-)
-TIMED = ("time", "seconds", "stage_seconds", "tokens_per_second", "pairs_per_second", "peak_memory_bytes")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,15 +110,15 @@ class Drill:
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
-        Parts.BATCHES, Parts.GROUPS = 1, 2  # so that even these stages have several parts
-        Checkpoints.spacing = 0  # so that every step has its state, however short it is
+        ResumableStage.SAMPLING_BATCHES, ResumableStage.GROUPS = 1, 2  # so that even these stages have several parts
+        FitStates.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
         whole = small_run(work, "whole")
         begin = time.monotonic()
         assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
         self.seconds = time.monotonic() - begin
-        self.bits = bits(work / "whole")
+        self.bits = run_digest(work / "whole")
         print(f"undisturbed: {self.seconds:.1f} s", flush=True)
 
     def start(self, config: Config, resume: bool = True, first: Callable[[], object] = lambda: None) -> int:
@@ -146,7 +138,7 @@ class Drill:
 
     def verdict(self, what: str, config: Config, status: int, expected: str | None = None) -> list[str]:
         """Says how a run ended; a list of one line, or none if it ended as it should: with the ``expected`` bits."""
-        same = status == 0 and bits(Path(config.out)) == (expected or self.bits)
+        same = status == 0 and run_digest(Path(config.out)) == (expected or self.bits)
         print(f"{what}: {'the same bits' if same else 'DIFFERENT'}", flush=True)
         failures = [] if same else [f"{what}: exit status {status}\n{self.log(config)}"]
         shutil.rmtree(config.out)
@@ -203,7 +195,7 @@ class Drill:
             assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
             seconds = time.monotonic() - begin
             print(f"undisturbed, with a judge: {seconds:.1f} s", flush=True)
-            return self._kill(kills, seed, "judged", seconds, bits(Path(whole.out)), **options)
+            return self._kill(kills, seed, "judged", seconds, run_digest(Path(whole.out)), **options)
 
     def fail(self, errors: int, seed: int = 0) -> list[str]:
         """Runs in which one call of the file system fails, and which are then resumed."""
@@ -245,11 +237,11 @@ class Drill:
         """Killed between the record of a fit and the end of its states, which are to go all the same."""
         config = small_run(self.work, "between")
 
-        def die(checkpoints: Checkpoints) -> None:
+        def die(states: FitStates) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         def work() -> None:
-            Checkpoints.clear = die
+            FitStates.clear = die
             training.train(config, resume=True)
 
         assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
@@ -471,17 +463,3 @@ def finish(child: int, seconds: float = float("inf")) -> int | None:
             os.waitpid(child, 0)
             return None
         time.sleep(0.005)
-
-
-def bits(directory: Path) -> str:
-    """All that a run comes to: policies, data, evaluation, and its records but for their times."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("iteration_*/*")):
-        digest.update(f"{path.relative_to(directory)} {checksum(path)}\n".encode())
-    for name in ("evaluation.json", "evaluation_responses.jsonl", "heldout.jsonl"):
-        digest.update(checksum(directory / name).encode())
-    records = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    untimed = ({key: value for key, value in record.items() if key not in TIMED + COUNTED} for record in records)
-    for line in sorted(json.dumps(record, sort_keys=True) for record in untimed):
-        digest.update(line.encode())
-    return digest.hexdigest()

@@ -230,7 +230,7 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
         "-v",
         "-p",
         "no:cacheprovider",
-        f"--confcutdir={TESTS / 'triton_kernels'}",
+        f"--confcutdir={TESTS / 'gpu'}",
         "-o",
         f"pythonpath={TESTS}",
         *(["-k", pick] if pick else []),
@@ -246,7 +246,7 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
 
 # the properties first: each of their examples has kernels of its own to compile
 KERNEL_TESTS = tuple(
-    f"triton_kernels/test_{name}.py"
+    f"gpu/triton_kernels/test_{name}.py"
     for name in (
         "properties",
         "pair_loss",
@@ -254,13 +254,13 @@ KERNEL_TESTS = tuple(
         "sampled_tokens",
     )
 )
-GPU_TESTS = ("triton_kernels/test_on_gpu.py", "gpu/test_fit_device.py")
+GPU_TESTS = ("gpu/triton_kernels/test_on_gpu.py", "gpu/test_fit_device.py")
 
 
 def part_1(at: Setting) -> list[tuple[Step, ...]]:
     if at.dry:
         tests = run_tests(
-            at, "triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs"
+            at, "gpu/triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs"
         )
         checks = [bench("checks", "--device", "cpu", "--tiny")]
         compiled = [

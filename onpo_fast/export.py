@@ -56,7 +56,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m onpo_fast.export",
         description="Export the preference pairs of a run, answers of a policy, or a policy.",
-        epilog=configuration.TRUST,
+        epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="run directory")
     parser.add_argument(
@@ -103,14 +103,14 @@ def _kind(options: argparse.Namespace) -> str:
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    configuration.read(options.directory, configuration.given_flags(options, ASKS), ())  # no model is loaded
+    configuration.read_run(options.directory, configuration.given_options(options, ASKS), ())  # no model is loaded
     out = options.out or options.directory / "pairs"
     say(f"{export_pairs(options.directory, out, options.iterations)} pairs: {out}")
 
 
 def _answers(options: argparse.Namespace) -> None:
     directory = options.directory
-    config = configuration.read(directory, configuration.given_flags(options, ASKS), ASKS)
+    config = configuration.read_run(directory, configuration.given_options(options, ASKS), ASKS)
     given = {name: getattr(options, name) for name in ("max_new_tokens", "temperature")}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     model, sampling = config.section(ModelConfig), config.section(SamplingConfig)

@@ -1,4 +1,4 @@
-"""Shared by the tests: the real small model, converted once, and no network."""
+"""Fixtures that tests share: a tiny random model, the real small model, files of JSON lines. Nothing asks a network."""
 
 from __future__ import annotations
 
@@ -7,31 +7,82 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the suite asks no hub
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from support.stopping import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
-from onpo_fast.config import Config
-from onpo_fast.models.loading import load
-from onpo_fast.models.policy import Policy
+if TYPE_CHECKING:
+    from onpo_fast.models.policy import Policy
 
 
 @pytest.fixture(scope="session")
-def model_directory(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    directory = tmp_path_factory.mktemp("model") / "smollm2"
-    load("smollm2", Config()).save(directory)
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and a tokenizer of bytes with a ChatML template, as a directory."""
+    from support.tiny_models import make_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    make_model(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
-def policy(model_directory) -> Policy:
-    """The real small model. Shared: tests that train it load their own."""
+def shallow_model(tiny_model: Path) -> Path:
+    """The tiny model, by the name that tests had for a small one."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def policy(tiny_model: Path) -> Policy:
+    """The tiny model, loaded. Shared: a test that trains it loads its own."""
+    from onpo_fast.config import Config
+    from onpo_fast.models.loading import load
+
+    return load(tiny_model, Config())
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, for tests in which a real model matters.
+
+    Processes of pytest-xdist share one: its conversion takes 20 s.
+    """
+    from filelock import FileLock
+
+    from onpo_fast.config import Config
+    from onpo_fast.models.loading import load
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "model"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            load("smollm2", Config()).save(folder / "smollm2")
+    return folder / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def real_policy(model_directory: Path) -> Policy:
+    """SmolLM2-135M-Instruct, loaded. Shared: a test that trains it loads its own."""
+    from onpo_fast.config import Config
+    from onpo_fast.models.loading import load
+
     return load(model_directory, Config())
 
 
+@pytest.fixture(scope="module")
+def without_plots() -> Iterator[None]:
+    """Leaves plots empty, which take half of the time of a small run, in a module whose tests are not of reports."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))
+        yield
+
+
 @pytest.fixture
-def write_lines(tmp_path):
+def write_lines(tmp_path: Path):
     """Writes records as JSON lines (strings as they are) and returns the path."""
 
     def write(name: str, *records) -> Path:
@@ -41,15 +92,3 @@ def write_lines(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def shallow_model(model_directory, tmp_path_factory) -> Path:
-    """The same model cut to its first two layers: real tokenizer, template and weights, in a tenth of the time."""
-    directory = tmp_path_factory.mktemp("shallow") / "model"
-    whole = load(model_directory, Config())
-    whole.model.model.layers = whole.model.model.layers[:2]
-    whole.model.config.num_hidden_layers = 2
-    whole.model.config.layer_types = None
-    whole.save(directory)
-    return directory

@@ -1,6 +1,6 @@
 """A model is asked about itself: does what a run computes with it agree with what it says of each row alone?
 
-Left out: kernels and sums are tested elsewhere (tests/triton_kernels); generation is checked by the sampler.
+Left out: kernels and sums are tested elsewhere (tests/gpu/triton_kernels); generation is checked by the sampler.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from types import ModuleType
 from ..config import ModelConfig, SamplingConfig
 from ..data import Messages, of_iterations
 from ..errors import UserError
-from ..evaluate import finished_policies, initial_policy
 from ..files import atomic_write_directory, atomic_write_text, read_jsonl
 from ..models.loading import load
 from ..run.journal import Journal
+from ..run.outputs import finished_policies, initial_policy
 from ..run.tracking import progress
 from ..sampling import make_sampler
 from ..sources import library, records
@@ -147,7 +147,7 @@ def policy_sources(directory: Path, model: ModelConfig) -> dict[int, str | Path]
         UserError: if a policy in the run directory is not as it was saved.
     """
     journal = Journal(directory)
-    named = {"π_1": initial_policy(directory, model, journal), **finished_policies(directory, journal)}
+    named = {"π_1": initial_policy(directory, model.model, journal), **finished_policies(directory, journal)}
     return {int(name.removeprefix("π_")): source for name, source in named.items()}
 
 

@@ -15,9 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
-from ..evaluate import finished_policies
 from ..files import MODEL_CARD, PARTIAL
 from ..run.journal import Journal
+from ..run.outputs import finished_policies
 from ..run.tracking import say
 from ..sources import HUB_ID
 from .model_card import model_card, write_model_cards

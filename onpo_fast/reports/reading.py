@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.cli_errors import read_yaml
+from ..config import read_yaml
 from ..data import of_iterations
 from ..errors import UserError
 from ..files import MIB, MOST_LINES, MOST_LINES_BYTES, advising, parse_json, read_lines, read_regular
@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is not a mapping of names to values, or the number of iterations is impossible.
     """
-    _, _, options = read_yaml(path)
+    _, options = read_yaml(path)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError(f'{path} is damaged: expected "name: value"')
     iterations = options.get("iterations", 0)

@@ -7,8 +7,7 @@ import platform
 
 import pytest
 import torch
-
-from tests.support import fixed_runs
+from support import fixed_runs
 
 TABLE = json.loads(fixed_runs.TABLE.read_text())
 

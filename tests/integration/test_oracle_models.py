@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.small_runs import prepare, small_run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bench.drill import prepare, small_run
 from bench.zoo import FAMILIES, build
 from onpo_fast import oracles
 from onpo_fast import train as module
@@ -25,6 +25,8 @@ from onpo_fast.errors import UserError, one_line
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 PROMPT = [
     {"role": "user", "content": "Name a {colour}."},
@@ -380,10 +382,10 @@ def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def tiny(model_directory, tmp_path_factory) -> Path:
-    """Two layers with random weights, and a real tokenizer: in "model", with "prompts.jsonl"; "reward" has a score."""
+def tiny(tiny_model, tmp_path_factory) -> Path:
+    """Two layers with random weights and a tokenizer of bytes in "model", prompts.jsonl; "reward" has a score."""
     work = tmp_path_factory.mktemp("tiny")
-    prepare(work, str(model_directory))
+    prepare(work, tiny_model)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, dtype=torch.float32)
     model.save_pretrained(work / "reward")

@@ -20,6 +20,8 @@ from onpo_fast.models.device import device_of
 from onpo_fast.models.loading import load
 from onpo_fast.run.journal import Journal
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

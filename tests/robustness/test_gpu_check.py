@@ -29,8 +29,8 @@ from bench.problems import Problem
 from bench.runner import CLOSING, GPU_GONE, ROOT, Output, Runner, Step, planned
 from bench.verdicts import TARGETS
 from onpo_fast.config import parse
-from onpo_fast.kernels import fused
-from onpo_fast.kernels.groups import Layout
+from onpo_fast.kernels.groups import PairLayout
+from onpo_fast.kernels.plan import choose_plan
 from onpo_fast.kernels.variants import EPILOGUES, Variant
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_shapes_have_the_names_that_the_plan_gives_them() -> None:
 
 
 def test_every_test_of_the_kernels_is_in_the_plan(tmp_path: Path) -> None:
-    files = {f"triton_kernels/{path.name}" for path in (ROOT / "tests/triton_kernels").glob("test_*.py")}
+    files = {f"gpu/triton_kernels/{path.name}" for path in (ROOT / "tests/gpu/triton_kernels").glob("test_*.py")}
     at = Setting(tmp_path, tmp_path, dry=False)
     steps = {step.name: step for group in PARTS["1"](at) for step in group}
     planned_files = [
@@ -798,10 +798,10 @@ def test_what_is_compiled_in_chunks_has_several(dtype: torch.dtype) -> None:
 
     def chunks(shape: problems.Shape, workspace: int) -> int:
         length = shape.responses * shape.tokens
-        groups = Layout.of(torch.arange(0, shape.rows + 1, shape.tokens), shape.pairs()).groups
+        groups = PairLayout.of(torch.arange(0, shape.rows + 1, shape.tokens), shape.pairs()).groups
         assert [group.tokens for group in groups] == [length] * shape.groups
         sizes = (shape.vocabulary, shape.features)
-        return len(fused.plan(groups, sizes, dtype, dtype == torch.bfloat16, "fast", workspace, None).chunks)
+        return len(choose_plan(groups, sizes, dtype, dtype == torch.bfloat16, "fast", workspace, None).chunks)
 
     small = sweep.small_problem(problems.TARGET)
     assert chunks(small, sweep.chunk_bytes(small, dtype.itemsize)) == 4

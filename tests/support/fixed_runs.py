@@ -1,8 +1,8 @@
 """Runs whose final weights are known bit for bit: a tiny random model, a fixed seed, one thread.
 
-``python tests/support/fixed_runs.py`` prints the SHA-256 of the final weights of every run in ``RUNS``. The committed
-table, ``fixed_runs.json``, was printed by the code of commit 5d1b279. Each run is a process of its own, with the
-instructions that every x86-64 processor has, so that Intel and AMD machines compute the same bits.
+``cd tests && python -m support.fixed_runs`` prints the SHA-256 of the final weights of every run in ``RUNS``. The
+committed table, ``fixed_runs.json``, was printed by the code of commit 5d1b279. Each run is a process of its own, with
+the instructions that every x86-64 processor has, so that Intel and AMD machines compute the same bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from .tiny_models import make_model
 
 TABLE = Path(__file__).with_name("fixed_runs.json")
 RUNS = {
@@ -48,45 +50,6 @@ ENVIRONMENT = {
     "MKL_CBWR": "COMPATIBLE",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-def make_model(directory: Path) -> None:
-    """A Llama of two layers whose weights come from a generator of integers, and a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2])
-    fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    fast.save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            values = torch.randint(-100, 101, parameter.shape, generator=generator) / 256
-            parameter.copy_(1 + values / 4 if parameter.dim() == 1 else values)
-    model.save_pretrained(directory)
 
 
 def weights_digest(policy: Path) -> str:

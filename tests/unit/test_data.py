@@ -340,7 +340,7 @@ def test_oracles_read_tools_and_their_turns_as_text(tmp_path) -> None:
         f"\n\n\n<turn> user\n Be brief.\n\nTools: {listed}\n\nLate?\n\n<turn> assistant\n {called}\n{called}"
         "\n\n<turn> user\n Tool: clock: 23:59\n\nTool: 00:00\n\n\n"
     )
-    turns = plain_turns(prompt, reward_model.OTHER_ROLES)
+    turns = plain_turns(prompt, reward_model.ROLE_SUBSTITUTES)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
     seen = []
 
@@ -485,35 +485,6 @@ def test_a_template_that_wants_tools_has_no_notice(policy) -> None:
     other = replace(policy, tokenizer=tokenizer)
     prompts = other.usable([prompt_with({})], 2, None)
     assert other.template_notices(prompts) == []
-
-
-def test_a_prompt_of_megabytes_is_never_tokenised_whole(policy, monkeypatch) -> None:
-    asked = []
-    encode = type(policy.tokenizer)._encode_plus
-
-    def watched(self, text, *arguments, **options):
-        asked.append(len(text))
-        return encode(self, text, *arguments, **options)
-
-    monkeypatch.setattr(type(policy.tokenizer), "_encode_plus", watched)
-    for text in ("word " * 10**6, "x" * 5 * 10**6, "\u4e16" * 10**6):
-        with pytest.raises(UserError, match="has more than 8190 tokens: with --max_new_tokens 2 it exceeds the"):
-            policy.render(data.Prompt([user(text)]), 2)
-    assert max(asked) == 2**16
-    skipped = data.Skipped()
-    assert policy.usable([[user("Hi")], [user("word " * 10**6)]], 2, skipped) == [[user("Hi")]]
-    assert skipped.count == 1
-    blanks = [user("Hi" + " " * 200_000)]  # many characters, few tokens
-    assert len(policy.render(blanks, 2)) < 8190
-
-
-def test_pieces_do_not_refuse_what_fits(policy) -> None:
-    """The limit is met to 1%, whatever the text."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.glob("*.py")))
-    for sample in (text[:300_000], text.replace(" ", "")[:200_000], "\u4e16\u754c " * 50_000, " " * 200_000):
-        count = len(policy.tokenizer.encode(sample, add_special_tokens=False))
-        assert not policy._exceeds(sample, count)
-        assert policy._exceeds(sample, int(0.97 * count) - 300)
 
 
 def test_pipes_and_devices_are_no_files(tmp_path, monkeypatch) -> None:

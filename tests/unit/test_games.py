@@ -391,7 +391,7 @@ def off(at, value, batch=False):
         (off((1, 2), np.nan), r"P\[1, 2\] = nan"),
         (off((0, 3), -3, batch=True), r"P\[0, 0, 3\] = -3"),
         (off((2, 2), 0.75), r"P\[2, 2\] = 0.75 .*itself"),
-        (np.array([[0.5, 0.9], [0.3, 0.5]]), r"P\[0, 1\] = 0.9 with P\[1, 0\] = 0.3"),
+        (np.array([[0.5, 0.9], [0.3, 0.5]]), r"P\[0, 1\] = 0.9 and P\[1, 0\] = 0.3"),
         (np.array([["a", "b"], ["c", "d"]]), "numbers"),
     ],
 )

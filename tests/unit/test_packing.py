@@ -26,7 +26,7 @@ def alone(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tenso
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_hidden_states_of_the_real_model(policy: Policy, layout: str) -> None:
+def test_hidden_states_are_those_of_rows_alone(policy: Policy, layout: str) -> None:
     packed = pack(GROUPS, layout)
     got = policy.hidden_states(packed)
     want = torch.cat([alone(policy, prompt, y) for prompt, responses in GROUPS for y in responses])
@@ -36,7 +36,7 @@ def test_hidden_states_of_the_real_model(policy: Policy, layout: str) -> None:
     assert packed.cu_seqlens.dtype == torch.int32
 
 
-def test_the_real_model_shares_prompts(policy: Policy) -> None:
+def test_the_model_shares_prompts(policy: Policy) -> None:
     assert policy.layout == "shared"
 
 

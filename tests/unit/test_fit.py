@@ -1,0 +1,222 @@
+"""One argmin over an iteration's pairs, on a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Pair, Response
+from onpo_fast.errors import UserError
+from onpo_fast.fit import _cosine_with_warmup, fit, plan
+from onpo_fast.models.loading import load
+from onpo_fast.models.policy import score
+from onpo_fast.objectives import Dpo, Onpo
+
+
+def make_groups(policy, k: int = 3) -> list[Group]:
+    texts = ["Yes.", "No, thank you very much!", "Perhaps it will rain.", ""]
+    prompts = [[{"role": "user", "content": q}] for q in ("Tea?", "Will it rain tomorrow?", "Do fish sleep?", "Why?")]
+    return [
+        Group(
+            p,
+            policy.render(p),
+            [
+                Response(t, policy.tokenizer(t)["input_ids"] + policy.eos_tokens[:1] if t else [], "eos", 0.0)
+                for t in (texts[i:] + texts[:i])[:k]
+            ],
+        )
+        for i, p in enumerate(prompts)
+    ]
+
+
+LEARNING_RATE = 1e-5
+PAIRS = [Pair(g, w, lo, p) for g in range(4) for w, lo, p in ((0, 1, 1.0), (2, 0, 0.7), (1, 2, 0.9))]
+
+
+def run(model, **options):
+    config = Config(model=str(model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0, **options)
+    policy = load(model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+    records: list[dict] = []
+    fit(policy, groups, plan(PAIRS, config.epochs_policy, 6, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    return policy, groups, anchor, records
+
+
+@pytest.fixture(scope="module")
+def fitted(shallow_model):
+    return run(shallow_model, epochs_policy=2)
+
+
+def test_a_plan_takes_whole_groups_until_a_step_has_its_pairs() -> None:
+    batches = plan(PAIRS, 2, 5, [0])
+    assert [sum(map(len, batch.values())) for batch in batches] == [6, 6, 6, 6]
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(g for batch in epoch for g in batch) == [0, 1, 2, 3]
+        assert all(pair.group == g for batch in epoch for g, pairs in batch.items() for pair in pairs)
+    assert [len(batch) for batch in plan(PAIRS, 1, 7, [0])] == [3, 1]  # the rest is a step of its own
+    assert plan(PAIRS, 2, 5, [0]) == batches
+
+
+def test_a_fit_from_its_anchor_starts_at_margin_zero(fitted) -> None:
+    first = fitted[3][0]
+    assert first["step"] == 1
+    assert abs(first["margin"]) < 1e-4
+    batch = [2.0 * (p - 0.5) for p in (1.0, 0.7, 0.9)]
+    assert first["loss"] == pytest.approx(sum(t * t for t in batch) / 3, rel=1e-4)
+    assert first["loss_normalised"] == pytest.approx(first["loss"] / 4, rel=1e-6)
+    assert first["target"] == pytest.approx(sum(batch) / 3)
+
+
+def test_responses_in_no_pair_are_left_out(shallow_model) -> None:
+    """The gradient is that of the compared responses alone, and so are the tokens."""
+    seen = []
+    for width in (4, 2):  # responses a group; the pairs name the first and the last of them, or both
+        config = Config(model=str(shallow_model), learning_rate=LEARNING_RATE)
+        policy = load(shallow_model, config)
+        groups = [
+            Group(g.prompt, g.prompt_tokens, [g.responses[0], *g.responses[1:-1][: width - 2], g.responses[-1]])
+            for g in make_groups(policy, 4)
+        ]
+        anchor = score(policy, groups, 1000)
+        records: list[dict] = []
+        pairs = [Pair(g, 0, width - 1, 0.8) for g in range(4)]
+        fit(policy, groups, plan(pairs, 1, 4, [0]), anchor, Onpo(eta=2.0), config, records.append)
+        seen.append(records[0])
+    assert seen[0]["gradient_norm"] == pytest.approx(seen[1]["gradient_norm"], rel=1e-4)
+    assert seen[0]["logp_winner"] == pytest.approx(seen[1]["logp_winner"], rel=1e-5)
+    tokens = [record["tokens_per_second"] * record["seconds"] for record in seen]
+    assert tokens[0] == pytest.approx(tokens[1])
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0)
+    schedule = _cosine_with_warmup(optimizer, 3, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[3:]))
+    assert _cosine_with_warmup(torch.optim.AdamW([parameter], lr=1.0), 0, 1).get_last_lr() == [1.0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
+    config = Config(model=str(shallow_model), max_skipped_steps=2)
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+    anchor[0][0] = float("nan")
+    before = policy.model.lm_head.weight.detach().clone()
+    records: list[dict] = []
+    with pytest.raises(UserError, match="step 3 of 4: no finite loss and gradient for 3 steps in a row"):
+        fit(policy, groups, plan(PAIRS, 4, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    assert torch.equal(policy.model.lm_head.weight, before)
+    assert [(r["skipped"], r["loss"], r["gradient_norm"]) for r in records] == [(1, None, None)] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fit_without_any_finite_step_is_no_fit(shallow_model) -> None:
+    config = Config(model=str(shallow_model), max_skipped_steps=5)
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = [torch.full((3,), float("nan"))] * 4
+    with pytest.raises(UserError, match="step 2 of 2: no finite loss and gradient in any step; lower --learning_rate"):
+        fit(policy, groups, plan(PAIRS, 2, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
+
+
+def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> None:
+    config = Config(model=str(shallow_model))
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+
+    def overflow(metrics: dict) -> None:
+        policy.model.model.norm.weight.data[0] = torch.inf
+
+    with pytest.raises(
+        UserError, match=r"the fit diverged: the weights of the fitted policy are not finite \(.*lower --lear"
+    ):
+        fit(policy, groups, plan(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, overflow)
+
+
+def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
+    config = Config(model=str(shallow_model))
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+    anchor[0][0] = float("nan")  # in one step of four
+    records: list[dict] = []
+    fit(policy, groups, plan(PAIRS, 1, 3, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    assert sorted(r["skipped"] for r in records) == [0, 0, 0, 1]
+    assert all(parameter.isfinite().all() for parameter in policy.model.parameters())
+
+
+def test_metrics_are_complete(fitted) -> None:
+    for record in fitted[3]:
+        assert all(isinstance(value, (int, float)) for value in record.values())
+        assert 0 <= record["pair_accuracy"] <= 1
+        assert record["gradient_norm"] > 0
+        assert record["logp_winner"] < 0
+        assert record["pairs_per_second"] > 0
+
+
+@pytest.mark.parametrize("options", [{"tokens_per_microbatch": 1}, {"gradient_checkpointing": True}])
+def test_memory_options_change_only_rounding(shallow_model, options: dict) -> None:
+    """Accumulation weighs pairs, not micro-batches, so the split does not show."""
+    plain, *_, a = run(shallow_model)
+    other, *_, b = run(shallow_model, **options)
+    for x, y in zip(a, b):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+        assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-3)
+    ratio = [p.data - q.data for p, q in zip(plain.model.parameters(), other.model.parameters())]
+    assert (
+        max(float(r.abs().max()) for r in ratio) < 2.1 * 2 * LEARNING_RATE
+    )  # Adam's sign flips of vanishing gradients
+
+
+def test_separate_rows_give_the_same_gradient(shallow_model) -> None:
+    _, groups, anchor, a = run(shallow_model)
+    config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
+    again = dataclasses.replace(load(shallow_model, config), layout="separate")
+    b: list[dict] = []
+    fit(again, groups, plan(PAIRS, 1, 6, [0]), anchor, Onpo(eta=2.0), config, b.append)
+    assert a[0]["gradient_norm"] == pytest.approx(b[0]["gradient_norm"], rel=1e-4)
+
+
+def test_bfloat16_compute_keeps_float32_weights(shallow_model) -> None:
+    *_, exact = run(shallow_model)
+    policy, *_, rounded = run(shallow_model, dtype="bfloat16")
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert rounded[0]["gradient_norm"] == pytest.approx(exact[0]["gradient_norm"], rel=0.1)
+    assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("objective", [Onpo(eta=2.0), Dpo(beta=0.5)], ids=["onpo", "dpo"])
+def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objective) -> None:
+    config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE)
+    frozen = load(shallow_model, config).frozen()
+    weights, records = [], []
+    for live in (False, True):
+        policy = load(shallow_model, config)
+        groups = make_groups(policy)
+        anchor = frozen if live else score(policy, groups, 1000)
+        seen: list[dict] = []
+        fit(policy, groups, plan(PAIRS, 2, 6, [0]), anchor, objective, config, seen.append)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+        records.append(seen)
+    for cached, live in zip(*records):
+        assert live["loss"] == pytest.approx(cached["loss"], rel=1e-4)
+        assert live["gradient_norm"] == pytest.approx(cached["gradient_norm"], rel=1e-3)
+    start = torch.cat([p.detach().flatten() for p in frozen.model.parameters()])
+    moved = (weights[0] - start).norm()
+    assert moved > 0
+    # Adam turns vanishing gradients, whose sign is rounding, into whole steps: few enough not to show in the norm
+    assert (weights[1] - weights[0]).norm() < 0.05 * moved
+    assert all(parameter.grad is None for parameter in frozen.model.parameters())
