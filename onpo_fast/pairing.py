@@ -74,7 +74,7 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
     Args:
         preferences: a (K, K) matrix of P(i ≻ j) a group.
         pairing: a name in ``PAIRINGS``.
-        labels: "soft": the winner is the likelier one, its label P(winner ≻ loser) ≥ ½; "sampled": the winner is drawn
+        labels: "soft": the winner is the likelier one, its label P(winner ≻ loser) ≥ ½; "bits": the winner is drawn
             with that probability, its label 1.
         seed: of draws and ties, joined with the group's index.
     """
@@ -85,7 +85,7 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
             p = float(matrix[i, j])
             i_wins = p >= 0.5 if labels == "soft" else rng.random() < p
             winner, loser = (i, j) if i_wins else (j, i)
-            pairs.append(Pair(group, winner, loser, 1.0 if labels in ("sampled", "bits") else max(p, 1 - p)))
+            pairs.append(Pair(group, winner, loser, max(p, 1 - p) if labels == "soft" else 1.0))
     return pairs
 
 
