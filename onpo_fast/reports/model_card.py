@@ -20,6 +20,7 @@ from ..config import AlgorithmConfig, FitConfig, SamplingConfig
 from ..errors import UserError, one_line
 from ..files import MIB, MODEL_CARD, atomic_write_text, read_regular
 from ..run.journal import Journal
+from ..run.outputs import EVALUATION, INITIAL
 from ..sources import FILES, HUB_ID
 from .formatting import json_text, percent
 from .reading import read_json_object
@@ -28,7 +29,6 @@ from .run_data import RunData
 PAPER = "https://arxiv.org/abs/2502.16852"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model that --model smollm2 loads
 POLICY_FOLDER = re.compile(r"iteration_([0-9]{2,9})/(policy|auxiliary)")
-INITIAL = "initial"  # the folder of a π_1 whose weights were converted
 RESOURCE_OPTIONS = {  # they change memory and speed, not what is computed
     *("sampling_batch_size", "tokens_per_microbatch", "max_skipped_steps", "loss_backend", "loss_mode", "anchor")
 }
@@ -311,7 +311,7 @@ def _public_oracle(name: object) -> object:
 def _evaluation(run: RunData, journal: Journal, policy: str) -> str:
     if policy.startswith("π′"):
         return "Auxiliary policies are not evaluated."
-    result = run.evaluation if journal.note("evaluation.json") is not None else {}
+    result = run.evaluation if journal.note(EVALUATION) is not None else {}
     if policy not in result.get("policies", ()):
         return "Not evaluated yet."
     if policy == result["policies"][0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.evaluate import finished_policies
+from onpo_fast.reports.hub import policy_files
+from onpo_fast.reports.model_card import write_model_cards
 from onpo_fast.run.journal import Journal
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße?"}]
@@ -143,6 +146,21 @@ def test_damaged_pairs(run: Path, line: str, message: str, capsys, monkeypatch) 
     said = capsys.readouterr().err
     assert said.removeprefix("error: ").removeprefix("run/").startswith(message), said
     assert not (run / "pairs").exists()
+
+
+def test_the_files_of_a_saved_policy_can_be_uploaded(run: Path) -> None:
+    """All that ``Policy.save`` writes, before and after the policy has a model card."""
+    policy = run / "iteration_02/policy"
+    files = policy_files(policy)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert set(files) == {path.name for path in policy.iterdir()}
+    (card,) = [path for path in write_model_cards(run) if path.parent == policy]
+    assert policy_files(policy) == files
+    assert list(finished_policies(run, Journal(run))) == ["π_2", "π_3"]  # still as they were saved
+    text = card.read_text(encoding="utf-8")
+    code = re.search("```python\n(.*?)```", text, re.DOTALL)[1].replace("path/of/this/directory", str(policy))
+    exec(code, loaded := {})
+    assert loaded["model"].config.num_hidden_layers == 2
 
 
 def test_folders_that_are_none_of_the_run(run: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +206,54 @@ def test_a_run_directory_uploads_nothing_unasked(tmp_path: Path, where: str, mon
     given = ["--resume", "--out", "run", "--push_to_hub", "stranger/model"]
     assert parse_run(given)[0].push_to_hub == "stranger/model"
     assert "push_to_hub" not in evaluate.ORACLE_OPTIONS
+
+
+class LocalHub(BaseHTTPRequestHandler):
+    """The few addresses of the Hub that an upload of small files asks."""
+
+    received: dict[str, list] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.respond({"name": "me", "type": "user", "auth": {}})
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        lines = [json.loads(line) for line in content.splitlines()]
+        self.received.setdefault(self.path, []).extend(lines)
+        assert self.headers["Authorization"] == f"Bearer {TOKEN}"
+        if self.path == "/api/repos/create":
+            self.respond({"url": "https://huggingface.co/org/name", "id": "org/name"})
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": one["path"], "uploadMode": "regular"} for one in lines[0]["files"]]
+            self.respond({"files": [one | {"shouldIgnore": False} for one in files]})
+        else:
+            self.respond({"commitUrl": "https://huggingface.co/org/name/commit/1", "commitOid": "1", "success": True})
+
+    def respond(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_the_real_client_against_a_local_server(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(LocalHub, "received", {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), LocalHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        try:
+            hub.check_upload("org/name")
+            assert hub.push_policy(run, "org/name").endswith("/org/name/commit/1")
+        finally:
+            server.shutdown()
+    (commit,) = [lines for path, lines in LocalHub.received.items() if path.endswith("/commit/main")]
+    files = {one["value"]["path"]: one["value"]["content"] for one in commit if one["key"] == "file"}
+    assert sorted(files) == ["README.md", "config.json"]
+    assert "# π_3" in base64.b64decode(files["README.md"]).decode()
