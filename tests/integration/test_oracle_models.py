@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.small_runs import prepare, small_run
+from support.tiny_models import make_family
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bench.zoo import FAMILIES, build
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
@@ -204,7 +204,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
     """Builds a tiny random model of a family, and a reward model on top of its body where there is one."""
 
     def build_one(name: str) -> Path:
-        build(FAMILIES[name], directory := tmp_path_factory.mktemp(name))
+        make_family(name, directory := tmp_path_factory.mktemp(name))
         return directory
 
     return build_one
@@ -514,7 +514,7 @@ UNUSABLE = {
         ),
         "cannot be a pair-model: its chat template leaves out what the user says",
     ),
-    "rows": ("reward-model", "reward", lambda d: _narrow(d, 300), "does not fit its model: it makes the token "),
+    "rows": ("reward-model", "reward", lambda d: _narrow(d, 200), "does not fit its model: it makes the token "),
     "another architecture": (
         "pair-model",
         "model",
