@@ -23,12 +23,15 @@ setup(
         "onpo_fast.kernels",
         "onpo_fast.models",
         "onpo_fast.oracles",
+        "onpo_fast.oracles.verdicts",
         "onpo_fast.prompts",
         "onpo_fast.reports",
         "onpo_fast.run",
+        "onpo_fast.servers",
     ],
     package_dir={"onpo_fast.kernels": "kernels"},
     package_data={"onpo_fast": ["games/*.jinja", "reports/*.jinja"], "onpo_fast.prompts": ["*.jsonl"]},
+    entry_points={"console_scripts": ["onpo-fast = onpo_fast.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
@@ -37,7 +40,7 @@ setup(
         "gguf",  # the embedded model is a GGUF file, which
         "accelerate",  # transformers loads with this
         "jsonargparse>=4.40",
-        "docstring-parser",  # option help from the docstrings of config.py
+        "docstring-parser",  # the docstrings of the options are their --help
         "pyyaml",
         "numpy",
         "scipy",

@@ -38,8 +38,10 @@ from triton.runtime.jit import JITFunction
 
 from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels import fused, sampled_tokens
-from onpo_fast.kernels.groups import Layout
+from onpo_fast.kernels.groups import PairLayout
 from onpo_fast.kernels.head import Head
+from onpo_fast.kernels.plan import choose_plan
+from onpo_fast.kernels.problem import PairProblem, TokenProblem
 from onpo_fast.kernels.rescale import rescale
 from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Onpo
@@ -207,23 +209,36 @@ def _launch(
         **options,
     )
     targets = torch.zeros(rows, dtype=torch.int64)
-    layout = Layout.of(torch.arange(responses + 1) * length, torch.arange(responses).view(-1, 2))
+    layout = PairLayout.of(torch.arange(responses + 1) * length, torch.arange(responses).view(-1, 2))
     ones = torch.ones(responses // 2, dtype=torch.float64)
     everything = (True, True, bias)
     for mode, workspace in (("fast", 2**40), ("fast", _workspace_for_chunks(layout, head.weight)), ("lean", None)):
         for leaves in {(dtype,) * 3, (torch.float32,) * 3}:
-            fused.PairLoss(
-                hidden, head, targets, layout, Onpo(eta=1.0), reference, ones, ones, everything, leaves, mode, workspace
-            ).run()
-    logps = fused.token_logps(hidden, head, targets)
-    fused.token_gradients(hidden, head, targets, logps, logps, everything, (dtype,) * 3, None)
+            problem = PairProblem(
+                hidden,
+                head,
+                targets,
+                layout,
+                Onpo(eta=1.0),
+                ref_logps=None,
+                ref_hidden=reference,
+                preference=ones,
+                pair_weight=ones,
+                needs_gradient=everything,
+                leaf_dtypes=leaves,
+                mode=mode,
+                workspace=workspace,
+            )
+            fused.pair_loss(problem)
+    tokens = TokenProblem(hidden, head, targets, everything, (dtype,) * 3)
+    logps = fused.token_logps(tokens)
+    fused.token_gradients(tokens, logps, logps)
 
 
-def _workspace_for_chunks(layout: Layout, weight: torch.Tensor) -> int:
+def _workspace_for_chunks(layout: PairLayout, weight: torch.Tensor) -> int:
     """Bytes of workspace: what mode "fast" needs where each group is a chunk."""
-    return fused.plan(layout.groups[:1], weight.shape, weight.dtype, True, "fast", None, None).workspace + (
-        weight.numel() // 2
-    )
+    plan = choose_plan(layout.groups[:1], weight.shape, weight.dtype, True, "fast", None, None)
+    return plan.workspace + weight.numel() // 2
 
 
 LAUNCHES = {"default": launch_everything, "variants": launch_variants, "small": launch_small}

@@ -39,9 +39,9 @@ from onpo_fast.config import Config
 from onpo_fast.errors import command
 from onpo_fast.models.loading import locate
 from onpo_fast.run.digest import run_digest
-from onpo_fast.run.fit_states import Checkpoints
+from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import console
 
 SMALL = {
@@ -110,8 +110,8 @@ class Drill:
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
-        Parts.BATCHES, Parts.GROUPS = 1, 2  # so that even these stages have several parts
-        Checkpoints.spacing = 0  # so that every step has its state, however short it is
+        ResumableStage.SAMPLING_BATCHES, ResumableStage.GROUPS = 1, 2  # so that even these stages have several parts
+        FitStates.spacing = 0  # so that every step has its state, however short it is
         prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
         whole = small_run(work, "whole")
@@ -237,11 +237,11 @@ class Drill:
         """Killed between the record of a fit and the end of its states, which are to go all the same."""
         config = small_run(self.work, "between")
 
-        def die(checkpoints: Checkpoints) -> None:
+        def die(states: FitStates) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         def work() -> None:
-            Checkpoints.clear = die
+            FitStates.clear = die
             training.train(config, resume=True)
 
         assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)

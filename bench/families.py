@@ -474,28 +474,28 @@ def make_page(rows: Sequence[Row]) -> str:
 PREFACE = """\
 # Model families
 
-Whether a model family gives the right numbers here, by tiny models with random weights: two to four layers of the real
-model classes, with weights larger than a fresh model's and dropout, router jitter and biases that are not 0, so that
-mistakes show. Trained weights have not been used, and no GPU. `python -m bench families` made this page; bench/zoo.py
-has the configurations, and `python -m bench families --only llama` tries one.
+Tiny random models of each family, run here and compared with plain transformers: two to four layers of the real model
+classes, with weights larger than a fresh model's, and with dropout, router jitter and biases that are not 0, so that
+mistakes show. No trained weights and no GPU were used. `python -m bench families` writes this page, `bench/zoo.py` has
+the configurations, and `python -m bench families --only llama` tries one.
 
 {summary}.
 {versions}
 
-- **layout**: how a prompt's responses go through the model. `shared`: in one row, the prompt computed once, under a
-  mask. `separate`: a row a response.
+- **layout**: how the responses to a prompt go through the model. `shared`: in one row under a mask, with the prompt
+  computed once. `separate`: one row for each response.
 - **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
-  one padded batch, against plain transformers with each prompt and response alone in a row. The largest difference, in
-  nats.
+  one padded batch, against plain transformers with each prompt and response alone in a row. Largest difference,
+  in nats.
 - **gradient**: of the first step of a fit over nine pairs, by all parameters, against plain autograd on
-  those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Taken twice, the larger of both; the two must have the same
-  bits, which dropout or router jitter would change.
-- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. The largest difference, in
-  nats. If they disagree, a whole run is started: it must refuse the model, or sample in a way that agrees.
-- **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. The largest
+  those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Computed twice; the larger is shown, and both must have the
+  same bits, which dropout or router jitter would change.
+- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. Largest difference, in
+  nats. If they disagree, a whole run is started, which must refuse the model or sample in a way that agrees.
+- **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. Largest
   difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
 
-`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: by one line, before
+`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: with one line, before
 anything is trained."""
 
 

@@ -83,7 +83,8 @@ class Line:
     def name(self) -> str:
         tile = "×".join(str(x or "·") for x in (self.variant.rows, self.variant.columns, self.variant.depth))
         parts = [self.variant.epilogue, "" if tile == "·×·×·" else tile]
-        parts += [f"{word} {value}" for word in ("warps", "stages", "group") if (value := getattr(self.variant, word))]
+        options = {"warps": self.variant.warps, "stages": self.variant.stages, "group": self.variant.tile_group}
+        parts += [f"{word} {value}" for word, value in options.items() if value]
         return ", ".join([*filter(None, parts), f"{self.gib} GiB"])
 
 
@@ -113,8 +114,8 @@ LINES = (
     *(Line(Variant(rows=rows, columns=columns, depth=64)) for rows, columns in ((128, 256), (256, 128), (128, 128))),
     Line(Variant("persistent", rows=128, columns=128, depth=64, warps=4, stages=3)),
     Line(Variant(rows=128, columns=256, depth=128, stages=2)),
-    *(Line(Variant(group=group)) for group in (8, 16, 32)),
-    *(Line(Variant("persistent", group=group)) for group in (8, 32)),
+    *(Line(Variant(tile_group=size)) for size in (8, 16, 32)),
+    *(Line(Variant("persistent", tile_group=size)) for size in (8, 32)),
 )
 
 

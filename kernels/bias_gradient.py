@@ -1,4 +1,4 @@
-"""The bias's gradient: the columns of E summed with the row scales, in one read of E."""
+"""The gradient of the bias: each column of E summed with the row scales, in one read of E."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @triton.jit
 def bias_gradient_kernel(
-    gradient,  # (V,) float32, added to
+    gradient,  # (V,) float32; the sums are added to it
     exponentials,  # (n, V)
     row_scale,  # (n,) float32
     tokens,

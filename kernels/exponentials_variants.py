@@ -1,4 +1,4 @@
-"""Other forms of ``exponentials_kernel``, with its arguments: what a benchmark compares it with (``variants.py``)."""
+"""Variants of ``exponentials_kernel`` with the same arguments, for benchmarks (``variants.py``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from .launch import rounded, store_tile, tile_of
 from .logits import logits_tile
 
-NATS = tl.constexpr(0.6931471805599453)  # in a bit
+NATS = tl.constexpr(0.6931471805599453)  # nats in a bit
 
 
 @triton.jit
@@ -17,11 +17,11 @@ def masked_exponentials_kernel(
     rows, stored_rows, vocabulary, first_token, inner, outer, hidden_stride, weight_stride, stored_stride,
     FEATURES: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
     STORE: tl.constexpr, TARGET_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TILE_GROUP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Every element is tested for target and padding; exponentials by ``exp``, relative to the tile's peak first."""
-    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS), GROUP)
+    """Test every element for target and padding; exponentiate with ``exp``, first relative to the tile's peak."""
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS), TILE_GROUP)
     first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
@@ -33,19 +33,19 @@ def masked_exponentials_kernel(
     target = (tl.load(targets + row, mask=inside, other=-1) - first_token).to(tl.int32)
     is_target = column[None, :] == target[:, None]
     others = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), logits * outer)
-    own_shift = tl.load(shift + row, mask=inside, other=0.0)
+    row_shift = tl.load(shift + row, mask=inside, other=0.0)
     if SUMS:
         peak = tl.max(others, 1)
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of the target alone
+        base = tl.where(peak == float("-inf"), 0.0, peak)  # a tile that has the target alone
         exponentials = tl.exp((others - base[:, None]) * NATS)
-        factor = tl.where(peak == float("-inf"), 0.0, tl.exp2(base - own_shift))
+        factor = tl.where(peak == float("-inf"), 0.0, tl.exp2(base - row_shift))
         at = tl.cast(column_tile, tl.int64) * rows + row
         tl.store(peaks + at, peak, mask=inside)
         tl.store(sums + at, tl.sum(exponentials, 1) * factor, mask=inside)
         if STORE:
             exponentials *= factor[:, None]
     else:
-        exponentials = tl.exp((others - own_shift[:, None]) * NATS)
+        exponentials = tl.exp((others - row_shift[:, None]) * NATS)
     if STORE:  # noqa: SIM102 (the condition is the compiler's)
         if first_row < stored_rows:
             if TARGET_VALUES:
@@ -66,18 +66,18 @@ def persistent_exponentials_kernel(
     rows, stored_rows, vocabulary, first_token, inner, outer, hidden_stride, weight_stride, stored_stride,
     FEATURES: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
     STORE: tl.constexpr, TARGET_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TILE_GROUP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """A program loops over tiles, so that the loads of its next tile run beside the epilogue of this one.
+    """Loop over tiles, so that the loads of the next tile overlap with the epilogue of this one.
 
-    The loops over tiles and over features are one to the compiler. Nothing in it may branch on a scalar: every product
-    would then wait for the one before.
+    The compiler flattens the loops over tiles and over features into one. Nothing in it may branch on a scalar: every
+    product would then wait for the one before.
     """
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(vocabulary, COLUMNS)
     half: tl.constexpr = COLUMNS // 2
     for program in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-        row_tile, column_tile = tile_of(program, row_tiles, column_tiles, GROUP)
+        row_tile, column_tile = tile_of(program, row_tiles, column_tiles, TILE_GROUP)
         first_row, first_column = row_tile * ROWS, column_tile * COLUMNS
         logits = logits_tile(
             hidden, weight, bias, first_row, first_column, rows, vocabulary, inner, hidden_stride, weight_stride,
@@ -85,16 +85,16 @@ def persistent_exponentials_kernel(
         )  # fmt: skip
         row = first_row + tl.arange(0, ROWS)
         inside = row < rows
-        own_shift = tl.load(shift + row, mask=inside, other=0.0)
+        row_shift = tl.load(shift + row, mask=inside, other=0.0)
         target = (tl.load(targets + row, mask=inside, other=-1) - first_token - first_column).to(tl.int32)
         left, right = tl.split(tl.permute(tl.reshape(logits, (ROWS, 2, half)), (0, 2, 1)))
         peak, total = store_half(
-            left, 0, stored, target, own_shift, target_values, row, first_row, first_column, rows, stored_rows,
+            left, 0, stored, target, row_shift, target_values, row, first_row, first_column, rows, stored_rows,
             vocabulary, outer, stored_stride, SOFTCAP, NEGATIVE, STORE, TARGET_VALUES, ROWS, half, DTYPE, DESCRIPTORS,
             INTERPRET,
         )  # fmt: skip
         right_peak, right_total = store_half(
-            right, half, stored, target, own_shift, target_values, row, first_row, first_column, rows, stored_rows,
+            right, half, stored, target, row_shift, target_values, row, first_row, first_column, rows, stored_rows,
             vocabulary, outer, stored_stride, SOFTCAP, NEGATIVE, STORE, TARGET_VALUES, ROWS, half, DTYPE, DESCRIPTORS,
             INTERPRET,
         )  # fmt: skip
@@ -106,19 +106,19 @@ def persistent_exponentials_kernel(
 
 @triton.jit
 def store_half(
-    logits, offset: tl.constexpr, stored, target, own_shift, target_values, row, first_row, first_column, rows,
+    logits, offset: tl.constexpr, stored, target, row_shift, target_values, row, first_row, first_column, rows,
     stored_rows, vocabulary, outer, stored_stride,
     SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, STORE: tl.constexpr, TARGET_VALUES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """E of half a tile; its peaks in bits and its sums, (ROWS,) each. Rows beyond ``stored_rows`` are cut off."""
+    """Store E of half a tile, up to ``stored_rows``; return its peaks in bits and its sums, (ROWS,) each."""
     column = offset + tl.arange(0, COLUMNS)
     is_target = column[None, :] == target[:, None]
     nothing = is_target | (first_column + column >= vocabulary)[None, :]
     others = tl.where(nothing, float("inf") if NEGATIVE else float("-inf"), logits)
     peak = (tl.min(others, 1) if NEGATIVE else tl.max(others, 1)) * outer
-    exponentials = tl.exp2(others * outer - own_shift[:, None])
+    exponentials = tl.exp2(others * outer - row_shift[:, None])
     total = tl.sum(exponentials, 1)
     if STORE:
         if TARGET_VALUES:

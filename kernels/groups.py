@@ -1,4 +1,4 @@
-"""Which rows belong to which response, and which responses to which preference group."""
+"""Preference groups: which rows belong to which response, and which responses are compared with each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-Rows = slice | Tensor  # a slice where the rows are contiguous: indexing is then a view
+Rows = slice | Tensor  # a slice if the rows are contiguous, so that indexing returns a view
 
 
 @dataclass(frozen=True)
 class Group:
-    """A preference group: responses that must be through the head before any of them has a coefficient."""
+    """A preference group: responses linked by pairs, whose loss derivatives depend on each other's log-probs."""
 
     responses: list[int]
     pairs: list[int]
@@ -26,22 +26,26 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Response boundaries, pairs and preference groups. Lives on the host; equal ones are one object."""
+class PairLayout:
+    """Response boundaries, pairs and preference groups of one batch, on the host. Equal layouts are one object."""
 
     edges: list[int]  # S + 1 response boundaries
     pairs: Tensor  # (P, 2) int64 on the CPU
     groups: list[Group]  # ordered by their first response
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, pairs: Tensor) -> Layout:
-        """A preference group is a connected component of the graph whose edges are the pairs."""
+    def of(cls, cu_seqlens: Tensor, pairs: Tensor) -> PairLayout:
+        """Build a layout from (S+1,) boundaries and (P, 2) pairs, or return the cached one.
+
+        A preference group is a connected component of the graph whose nodes are the responses and whose edges are
+        the pairs.
+        """
         return cls._of(*(values.cpu().long().numpy().tobytes() for values in (cu_seqlens, pairs)))
 
     @classmethod
     @lru_cache(maxsize=64)
-    def _of(cls, boundaries: bytes, pair_list: bytes) -> Layout:
-        """From int64s, by their bytes: what a cache tells apart fastest."""
+    def _of(cls, boundaries: bytes, pair_list: bytes) -> PairLayout:
+        """Build a layout from int64 values as bytes, which hash quickly as an lru_cache key."""
         edges = np.frombuffer(boundaries, np.int64).tolist()
         pairs = torch.from_numpy(np.frombuffer(pair_list, np.int64).reshape(-1, 2).copy())
         responses = len(edges) - 1
@@ -60,7 +64,7 @@ class Layout:
         return cls(edges, pairs, sorted(groups, key=lambda group: group.responses[0]))
 
     def rows(self, responses: list[int], device: torch.device) -> Rows:
-        """The rows of these responses, in order."""
+        """Return the rows of these responses, in order."""
         ranges = [range(self.edges[r], self.edges[r + 1]) for r in responses]
         ranges = [r for r in ranges if len(r)]
         if not ranges:
@@ -70,11 +74,12 @@ class Layout:
         return torch.tensor([i for r in ranges for i in r], device=device)
 
     def lengths(self, responses: list[int], device: torch.device) -> Tensor:
+        """Return the number of rows of each of these responses."""
         return torch.tensor([self.edges[r + 1] - self.edges[r] for r in responses], device=device)
 
 
-def chunks(groups: list[Group], capacity: int) -> Iterator[list[Group]]:
-    """Consecutive groups of at most ``capacity`` tokens together; a group that does not fit stands alone."""
+def split_into_chunks(groups: list[Group], capacity: int) -> Iterator[list[Group]]:
+    """Yield consecutive groups with at most ``capacity`` tokens together; a larger group is a chunk of its own."""
     chunk: list[Group] = []
     tokens = 0
     for group in groups:

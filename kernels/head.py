@@ -1,4 +1,4 @@
-"""The LM head: from a hidden state to logits."""
+"""The LM head, which maps hidden states to logits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-BITS = math.log2(math.e)  # in a nat: logits in bits are what exp2 takes
+BITS = math.log2(math.e)  # bits in a nat; logits in bits are exponentiated by exp2
 
 
 class Head(NamedTuple):
     """logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature; without a softcap there is no tanh.
 
-    The order is the one that transformers uses: Cohere and Granite scale, Gemma caps, the sampler divides by its
-    temperature last.
+    This is the order of transformers: Cohere and Granite scale their logits, Gemma caps them, and the sampler divides
+    by its temperature last.
     """
 
     weight: Tensor  # (V, H)
@@ -26,13 +26,14 @@ class Head(NamedTuple):
 
     @property
     def factors(self) -> tuple[float, float]:
-        """(inner, outer), float32 numbers: a logit in bits is outer·(h·w + b), or with a softcap
-        outer·(1 − 2/(2^(inner·(h·w + b)) + 1)), which is the tanh.
+        """The factors (inner, outer) of a logit in bits, rounded to float32.
 
-        The rounding of ``outer`` is part of the model that the kernels compute: it multiplies the logits of target and
-        vocabulary alike, so that a log-prob changes by at most 2⁻²⁴ of a difference of logits, not of a logit. (Where
-        the kernels correct for a ``launch.lost_share``, the two are not rounded alike: then it is 2⁻²⁴ of a logit.) A
-        scale of 0 is taken as the least number above, which makes a bias of −∞ a probability of 0 and not NaN.
+        The logit is outer·(h·w + b), or with a softcap outer·(1 − 2/(2^(inner·(h·w + b)) + 1)), which is the tanh.
+
+        Kernels use the rounded ``outer`` for the target and for the vocabulary alike, so that the rounding changes a
+        log-prob by at most 2⁻²⁴ of a difference of logits, not of a logit. (With the correction by
+        ``launch.lost_share`` the two are rounded differently, and it is 2⁻²⁴ of a logit.) A scale of 0 is replaced with
+        the smallest positive number, so that a bias of −∞ gives a probability of 0 and not NaN.
         """
         if self.softcap is None:
             inner, outer = 0.0, self.logit_scale / self.temperature
@@ -42,7 +43,7 @@ class Head(NamedTuple):
         return float(np.float32(inner * BITS)), float(np.float32(outer * BITS)) or least
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All the logits: (N, H) -> (N, V), in the dtype of the operands. Differentiable."""
+        """Compute all logits: (N, H) -> (N, V), in the dtype of the operands. Differentiable."""
         logits = hidden @ self.weight.T
         if self.bias is not None:
             logits = logits + self.bias

@@ -1,4 +1,4 @@
-"""What every Triton kernel here is launched with: tiles, tensor descriptors, and the dot product."""
+"""What the Triton kernels share: tile sizes, tensor descriptors, memory alignment and the matrix product of tiles."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy executes the kernels, on CPU tensors
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 executes the kernels with numpy, on CPU tensors
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-ALIGNMENT = 16  # bytes: what a tensor descriptor asks of its base and of its rows
+ALIGNMENT = 16  # bytes: a tensor descriptor needs its base address and its rows aligned
+TILE_GROUP = 16  # tiles that run side by side, see ``tile_of``
 
-
-LEAST = (16, 32, 16)  # a dot takes 16 of everything; half the columns, a byte each, fill the 16 of a descriptor
-FEW = (16, 128, 64)  # the size between the least and the whole, where there is one
+# Rows, columns and depth of small tiles. A dot needs at least 16 of each; half the columns of a carry, one byte each,
+# have to fill the 16 bytes of a descriptor.
+SMALLEST_TILE = (16, 32, 16)
+SMALL_TILE = (16, 128, 64)
 
 
 class Tile(NamedTuple):
-    """A block of a matrix product and how it is executed."""
+    """The tile of a matrix product that one program computes, and how it is executed."""
 
     rows: int
     columns: int
-    depth: int  # of the dimension that is summed over, a step
+    depth: int  # elements of the summed dimension in one step
     warps: int
-    stages: int  # of the software pipeline
+    stages: int  # stages of the software pipeline
 
     def cut_to(self, rows: int, columns: int, depth: int) -> Tile:
-        """The tile cut to a small problem, which a large one would mostly miss. Few sizes, since each combination is
-        compiled when it is first met."""
+        """Return a smaller tile if the problem is small. There are three sizes a dimension, because each combination
+        is compiled when it is first used."""
         sizes = []
-        for own, need, least, few in zip(self[:3], (rows, columns, depth), LEAST, FEW):
-            sizes.append(max(least, min(own, least if need <= least else few if need <= few else own)))
+        for size, needed, smallest, small in zip(self[:3], (rows, columns, depth), SMALLEST_TILE, SMALL_TILE):
+            fitting = smallest if needed <= smallest else small if needed <= small else size
+            sizes.append(max(smallest, min(size, fitting)))
         return Tile(*sizes, self.warps, self.stages)
 
 
-# From a compute capability on: the tile of products of 2-byte and of 4-byte operands. Fixed rather than autotuned, so
-# that results are the same bits from one run to the next. ``python -m bench compile`` shows what they compile to.
+# Tiles by the lowest compute capability that they are for, then by the operands' bytes an element. Fixed rather than
+# autotuned, so that results are bit-identical between runs. ``python -m bench compile`` shows what they compile to.
 TILES: dict[int, dict[int, Tile]] = {
     80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 128, 32, 8, 3)},
     86: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 32, 8, 2)},  # 99 KiB of shared memory, to 8.0's 163
@@ -48,52 +51,52 @@ TILES: dict[int, dict[int, Tile]] = {
 }
 
 
-def tile(operand: torch.dtype, problem: tuple[int, int, int]) -> Tile:
-    """The tile for a (rows, columns, depth) problem on the current device."""
-    if INTERPRETED:  # three tiles or more a dimension show every edge; large ones keep numpy busy
+def choose_tile(dtype: torch.dtype, problem: tuple[int, int, int]) -> Tile:
+    """Return the tile for operands of ``dtype`` and a (rows, columns, depth) problem on the current device."""
+    if INTERPRETED:  # at least three tiles a dimension, to test every edge; large ones, because numpy is slow to start
         rows, columns, depth = (min(limit, _power(-(-size // 3))) for size, limit in zip(problem, (128, 2048, 512)))
         return Tile(rows, columns, depth, 1, 1).cut_to(rows, columns, depth)
     architecture = triton.runtime.driver.active.get_current_target().arch
-    return TILES[max(a for a in TILES if a <= architecture)][operand.itemsize].cut_to(*problem)
+    return TILES[max(a for a in TILES if a <= architecture)][dtype.itemsize].cut_to(*problem)
 
 
-def dot_precision(operand: torch.dtype) -> str:
-    """How float32 operands are multiplied, as PyTorch is told to (``torch.set_float32_matmul_precision``).
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how float32 operands are multiplied, which follows ``torch.set_float32_matmul_precision``.
 
-    "highest" is three TF32 products a product, which is float32 to its last bit or two; the others are one.
+    "highest" takes three TF32 products, whose sum is exact to the last bit or two of float32; other settings take one.
     """
-    if operand == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "tf32x3"
     return "tf32"
 
 
-# By compute capability: the share of a product's magnitude that is lost with every 16 terms of bf16 operands. Tensor
-# cores round towards zero after each such step (arXiv 2512.07004): a long sum comes out too small, and in the summed
-# log-prob of a response this error adds up. 0.26 of 2⁻²⁴ comes from log-probs of random states measured on an H200
-# (``docs/tuning.md``). By the terms and their order less may be lost or more: where nothing is, the correction is
-# wrong by as much as it corrects elsewhere, 4·10⁻⁶ of a logit at H = 4096.
-LOST_A_STEP = {90: 0.26 * 2.0**-24}
+# By compute capability, the share of a sum of products that is lost with every 16 terms of bf16 operands. Tensor cores
+# round towards zero after each such step (arXiv 2512.07004), so that a long sum is too small, and the errors of a
+# response's tokens add up in its log-prob. 0.26·2⁻²⁴ was measured from log-probs of random states on an H200
+# (``docs/tuning.md``). What is lost depends on the terms and their order. Where nothing is lost, the correction is an
+# error as large as what it corrects elsewhere, 4·10⁻⁶ of a logit at H = 4096.
+LOST_PER_STEP = {90: 0.26 * 2.0**-24}
 
 
-def lost_share(operand: torch.dtype, terms: int) -> float:
-    """The share by which the current device makes a product of so many terms too small, where it is known; else 0."""
-    if INTERPRETED or operand != torch.bfloat16:
+def lost_share(dtype: torch.dtype, terms: int) -> float:
+    """Return the share by which the current device makes a sum of so many products too small; 0 if unknown."""
+    if INTERPRETED or dtype != torch.bfloat16:
         return 0.0
-    return LOST_A_STEP.get(triton.runtime.driver.active.get_current_target().arch, 0.0) * terms / 16
+    return LOST_PER_STEP.get(triton.runtime.driver.active.get_current_target().arch, 0.0) * terms / 16
 
 
 def uses_descriptors() -> bool:
-    """Tiles come through the tensor memory accelerator where there is one, Hopper and later; pointers elsewhere."""
+    """Return whether tiles are loaded through tensor descriptors (Hopper and later have the hardware) or pointers."""
     return INTERPRETED or triton.runtime.driver.active.get_current_target().arch >= 90
 
 
-def operand(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor | Tensor:
-    """(n, H) as ``load_tile`` and ``store_tile`` take it."""
+def as_operand(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor | Tensor:
+    """Return a matrix in the form that ``load_tile`` and ``store_tile`` take, for tiles of this shape."""
     return TensorDescriptor.from_tensor(matrix, list(tile)) if uses_descriptors() else matrix
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """(n, H) as a tensor descriptor can read it: itself, or a copy with contiguous rows on aligned addresses."""
+    """Return (n, H) as a tensor descriptor can read it: itself, or a copy with contiguous rows on aligned addresses."""
     rows_aligned = matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0 and matrix.stride(0) >= matrix.shape[1]
     if matrix.stride(1) == 1 and rows_aligned and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
@@ -102,8 +105,8 @@ def aligned(matrix: Tensor) -> Tensor:
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns), uninitialised, each row starting on an aligned address."""
-    step = 16  # elements: more than a descriptor needs, and what Triton knows a stride to be divisible by
+    """Return (rows, columns), uninitialised, with each row on an aligned address."""
+    step = 16  # elements: more than a descriptor needs; Triton specialises on strides divisible by 16
     return torch.empty(rows, -(-columns // step) * step, dtype=dtype, device=device)[:, :columns]
 
 
@@ -111,16 +114,13 @@ def _power(size: int) -> int:
     return triton.next_power_of_2(max(size, 1))
 
 
-GROUP = 16  # tiles that run side by side
-
-
 @triton.jit
-def tile_of(program, near_tiles, far_tiles, GROUP: tl.constexpr):
-    """(near, far): the tile of a program. Those of one far tile and ``GROUP`` near ones are neighbours in time, so that
-    the near operand stays in the cache while the far one streams by."""
-    first = program // (GROUP * far_tiles) * GROUP
-    side_by_side = min(near_tiles - first, GROUP)
-    within = program % (GROUP * far_tiles)
+def tile_of(program, near_tiles, far_tiles, TILE_GROUP: tl.constexpr):
+    """Return (near, far), the tile of a program. ``TILE_GROUP`` near tiles run side by side for one far tile after
+    another, so that the near operand stays in the cache while the far one streams through it."""
+    first = program // (TILE_GROUP * far_tiles) * TILE_GROUP
+    side_by_side = min(near_tiles - first, TILE_GROUP)
+    within = program % (TILE_GROUP * far_tiles)
     return first + within % side_by_side, within // side_by_side
 
 
@@ -129,7 +129,7 @@ def load_tile(
     matrix, row, column, rows, columns, stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tile at (row, column), zeros beyond (rows, columns). ``matrix`` is an ``operand``."""
+    """Load the tile at (row, column), with zeros beyond (rows, columns). ``matrix`` comes from ``as_operand``."""
     if DESCRIPTORS:
         value = matrix.load([row, column])
     else:
@@ -145,7 +145,7 @@ def store_tile(
     matrix, value, row, column, rows, columns, stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile at (row, column), and nothing beyond (rows, columns)."""
+    """Store a tile at (row, column), and nothing beyond (rows, columns)."""
     if DESCRIPTORS:
         matrix.store([row, column], value)
     else:
@@ -157,7 +157,7 @@ def store_tile(
 
 @triton.jit
 def matmul_step(a, b, total, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """total + a b. The interpreter multiplies the bits of bf16 numbers unless they are converted first."""
+    """Return total + a b. The interpreter stores bf16 as integers, so it has to convert them first."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -165,7 +165,7 @@ def matmul_step(a, b, total, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """float32 to ``dtype``, to nearest even. The interpreter truncates to bf16, the hardware rounds."""
+    """Round float32 to ``dtype``, to nearest even. For bf16 the interpreter would truncate, unlike the hardware."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)

@@ -1,4 +1,4 @@
-"""A tile of logits in registers: the matrix product that every form of the logits kernel begins with."""
+"""The matrix product of a tile of logits, shared by all variants of the exponentials kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def logits_tile(
     FEATURES: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) float32: h·w + b, with a softcap tanh of it. ``outer`` times that is the logit in bits."""
+    """Return h·w + b, or its tanh with a softcap: (ROWS, COLUMNS) float32. Times ``outer`` it is the logit in bits."""
     logits = tl.zeros((ROWS, COLUMNS), tl.float32)
     for depth in range(0, FEATURES, DEPTH):
         h = load_tile(hidden, first_row, depth, rows, FEATURES, hidden_stride, ROWS, DEPTH, DESCRIPTORS)

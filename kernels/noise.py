@@ -1,8 +1,8 @@
-"""Random draws of tokens from a counter, in numpy: the definition of the random stream.
+"""Counter-based random draws of tokens, in numpy: the definition of the random stream.
 
 A token is drawn as argmax(logits / temperature + Gumbel noise), which is an exact draw from the softmax. The noise of a
-token is a pure function of the response's key, the position in the response and the token. There is no state: the
-batch and what was drawn before have no part in it, and the device only in the last bits, where it rounds otherwise.
+token is a pure function of the response's key, the position in the response and the token. There is no state: it does
+not depend on the batch or on earlier draws, and on the device only through rounding in the last bits.
 
     words = Philox4x32-10(key, counter = (token // 4, position, 0, 0))
     u     = (words[token % 4] + 1/2) · (1 − 2⁻²⁴) / 2³², in float32
@@ -11,8 +11,8 @@ batch and what was drawn before have no part in it, and the device only in the l
 Philox is the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
 (SC 2011): four 32-bit words of a 64-bit key and a 128-bit counter. Ten rounds are its default; seven pass BigCrush.
 
-An argmax is decided by large noise. That comes of u near 0, where float32 tells every word from the next: the greatest
-noise is 33·log 2 = 22.9, and P(noise > x) is right to one part in 2²⁴ plus 2⁻³³. The least is −2.8, from u near 1.
+An argmax is decided by large noise. Large noise comes from u near 0, where float32 distinguishes all words: the largest
+noise is 33·log 2 = 22.9, and P(noise > x) is exact to one part in 2²⁴ plus 2⁻³³. The smallest is −2.8, from u near 1.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 ROUNDS = 10
 SCALE = (1 - 2**-24) * 2**-32  # the largest word gives the largest float32 below 1
 LOWEST = float(np.finfo(np.float32).min)
-CACHED = 2**16  # tokens of several rows at a time, so that what Philox computes stays in the cache
+CACHED_TOKENS = 2**16  # tokens of several rows at a time, so that intermediate results stay in the cache
 MASK, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def block(vocabulary: int) -> int:
-    """How many tokens of a row are worked on at a time: a power of 2, 4 or more."""
+    """Return how many tokens of a row are computed at a time: a power of 2, at least 4."""
     return min(16384, max(4, 1 << (vocabulary - 1).bit_length()))
 
 
@@ -42,22 +42,22 @@ def draw(
     temperature: float = 1.0,
     allowed: Tensor | None = None,  # (B, V) bool
 ) -> tuple[Tensor, Tensor]:
-    """A token of every row, and its log-prob. Tensors on another device are copied to the CPU and back.
+    """Draw a token for every row. Tensors on another device are copied to the CPU and back.
 
     Args:
-        logits: −inf is never drawn.
-        keys: of the rows' random streams.
-        position: the index of the token in its response.
+        logits: tokens with −inf are never drawn.
+        keys: keys of the rows' random streams.
+        position: index of the token in its response.
         temperature: the draw is from softmax(logits / temperature).
-        allowed: where given, the only tokens that may be drawn.
+        allowed: the tokens that may be drawn; default all.
 
     Returns:
-        (B,) int64 tokens, and (B,) float32 log-probs under softmax(logits), whatever the temperature and the tokens
-        allowed, nats.
+        (B,) int64 tokens, and their (B,) float32 log-probs in nats under softmax(logits), which do not depend on the
+        temperature and on ``allowed``.
     """
     rows, vocabulary = logits.shape
     width = block(vocabulary)
-    step = max(CACHED // width, 1)
+    step = max(CACHED_TOKENS // width, 1)
     tokens, logps = np.empty(rows, np.int64), np.empty(rows, np.float32)
     values, streams = logits.float().cpu().numpy(), keys.cpu().numpy()
     among = None if allowed is None else allowed.cpu().numpy()
@@ -68,7 +68,7 @@ def draw(
     return torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device)
 
 
-@np.errstate(all="ignore")  # a row without a finite logit gives NaN, in silence as in torch
+@np.errstate(all="ignore")  # a row without a finite logit gives NaN without a warning, as in torch
 def _draw_rows(
     logits: np.ndarray,  # (R, V) float32
     keys: np.ndarray,  # (R,) int64
@@ -77,7 +77,7 @@ def _draw_rows(
     allowed: np.ndarray | None,  # (R, V) bool
     width: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(R,) tokens and log-probs. The log-sum-exp has ``width`` running sums a row, as the Triton kernel has."""
+    """Return (R,) tokens and log-probs. Like the Triton kernel, the log-sum-exp keeps ``width`` running sums a row."""
     rows, vocabulary = logits.shape
     each = np.arange(rows)
     best, token = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.int64)
@@ -96,7 +96,7 @@ def _draw_rows(
 
         p, t = peak[:, : x.shape[1]], total[:, : x.shape[1]]  # views
         above = x - p
-        scale = np.exp(-np.abs(above))  # of what is lower, the sum so far or the new term
+        scale = np.exp(-np.abs(above))  # factor of the lower one, the sum so far or the new term
         t[:] = np.where(above > 0, t * scale + 1, t + scale)
         np.maximum(p, x, out=p)
     highest = peak.max(1)
@@ -110,7 +110,7 @@ def gumbel(
     start: int,  # a multiple of 4
     count: int,
 ) -> np.ndarray:
-    """Standard Gumbel noise of the tokens start, start + 1, …: (R, count) float32."""
+    """Return standard Gumbel noise for the tokens start, start + 1, …: (R, count) float32."""
     groups = -(-count // 4)
     words = np.empty((len(keys), groups, 4), np.float32)
     key = keys.view(np.uint64)[:, None]
@@ -122,15 +122,15 @@ def gumbel(
     u += 0.5
     u *= SCALE
     complement = 1 - u
-    lost = u - (1 - complement)  # rounding error of 1 − u; added to −log(1 − u), whose slope is 1 where it matters
+    lost = u - (1 - complement)  # rounding error of 1 − u, added to −log(1 − u), which has slope 1 near u = 0
     return -np.log(lost - np.log(complement))
 
 
 def philox(key: Sequence[np.ndarray], counter: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Philox4x32-10: the four words of every key (two words) and counter (four words).
+    """Philox4x32-10: return four words for every key (two words) and counter (four words).
 
-    A word is an array of uint64 below 2³², for the products. The arrays are broadcast together, as late as possible:
-    what depends on the row or on the column alone is computed for it alone.
+    A word is an array of uint64 below 2³², because products need 64 bits. Arrays are broadcast as late as possible, so
+    that what depends on the row alone or on the column alone is computed once for it.
     """
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(ROUNDS):

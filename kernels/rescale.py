@@ -1,4 +1,4 @@
-"""A gradient times the upstream scalar, which is nearly always 1 and lives on the device."""
+"""Scaling of a gradient by the upstream scalar, which is nearly always 1 and lives on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rescale_kernel(values, factor, count, BLOCK: tl.constexpr):
 
 
 def rescale(values: Tensor, factor: Tensor) -> Tensor:
-    """values *= factor, in place and asynchronously; nothing is read or written where the factor is 1."""
+    """values *= factor, in place, without host synchronisation. If the factor is 1, the values are not touched."""
     block = 4096
     if values.numel():
         rescale_kernel[(triton.cdiv(values.numel(), block),)](values, factor, values.numel(), BLOCK=block)

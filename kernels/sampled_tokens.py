@@ -1,12 +1,12 @@
-"""Random draws of tokens from a counter, on a GPU: one launch for all rows, which reads the logits once.
+"""Counter-based random draws of tokens on a GPU: one launch for all rows, which reads the logits once.
 
-``noise.py`` defines the random stream and has the same in numpy. Temperature, noise, argmax, log-sum-exp and the drawn
-token's logit are one pass over a row. A program goes through a row a block at a time; each lane keeps its own best
-token and its own sum, and the lanes come together at the end.
+``noise.py`` defines the random stream and has the same function in numpy. Temperature, noise, argmax, log-sum-exp and
+the drawn token's logit take one pass over a row. A program reads a row a block at a time; each lane keeps its own best
+token and its own sum, and the lanes are reduced at the end.
 
 Expected, not measured on a GPU yet: 256 rows of 151,936 float32 logits are 156 MB, 46 µs at the 3.35 TB/s of an H100.
-A token takes about 90 instructions there (in the machine code for sm_90): 0.12 ms at 132 · 128 lanes and 1.7 GHz, so
-that arithmetic is the limit. With fewer rows than multiprocessors some are idle, and the time is that of one row.
+A token takes about 90 instructions (in the machine code for sm_90): 0.12 ms at 132 · 128 lanes and 1.7 GHz, so that
+arithmetic is the limit. With fewer rows than multiprocessors some are idle, and the time is that of one row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOWEST = tl.constexpr(noise.LOWEST)
 
 @triton.jit
 def gumbel(key, position, start, BLOCK: tl.constexpr):
-    """(BLOCK,) float32: standard Gumbel noise of the tokens start, start + 1, … ``start`` is a multiple of 4."""
+    """Return Gumbel noise for the tokens start, start + 1, …: (BLOCK,) float32. ``start`` is divisible by 4."""
     group = start // 4 + tl.arange(0, BLOCK // 4)
     w0, w1, w2, w3 = tl.philox(key, group, position, 0, 0, ROUNDS)
     word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))  # w0[0], w1[0], w2[0], w3[0], w0[1], …
@@ -68,7 +68,7 @@ def sampled_tokens_kernel(
         token = tl.where(better, column, token)
 
         above = x - peak
-        scale = tl.exp(-tl.abs(above))  # of what is lower, the sum so far or the new term
+        scale = tl.exp(-tl.abs(above))  # factor of the lower one, the sum so far or the new term
         total = tl.where(above > 0, total * scale + 1, total + scale)
         peak = tl.maximum(peak, x)
     drawn = tl.min(tl.where(best == tl.max(best), token, vocabulary))
@@ -86,7 +86,7 @@ def draw(
     temperature: float = 1.0,
     allowed: Tensor | None = None,  # (B, V) bool
 ) -> tuple[Tensor, Tensor]:
-    """A token of every row and its log-prob: (B,) int64, (B,) float32. See ``noise.draw``. No host synchronisation."""
+    """Draw (B,) int64 tokens and return their (B,) float32 log-probs, as ``noise.draw``. No host synchronisation."""
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()

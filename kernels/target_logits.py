@@ -1,10 +1,10 @@
-"""The logits of the targets alone, exactly.
+"""The logits of the targets alone, summed in float64.
 
-A response's log-prob is a sum over tokens: the rounding of the target's logit adds up where that of the log-sum-exp
-averages out. So the target's is taken apart from the others, one row of the head a token, summed in float64. It is
-known before the matrix product, which makes it the shift that exponentials are taken relative to. In bits, like them.
+A response's log-prob is a sum over tokens. The rounding errors of the log-sum-exps average out in it, those of the
+targets' logits add up. So the latter are computed separately, from one row of the head for each token. They are known
+before the matrix product and serve as the shift of the exponentials. Like these, they are in bits.
 
-N·H products and reads of the head: 1/V of the matrix product.
+This takes N·H products and reads of the head, 1/V of the matrix product.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def target_logits_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target = tl.load(targets + row, mask=inside, other=0)
-    known = inside & (target >= 0) & (target < vocabulary)  # nothing else is read, and NaN is what comes of it
+    known = inside & (target >= 0) & (target < vocabulary)  # only these are read; the others give NaN
     total = tl.zeros((ROWS, BLOCK), tl.float64)
     h_row = hidden + row.to(tl.int64)[:, None] * hidden_stride
     w_row = weight + target[:, None] * weight_stride
@@ -59,7 +59,7 @@ def target_logits_kernel(
 
 
 def target_logits(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """(N, H), (N,) -> (N,) float64, bits."""
+    """Compute the logits of the targets: (N, H), (N,) -> (N,) float64, bits."""
     rows, features = hidden.shape
     logits = torch.empty(rows, dtype=torch.float64, device=hidden.device)
     if rows == 0:

@@ -1,12 +1,11 @@
-"""The weight's gradient, summed over chunks without a float32 copy of the head.
+"""The gradient of the weight, summed over chunks without a float32 copy of the head.
 
-    dW += Eᵀ X        E (n, V), X (n, H) with the row scales on it
+    dW += Eᵀ X        E (n, V), X (n, H) with the row scales multiplied in
 
-Within a chunk the tensor cores sum in fp32. Between chunks a bf16 gradient would lose what is smaller than 2⁻⁹ of the
-sum so far, and a float32 one beside it would cost twice the head. So the sum is carried with four more bits of mantissa
-than bf16 has, packed two to a byte: the upper 16 bits in the gradient itself, the four below in ``carry``, a quarter of
-the gradient's size. A chunk then rounds to 2⁻¹³, against the 2⁻⁹ of the final rounding, which the last chunk makes from
-fp32. Where the gradient is float32 no carry is needed.
+Within a chunk the tensor cores sum in fp32. Between chunks a bf16 gradient would lose terms below 2⁻⁹ of the sum, and a
+float32 sum would take twice the memory of the head. So the sum keeps four more bits of mantissa than bf16 has: its
+upper 16 bits are in the gradient, the next four in ``carry``, packed two to a byte, a quarter of the gradient's size.
+Each chunk then rounds to 2⁻¹³; the last one rounds its fp32 sum to bf16, 2⁻⁹. A float32 gradient needs no carry.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    GROUP,
     INTERPRETED,
+    TILE_GROUP,
     TRITON_DTYPES,
+    as_operand,
+    choose_tile,
     dot_precision,
     load_tile,
     matmul_step,
-    operand,
     rounded,
     store_tile,
-    tile,
     tile_of,
 )
 
@@ -44,23 +43,23 @@ def weight_gradient_kernel(
     scaled_stride,
     gradient_stride,
     carry_stride,
-    ADD: tl.constexpr,  # to what the gradient holds
+    ADD: tl.constexpr,  # to the values in gradient
     CARRY_IN: tl.constexpr,
     CARRY_OUT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the gradient
+    TILE_GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,  # dtype of gradient
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row_tiles, column_tiles = tl.cdiv(vocabulary, ROWS), tl.cdiv(features, COLUMNS)
-    column_tile, row_tile = tile_of(tl.program_id(0), column_tiles, row_tiles, GROUP)
+    column_tile, row_tile = tile_of(tl.program_id(0), column_tiles, row_tiles, TILE_GROUP)
     row, column = row_tile * ROWS, column_tile * COLUMNS
 
-    if ADD:  # the products are added to what is there: nothing is left to unpack and add behind them
+    if ADD:  # starting from the sum so far leaves nothing to load, unpack and add after the products
         before = load_tile(gradient, row, column, vocabulary, features, gradient_stride, ROWS, COLUMNS, DESCRIPTORS)
         if CARRY_IN:
             packed = load_tile(
@@ -79,7 +78,7 @@ def weight_gradient_kernel(
         total = matmul_step(e.T, x, total, PRECISION, INTERPRET)
 
     if CARRY_OUT:
-        bits = tl.where(total == total, total.to(tl.uint32, bitcast=True) + 0x800, 0x7FC00000)  # to nearest; NaN stays
+        bits = tl.where(total == total, total.to(tl.uint32, bitcast=True) + 0x800, 0x7FC00000)  # to nearest, keeps NaN
         even, odd = tl.split(tl.reshape(bits, (ROWS, COLUMNS // 2, 2)))
         packed_out = (((even >> 12) & 15) | ((odd >> 8) & 240)).to(tl.uint8)
         store_tile(
@@ -92,7 +91,7 @@ def weight_gradient_kernel(
 
 
 def carry_for(gradient: Tensor) -> Tensor:
-    """(V, H) -> uint8 scratch for the mantissa bits that a bf16 gradient has no room for between chunks."""
+    """Return uint8 scratch memory for the four extra mantissa bits of a (V, H) bf16 gradient between chunks."""
     width = -(-gradient.shape[1] // 32) * 16  # bytes a row, aligned
     return torch.empty(len(gradient), width, dtype=torch.uint8, device=gradient.device)
 
@@ -101,28 +100,28 @@ def add_weight_gradient(
     gradient: Tensor,  # (V, H) bf16 or fp32
     exponentials: Tensor,  # (n, V)
     scaled: Tensor,  # (n, H)
-    carry: Tensor | None,  # from carry_for; None for a float32 gradient
+    carry: Tensor | None,  # from ``carry_for``; None for a float32 gradient
     *,
-    first: bool,  # the gradient holds nothing yet
-    last: bool,  # and is complete afterwards
+    first: bool,  # whether this is the first chunk, which overwrites the gradient
+    last: bool,  # whether this is the last chunk, which rounds it
 ) -> None:
-    """gradient (+)= exponentialsᵀ scaled."""
+    """gradient += exponentialsᵀ scaled, or = for the first chunk."""
     tokens, vocabulary = exponentials.shape
     features = scaled.shape[1]
-    shape = tile(scaled.dtype, (vocabulary, features, tokens))
-    if gradient.element_size() > scaled.element_size() and shape.columns > 128:  # on its way out an fp32 tile is large
+    shape = choose_tile(scaled.dtype, (vocabulary, features, tokens))
+    if gradient.element_size() > scaled.element_size() and shape.columns > 128:  # an fp32 tile to be stored is large
         shape = shape._replace(columns=128)
     carried = carry is not None
-    factor = operand(exponentials, (shape.depth, shape.rows))
+    factor = as_operand(exponentials, (shape.depth, shape.rows))
     weight_gradient_kernel[(triton.cdiv(vocabulary, shape.rows) * triton.cdiv(features, shape.columns),)](
         factor,
-        operand(scaled, (shape.depth, shape.columns)),
-        operand(gradient, (shape.rows, shape.columns)),
-        operand(carry if carried else gradient, (shape.rows, shape.columns // (2 if carried else 1))),
+        as_operand(scaled, (shape.depth, shape.columns)),
+        as_operand(gradient, (shape.rows, shape.columns)),
+        as_operand(carry if carried else gradient, (shape.rows, shape.columns // (2 if carried else 1))),
         tokens, vocabulary, features,
         exponentials.stride(0), scaled.stride(0), gradient.stride(0), carry.stride(0) if carried else 0,
         ADD=not first, CARRY_IN=carried and not first, CARRY_OUT=carried and not last,
-        ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, GROUP=GROUP,
+        ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, TILE_GROUP=TILE_GROUP,
         DTYPE=TRITON_DTYPES[gradient.dtype], PRECISION=dot_precision(scaled.dtype),
         DESCRIPTORS=not isinstance(factor, Tensor), INTERPRET=INTERPRETED,
         num_warps=shape.warps, num_stages=shape.stages,

@@ -6,18 +6,20 @@
 import os
 import sys
 
-# ``python -m onpo_fast.COMMAND`` puts the current folder first on the path. It may be anybody's run directory: its
-# numpy.py is not to be imported (docs/trust.md). As python -P does, the folder is taken off the path. While Python
-# imports this package for -m, argv[0] is "-m"; orig_argv has the command's name before the same other arguments.
-_is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].endswith(__name__)
+# ``python -m onpo_fast.COMMAND`` puts the current folder first on the path. The folder may be a stranger's run, whose
+# numpy.py must not be imported (docs/trust.md), so it is taken off the path, as ``python -P`` does. While Python
+# imports this package for -m, argv[0] is "-m", and orig_argv has the module's name before the same other arguments.
+# The console script ``onpo-fast`` has its own folder on the path.
+_is_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].endswith(__name__)
+_is_script = os.path.splitext(os.path.basename("".join(sys.argv[:1])))[0] == "onpo-fast"
 if (
-    _is_command
-    and not getattr(sys.flags, "safe_path", False)  # which Python 3.10 does not know
+    _is_module
+    and not getattr(sys.flags, "safe_path", False)  # new in Python 3.11
     and sys.path[0] == os.path.abspath(os.curdir)
 ):
     del sys.path[0]
-# Nor is its matplotlibrc to be read, which matplotlib looks for in the current folder when it is imported.
-if _is_command and os.path.lexists("matplotlibrc"):
+# matplotlib reads a matplotlibrc in the current folder when it is imported: it is imported from another folder.
+if (_is_module or _is_script) and os.path.lexists("matplotlibrc"):
     _here = os.open(".", os.O_RDONLY)
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
     try:

@@ -176,6 +176,11 @@ class Algorithm:
     about: str  # one line for --help
 
     @property
+    def fits(self) -> int:
+        """The number of fits in an iteration."""
+        return 2 if self.play in (onpo, onpo_direct, onpo_from_policy, two_fits, egpo) else 1
+
+    @property
     def mixes(self) -> bool:
         """Whether an anchor mixes π_1 with the current policy, so that there is a weight τ."""
         return self.play in (regularised, nash_md, egpo)

@@ -23,7 +23,7 @@ from .models.policy import Policy, disagreement, token_group
 from .objectives import Objective
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
 from .run import signals
-from .run.fit_states import NO_STATE, Checkpoints, not_a_state
+from .run.fit_states import NO_STATE, FitStates, not_a_state
 from .run.tracking import peak_memory_bytes
 
 Anchor = Sequence[Tensor] | Policy  # summed log-probs, a (K,) tensor a group, nats; or the frozen policy itself
@@ -66,7 +66,7 @@ def fit(
     objective: Objective,
     config: FitConfig,
     on_step: Callable[[dict[str, float | None]], None],
-    checkpoints: Checkpoints | None = None,
+    checkpoints: FitStates | None = None,
     starts_at_anchor: bool = False,
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].

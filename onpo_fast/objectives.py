@@ -5,10 +5,10 @@ g = D(π) − D(anchor), and the label p = P(y_w ≻ y_l) is 1 for a hard label.
 
 - ``target(p)``: the margin at which the loss is least, in nats;
 - ``loss(g, p)``: the loss of the pair;
-- ``derivative(g, p)``: d loss / d g, which is all that a backward pass needs;
+- ``derivative(g, p)``: d loss / d g, which is all that a backward pass needs.
 
-and, for the trainer, whose log-probs its anchor is made of (``initial_share``) and whether an iteration takes two
-fits (``optimistic``). The arguments are tensors of any one shape and dtype; so are the results.
+The arguments are tensors of any one shape and dtype; so are the results. How many fits an iteration takes, and what
+they are measured from, is the algorithm's (``algorithms``).
 
 To add an objective: write the class here and give it a name in ``OBJECTIVES``. Its constructor arguments are taken
 from the trainer's options of the same names.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,6 @@ class Objective:
     """What every objective shares. Parameters must be positive and finite, and the squared target of a sure label too
     where the loss is a square (``ValueError`` otherwise)."""
 
-    optimistic: ClassVar[bool] = False  # two fits an iteration: π′ first, then π
-
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -39,11 +36,6 @@ class Objective:
                 raise ValueError(f"{field.name} must be a positive, finite number, not {value!r}")
         if not (math.isfinite(self.normaliser) and self.normaliser > 0):
             raise ValueError(f"{self} has a target whose square is {self.normaliser:g} in float64")
-
-    @property
-    def initial_share(self) -> float:
-        """The anchor's D is this share of D(π_1) and the rest of D of the policy that is updated, π_t or π′_t."""
-        return 0.0
 
     def target(self, preference: Tensor) -> Tensor:
         raise NotImplementedError
@@ -84,8 +76,6 @@ class Onpo(_Squared):
 
     eta: float  # step size of mirror descent; the target is η/2 nats
 
-    optimistic: ClassVar[bool] = True
-
     def target(self, preference: Tensor) -> Tensor:
         return self.eta * (preference - 0.5)
 
@@ -117,6 +107,7 @@ class Inpo(_Squared):
 
     @property
     def initial_share(self) -> float:
+        """The weight of π_1 in the mixture that margins are measured from; π_t has the rest."""
         return self.tau / self.eta
 
     def target(self, preference: Tensor) -> Tensor:
@@ -128,10 +119,6 @@ class Ipo(_Squared):
     """(g − 1/(2τ))² against π_1, soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17."""
 
     tau: float  # strength of the pull towards π_1
-
-    @property
-    def initial_share(self) -> float:
-        return 1.0
 
     def target(self, preference: Tensor) -> Tensor:
         return (2 * preference - 1) / (2 * self.tau)

@@ -85,7 +85,7 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
             p = float(matrix[i, j])
             i_wins = p >= 0.5 if labels == "soft" else rng.random() < p
             winner, loser = (i, j) if i_wins else (j, i)
-            pairs.append(Pair(group, winner, loser, 1.0 if labels == "bits" else max(p, 1 - p)))
+            pairs.append(Pair(group, winner, loser, max(p, 1 - p) if labels == "soft" else 1.0))
     return pairs
 
 

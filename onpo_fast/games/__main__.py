@@ -3,9 +3,9 @@
     python -m onpo_fast.games                    # all three, two minutes on two cores
     python -m onpo_fast.games matrix --help      # matrix, neural or multiturn
 
-An experiment prints a table and writes its numbers to ``OUT/<experiment>.json`` and its plots beside it;
-``OUT/games.html`` shows the experiments whose numbers are there. What it wrote before is overwritten: the same options
-give the same numbers.
+An experiment prints a table, and writes its numbers to ``OUT/<experiment>.json`` and its plots beside it.
+``OUT/games.html`` shows all experiments whose numbers are in OUT. Earlier files are overwritten: the same options give
+the same numbers.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ import torch
 from docstring_parser import parse_from_object
 from rich.table import Table
 
+from ..algorithms import ALGORITHMS, ALIASES
 from ..errors import CommandParser, UserError, command, nearest
 from ..files import atomic_write_text
-from ..objectives import OBJECTIVES
 from ..reports.page import Plot, page_style, render
 from ..run.tracking import console, environment, progress, say
 from . import figures, lab
-from .algorithms import ALGORITHMS
-from .arguments import count
+from .arguments import whole_number
 from .neural import GIVEN, NeuralGame
 from .preferences import GAMES, make
 
-GAME = f"a game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with P or a batch of them"
+GAME = f"preference game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with a preference matrix or several"
+NAMES = [*ALGORITHMS, *ALIASES]
 
 
 def matrix(options: argparse.Namespace) -> dict:
+    """Play matrix games and return their numbers."""
     with progress("matrix games", lab.matrix_parts(options.algorithms)) as done:
         return lab.matrix(
             options.game,
@@ -55,6 +56,7 @@ def matrix(options: argparse.Namespace) -> dict:
 
 
 def neural(options: argparse.Namespace) -> dict:
+    """Play neural games and return their numbers."""
     names = {field.name for field in fields(NeuralGame)} - {"objective", "eta"}
     chosen = {name: getattr(options, name) for name in names}
     given = make(options.game) if options.game not in GAMES else None
@@ -63,14 +65,15 @@ def neural(options: argparse.Namespace) -> dict:
         if len(given) > 1:
             chosen["contexts"] = len(given)
         else:
-            given = given[0]  # every context's
+            given = given[0]  # the same for every context
     game = NeuralGame(**chosen)
-    seeds = range(options.seed, options.seed + count("seeds", options.seeds))
+    seeds = range(options.seed, options.seed + whole_number("seeds", options.seeds))
     with progress("a transformer", len(options.objectives) * len(seeds)) as done:
         return lab.transformer(game, options.objectives, seeds, options.eta, done, given)
 
 
 def multiturn(options: argparse.Namespace) -> dict:
+    """Play games of several turns and return their numbers."""
     with progress("several turns", lab.TURNS_PARTS) as done:
         return lab.several_turns(
             options.game, options.turns, options.actions, options.count, options.steps, options.eta, options.seed, done
@@ -81,7 +84,7 @@ EXPERIMENTS = {"matrix": matrix, "neural": neural, "multiturn": multiturn}
 
 
 def table(experiment: str, results: dict) -> Table:
-    """The numbers a reader looks for first."""
+    """Return the most important numbers as a table."""
     columns, rows = TABLES[experiment](results)
     drawn = Table(*columns)
     for name, *values in rows:
@@ -131,12 +134,12 @@ TABLES = {"matrix": _matrix_table, "neural": _neural_table, "multiturn": _multit
 
 
 def work(experiment: str, options: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Runs an experiment and leaves its numbers, its plots and the page."""
+    """Run an experiment and write its numbers."""
     start = time.perf_counter()
     _check_out(options.out)
     try:
         results = EXPERIMENTS[experiment](options)
-    except ValueError as error:  # every argument is the user's
+    except ValueError as error:  # the arguments come from the command line
         raise UserError(str(error)) from error
     results = {
         "command": shlex.join(["python", "-m", "onpo_fast.games", *argv]),
@@ -151,7 +154,7 @@ def work(experiment: str, options: argparse.Namespace, argv: Sequence[str]) -> N
 
 
 def write_page(out: Path) -> Path:
-    """``OUT/games.html`` and the plots, of the experiments whose numbers are in ``out``."""
+    """Write the page and the plots of all experiments whose numbers are in ``out``; return the path of the page."""
     found = {name: out / f"{name}.json" for name in EXPERIMENTS if (out / f"{name}.json").is_file()}
     results: dict[str, Any] = dict.fromkeys(EXPERIMENTS)
     plots: dict[str, dict[str, Plot | None]] = {}
@@ -170,10 +173,10 @@ def write_page(out: Path) -> Path:
 
 
 def _check_out(out: Path) -> None:
-    """Before the work: whether its results can be written, and lie beside others of the lab."""
+    """Raise ``UserError`` if results cannot be written to ``out``, before time is spent on them."""
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: {there} is no directory that can be written to")
+        raise UserError(f"--out {out}: {there} is not a directory with write permission")
 
 
 def _plain(value: object) -> object:
@@ -202,24 +205,29 @@ def _add(parser: argparse.ArgumentParser, name: str, default: object, about: str
     parser.add_argument(f"--{name}", default=default, help=about.replace("%", "%%"), **options)
 
 
+def _add_names(parser: argparse.ArgumentParser, name: str, default: Sequence[str]) -> None:
+    about = f"algorithms to play, of {', '.join(NAMES)}"
+    _add(parser, name, list(default), about, nargs="+", choices=NAMES, metavar="NAME")
+
+
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "game", "random", GAME)
-    _add(parser, "actions", None, "of a named game (default: 10, or 3)", type=int)
-    _add(parser, "count", 20, "games, in one vectorised call")
-    _add(parser, "steps", 5000, "T, policies")
-    _add(parser, "eta", 0.5, "step of mirror descent; Theorem 2 wants at most 0.5")
-    _add(parser, "tau", 0.1, "pull towards the start, of INPO, Nash-MD, EGPO and the regularised gap")
-    _add(parser, "algorithms", list(ALGORITHMS), "methods", nargs="+", choices=list(ALGORITHMS), metavar="NAME")
-    _add(parser, "seed", 0, "of random games")
+    _add(parser, "actions", None, "number of actions in a named game (default: 10, or 3 if it has three)", type=int)
+    _add(parser, "count", 20, "number of games of a random kind")
+    _add(parser, "steps", 5000, "number of policies, T")
+    _add(parser, "eta", 0.5, "step size of mirror descent; Theorem 2 holds up to 0.5")
+    _add(parser, "tau", 0.1, "pull towards the initial policy, in inpo, nash_md, egpo and the regularised gap")
+    _add_names(parser, "algorithms", lab.COMPARED)
+    _add(parser, "seed", 0, "seed of random games")
 
 
 def _neural_arguments(parser: argparse.ArgumentParser) -> None:
     about = {one.arg_name: " ".join(one.description.split()) for one in parse_from_object(NeuralGame).params}
+    _add_names(parser, "objectives", ("onpo", "omd", "inpo"))
     _add(
-        parser, "objectives", ["onpo", "omd", "inpo"], "objectives", nargs="+", choices=list(OBJECTIVES), metavar="NAME"
+        parser, "seeds", 2, "number of seeds, from --seed on; a seed determines the game, the initial policy and draws"
     )
-    _add(parser, "seeds", 2, "seeds, from --seed on: starts, games and draws")
-    _add(parser, "eta", None, "step of mirror descent, for all objectives (default: what suits the game)", type=float)
+    _add(parser, "eta", None, "step size of mirror descent, for all (default: natural_step of the game)", type=float)
     for field in fields(NeuralGame):
         if field.name == "game":
             _add(parser, "game", field.default, GAME)
@@ -229,27 +237,28 @@ def _neural_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _multiturn_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, "game", "random", GAME + ", over final states")
-    _add(parser, "turns", 2, "H")
-    _add(parser, "actions", 3, "a turn")
-    _add(parser, "count", 20, "games, in one vectorised call")
-    _add(parser, "steps", 20000, "T, policies")
-    _add(parser, "eta", 0.5, "step of mirror descent")
-    _add(parser, "seed", 0, "of random games and samples")
+    _add(parser, "game", "random", GAME + ", between final states")
+    _add(parser, "turns", 2, "number of turns, H")
+    _add(parser, "actions", 3, "number of actions in a turn, A; there are A^H final states")
+    _add(parser, "count", 20, "number of games of a random kind")
+    _add(parser, "steps", 20000, "number of policies, T")
+    _add(parser, "eta", 0.5, "step size of mirror descent")
+    _add(parser, "seed", 0, "seed of random games and samples")
 
 
 ARGUMENTS = {"matrix": _matrix_arguments, "neural": _neural_arguments, "multiturn": _multiturn_arguments}
 
 
 ABOUT = {
-    "matrix": "Every method on small games, against T; the bias of pairings.",
-    "neural": "A tiny transformer, through the training stack.",
-    "multiturn": "Several turns: the exact update, the sampled target and the biased one.",
+    "matrix": "Play every algorithm in small games with exact updates, and measure the bias of pairings.",
+    "neural": "Train a tiny transformer by self-play through the training stack, in games whose gap is exact.",
+    "multiturn": "Play games of several turns with exact updates, sampled targets and biased targets.",
 }
 
 
 @command
 def main(argv: list[str]) -> None:
+    """Run one experiment, or all three, and write the page."""
     if argv and argv[0] in EXPERIMENTS:
         options = _parser(argv[0]).parse_args(argv[1:])
         work(argv[0], options, argv)
@@ -264,8 +273,8 @@ def main(argv: list[str]) -> None:
 def _all(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m onpo_fast.games [matrix|neural|multiturn]",
-        description="The games lab: all three experiments with their defaults, or one with options of its own.",
-        epilog=" ".join(f"{name}: {about}" for name, about in ABOUT.items()) + " Each has its own --help.",
+        description="Run the games lab: all three experiments with their defaults, or one with its own options.",
+        epilog=" ".join(f"{name}: {about}" for name, about in ABOUT.items()) + " Each of them has its own --help.",
     )
     if argv and not argv[0].startswith("-"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Numbers that a caller gave, or a ``ValueError`` that names the argument."""
+"""Checks of numeric arguments. Each returns the number, or raises a ``ValueError`` that names the argument."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from numbers import Real
 
 
 def positive(name: str, value: float) -> float:
+    """Return a positive, finite number as float."""
     if not (_finite(value) and value > 0):
         raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
     return float(value)
 
 
-def at_least_zero(name: str, value: float) -> float:
+def non_negative(name: str, value: float) -> float:
+    """Return a finite number of 0 or more as float."""
     if not (_finite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}")
     return float(value)
 
 
-def count(name: str, value: int, least: int = 1) -> int:
+def whole_number(name: str, value: int, least: int = 1) -> int:
+    """Return an integer of at least ``least``."""
     try:
         number = operator.index(value)
     except TypeError:

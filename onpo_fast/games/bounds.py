@@ -1,6 +1,6 @@
-"""What the theorems promise for the averaged policy, and what was corrected in them.
+"""Bounds on the duality gap of the averaged policy, from the theorems of arXiv 2502.16852, with one correction.
 
-D = max_π KL(π ‖ π_1) is ``divergence``; T counts policies, as ``GameTrace`` does. Results are duality gaps.
+D = max_π KL(π ‖ π_1) is ``divergence``; T is the number of policies, as in ``GameTrace``.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ import numpy as np
 
 
 def divergence(init: np.ndarray) -> np.ndarray:
-    """D of π_1 (…, n): −log of its least probability, in nats; log n if it is uniform."""
+    """Return D for π_1, (…, n): −log of its least probability, in nats, which is log n if π_1 is uniform."""
     with np.errstate(divide="ignore"):
         return -np.log(np.min(init, axis=-1))
 
 
 def tuned_eta(D: float, T: int) -> float:
-    """√(D/T): the step of mirror descent for which Theorem 1 holds."""
+    """Return √(D/T), the step of mirror descent for which Theorem 1 holds."""
     return float(np.sqrt(D / T))
 
 
 def theorem_1(D: float, T: np.ndarray) -> np.ndarray:
-    """OMD with η = √(D/T): 4√(D/T). arXiv 2502.16852, Theorem 1."""
+    """Return 4√(D/T), the bound for OMD with η = √(D/T) (Theorem 1)."""
     return 4 * np.sqrt(D / T)
 
 
 def theorem_2(D: float, T: np.ndarray, eta: float = 0.5) -> np.ndarray:
-    """ONPO with η ≤ ½: (2/T)(D/η + η), which is what the proof of Theorem 2 shows; (4D + 1)/T at η = ½."""
+    """Return (2/T)(D/η + η), the bound for ONPO with η ≤ ½ that the proof of Theorem 2 gives: (4D + 1)/T at η = ½."""
     return 2 / np.asarray(T) * (D / eta + eta)
 
 
 def theorem_2_printed(D: float, T: np.ndarray) -> np.ndarray:
-    """4√D/T, as Theorem 2 is printed: wrong for D > ¼. One action that beats nine tied ones breaks it at T = 50."""
+    """Return 4√D/T, the bound printed in Theorem 2. It is wrong for D > ¼.
+
+    A counterexample: one action that beats nine tied ones, at T = 50.
+    """
     return 4 * np.sqrt(D) / np.asarray(T)

@@ -1,4 +1,4 @@
-"""The lab's results as plots: each a function of an experiment's results, as its JSON file holds them."""
+"""Plots of the lab's results. Each is a function of an experiment's results, as its JSON file holds them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,34 @@ from ..reports.page import COLOURS, INK, Plot, new_axes, plot
 
 Results = dict[str, Any]
 
-ORDER = ("onpo", "omd", "inpo", "iterative_dpo", "sppo", "egpo", "nash_md", "online_ipo", "ipo", "dpo", "branches")
-LOOK = {name: (COLOURS[i % 7], ("-", (0, (4, 1.5)))[i // 7]) for i, name in enumerate(ORDER)}  # the same in every plot
-DRAWN_FROM = 1e-14  # below is rounding
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+ORDER = (
+    "onpo",
+    "omd",
+    "inpo",
+    "iterative_dpo",
+    "sppo",
+    "egpo",
+    "nash_md",
+    "online_ipo",
+    "ipo",
+    "dpo",
+    "branches",
+    "onpo_direct",
+    "onpo_from_policy",
+    "omd_two_fits",
+)
+# colour and line style of a method, the same in every plot
+LOOK = {name: (COLOURS[i % 7], ("-", (0, (4, 1.5)))[i // 7]) for i, name in enumerate(ORDER)}
+SMALLEST_GAP = 1e-14  # smaller ones are rounding errors, and drawn at this height
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def label(name: str) -> str:
-    """nash_md → Nash-MD."""
+    """Return an algorithm's name as it is written: nash_md → Nash-MD."""
     known = {
+        "onpo_direct": "ONPO, direct",
+        "onpo_from_policy": "ONPO, from π_t",
+        "omd_two_fits": "OMD, two fits",
         "nash_md": "Nash-MD",
         "online_ipo": "online IPO",
         "iterative_dpo": "iterative DPO",
@@ -31,7 +50,7 @@ def label(name: str) -> str:
 
 
 def average_gap(results: Results) -> Plot | None:
-    """Of the averaged policies against T, on logarithmic axes, with what the theorems promise."""
+    """Plot the gap of the averaged policies against T, on logarithmic axes, with the bounds of the theorems."""
     figure, axes = new_axes("T, policies", "duality gap of their average", height=3.4)
     said = _curves(axes, results["T"], results["algorithms"], "average_gap", "slope")
     tuned = results["omd_tuned"]
@@ -56,19 +75,21 @@ def average_gap(results: Results) -> Plot | None:
 
 
 def last_gap(results: Results) -> Plot | None:
+    """Plot the gap of π_t."""
     return _methods(results, "algorithms", "last_gap", "t", "duality gap of π_t")
 
 
 def regularised_gap(results: Results) -> Plot | None:
+    """Plot the regularised gap of π_t."""
     return _methods(results, "algorithms", "last_regularised_gap", "t", "regularised duality gap of π_t")
 
 
 def cycling(results: Results) -> Plot | None:
-    """The last iterate on rock-paper-scissors, on a semi-logarithmic axis: a straight line is linear convergence."""
+    """Plot the gap of π_t on rock-paper-scissors; on a semi-logarithmic axis linear convergence is a straight line."""
     figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
     said = []
     for run, style in zip(results["cycling"], 2 * ((0, (1, 1.5)), (0, (4, 1.5)), "-")):
-        gap = np.maximum(run["gap"], DRAWN_FROM)
+        gap = np.maximum(run["gap"], SMALLEST_GAP)
         name = f"{label(run['algorithm'])}, η = {run['eta']:g}"
         axes.plot(run["t"], gap, color=LOOK[run["algorithm"]][0], linestyle=style, linewidth=1.3, label=name)
         said.append(f"{name}: {run['at_1000']:.2g} at t = 1000")
@@ -77,7 +98,7 @@ def cycling(results: Results) -> Plot | None:
 
 
 def simplex(results: Results) -> Plot | None:
-    """Three actions as a triangle: where π_1, π_2, … go."""
+    """Plot the paths of π_1, π_2, … in the triangle of policies over three actions."""
     figure, axes = new_axes("", "", height=3.4)
     corners = np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])
     axes.plot(*corners[[0, 1, 2, 0]].T, color=INK, linewidth=0.8, alpha=0.5)
@@ -97,13 +118,14 @@ def simplex(results: Results) -> Plot | None:
 
 
 def transformer_gap(results: Results) -> Plot | None:
+    """Plot the gap of π_t in the neural game, with that of exact updates."""
     figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
     t, said = np.arange(1, results["iterations"] + 2), []
     for name, run in results["objectives"].items():
         colour, style = LOOK[name]
         _band(axes, t, run["gap"], color=colour, linestyle=style, label=label(name))
         if run["ideal_gap"]:
-            axes.plot(t, np.maximum(run["ideal_gap"]["median"], DRAWN_FROM), ":", color=colour, linewidth=1)
+            axes.plot(t, np.maximum(run["ideal_gap"]["median"], SMALLEST_GAP), ":", color=colour, linewidth=1)
         said.append(f"{label(name)}: from {run['gap']['median'][0]:.2g} to {run['gap']['median'][-1]:.2g}")
     axes.plot([], [], ":", color=INK, linewidth=1, label="exact updates")
     _logarithmic(axes, "y")
@@ -112,6 +134,7 @@ def transformer_gap(results: Results) -> Plot | None:
 
 
 def transformer_distance(results: Results) -> Plot | None:
+    """Plot the distance of each fitted policy from the exact minimiser."""
     figure, axes = new_axes("t", "total variation from the closed form", height=3.4)
     t, said = np.arange(2, results["iterations"] + 2), []
     for name, run in results["objectives"].items():
@@ -125,17 +148,20 @@ def transformer_distance(results: Results) -> Plot | None:
 
 
 def turns_average(results: Results) -> Plot | None:
+    """Plot the gap of the averaged policies with several turns."""
     return _methods(results, "curves", "average_gap", "T, policies", "duality gap of their average")
 
 
 def turns_last(results: Results) -> Plot | None:
+    """Plot the gap of π_t with several turns."""
     return _methods(results, "curves", "last_gap", "t", "duality gap of π_t")
 
 
 def sampling_error(results: Results) -> Plot | None:
+    """Plot the error of the sampled target; None if it is 0 throughout, as where all final states tie."""
     figure, axes = new_axes("samples a state", "error of Q, probability", height=3.4)
     samples, errors = np.array(results["samples"]), np.array(results["sampling_error"])
-    if not errors.all():  # nothing to tell apart: every final state ties
+    if not errors.all():
         return None
     axes.plot(samples, errors, "o-", color=LOOK["onpo"][0], markersize=4, linewidth=1.3, label="three-sample target")
     axes.plot(samples, errors[0] * (samples / samples[0]) ** -0.5, ":", color=INK, linewidth=1, label="1/√samples")
@@ -151,7 +177,7 @@ FIGURES: dict[str, list[Callable[[Results], Plot | None]]] = {
 
 
 def _methods(results: Results, runs: str, name: str, x: str, y: str) -> Plot | None:
-    """One of the curves of every method, on logarithmic axes."""
+    """Plot one of the curves of every method, on logarithmic axes."""
     figure, axes = new_axes(x, y, height=3.4)
     said = _curves(axes, results["T"], results[runs], name)
     _logarithmic(axes, "xy")
@@ -159,7 +185,7 @@ def _methods(results: Results, runs: str, name: str, x: str, y: str) -> Plot | N
 
 
 def _curves(axes: Axes, t: list[int], runs: Results, name: str, also: str | None = None) -> list[str]:
-    """A line each, the median over games with the quartiles around it; what they end at, in words."""
+    """Draw each method's median over games with its quartiles, and return captions with the last values."""
     said = []
     for method in sorted(runs, key=ORDER.index):
         run = runs[method]
@@ -172,16 +198,19 @@ def _curves(axes: Axes, t: list[int], runs: Results, name: str, also: str | None
 
 
 def _logarithmic(axes: Axes, which: str) -> None:
-    """Logarithmic axes with labels as plain text, which SVG of page.py keeps: 10⁻³."""
+    """Make axes logarithmic, with labels such as 10⁻³ in plain text, since the page's SVG has no math text."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
         axis.set_major_locator(LogLocator(numticks=8))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: "10" + f"{np.log10(value):.0f}".translate(RAISED)))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _: "10" + f"{np.log10(value):.0f}".translate(SUPERSCRIPTS))
+        )
         axis.set_minor_locator(NullLocator())
 
 
 def _band(axes: Axes, t: Any, curve: Results, **look: Any) -> None:
-    low, median, high = (np.maximum(curve[name], DRAWN_FROM) for name in ("low", "median", "high"))
+    """Draw the median of a curve, and the range between its quartiles."""
+    low, median, high = (np.maximum(curve[name], SMALLEST_GAP) for name in ("low", "median", "high"))
     axes.plot(t, median, linewidth=1.3, **look)
     axes.fill_between(t, low, high, color=look["color"], alpha=0.12, linewidth=0)

@@ -1,6 +1,6 @@
-"""The experiments of the lab, in numbers: each function returns what its JSON file holds, and the page shows.
+"""The experiments of the lab. Each function returns the numbers that its JSON file holds and the page shows.
 
-Of several games or seeds a curve has the median and the quartiles, {"median", "low", "high"}.
+A curve over several games or seeds is its median and quartiles, {"median", "low", "high"}.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import numpy as np
 
 from ..objectives import Omd
 from . import bounds, multiturn
-from .algorithms import GameTrace, run
-from .arguments import at_least_zero, positive
-from .arguments import count as whole
+from .arguments import non_negative, positive, whole_number
 from .fits import Sampled
+from .matrix import GameTrace, run
 from .neural import NeuralGame, NeuralTrace, play
 from .preferences import make, three_cycle
 from .solution import nash
 
 Done = Callable[[int], None]
 
-RATES_FROM = 50  # T: before, a slope says more of the start than of the rate
-LEAST = 1e-13  # a gap below this is rounding, and has no logarithm worth fitting
-SURE = three_cycle(1, 1, 1)
+RATES_FROM = 50  # smallest T of a slope: earlier gaps depend on the start more than on the rate
+SMALLEST_GAP = 1e-13  # smaller ones are rounding errors, and left out of slopes
+ROCK_PAPER_SCISSORS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
 TILTED = np.exp([1.0, 0, -1]) / np.exp([1.0, 0, -1]).sum()  # logits (1, 0, −1)
+# in the exact game onpo_direct and onpo_from_policy are onpo, and omd_two_fits is omd at twice the step
+COMPARED = ("onpo", "omd", "inpo", "online_ipo", "nash_md", "egpo", "sppo", "iterative_dpo")
 CYCLING = (("onpo", 1 / 8), ("onpo", 1 / 2), ("onpo", 1.0), ("omd", 1 / 8), ("omd", 1 / 2), ("omd", 1.0))
 BIAS_GROUPS, BIAS_SEEDS = 1500, 4
 TURNS_PARTS = 4
@@ -52,9 +53,12 @@ def matrix(
     seed: int,
     done: Done,
 ) -> dict:
-    """All methods on the same games; then what three actions show. ``done`` is told the parts, ``matrix_parts``."""
-    for check, name, value in ((positive, "eta", eta), (at_least_zero, "tau", tau), (whole, "steps", steps)):
-        check(name, value)  # here, where it is said of all methods
+    """Play all algorithms on the same games, and a few games of three actions.
+
+    ``done`` is called with 1 after each of ``matrix_parts`` parts.
+    """
+    for check, name, value in ((positive, "eta", eta), (non_negative, "tau", tau), (whole_number, "steps", steps)):
+        check(name, value)  # once, instead of as an error of every algorithm
     P = make(game, actions, count, seed)
     if P.shape[-1] < 2:
         raise ValueError("a game of one action has nothing to learn: give it two or more")
@@ -71,7 +75,7 @@ def matrix(
     for algorithm in algorithms:
         try:
             trace = run(P, algorithm, eta, steps, tau=tau)
-        except ValueError as error:  # of the method on this game: DPO without a minimum, a pull that is too strong
+        except ValueError as error:  # of one algorithm in this game: DPO without a minimum, or too strong a pull
             result["algorithms"][algorithm] = {"refused": str(error)}
         else:
             result["algorithms"][algorithm] = _curves(trace, at) | {"slope": slope(at, trace.average_gap[:, at - 1])}
@@ -81,7 +85,7 @@ def matrix(
     tuned = np.transpose(gaps)
     result["omd_tuned"] = {
         "T": tuned_at,
-        "average": spread(tuned),
+        "average": quartiles(tuned),
         "slope": slope(tuned_at, tuned),
         "theorem_1": bounds.theorem_1(D, tuned_at),
     }
@@ -97,28 +101,33 @@ def matrix(
 
 
 def matrix_parts(algorithms: Sequence[str]) -> int:
+    """Return the number of parts of ``matrix``, for a progress bar."""
     return len(algorithms) + 6
 
 
 def grid(first: int, last: int, points: int) -> np.ndarray:
-    """Whole numbers from ``first`` to ``last``, evenly on a logarithmic axis."""
+    """Return whole numbers from ``first`` to ``last``, spaced evenly on a logarithmic axis."""
     return np.unique(np.geomspace(first, last, points).round().astype(int))
 
 
-def spread(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Over the first axis: games, or seeds."""
+def quartiles(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the median and the quartiles over the first axis: games, or seeds."""
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
     return {"median": median, "low": low, "high": high}
 
 
 def slope(T: np.ndarray, gaps: np.ndarray) -> float | None:
-    """d log gap / d log T from T = 50 on, of the geometric mean over games (B, len(T)); None with fewer than 3 points.
+    """Return d log gap / d log T from T = 50 on, for the geometric mean over games; None with fewer than 3 points.
 
-    Games whose gap is 0 somewhere, to rounding, are left out: their Nash policy has been reached.
+    Games that reach their Nash policy, to rounding, are left out.
+
+    Args:
+        T: (N,).
+        gaps: (B, N).
     """
     use = RATES_FROM <= T
     gaps = gaps[:, use]
-    gaps = gaps[(gaps > LEAST).all(-1)]
+    gaps = gaps[(gaps > SMALLEST_GAP).all(-1)]
     if use.sum() < 3 or not len(gaps):
         return None
     return float(np.polyfit(np.log(T[use]), np.log(gaps).mean(0), 1)[0])
@@ -126,13 +135,13 @@ def slope(T: np.ndarray, gaps: np.ndarray) -> float | None:
 
 def _curves(trace: GameTrace, at: np.ndarray) -> dict:
     names = ("average_gap", "last_gap", "average_regularised_gap", "last_regularised_gap")
-    return {name: spread(getattr(trace, name)[:, at - 1]) for name in names}
+    return {name: quartiles(getattr(trace, name)[:, at - 1]) for name in names}
 
 
 def _cycling() -> list[dict]:
-    """The last iterate on rock-paper-scissors: ONPO comes in, OMD goes out."""
+    """Play rock-paper-scissors, where the last policy of ONPO converges and that of OMD moves away."""
     at = np.arange(1, 1001, 5)
-    traces = [(algorithm, eta, run(SURE, algorithm, eta, 1000, TILTED)) for algorithm, eta in CYCLING]
+    traces = [(algorithm, eta, run(ROCK_PAPER_SCISSORS, algorithm, eta, 1000, TILTED)) for algorithm, eta in CYCLING]
     return [
         {"algorithm": algorithm, "eta": eta, "t": at, "gap": trace.last_gap[at - 1], "at_1000": trace.last_gap[-1]}
         for algorithm, eta, trace in traces
@@ -140,7 +149,7 @@ def _cycling() -> list[dict]:
 
 
 def _simplex(P: np.ndarray) -> dict:
-    """Paths of the last iterate, at a step at which their shape is seen."""
+    """Play a game of three actions and keep all policies, at a step at which the shape of their path is visible."""
     steps, eta, tau = 800, 1.0, 0.1
     runs = {name: run(P, name, eta, steps, TILTED, tau=tau, keep_policies=True) for name in ("onpo", "omd", "inpo")}
     policies = {name: trace.policies for name, trace in runs.items()}
@@ -148,10 +157,11 @@ def _simplex(P: np.ndarray) -> dict:
 
 
 def pairing_bias(pairing: str) -> dict:
-    """One fit at the Nash policy of a three-action cycle, where the step of mirror descent is 0, with eight responses.
+    """Fit once at the Nash policy of a three-action cycle, where the step of mirror descent is 0, with eight responses.
 
-    Returns the log-ratio of the fitted policy to π, in units of η, with E_π = 0: its mean over ``BIAS_SEEDS`` runs of
-    ``BIAS_GROUPS`` groups, and the standard error of that.
+    Returns:
+        The log-ratio of the fitted policy to π, in units of η, with E_π = 0: its mean over ``BIAS_SEEDS`` runs of
+        ``BIAS_GROUPS`` groups, and the standard error of this mean.
     """
     steps = np.array([fitted_step(WEIGHTED, nash(WEIGHTED), pairing, BIAS_GROUPS, seed) for seed in range(BIAS_SEEDS)])
     return {"step": steps.mean(0), "error": steps.std(0, ddof=1) / np.sqrt(BIAS_SEEDS)}
@@ -166,7 +176,7 @@ def fitted_step(
     labels: str = "soft",
     responses: int = 8,
 ) -> np.ndarray:
-    """(n,): log π_new/π after one fit of pairs sampled from π, η = 1, without its arbitrary constant: E_π is 0."""
+    """Return log π_new/π after one fit to pairs sampled from π with η = 1, (n,); its arbitrary constant makes E_π 0."""
     game = Sampled(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
     anchor = np.log(policy)[None]
     step = (game.fit(anchor, game.compare(anchor)) - anchor)[0]
@@ -186,10 +196,16 @@ def transformer(
     done: Done,
     preferences: np.ndarray | None = None,
 ) -> dict:
-    """The neural game, by every objective from the same starts. ``done`` is told the runs.
+    """Play the neural game by every algorithm from the same initial policies.
 
-    ``eta`` is the step of mirror descent for all of them, where INPO takes its inverse; None: what suits each game.
-    Of a seed: the mean gap over its contexts, and the largest distance from the closed form over them.
+    A seed's gap is the mean over its contexts, its distance from the exact minimiser the largest of them.
+
+    Args:
+        options: of all runs, but for the algorithm, the seed and ``eta``.
+        objectives: names of algorithms.
+        eta: step of mirror descent of all of them (INPO's η is its inverse); None: the natural step of each game.
+        done: called with 1 after each run.
+        preferences: see ``neural.play``.
     """
     result = {"iterations": options.iterations, "seeds": list(seeds), "objectives": {}}
     runs = [
@@ -204,11 +220,11 @@ def transformer(
         ideal = [trace.ideal_gap for trace in traces if trace.ideal_gap is not None]
         result["objectives"][objective] = {
             "eta": [trace.game.eta for trace in traces],
-            "gap": spread(np.mean([trace.gap for trace in traces], axis=-1)),
-            "average_gap": spread(np.mean([trace.average_gap for trace in traces], axis=-1)),
-            "ideal_gap": spread(np.mean(ideal, axis=-1)) if ideal else None,
+            "gap": quartiles(np.mean([trace.gap for trace in traces], axis=-1)),
+            "average_gap": quartiles(np.mean([trace.average_gap for trace in traces], axis=-1)),
+            "ideal_gap": quartiles(np.mean(ideal, axis=-1)) if ideal else None,
             "last_gap": [float(trace.gap[-1].mean()) for trace in traces],
-            "distance": spread(np.max(distance, axis=-1)) if distance else None,
+            "distance": quartiles(np.max(distance, axis=-1)) if distance else None,
             "worst_distance": float(np.max(distance)) if distance else None,
             "seconds": [trace.seconds for trace in traces],
         }
@@ -217,12 +233,12 @@ def transformer(
 
 
 def _played(runs: Sequence[NeuralGame], preferences: np.ndarray | None, done: Done) -> list[NeuralTrace]:
-    """A run takes one thread, so on a CPU there is one for each core at a time."""
+    """Play all runs. Each takes one thread, so on a CPU there are as many at a time as cores."""
     processes = min(len(runs), os.cpu_count() or 1) if runs[0].device == "cpu" else 1
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(play, run, preferences) for run in runs]
         for future in as_completed(futures):
-            future.result()  # an error ends the experiment
+            future.result()  # raises the error of a run
             done(1)
         return [future.result() for future in futures]
 
@@ -235,9 +251,12 @@ def _played(runs: Sequence[NeuralGame], preferences: np.ndarray | None, done: Do
 def several_turns(
     game: str, turns: int, actions: int, count: int, steps: int, eta: float, seed: int, done: Done
 ) -> dict:
-    """Exact updates, the biased target, and the error of the unbiased one. ``done`` is told the parts."""
-    P = make(game, whole("actions", actions) ** whole("turns", turns), count, seed)
-    at = grid(1, whole("steps", steps), 60)
+    """Play with exact updates and with the biased target, and measure the error of the sampled one.
+
+    ``done`` is called with 1 after each of ``TURNS_PARTS`` parts.
+    """
+    P = make(game, whole_number("actions", actions) ** whole_number("turns", turns), count, seed)
+    at = grid(1, whole_number("steps", steps), 60)
     curves, final = {}, {}
     for name, algorithm, target in (
         ("onpo", "onpo", "exact"),
@@ -246,8 +265,8 @@ def several_turns(
     ):
         trace = multiturn.run(P, turns, algorithm, eta, steps, target=target)
         curves[name] = {
-            "average_gap": spread(trace.average_gap[:, at - 1]),
-            "last_gap": spread(trace.last_gap[:, at - 1]),
+            "average_gap": quartiles(trace.average_gap[:, at - 1]),
+            "last_gap": quartiles(trace.last_gap[:, at - 1]),
         }
         average, last = trace.average_gap[:, -1], trace.last_gap[:, -1]
         final[name] = {

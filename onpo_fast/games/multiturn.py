@@ -1,36 +1,39 @@
-"""Several turns: ONPO in the contextual MDP of the paper's appendix B, in games small enough to be exact.
+"""Several turns: the contextual MDP of arXiv 2502.16852, appendix B, in games small enough to be exact.
 
-At each of H turns one of A actions is chosen; a state is the history of the actions so far, a final state all H of
-them, and the oracle compares final states alone. The game is a preference matrix P over the A^H final states in
-lexicographic order (``preferences.check``), (n, n) or a batch (B, n, n): one game a context. A ``Policy`` is a list
-with an array a turn, (A^h, A) or (B, A^h, A) for h = 0 … H − 1: the probabilities of the actions at every history.
-float64 throughout. With one turn this is the game of ``algorithms``.
+At each of H turns one of A actions is chosen. A state is the history of the actions so far, a final state all H of
+them, and the oracle compares final states only. The game is a preference matrix P over the A^H final states in
+lexicographic order (``preferences.check``), (n, n), or a batch (B, n, n): one game a context. A ``Policy`` is a list
+with an array a turn, (A^h, A) or (B, A^h, A) for h = 0 … H − 1: the probabilities of the actions after every history.
+float64 throughout. With one turn this is the game of ``matrix``.
 
-The update is ONPO's or OMD's at every state, with Q_t(s, y) = E_{π_t}[P(s_{H+1} ≻ π_t) | s, y] for r_t(y). This is
-enough (derived here): with r_t = P d_t, where d_t is π_t's distribution over final states, the difference of values
+The algorithms are those of ``onpo_fast.algorithms``. Their step is taken at every state, with
+Q_t(s, y) = E_{π_t}[P(s_{H+1} ≻ π_t) | s, y] in place of r_t(y). This is sufficient (derived here): with r_t = P d_t,
+where d_t is π_t's distribution over final states, the difference of values
 
     ⟨d_μ − d_t, r_t⟩ = Σ_h E_{s ~ d_μ} ⟨μ(·|s) − π_t(·|s), Q_t(s, ·)⟩
 
-weighs the states by μ, whatever t: the game's regret is a sum of the states' own with weights that stay the same.
+weighs the states by μ for every t: the game's regret is a sum of the states' regrets with weights that do not change.
 
-The policy whose regret that bounds plays one of π_1 … π_T, drawn once a game: its distribution over final states is
-the mean of d_1 … d_T. Averaging π_t state by state would be another policy, whose distribution is a product of means
-and not the mean of products. A history is remembered entirely, so the mixture is a policy too: ``behaviour`` of it.
-Likewise every distribution over final states is some policy's, so the best response to a policy is the final state
-that beats it most often, and the duality gap is exact: ``duality_gap(P, distribution(policy))``.
+That regret bounds the gap of the policy that plays one of π_1 … π_T, drawn once a game. Its distribution over final
+states is the mean of d_1 … d_T. Averaging π_t state by state gives another policy, whose distribution is a product of
+means and not the mean of products. As a state is the full history, the mixture is a policy too: its ``behaviour``.
+Likewise every distribution over final states is that of some policy, so the best response to a policy is the final
+state that beats it most often, and the duality gap is exact: ``duality_gap(P, distribution(policy))``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
-from ..objectives import OBJECTIVES, Objective, Onpo
-from .arguments import count, positive
-from .fits import log_normalised
+from ..algorithms import named
+from ..objectives import Objective, Onpo
+from .arguments import positive, whole_number
+from .fits import check_labels, log_normalised
 from .preferences import TOLERANCE, check
 from .solution import gap_of_rewards, rewards
 
@@ -38,7 +41,6 @@ Policy = list[np.ndarray]
 
 ALGORITHMS = ("onpo", "omd")
 TARGETS = ("exact", "sampled", "branches")
-LABELS = ("soft", "bits")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class MultiTurnTrace:
     average_gap: np.ndarray  # (T,) or (B, T): entry t − 1 is the duality gap of the mixture of π_1 … π_t
     last_gap: np.ndarray  # (T,) or (B, T): entry t − 1 is the duality gap of π_t; the first is the initial policy's
     policy: Policy  # π_T
-    average_policy: Policy  # ends in every final state as often as the mixture of π_1 … π_T
+    average_policy: Policy  # the policy whose distribution over final states is that of the mixture of π_1 … π_T
 
 
 def run(
@@ -64,56 +66,44 @@ def run(
     labels: str = "soft",
     seed: int = 0,
 ) -> MultiTurnTrace:
-    """T policies of self-play: π_1 and T − 1 updates.
+    """Play T policies of self-play: π_1 and T − 1 updates.
 
     Args:
-        P: (n, n) or (B, n, n), n = A^turns: the preferences between final states.
+        P: preferences between final states, (n, n) or (B, n, n) with n = A^turns.
         turns: H.
         algorithm: "onpo": π′_{t+1} ∝ π′_t·exp(ηQ_t), π_{t+1} ∝ π′_{t+1}·exp(ηQ_t) at every state; "omd":
             π_{t+1} ∝ π_t·exp(ηQ_t).
         eta: η, the step size.
-        T: the number of policies.
-        init: π_1; uniform if None. An action of probability 0 stays at 0.
-        target: what the step is fitted to. "exact": Q_t, by enumeration; "sampled": the unbiased target, see
-            ``sampled_steps``; "branches": ``branch_values``, what comparing the two branches with each other comes to.
-        samples: pairs at every state and iteration, of target "sampled".
-        labels: of target "sampled".
-        seed: of target "sampled".
+        T: number of policies.
+        init: π_1; uniform if None. An action of probability 0 keeps it.
+        target: what a step is fitted to. "exact": Q_t, by enumeration; "sampled": the unbiased target of
+            ``sampled_steps``; "branches": ``branch_values``, the expectation of comparing the two branches with each
+            other, which is biased.
+        samples: pairs a state and iteration, for target "sampled".
+        labels: "soft" or "sampled", for target "sampled"; see ``sampled_steps``.
+        seed: seed of the samples.
 
     Raises:
-        ValueError: if an argument is none of these.
+        ValueError: if an argument is invalid; the message names it.
     """
     games, actions = _games(P, turns)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"there is no algorithm {algorithm!r} for several turns; there are {', '.join(ALGORITHMS)}")
     if target not in TARGETS:
         raise ValueError(f"there is no target {target!r}; there are {', '.join(TARGETS)}")
-    objective = OBJECTIVES[algorithm](positive("eta", eta))
-    count("T", T)
-    start = _policy(init, turns, actions, len(games))
-    rng = np.random.default_rng(seed)
-
-    with np.errstate(divide="ignore"):  # log 0 = −∞, and remains
-        anchor = ahead = [np.log(turn) for turn in start]  # log-probs of π′_t and of π_t
+    chosen = named(algorithm)
+    objective = chosen.objective(positive("eta", eta))
+    whole_number("T", T)
+    game = _MultiTurnGame(games, objective, target, samples, labels, seed)
     total = np.zeros(games.shape[:2])
     average_gap, last_gap = np.empty((2, len(games), T))
-    for t in range(T):
-        policy = [np.exp(turn) for turn in ahead]
-        final = distribution(policy)
-        reward = rewards(games, final)
+    with np.errstate(divide="ignore"):
+        initial = [np.log(turn) for turn in _policy(init, turns, actions, len(games))]
+    for t, log_policy in enumerate(islice(chosen.play(game, initial), T)):
+        policy, final, reward = game.measure(log_policy)
         total += final
         last_gap[:, t] = gap_of_rewards(reward)
         average_gap[:, t] = gap_of_rewards(rewards(games, total / (t + 1)))
-
-        if target == "exact":
-            steps = [objective.eta * Q for Q in action_values(reward, policy)]
-        elif target == "branches":
-            steps = [objective.eta * Q for Q in branch_values(games, policy)]
-        else:
-            steps = sampled_steps(games, policy, objective, samples, labels, rng)
-        anchor = _moved(anchor, steps)
-        # the second fit of an iteration is to the same pairs, so it is the same step again, from π′_{t+1}
-        ahead = _moved(anchor, steps) if objective.optimistic else anchor
 
     average = behaviour(total / T, turns)
     if np.ndim(P) == 2:
@@ -122,12 +112,57 @@ def run(
     return MultiTurnTrace(average_gap, last_gap, policy, average)
 
 
+class _MultiTurnGame:
+    """What ONPO and mirror descent ask of a game (``algorithms.Game`` without an opponent and without mixtures).
+
+    A policy is a list of log-probs, (B, A^h, A) a turn.
+    """
+
+    def __init__(self, P: np.ndarray, objective: Objective, target: str, samples: int, labels: str, seed: int) -> None:
+        self.P, self.objective, self.target, self.samples, self.labels = P, objective, target, samples, labels
+        self.rng = np.random.default_rng(seed)
+        self._last: tuple[Policy | None, tuple] = None, ()
+
+    def measure(self, log_policy: Policy) -> tuple[Policy, np.ndarray, np.ndarray]:
+        """Return the probabilities, the distribution over final states (B, n), and the rewards of these (B, n).
+
+        The last result is kept: the trace and the algorithm both ask for that of π_t.
+        """
+        if self._last[0] is not log_policy:
+            policy = [np.exp(turn) for turn in log_policy]
+            final = distribution(policy)
+            self._last = log_policy, (policy, final, rewards(self.P, final))
+        return self._last[1]
+
+    def compare(self, log_policy: Policy) -> list[np.ndarray]:
+        """Return the step of every state, (B, A^h, A) a turn, nats."""
+        policy, _, reward = self.measure(log_policy)
+        if self.target == "exact":
+            return [self.objective.eta * Q for Q in action_values(reward, policy)]
+        if self.target == "branches":
+            return [self.objective.eta * Q for Q in branch_values(self.P, policy)]
+        return sampled_steps(self.P, policy, self.objective, self.samples, self.labels, self.rng)
+
+    def fit(
+        self,
+        anchor: Policy,
+        compared: list[np.ndarray],
+        *,
+        warm_start: Policy | None = None,
+        into: str = "policy",
+        steps: int = 1,
+    ) -> Policy:
+        """Return anchor·exp(steps·step), normalised at every state."""
+        return [log_normalised(turn + steps * step) for turn, step in zip(anchor, compared)]
+
+
 def uniform(turns: int, actions: int) -> Policy:
+    """Return the uniform policy, (A^h, A) a turn."""
     return [np.full((actions**h, actions), 1 / actions) for h in range(turns)]
 
 
 def outcomes(policy: Policy) -> list[np.ndarray]:
-    """P(f | s) for the final states f that a state s can still reach, after 0 … H turns: (…, A^h, A^(H−h)) each."""
+    """Return P(f | s) for states s after 0 … H turns and the final states f they can reach: (…, A^h, A^(H−h)) each."""
     last = policy[-1]
     below = [np.ones((*last.shape[:-2], last.shape[-2] * last.shape[-1], 1))]
     for turn in reversed(policy):
@@ -137,12 +172,12 @@ def outcomes(policy: Policy) -> list[np.ndarray]:
 
 
 def distribution(policy: Policy) -> np.ndarray:
-    """d_π, over final states: (…, A^H)."""
+    """Return d_π, the distribution over final states, (…, A^H)."""
     return outcomes(policy)[0][..., 0, :]
 
 
 def behaviour(final: np.ndarray, turns: int) -> Policy:
-    """The policy with this distribution over final states, (…, A^turns); uniform at states that it never reaches."""
+    """Return the policy with this distribution over final states, (…, A^turns); uniform at states of probability 0."""
     actions = _actions(final.shape[-1], turns)
     policy = []
     for h in reversed(range(turns)):
@@ -154,13 +189,13 @@ def behaviour(final: np.ndarray, turns: int) -> Policy:
 
 
 def action_values(reward: np.ndarray, policy: Policy) -> list[np.ndarray]:
-    """Q(s, y) = E_π[reward(f) | s, y], from the last turn backwards.
+    """Return Q(s, y) = E_π[reward(f) | s, y], computed from the last turn backwards.
 
     Args:
-        reward: (…, A^H), of the final states; ONPO's is P d_π.
+        reward: reward of the final states, (…, A^H); for ONPO it is P d_π.
 
     Returns:
-        As a policy: (…, A^h, A) a turn.
+        A list with an array (…, A^h, A) a turn, like a policy.
     """
     values = []
     for turn in reversed(policy):
@@ -171,11 +206,12 @@ def action_values(reward: np.ndarray, policy: Policy) -> list[np.ndarray]:
 
 
 def branch_values(P: np.ndarray, policy: Policy) -> list[np.ndarray]:
-    """E[P(f ≻ f′)] for f reached from (s, y) and f′ from s, both by π: ``action_values``' shapes.
+    """Return E[P(f ≻ f′)] for f reached from (s, y) and f′ from s, both by π, in the shapes of ``action_values``.
 
-    What Q becomes when the two actions of a pair are judged by P(f ≻ f′) instead of against an opponent from the first
-    state: a local game's, whose opponent is always in s too. At the first turn the two agree. Self-play with these
-    comes to the Nash policy of every state's own game, from the last turn backwards, which is seldom the game's.
+    This is what Q becomes if the two actions of a pair are compared by P(f ≻ f′) instead of against an opponent that
+    starts in the first state. It is the value of a local game, whose opponent is in s too. At the first turn the two
+    agree. Self-play with these values converges to the Nash policy of every state's local game, from the last turn
+    backwards, which is in general not the Nash policy of the game.
     """
     values = []
     below = outcomes(policy)
@@ -190,27 +226,26 @@ def branch_values(P: np.ndarray, policy: Policy) -> list[np.ndarray]:
 def sampled_steps(
     P: np.ndarray, policy: Policy, objective: Objective, samples: int, labels: str, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """The step log π_{t+1} − log anchor of every state, fitted to sampled comparisons: ``action_values``' shapes.
+    """Return the step log π_{t+1} − log anchor of every state, fitted to sampled pairs: shapes of ``action_values``.
 
-    A sample at state s: two actions y, y′ ~ π(·|s), rolled out with π to final states f and f′, and an opponent o ~ π
-    from the first state. Its target is the objective's, of ½ + P(f ≻ o) − P(f′ ≻ o): unbiased for η(Q(s, y) − Q(s, y′))
-    since E[P(f ≻ o) | s, y] = Q(s, y) for an o independent of f (derived here). It is no probability, but the target is
-    affine in it.
+    A sample at state s is two actions y, y′ ~ π(·|s), rolled out with π to final states f and f′, and an opponent o ~ π
+    from the first state. Its label is ½ + P(f ≻ o) − P(f′ ≻ o), and the objective's target for it is unbiased for
+    η(Q(s, y) − Q(s, y′)), as E[P(f ≻ o) | s, y] = Q(s, y) for an o independent of f (derived here). The label is not a
+    probability; the target is affine in it.
 
-    Every state gets the same number of samples; a trainer would meet it as often as π does.
+    Every state gets the same number of samples. A trainer would meet a state as often as π does.
 
     Args:
-        P: (n, n) or (B, n, n).
+        P: preferences, (n, n) or (B, n, n).
         samples: pairs a state.
-        labels: "soft": as above; "bits": 1{f ≻ o} − 1{f′ ≻ o}, drawn independently.
+        labels: "soft": as above; "sampled": 1{f ≻ o} − 1{f′ ≻ o}, two independent draws.
     """
-    count("samples", samples)
-    if labels not in LABELS:
-        raise ValueError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
+    whole_number("samples", samples)
+    check_labels(labels)
     steps = []
     below = outcomes(policy)
     for turn, here in zip(policy, below):
-        # a sample is a triple (f, f′, o): all of them are drawn at once, as how often each triple comes
+        # a sample is a triple (f, f′, o); the number of times that each triple is drawn is multinomial
         triple = here[..., :, None, None] * here[..., None, :, None] * below[0][..., None, None, :]
         cells = triple.reshape(*here.shape[:-1], -1)
         counts = rng.multinomial(samples, cells / cells.sum(-1, keepdims=True)).reshape(triple.shape)
@@ -227,17 +262,17 @@ def sampled_steps(
 
 
 def fit(pairs: np.ndarray, preference: np.ndarray, objective: Objective) -> np.ndarray:
-    """The least squares of Σ pairs(y, y′)·(g(y) − g(y′) − target(preference(y, y′)))² over g: (…, A), nats.
+    """Return argmin over g of Σ pairs(y, y′)·(g(y) − g(y′) − target(preference(y, y′)))², (…, A), nats.
 
-    With W = pairs + pairsᵀ the normal equations are (diag(W1) − W) g = b, the graph Laplacian of what was compared,
-    b(y) what y's targets sum to, as first less as second. It determines g up to a constant for each set of actions
-    connected by comparisons; of the solutions this is the shortest: a mean of 0 in each set, and 0 for an action that
-    was never compared. Before normalising, that one stays at the anchor.
+    With W = pairs + pairsᵀ the normal equations are (diag(W1) − W) g = b: the graph Laplacian of the comparisons, and
+    b(y) the sum of y's targets where it came first minus the sum where it came second. They determine g up to a
+    constant for each set of actions connected by comparisons. This is the solution of least norm: its mean is 0 in each
+    set, and it is 0 for an action that was never compared, which stays at the anchor before normalisation.
 
     Args:
-        pairs: (…, A, A): how often y came first and y′ second.
-        preference: (…, A, A): the mean of their labels. Repeated rows of a least-squares problem are their mean, with
-            their number as weight.
+        pairs: number of times that y came first and y′ second, (…, A, A).
+        preference: mean of their labels, (…, A, A). In least squares, equal rows with different targets are the same
+            as one row with the mean target and their number as weight.
     """
     target = pairs * objective.target(torch.from_numpy(preference)).numpy()
     weight = pairs + pairs.swapaxes(-1, -2)
@@ -256,14 +291,15 @@ def sampling_error(
     labels: str = "soft",
     seed: int = 0,
 ) -> np.ndarray:
-    """How far the sampled Q is from the exact one: (len(samples),) or (B, len(samples)), in units of probability.
+    """Return the error of the sampled Q, (len(samples),) or (B, len(samples)), in units of probability.
 
-    The root mean square over states and actions, each state's Q less its mean over actions (differences are all that a
-    fit can know). Falls as 1/√samples once every action has been compared.
+    It is the root mean square over states and actions of the difference from the exact Q, where each state's Q has its
+    mean over actions subtracted, since a fit depends on differences only. It falls as 1/√samples once every action has
+    been compared.
 
     Args:
-        samples: pairs a state, one result each.
-        policy: whose Q; uniform if None.
+        samples: numbers of pairs a state; one result for each.
+        policy: the policy that is played; uniform if None.
     """
     games, actions = _games(P, turns)
     policy = _policy(policy, turns, actions, len(games))
@@ -279,37 +315,34 @@ def sampling_error(
 
 
 def _by_action(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Summed over the (f, f′, o) that begin with the same (y, y′): (…, A, A)."""
+    """Return the sums over all (f, f′, o) that begin with the same (y, y′), (…, A, A)."""
     leaves = values.shape[-2] // shape[-1]
     return values.reshape(*shape, leaves, shape[-1], leaves, values.shape[-1]).sum((-4, -2, -1))
 
 
-def _moved(log_policy: Policy, steps: list[np.ndarray]) -> Policy:
-    return [log_normalised(turn + step) for turn, step in zip(log_policy, steps)]
-
-
 def _games(P: np.ndarray, turns: int) -> tuple[np.ndarray, int]:
-    """(B, n, n), and the number of actions."""
+    """Return the games, (B, n, n), and the number of actions."""
     P = check(P)
     return P.reshape(-1, *P.shape[-2:]), _actions(P.shape[-1], turns)
 
 
 def _actions(final_states: int, turns: int) -> int:
-    count("turns", turns)
+    """Return A. Raises ``ValueError`` if there is no such number."""
+    whole_number("turns", turns)
     actions = round(final_states ** (1 / turns))
     if actions**turns != final_states:
         raise ValueError(
-            f"A actions at each of {turns} turns make A^{turns} final states; {final_states} is no such number"
+            f"{turns} turns of A actions have A^{turns} final states, and {final_states} is not such a number"
         )
     return actions
 
 
 def _policy(policy: Policy | None, turns: int, actions: int, games: int) -> Policy:
-    """(B, A^h, A) float64 a turn; uniform if None."""
+    """Return the policy as (B, A^h, A) float64 a turn; uniform if None. Raises ``ValueError`` if it is not one."""
     if policy is None:
         policy = uniform(turns, actions)
     if not isinstance(policy, (list, tuple)) or len(policy) != turns:
-        raise ValueError(f"a policy is a list of {turns} arrays here, one a turn")
+        raise ValueError(f"the policy must be a list of {turns} arrays, one a turn")
     checked = []
     for h, turn in enumerate(policy):
         turn = np.asarray(turn, dtype=np.float64)

@@ -1,7 +1,7 @@
 """Preference games small enough to write down: P[i, j] = P(action i ≻ action j), with P + Pᵀ = 1.
 
-A function of ``GAMES`` makes ``count`` games of ``actions`` actions as one array (count, actions, actions), float64; a
-batch goes through every algorithm in one call. To add a game: write it here and name it in ``GAMES``.
+A function of ``GAMES`` makes ``count`` games of ``actions`` actions as one array (count, actions, actions), float64.
+Every algorithm plays such a batch in one call. To add a game: write it here and name it in ``GAMES``.
 """
 
 from __future__ import annotations
@@ -12,45 +12,47 @@ from pathlib import Path
 
 import numpy as np
 
-Game = Callable[[int, int, np.random.Generator], np.ndarray]
+MakeGames = Callable[[int, int, np.random.Generator], np.ndarray]
 
-TOLERANCE = 1e-8  # of P + Pᵀ = 1 and of a policy's sum: what a file's decimals and float64 arithmetic leave
-MOST_NUMBERS = 10**8  # of a batch of games, in memory: 800 MB
+TOLERANCE = 1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
+MOST_NUMBERS = 10**8  # largest size of a batch of games: 800 MB
 
 
 def random(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Every pair's probability uniform in [0, 1], independent of the others: no order behind it."""
+    """Draw every pair's probability uniformly from [0, 1], independently: preferences without any order."""
     upper = np.triu(rng.random((count, actions, actions)), 1)
     return _complete(upper)
 
 
 def bradley_terry(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """σ(s_i − s_j) with standard normal scores: transitive, so its Nash policy is the best action."""
+    """σ(s_i − s_j) with standard normal scores s. Transitive, so the Nash policy is the best action."""
     return _bradley_terry(rng.standard_normal((count, actions)))
 
 
 def rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Action 0 beats 1, 1 beats 2, 2 beats 0, for sure. Nash: (⅓, ⅓, ⅓)."""
-    return np.repeat(three_cycle(1, 1, 1)[None], _only(3, actions, count), axis=0)
+    """Action 0 beats 1, 1 beats 2 and 2 beats 0 with probability 1. The Nash policy is (⅓, ⅓, ⅓)."""
+    _check_three(actions)
+    return np.repeat(three_cycle(1, 1, 1)[None], count, axis=0)
 
 
 def weighted_rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """P01 = 0.9, P12 = 0.6, P20 = 0.7. Nash: (1/7, 2/7, 4/7)."""
-    return np.repeat(three_cycle(0.9, 0.6, 0.7)[None], _only(3, actions, count), axis=0)
+    """P01 = 0.9, P12 = 0.6, P20 = 0.7. The Nash policy is (1/7, 2/7, 4/7)."""
+    _check_three(actions)
+    return np.repeat(three_cycle(0.9, 0.6, 0.7)[None], count, axis=0)
 
 
 def one_beats_all(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Action 0 beats every other one for sure; the others tie. Nash: action 0."""
+    """Action 0 beats every other one with probability 1; the others tie. The Nash policy is action 0."""
     upper = np.full((count, actions, actions), 0.5)
     upper[:, 0] = 1
     return _complete(np.triu(upper, 1))
 
 
 def annotator_groups(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Three groups of annotators, each with a sharp taste of its own: together they may go in circles.
+    """Three groups of annotators with different, decided preferences; their mean may have cycles.
 
-    A group is Bradley-Terry with normal scores of standard deviation 4; P is the mean over groups by their
-    random shares, all near a third.
+    A group is Bradley-Terry with normal scores of standard deviation 4. P is the mean over groups, weighted by random
+    shares near a third.
     """
     shares = rng.dirichlet(np.full(3, 20.0), count)
     tastes = _bradley_terry(4 * rng.standard_normal((count, 3, actions)))
@@ -58,10 +60,10 @@ def annotator_groups(actions: int, count: int, rng: np.random.Generator) -> np.n
 
 
 def cyclic(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Rock-paper-scissors with n actions on a circle: each beats the ⌊(n−1)/2⌋ after it and loses to as many before it.
+    """Rock-paper-scissors of n actions on a circle: each beats the ⌊(n−1)/2⌋ after it, and loses to as many before it.
 
-    The winning probability of a pair is uniform in [0.6, 1], so that the Nash policy is not the uniform one. With an
-    even number, opposite actions tie.
+    The winning probability of a pair is uniform in [0.6, 1], so that the Nash policy is not uniform. If n is
+    even, opposite actions tie.
     """
     after = np.arange(actions)[None, :] - np.arange(actions)[:, None]
     after = after % actions
@@ -72,7 +74,7 @@ def cyclic(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return _complete(np.triu(wins, 1))
 
 
-GAMES: dict[str, Game] = {
+GAMES: dict[str, MakeGames] = {
     "random": random,
     "bradley_terry": bradley_terry,
     "rock_paper_scissors": rock_paper_scissors,
@@ -84,10 +86,14 @@ GAMES: dict[str, Game] = {
 
 
 def make(source: str, actions: int | None = None, count: int = 1, seed: int = 0) -> np.ndarray:
-    """(B, n, n): games by name, ``count`` of them with ``actions`` actions (by default 10, or 3), or those in a file.
+    """Return games by name, or those in a file, (B, n, n).
+
+    Args:
+        source: a name in ``GAMES``, or a path.
+        actions, count, seed: of a named game; by default 3 actions for rock-paper-scissors and 10 for others.
 
     Raises:
-        ValueError: if there is no such game, or no such file, or what it holds is none.
+        ValueError: if there is no such game or file, or the file does not hold preference matrices.
     """
     if source not in GAMES and not Path(source).suffix:
         raise ValueError(f"there is no game {source}; there are {', '.join(GAMES)}, and files of {', '.join(READERS)}")
@@ -104,22 +110,22 @@ def make(source: str, actions: int | None = None, count: int = 1, seed: int = 0)
 
 
 def three_cycle(p01: float, p12: float, p20: float) -> np.ndarray:
-    """(3, 3): action 0 beats 1, 1 beats 2 and 2 beats 0 with these probabilities.
+    """Return the game in which action 0 beats 1, 1 beats 2 and 2 beats 0 with these probabilities, (3, 3).
 
-    With all above ½ its Nash policy is (p12 − ½, p20 − ½, p01 − ½), normalised.
+    If all are above ½, its Nash policy is (p12 − ½, p20 − ½, p01 − ½), normalised.
     """
     return np.array([[0.5, p01, 1 - p20], [1 - p01, 0.5, p12], [p20, 1 - p12, 0.5]])
 
 
 def read(path: str | Path) -> np.ndarray:
-    """The game, or games, in a file: .npy (an array), .json (nested lists) or .csv (one game).
+    """Read the game, or games, in a file: .npy (an array), .json (nested lists) or .csv (one game).
 
     Raises:
-        ValueError: if it is none of these, or not a preference matrix; the message names the file.
+        ValueError: if the file has another format or is not a preference matrix; the message names it.
     """
     path = Path(path)
     if path.suffix not in READERS:
-        raise ValueError(f"{path}: a game is a file of {', '.join(READERS)}")
+        raise ValueError(f"{path}: a file with a game must end in {', '.join(READERS)}")
     try:
         return check(READERS[path.suffix](path))
     except OSError as error:
@@ -129,10 +135,10 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def check(preferences: np.ndarray) -> np.ndarray:
-    """As float64, if it is a preference matrix (n, n) or a batch of them (B, n, n).
+    """Check a preference matrix (n, n), or a batch of them (B, n, n), and return it as float64.
 
     Raises:
-        ValueError: if it is not square, holds what is not in [0, 1], or P + Pᵀ is not 1; names the largest offender.
+        ValueError: if it is not square, an entry is outside [0, 1], or P + Pᵀ is not 1; names the worst entry.
     """
     P = np.asarray(preferences)
     if P.dtype.kind not in "fiub":
@@ -141,9 +147,9 @@ def check(preferences: np.ndarray) -> np.ndarray:
     P = P.astype(np.float64)
     if P.ndim not in (2, 3) or P.shape[-1] != P.shape[-2] or not P.size:
         raise ValueError(f"P must be square, of shape (n, n) or (B, n, n), not {P.shape}")
-    outside = np.abs(P - 0.5)
-    if not (outside <= 0.5).all():
-        at = _worst(np.where(np.isnan(outside), np.inf, outside))
+    from_half = np.abs(P - 0.5)
+    if not (from_half <= 0.5).all():
+        at = _worst(np.where(np.isnan(from_half), np.inf, from_half))
         raise ValueError(f"P[{_index(at)}] = {P[at]:.10g} is not a probability in [0, 1]")
     off = np.abs(P + P.swapaxes(-1, -2) - 1)
     if not (off <= tolerance).all():
@@ -151,14 +157,14 @@ def check(preferences: np.ndarray) -> np.ndarray:
         i, j = at[-2:]
         mirror = (*at[:-2], j, i)
         raise ValueError(
-            f"P + Pᵀ must be 1, and P[{_index(at)}] = {P[at]:.10g} with P[{_index(mirror)}] = {P[mirror]:.10g} is the "
-            f"farthest from it{' (an action against itself is ½)' if i == j else ''}; (P + 1 − Pᵀ)/2 would be a game"
+            f"P + Pᵀ must be 1; P[{_index(at)}] = {P[at]:.10g} and P[{_index(mirror)}] = {P[mirror]:.10g} are the "
+            f"farthest from it{' (an action against itself is ½)' if i == j else ''}; (P + 1 − Pᵀ)/2 would be valid"
         )
     return (P + 1 - P.swapaxes(-1, -2)) / 2 if rounded else P
 
 
 def tolerance_of(values: np.ndarray) -> float:
-    """What rounding to the array's own type leaves of a sum that should be 1."""
+    """Return the error that rounding to the array's type may leave in a sum that should be 1."""
     return max(TOLERANCE, 4 * float(np.finfo(values.dtype).eps)) if values.dtype.kind == "f" else TOLERANCE
 
 
@@ -171,7 +177,7 @@ def _index(at: tuple[int, ...]) -> str:
 
 
 def _complete(upper: np.ndarray) -> np.ndarray:
-    """The upper triangle, 1 minus it below, ½ on the diagonal."""
+    """Return the full matrix of an upper triangle: 1 minus its transpose below, ½ on the diagonal."""
     lower = np.tril(np.ones(upper.shape[-2:]), -1)
     return upper + lower * (1 - upper.swapaxes(-1, -2)) + 0.5 * np.eye(upper.shape[-1])
 
@@ -180,10 +186,9 @@ def _bradley_terry(scores: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh((scores[..., :, None] - scores[..., None, :]) / 2))
 
 
-def _only(wanted: int, actions: int, count: int) -> int:
-    if actions != wanted:
-        raise ValueError(f"rock-paper-scissors has {wanted} actions, not {actions}; cyclic has as many as you like")
-    return count
+def _check_three(actions: int) -> None:
+    if actions != 3:
+        raise ValueError(f"rock-paper-scissors has 3 actions, not {actions}; the game cyclic takes any number")
 
 
 def _read_npy(path: Path) -> np.ndarray:

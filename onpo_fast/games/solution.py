@@ -1,4 +1,4 @@
-"""What a preference game comes to: best responses, duality gaps, the Nash policy.
+"""Solutions of a preference game: best responses, duality gaps, the Nash policy.
 
 ``P`` is (n, n) or (B, n, n), a policy (n,) or (B, n); the results lose the last axis of the policy. J(π, π′) = πᵀPπ′ is
 the probability that π's action beats π′'s. float64 throughout.
@@ -14,36 +14,40 @@ from .preferences import check
 
 
 def rewards(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
-    """r(y) = P(y ≻ π): how often each action beats the policy's. The shape of the policy."""
+    """Return r(y) = P(y ≻ π), the probability that each action beats the policy's, in the shape of the policy."""
     return (P @ policy[..., None])[..., 0]
 
 
 def best_response(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
-    """The action that beats the policy most often; the first of several. (…) int64."""
+    """Return the action that beats the policy most often, (…) int64; the first if there are several."""
     return rewards(P, policy).argmax(-1)
 
 
 def duality_gap(P: np.ndarray, policy: np.ndarray) -> np.ndarray:
-    """max_μ J(μ, π) − min_μ J(π, μ) = 2·max_y P(y ≻ π) − 1, as J(π, μ) = 1 − J(μ, π). Zero at a Nash policy only."""
+    """Return max_μ J(μ, π) − min_μ J(π, μ), which is 2·max_y P(y ≻ π) − 1, as J(π, μ) = 1 − J(μ, π).
+
+    It is 0 at a Nash policy, and positive elsewhere.
+    """
     return gap_of_rewards(rewards(P, policy))
 
 
 def gap_of_rewards(reward: np.ndarray) -> np.ndarray:
-    """The duality gap of a policy from what every action gains against it."""
+    """Return the duality gap of a policy from the rewards of all actions against it."""
     return 2 * reward.max(-1) - 1
 
 
 def regularised_gap(P: np.ndarray, policy: np.ndarray, reference: np.ndarray, tau: float) -> np.ndarray:
-    """The duality gap of J(π, π′) − τ·KL(π ‖ ref) + τ·KL(π′ ‖ ref), the game that INPO, Nash-MD and EGPO solve.
+    """Return the duality gap of J(π, π′) − τ·KL(π ‖ ref) + τ·KL(π′ ‖ ref), the game that INPO, Nash-MD and EGPO solve.
 
     Its best response to π is ref·exp(r/τ), normalised, so the gap is 2·(τ·log Σ ref·exp(r/τ) + τ·KL(π ‖ ref)) − 1.
-    As in arXiv 2503.08942 (EGPO), whose β is τ. Infinite if π has an action that the reference has not.
-    With τ = 0 it is ``duality_gap``.
+    This is the gap of arXiv 2503.08942 (EGPO), whose β is τ. It is infinite if π plays an action of
+    probability 0 under the reference. With τ = 0 it is ``duality_gap``.
     """
     return regularised_gap_of_rewards(rewards(P, policy), policy, reference, tau)
 
 
 def regularised_gap_of_rewards(reward: np.ndarray, policy: np.ndarray, reference: np.ndarray, tau: float) -> np.ndarray:
+    """Return ``regularised_gap`` from the rewards of all actions against the policy."""
     if tau == 0:
         return gap_of_rewards(reward)
     best = tau * logsumexp(reward / tau, axis=-1, b=np.broadcast_to(reference, reward.shape))
@@ -51,9 +55,9 @@ def regularised_gap_of_rewards(reward: np.ndarray, policy: np.ndarray, reference
 
 
 def nash(P: np.ndarray) -> np.ndarray:
-    """A Nash policy, by linear programming: the largest v with P(π ≻ y) ≥ v for every action y, where v = ½ is reached.
+    """Return a Nash policy, by linear programming: it maximises v with P(π ≻ y) ≥ v for every action y, and reaches ½.
 
-    One of them, if there are several.
+    If there are several, one of them is returned.
     """
     P = check(P)
     if P.ndim == 3:
@@ -68,7 +72,7 @@ def nash(P: np.ndarray) -> np.ndarray:
         b_eq=[1.0],
         bounds=[(0, None)] * n + [(None, None)],
     )
-    if not solved.success:  # every matrix game has a solution: this is the solver's failure
+    if not solved.success:  # every matrix game has a solution, so the solver failed
         raise RuntimeError(f"the linear program was not solved: {solved.message}")
     policy = np.maximum(solved.x[:n], 0)
     return policy / policy.sum()

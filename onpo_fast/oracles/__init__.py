@@ -1,10 +1,10 @@
-"""Who prefers what.
+"""Oracles, which say which response is preferred.
 
-An oracle maps a prompt (a list of messages) and K responses to the K×K matrix of P(response i ≻ response j). It need
-not come from a score: preferences may be cyclic. ``judge`` asks it for many groups and checks what it says.
+An oracle maps a prompt (a list of messages) and K responses to a K×K matrix of P(response i ≻ response j). Preferences
+need not come from a score and may be cyclic. ``load`` makes the oracle that --oracle names; ``judge`` asks it about
+many groups and checks its answers. docs/oracles.md describes each one.
 
-To add an oracle: write a callable, or a ``BatchOracle``, in a file here and name it in ``make_oracle``.
-docs/oracles.md says what each one asks.
+To add an oracle, write a callable or a ``BatchOracle`` in a file here and name it in ``make_oracle``.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ __all__ = [
 ]
 
 NAMES = ("population", "pair-model", "reward-model", "judge")
-PROBE_TEXTS = ("Yes, I think so.", "No.")  # responses that differ, also in length
-MOST_KINDS = 8  # of conversations that an oracle is tried on
+PROBE_TEXTS = ("Yes, I think so.", "No.")  # two responses that differ, also in length
+MAX_KINDS = 8  # kinds of conversations that an oracle is tried on
 
 
 def load(
@@ -67,17 +67,17 @@ def load(
     policy: ModelConfig | None = None,
     directory: Path | None = None,
 ) -> Oracle:
-    """The oracle of this name, or a panel: "0.7*population+0.3*module:function".
+    """Makes the oracle of a name, or a panel such as "0.7*population+0.3*module:function".
 
     Args:
-        name: what --oracle says.
+        name: the value of --oracle.
         config: the options of oracles that are models.
         judge: the options of the judge.
-        policy: the options of the policy; an oracle that is a model is computed on its device, in its dtype.
-        directory: the run's, where the judge's answers are kept unless --judge_cache says otherwise.
+        policy: the options of the policy; an oracle that is a model uses its device and dtype.
+        directory: the run directory, where the judge's answers are saved unless --judge_cache names a file.
 
     Raises:
-        UserError: if it cannot be had; the message names it.
+        UserError: if there is no such oracle or it cannot be used; the message names it.
     """
     sections = (config or OracleConfig(), judge or JudgeConfig(), policy or ModelConfig())
     members = terms(name)
@@ -87,23 +87,25 @@ def load(
 
 
 def title(config: OracleConfig) -> str:
-    """How messages name the oracle of a run, with the model behind it."""
+    """Names a run's oracle and its model in messages."""
     return f"--oracle {config.oracle}" + (f" (--oracle_model {config.oracle_model})" if config.oracle_model else "")
 
 
 def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: bool) -> None:
-    """Asks an oracle one short question a prompt, so that one that is of no use shows before anything is sampled.
+    """Asks an oracle one short question per prompt, to find one that does not work before anything is sampled.
 
-    A model is loaded for it and released. What it costs is not counted. A judge that has answered before, and kept its
-    answers, is not asked again.
+    A model is loaded for this and released. The cost is not counted. Answers that a judge has in its cache are not
+    asked for again.
 
     Args:
-        prompts: of the run, one of each kind of conversation.
-        in_directory: whether to ask the oracles that write into the run directory, or the others; of a panel, the
-            members that do.
+        oracle: the oracle.
+        name: the value of --oracle.
+        prompts: prompts of the run, one of each kind of conversation.
+        in_directory: whether to ask only oracles that write into the run directory, or only the others. The members of
+            a panel are chosen one by one.
 
     Raises:
-        UserError: what ``judge`` says of it.
+        UserError: as ``judge``.
     """
     members = _members(oracle, name)
     for member, asked in members:
@@ -115,10 +117,10 @@ def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: 
 
 
 def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messages]:
-    """The shortest prompt of each kind of conversation (``kind_of``), the shortest first; at most ``MOST_KINDS``.
+    """The shortest prompt of each kind of conversation (``kind_of``), shortest first; at most ``MAX_KINDS``.
 
-    A chat template may refuse a role, or one role after another. What is short is not refused for its length. A kind
-    that has nothing which the chosen ones lack is left out.
+    A chat template may refuse a role, or one role after another; a short prompt is not refused for its length. A kind
+    whose features are all in prompts chosen before it is left out.
     """
     shortest: dict[frozenset[str], tuple[int, Messages]] = {}
     for prompt in prompts:
@@ -128,14 +130,14 @@ def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messag
     chosen: dict[frozenset[str], Messages] = {}
     covered: set[str] = set()
     for kind, (_, prompt) in sorted(shortest.items(), key=lambda item: item[1][0]):
-        if not kind <= covered and len(chosen) < MOST_KINDS:
+        if not kind <= covered and len(chosen) < MAX_KINDS:
             chosen[kind] = prompt
             covered |= kind
     return chosen
 
 
 def kind_of(prompt: Messages) -> frozenset[str]:
-    """What a chat template may refuse of a conversation: which role follows which, tool calls, a list of tools.
+    """The features of a conversation that a chat template may refuse: which role follows which, tool calls, tools.
 
     >>> sorted(kind_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]))
     ['start system', 'system user', 'user end']
@@ -150,19 +152,24 @@ def kind_of(prompt: Messages) -> frozenset[str]:
 
 
 def length(prompt: Messages) -> int:
-    """Characters of a conversation as JSON, in which every turn counts, as its tokens do in a template."""
+    """The length of a conversation as JSON, in characters: a proxy for its tokens, in which every turn counts."""
     return len(json.dumps(prompt))
 
 
 def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """What an oracle judges by: the checksum of each file of its models, and of its modules' source, by name.
+    """Checksums of the files that an oracle's answers depend on: its models' files and its modules' source.
 
-    The formula and the judge have none: the judge's URL, model and prompt are options of the run.
+    The population and the judge have none: the judge's URL, model and prompt are options of the run.
 
     Args:
-        checksum: of a file, given its resolved path.
+        oracle: the oracle.
+        name: the value of --oracle.
+        checksum: maps the resolved path of a file to its checksum.
+
+    Returns:
+        Checksums by the name of the file and, in a panel, the member.
     """
-    from ..run.fingerprint import function_fingerprint  # with transformers, which takes seconds
+    from ..run.fingerprint import function_fingerprint  # here, because it imports transformers, which takes seconds
 
     members = _members(oracle, name)
     files: dict[str, str] = {}
@@ -178,7 +185,7 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
 
 
 def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
-    """The oracles of a panel with their names, or the one that there is."""
+    """The members of a panel with their names, or the oracle itself."""
     if isinstance(oracle, Panel):
         return [(member, one) for _, member, one in oracle.members]
     return [(terms(name)[0][1], oracle)]
@@ -187,13 +194,17 @@ def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
 def make_oracle(
     name: str, config: OracleConfig, judge: JudgeConfig, policy: ModelConfig, directory: Path | None
 ) -> Oracle:
-    """An oracle by its name alone, or as kind=model: members of a panel may be different models of a kind."""
+    """Makes one oracle from its name, or from kind=model, by which a panel can have several models of a kind.
+
+    Raises:
+        UserError: as ``load``.
+    """
     kind, equals, model = name.partition("=")
     if kind not in NAMES:
-        return _function(name)
+        return _import_function(name)
     if equals and (kind == "population" or not model):
         raise UserError(f"--oracle {name}: expected {kind}{'' if kind == 'population' else '=MODEL'}")
-    # imported when asked for: transformers and the judge's client take seconds
+    # Imported when needed: transformers and the judge's client take seconds.
     if kind == "pair-model":
         from .pair_model import PairModel
 
@@ -209,15 +220,16 @@ def make_oracle(
     return Population()
 
 
-def _function(name: str) -> Oracle:
+def _import_function(name: str) -> Oracle:
+    """Imports the function of --oracle module:function."""
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise UserError(f'--oracle {name}: expected {", ".join(NAMES)} or "module:function"')
     if "" not in sys.path:
-        sys.path.insert(0, "")  # modules beside where the user stands
+        sys.path.insert(0, "")  # finds modules in the working directory
     try:
         oracle = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # the module is the user's: anything may go wrong while it is imported
+    except (Exception, SystemExit) as error:  # importing the user's module may raise anything
         raise UserError(f"--oracle {name}: cannot import it ({type(error).__name__}: {error})") from error
     if not callable(oracle):
         raise UserError(f"--oracle {name}: {function_name} is not a function")

@@ -1,4 +1,4 @@
-"""What an oracle is, and how many groups are put to one: ``judge`` asks and checks, ``cyclic_triples`` counts."""
+"""What an oracle is, and how groups are put to one: ``judge`` asks and checks, ``cyclic_triples`` counts cycles."""
 
 from __future__ import annotations
 
@@ -16,32 +16,40 @@ from ..errors import UserError
 from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
-Asked = tuple[Messages, list[str]]  # a prompt with its K responses
-Progress = Callable[[int], None]  # is told how many groups are done
+PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses
+Progress = Callable[[int], None]  # called with the number of groups that are newly done
 
-ASYNC = "it is async; an oracle returns the matrix itself, so call asyncio.run in it"
-TOLERANCE = 1e-3  # of P + Pᵀ = 1: what half-precision sigmoids keep
+ASYNC = "it is async; an oracle must return the matrix itself, so call asyncio.run in it"
+TOLERANCE = 1e-3  # of P + Pᵀ = 1, met by sigmoids in half precision
 
 
 class BatchOracle:
-    """An oracle that is better asked about many groups at once: because it batches, or waits for a server.
+    """An oracle that is asked about many groups at once, because it batches them or waits for a server.
 
-    ``many`` is what a subclass writes. The rest it may: a model is loaded when it is first asked and dropped in
-    ``release``, which ``judge`` calls when all is judged.
+    A subclass defines ``many``. It may load a model when it is first asked and drop it in ``release``, which ``judge``
+    calls when all groups are judged.
     """
 
-    holds_model = False  # whether it takes memory on the device: the policy makes room then
+    holds_model = False  # whether it needs memory on the device; the policy is moved out of the way then
     keeps_files = False  # whether it writes into the run directory when it is asked
 
-    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        """A K×K matrix of P(response i ≻ response j) a group; tells ``progress`` as groups are done."""
+    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        """Judges groups.
+
+        Args:
+            groups: prompts, each with its K responses.
+            progress: to be called with the number of groups that are newly done.
+
+        Returns:
+            For each group its (K, K) matrix of P(response i ≻ response j).
+        """
         raise NotImplementedError
 
     def __call__(self, prompt: Messages, responses: list[str]) -> np.ndarray:
         return self.many([(prompt, responses)])[0]
 
     def release(self) -> None:
-        """Gives back memory and connections. The oracle can be asked again."""
+        """Frees memory and closes connections. The oracle can be asked again afterwards."""
 
     def take_counters(self) -> dict[str, int]:
         """What was spent since the last call, by name, for metrics.jsonl."""
@@ -51,37 +59,43 @@ class BatchOracle:
 def judge(
     oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress = lambda n: None, first: int = 0
 ) -> list[np.ndarray]:
-    """The preference matrix of every group: (K, K) float64 with P + Pᵀ = 1 and ½ on the diagonal.
+    """Asks an oracle for the preference matrix of every group.
 
-    An oracle with a ``many`` is asked about all groups at once, another about one after the other. ``first`` is the
-    number of groups before these, for messages.
+    An oracle with a method ``many`` is asked about all groups at once, any other about one after the other.
+
+    Args:
+        oracle: the oracle; it is released at the end.
+        groups: prompts with their responses.
+        name: the value of --oracle, for messages.
+        progress: called with the number of groups that are newly done.
+        first: the number of groups before these, for messages.
+
+    Returns:
+        For each group a (K, K) float64 matrix with P + Pᵀ = 1 and ½ on the diagonal.
 
     Raises:
-        UserError: if the oracle fails or says what no preference can be; the message names the oracle and the group.
+        UserError: if the oracle fails or returns something other than preferences; the message names the oracle and
+            the group.
     """
-    asked = [(group.prompt, [response.text for response in group.responses]) for group in groups]
-    return judge_texts(oracle, asked, f"--oracle {name}", progress, first)
+    questions = [(group.prompt, [response.text for response in group.responses]) for group in groups]
+    return judge_texts(oracle, questions, f"--oracle {name}", progress, first)
 
 
 def judge_texts(
-    oracle: Oracle, asked: Sequence[Asked], title: str, progress: Progress = lambda n: None, first: int = 0
+    oracle: Oracle,
+    questions: Sequence[PromptAndResponses],
+    title: str,
+    progress: Progress = lambda n: None,
+    first: int = 0,
 ) -> list[np.ndarray]:
-    """``judge`` for prompts with texts; ``title`` is how messages name the oracle."""
+    """``judge`` for prompts with the texts of their responses; messages begin with ``title``."""
     try:
         if many := getattr(oracle, "many", None):
-            place = f" (counted from prompt {first})" if first else ""  # it numbers what it is given
-            answers = _guarded(title + place, lambda: many([_copied(*one) for one in asked], progress))
-            answers = _guarded(title + place, lambda: list(answers))
-            if len(answers) != len(asked):
-                raise UserError(f"{title}: it gave {len(answers)} matrices for {len(asked)} prompts")
-            return [
-                checked(answer, len(texts), f"{title}, {where(index, prompt)}")
-                for index, (answer, (prompt, texts)) in enumerate(zip(answers, asked), first)
-            ]
+            return _judge_together(many, questions, title, progress, first)
         matrices = []
-        for index, (prompt, texts) in enumerate(asked, first):
-            here = f"{title}, {where(index, prompt)}"
-            matrices.append(checked(_guarded(here, lambda: oracle(*_copied(prompt, texts))), len(texts), here))  # noqa: B023
+        for index, (prompt, texts) in enumerate(questions, first):
+            here = f"{title}, {describe_prompt(index, prompt)}"
+            matrices.append(checked(_call_oracle(here, oracle, *_copy(prompt, texts)), len(texts), here))
             progress(1)
         return matrices
     finally:
@@ -89,38 +103,65 @@ def judge_texts(
             release()
 
 
-def _copied(prompt: Messages, texts: list[str]) -> Asked:
-    """An oracle may write into what it is given."""
+def _judge_together(
+    many: Callable[..., object], questions: Sequence[PromptAndResponses], title: str, progress: Progress, first: int
+) -> list[np.ndarray]:
+    offset = f" (counted from prompt {first})" if first else ""  # its messages number the groups that it was given
+    answers = _call_oracle(title + offset, many, [_copy(*one) for one in questions], progress)
+    answers = _call_oracle(title + offset, list, answers)
+    if len(answers) != len(questions):
+        raise UserError(f"{title}: it gave {len(answers)} matrices for {len(questions)} prompts")
+    return [
+        checked(answer, len(texts), f"{title}, {describe_prompt(index, prompt)}")
+        for index, (answer, (prompt, texts)) in enumerate(zip(answers, questions), first)
+    ]
+
+
+def _copy(prompt: Messages, texts: list[str]) -> PromptAndResponses:
+    """A copy for the oracle, which may change what it is given."""
     return copy.deepcopy(prompt), list(texts)
 
 
-def where(index: int, prompt: Messages) -> str:
-    """How messages name a group."""
+def describe_prompt(index: int, prompt: Messages) -> str:
+    """Names a prompt in messages: its number and how its last message begins."""
     return f"prompt {index} ({message_text(prompt[-1])[:40]!r})"
 
 
-def _guarded(title: str, ask: Callable[[], object]) -> object:
+def _call_oracle(title: str, function: Callable[..., object], *arguments: object) -> object:
+    """Calls a user's function; whatever it raises becomes a ``UserError`` that begins with ``title``."""
     try:
-        answer = ask()
+        answer = function(*arguments)
     except UserError as error:
         raise UserError(f"{title}, {error}") from error
     except Stopped:
         raise
-    except (Exception, SystemExit) as error:  # the function is the user's
+    except (Exception, SystemExit) as error:
         raise UserError(f"{title}: it raised {type(error).__name__}: {error}") from error
     if inspect.iscoroutine(answer):
-        answer.close()  # else Python adds that nobody awaited it
+        answer.close()  # or Python would warn that it was never awaited
         raise UserError(f"{title}: {ASYNC}")
     return answer
 
 
 def checked(answer: object, responses: int, where: str) -> np.ndarray:
-    """The answer as a preference matrix. Its diagonal is not read: a response ties with itself."""
+    """Checks an oracle's answer and returns it as a preference matrix.
+
+    Args:
+        answer: an array, a tensor or nested lists. The diagonal is not read: a response ties with itself.
+        responses: K.
+        where: the oracle and the group, for messages.
+
+    Returns:
+        (K, K) float64 with P + Pᵀ = 1 to the last bit and ½ on the diagonal.
+
+    Raises:
+        UserError: if it is not a K×K matrix of probabilities with P + Pᵀ = 1 within ``TOLERANCE``.
+    """
     try:
-        tensor = isinstance(answer, torch.Tensor)
-        if answer.is_complex() if tensor else np.iscomplexobj(answer):
+        is_tensor = isinstance(answer, torch.Tensor)
+        if answer.is_complex() if is_tensor else np.iscomplexobj(answer):
             raise TypeError("it is complex")
-        if tensor:
+        if is_tensor:
             answer = answer.detach().double().cpu().to_dense().numpy()
         matrix = np.array(answer, dtype=np.float64)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -128,7 +169,7 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
     if matrix.shape != (responses, responses):
         raise UserError(f"{where}: expected a {responses}×{responses} matrix, got shape {matrix.shape}")
     np.fill_diagonal(matrix, 0.5)
-    bad = ~((matrix >= 0) & (matrix <= 1))  # NaN is bad too
+    bad = ~((matrix >= 0) & (matrix <= 1))  # also true for NaN
     if bad.any():
         i, j = np.argwhere(bad)[0]
         raise UserError(f"{where}: P({i} ≻ {j}) is {matrix[i, j]}, not a probability")
@@ -136,49 +177,65 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
     if excess.max(initial=0) > TOLERANCE:
         i, j = np.unravel_index(excess.argmax(), excess.shape)
         raise UserError(f"{where}: P({i} ≻ {j}) + P({j} ≻ {i}) is {matrix[i, j] + matrix[j, i]:.6g}, not 1")
-    return both_orders(matrix)
+    return average_orders(matrix)
 
 
-def both_orders(shown: np.ndarray) -> np.ndarray:
-    """(K, K) P(i ≻ j) with i shown first -> (K, K), the mean over both orders; P + Pᵀ is 1 to the last bit."""
-    mean = np.triu((shown + 1 - shown.T) / 2, 1)
-    return mean + np.tril(1 - mean.T, -1) + np.eye(len(shown)) / 2
+def average_orders(shown_first: np.ndarray) -> np.ndarray:
+    """Averages the two orders of every pair.
+
+    Args:
+        shown_first: (K, K) P(i ≻ j) where i was shown first.
+
+    Returns:
+        (K, K) P(i ≻ j) with P + Pᵀ = 1 to the last bit.
+    """
+    mean = np.triu((shown_first + 1 - shown_first.T) / 2, 1)
+    return mean + np.tril(1 - mean.T, -1) + np.eye(len(shown_first)) / 2
 
 
-def without_repeats(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different texts, and where each text is among them: equal texts tie, and nobody need be asked."""
+def drop_duplicates(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The different texts in order, and the index of each text among them. Equal texts tie and need not be compared."""
     places: dict[str, int] = {}
     indices = [places.setdefault(text, len(places)) for text in texts]
     return list(places), indices
 
 
-def spread(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    """The matrix over different texts as one over all of them; equal ones meet at the diagonal's ½."""
+def expand_duplicates(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
+    """Undoes ``drop_duplicates``: a matrix over the different texts becomes one over all. Equal texts get the ½ of the
+    diagonal."""
     return matrix[np.ix_(indices, indices)]
 
 
-class Steps:
-    """Tells progress in groups while the work is counted in something finer."""
+class GroupProgress:
+    """Reports progress in groups while the work is counted in smaller steps.
+
+    Args:
+        progress: called with the number of groups that are newly done.
+        groups: the number of groups.
+        steps: the number of steps in all.
+    """
 
     def __init__(self, progress: Progress, groups: int, steps: int) -> None:
         self.progress, self.groups, self.steps = progress, groups, steps
-        self.done = self.told = 0
+        self.done = self.reported = 0
 
     def __call__(self, steps: int = 1) -> None:
+        """Counts steps; a group counts as done when its share of the steps is."""
         self.done += steps
-        self._tell(self.groups * self.done // self.steps)
+        self._report(self.groups * self.done // self.steps)
 
     def finish(self) -> None:
-        self._tell(self.groups)
+        """Reports all groups as done."""
+        self._report(self.groups)
 
-    def _tell(self, groups: int) -> None:
-        if groups > self.told:
-            self.progress(groups - self.told)
-            self.told = groups
+    def _report(self, groups: int) -> None:
+        if groups > self.reported:
+            self.progress(groups - self.reported)
+            self.reported = groups
 
 
 def holds_model(oracle: Oracle) -> bool:
-    """Whether the oracle loads a model where the policy is."""
+    """Whether the oracle loads a model on the policy's device."""
     return bool(getattr(oracle, "holds_model", False))
 
 
@@ -188,13 +245,13 @@ def keeps_files(oracle: Oracle) -> bool:
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:
-    """What the oracle spent since it was last asked this; nothing for one that does not count."""
+    """What the oracle spent since the last call; {} for an oracle that does not count."""
     take = getattr(oracle, "take_counters", None)
     return take() if take else {}
 
 
 def cyclic_triples(matrices: Sequence[np.ndarray]) -> tuple[int, int]:
-    """(cyclic, all) triples of responses in which each beats one of the others: i ≻ j ≻ k ≻ i."""
+    """Counts the triples of responses that are cyclic, i ≻ j ≻ k ≻ i, and all triples."""
     cyclic = total = 0
     for matrix in matrices:
         for i, j, k in itertools.combinations(range(len(matrix)), 3):

@@ -1,8 +1,8 @@
-"""A pairwise preference model, asked as the paper's is (RLHFlow/pair-preference-model-LLaMA3-8B).
+"""A pairwise preference model, prompted as the paper's (RLHFlow/pair-preference-model-LLaMA3-8B).
 
-The model reads the conversation and two responses in one user message and says "A" or "B"; P is the softmax, at
-temperature 1, over these two tokens' logits where the assistant speaks. Both orders are asked and averaged, which makes
-P(i ≻ j) + P(j ≻ i) = 1. Nothing makes such preferences transitive.
+The model reads the conversation and two responses in one user message and answers "A" or "B". P is the softmax, at
+temperature 1, over the logits of these two tokens at the answer's position. Both orders are asked and averaged, so that
+P(i ≻ j) + P(j ≻ i) = 1. Such preferences need not be transitive.
 """
 
 from __future__ import annotations
@@ -16,25 +16,33 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from ..config import ModelConfig, OracleConfig
 from ..conversations import Messages, plain_turns
 from ..errors import UserError
-from .interface import Asked, Progress, Steps, both_orders, spread, where, without_repeats
-from .models import ModelOracle
+from .interface import (
+    GroupProgress,
+    Progress,
+    PromptAndResponses,
+    average_orders,
+    describe_prompt,
+    drop_duplicates,
+    expand_duplicates,
+)
+from .model_oracle import ModelOracle
 
 QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
-OTHER_ROLES = dict.fromkeys(("system", "developer", "tools", "tool"), "user")
+ROLE_SUBSTITUTES = dict.fromkeys(("system", "developer", "tools", "tool"), "user")
 PROBE = QUESTION.format(context="x", response_A="y", response_B="z")
 
 
 def context(prompt: Messages) -> str:
-    r"""The conversation as the model was trained to read it.
+    r"""Formats the conversation as the model was trained to read it.
 
-    It knows two roles. What a system message says is put before the first user's words; what tools there are and what
-    they return is said by the user too.
+    The model knows two roles. A system message is put before the first user message; the list of tools and their
+    results become user messages.
 
     >>> context([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
     ...          {"role": "user", "content": "Bye"}])
     '\n\n\n<turn> user\n Hi\n\n<turn> assistant\n Yes?\n\n<turn> user\n Bye\n\n\n'
     """
-    plain = plain_turns(prompt, OTHER_ROLES)
+    plain = plain_turns(prompt, ROLE_SUBSTITUTES)
     turns = (f"\n\n<turn> {message['role']}\n {message['content']}" for message in plain)
     return "\n" + "".join(turns) + "\n\n\n"
 
@@ -45,12 +53,12 @@ def question(prompt: Messages, first: str, second: str) -> str:
 
 
 class PairModel(ModelOracle):
-    """P(i ≻ j) of a model that compares two responses. K responses take K(K − 1) questions."""
+    """The oracle "pair-model": a model that compares two responses. K responses take K(K − 1) questions."""
 
     kind = "pair-model"
     auto_class = AutoModelForCausalLM
     configurations = MODEL_FOR_CAUSAL_LM_MAPPING
-    wanted = "a causal language model that reads two responses and says A or B (not an encoder, as PairRM)"
+    description = "a causal language model that reads two responses and says A or B (not an encoder, as PairRM)"
 
     def __init__(self, source: str | None, config: OracleConfig, policy: ModelConfig) -> None:
         super().__init__(source, config, policy)
@@ -58,29 +66,29 @@ class PairModel(ModelOracle):
         self.bos = self._own_bos()
         self._check_header()
 
-    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        different = [without_repeats(texts) for _, texts in groups]
-        for g, (prompt, _) in enumerate(groups):  # what is too long is so before hours of work; most are by length
-            texts = sorted(different[g][0], key=len)[-2:]
-            if len(texts) == 2:
-                self.tokens(prompt, *texts, where(g, prompt))
-        shown = [np.full((len(texts), len(texts)), 0.5) for texts, _ in different]
-        steps = Steps(progress, len(groups), sum(matrix.size - len(matrix) for matrix in shown))
+    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        unique = [drop_duplicates(texts) for _, texts in groups]
+        for g, (prompt, _) in enumerate(groups):  # finds most questions that are too long before hours of work
+            longest = sorted(unique[g][0], key=len)[-2:]
+            if len(longest) == 2:
+                self.tokens(prompt, *longest, describe_prompt(g, prompt))
+        shown_first = [np.full((len(texts), len(texts)), 0.5) for texts, _ in unique]
+        count = GroupProgress(progress, len(groups), sum(matrix.size - len(matrix) for matrix in shown_first))
 
         def questions() -> Iterator[tuple[tuple[int, int, int], list[int]]]:
             for g, (prompt, _) in enumerate(groups):
-                texts, here = different[g][0], where(g, prompt)
+                texts, here = unique[g][0], describe_prompt(g, prompt)
                 for i, j in np.argwhere(~np.eye(len(texts), dtype=bool)).tolist():
                     yield (g, i, j), self.tokens(prompt, texts[i], texts[j], here)
 
-        for (g, i, j), value in self.in_batches(questions(), self.prefers_first):
-            shown[g][i, j] = value
-            steps()
-        steps.finish()
-        return [spread(both_orders(matrix), indices) for matrix, (_, indices) in zip(shown, different)]
+        for (g, i, j), value in self.ask_in_batches(questions(), self.prefers_first):
+            shown_first[g][i, j] = value
+            count()
+        count.finish()
+        return [expand_duplicates(average_orders(matrix), indices) for matrix, (_, indices) in zip(shown_first, unique)]
 
     def tokens(self, prompt: Messages, first: str, second: str, where: str = "the prompt") -> list[int]:
-        """A question as the model reads it: through its chat template, without a beginning-of-sequence token.
+        """Encodes a question with the model's chat template, without a beginning-of-sequence token.
 
         Raises:
             UserError: if it is longer than --oracle_max_tokens.
@@ -88,9 +96,9 @@ class PairModel(ModelOracle):
         return self.encode(self._through_template(question(prompt, first, second)), where)
 
     def prefers_first(self, rows: list[list[int]]) -> Tensor:
-        """(len(rows),) probabilities of A against B after these tokens."""
+        """P(A) against P(B) as the next token after each row: (len(rows),) float32."""
         model = self.loaded()
-        batch = self.padded(rows, "left")  # so that all end at the last position, the only one whose logits are made
+        batch = self.padded(rows, "left")  # all rows end at the last position, the only one whose logits are computed
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         logits = model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1, self.verdicts]
         return logits.float().softmax(-1)[:, 0]
@@ -99,9 +107,10 @@ class PairModel(ModelOracle):
         super().check_config(config)
         named = [name for name in config.architectures or [] if name.endswith(("Classification", "ForMaskedLM"))]
         if named:
+            hint = "; use --oracle reward-model" if named[0].endswith("SequenceClassification") else ""
             raise UserError(
-                f"{self.source} is no pair-model: its config.json names {named[0]}, and a pair-model is {self.wanted}"
-                + ("; it may be a --oracle reward-model" if named[0].endswith("SequenceClassification") else "")
+                f"{self.source} is not a pair-model: its config.json names {named[0]}, and a pair-model is "
+                f"{self.description}{hint}"
             )
 
     def _through_template(self, content: str) -> str:
@@ -109,7 +118,7 @@ class PairModel(ModelOracle):
         return text[len(self.bos) :] if text.startswith(self.bos) else text
 
     def _own_bos(self) -> str:
-        """The beginning-of-sequence token if it is nothing else: where it opens every turn (ChatML), it stays."""
+        """The beginning-of-sequence token, which is removed; "" where it begins every turn, as in ChatML, and stays."""
         bos = self.tokenizer.bos_token or ""
         text = self.render([{"role": "user", "content": PROBE}], generate=True)
         return bos if text.startswith(bos) and text.count(bos) == 1 else ""
@@ -121,10 +130,14 @@ class PairModel(ModelOracle):
         return tokens[0]
 
     def _check_header(self) -> None:
-        """What is asked must end where the assistant's word comes, and that word must be the token that is read."""
+        """Checks that a rendered question ends where the answer begins, and that the answer is the token that is read.
+
+        Raises:
+            UserError: if the chat template does otherwise.
+        """
         asked = self._through_template(PROBE)
         if PROBE.strip() not in asked:
-            raise UserError(f"{self.source} cannot be a pair-model: its chat template leaves out what the user says")
+            raise UserError(f"{self.source} cannot be a pair-model: its chat template leaves out the user's message")
         tokens = self.encode(asked, "the probe")
         for letter, verdict in zip("AB", self.verdicts):
             messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": letter}]
@@ -132,6 +145,6 @@ class PairModel(ModelOracle):
             read = self.tokenizer.encode(asked + letter, add_special_tokens=False)
             if not said.startswith(letter) or read != [*tokens, verdict]:
                 raise UserError(
-                    f"{self.source} cannot be a pair-model: through its chat template a question does not end with the "
-                    f"header after which the assistant says {letter}"
+                    f"{self.source} cannot be a pair-model: with its chat template, a question does not end with the "
+                    f"header that comes before the assistant's answer {letter}"
                 )

@@ -1,6 +1,6 @@
-"""A weighted panel of oracles: P = Σ weight·P_member, as a population of annotators with different tastes prefers.
+"""A weighted panel of oracles, P = Σ weight·P_member: the preference of a population whose members differ.
 
-A mean of transitive preferences need not be transitive: three scores that rank three responses in a circle make one.
+The mean of transitive preferences need not be transitive, as in Condorcet's paradox.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from ..errors import UserError
 from .interface import (
-    Asked,
     BatchOracle,
+    GroupProgress,
     Oracle,
     Progress,
-    Steps,
+    PromptAndResponses,
     holds_model,
     judge_texts,
     keeps_files,
@@ -26,7 +26,9 @@ from .interface import (
 
 
 def terms(expression: str) -> list[tuple[float | None, str]]:
-    """The members of "0.7*population+0.3*module:function", with None where no weight is given.
+    """Parses a panel such as "0.7*population+0.3*module:function" into weights and names.
+
+    A weight that is not given is None.
 
     >>> terms("0.7*population + 0.3*module:function")
     [(0.7, 'population'), (0.3, 'module:function')]
@@ -53,9 +55,9 @@ def terms(expression: str) -> list[tuple[float | None, str]]:
 
 
 class Panel(BatchOracle):
-    """Asks its members one after the other, so that at most one of them has a model in memory.
+    """The weighted mean of oracles, asked one after the other: at most one of them has a model in memory.
 
-    Weights are shares of a population and are made to sum to 1: 7*a+3*b is 0.7*a+0.3*b.
+    Weights are divided by their sum: 7*a+3*b is 0.7*a+0.3*b.
     """
 
     def __init__(self, members: Sequence[tuple[float, str, Oracle]]) -> None:
@@ -64,16 +66,16 @@ class Panel(BatchOracle):
         self.holds_model = any(holds_model(oracle) for _, _, oracle in members)
         self.keeps_files = any(keeps_files(oracle) for _, _, oracle in members)
 
-    def many(self, groups: Sequence[Asked], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        steps = Steps(progress, len(groups), len(groups) * len(self.members))
+    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        count = GroupProgress(progress, len(groups), len(groups) * len(self.members))
         sums = [np.zeros((len(texts), len(texts))) for _, texts in groups]
         for weight, name, oracle in self.members:
-            for total, matrix in zip(sums, judge_texts(oracle, groups, f"member {name}", steps)):
+            for total, matrix in zip(sums, judge_texts(oracle, groups, f"member {name}", count)):
                 total += weight * matrix
-        return [np.clip(total, 0, 1) for total in sums]  # weights sum to 1 but for rounding
+        return [np.clip(total, 0, 1) for total in sums]  # the weights sum to 1 up to rounding
 
     def take_counters(self) -> dict[str, int]:
         total: Counter[str] = Counter()
         for _, _, oracle in self.members:
-            total.update(take_counters(oracle))  # + would drop what is 0
+            total.update(take_counters(oracle))  # the operator + would drop counts of 0
         return dict(total)

@@ -1,6 +1,6 @@
-"""The embedded population: annotator groups with different tastes. Deterministic, no model.
+"""The oracle "population": formulas for groups of annotators with different tastes. Deterministic, without a model.
 
-Its preferences go in circles, as in Condorcet's paradox, so that a demonstration shows what no score could.
+Its preferences can be cyclic, as in Condorcet's paradox, so the demonstration shows what no reward can express.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..conversations import Messages, message_text
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
@@ -35,33 +36,33 @@ WARM_WORDS = frozenset(
 
 
 def brevity(prompt: str, response: str) -> float:
-    """Half the words is one unit better: −log₂(1 + words)."""
+    """−log₂(1 + number of words): half the words is one unit better."""
     return -math.log2(1 + len(words(response)))
 
 
 def warmth(prompt: str, response: str) -> float:
-    """Share of words that address or encourage the reader, an exclamation or question counting as one; 1 unit = 10%."""
+    """Share of words that address or encourage the reader, with "!" and "?" counted as such words; one unit is 10%."""
     said = words(response)
     friendly = sum(word in WARM_WORDS for word in said) + response.count("!") + response.count("?")
-    return 10 * friendly / (len(said) + 5)  # five neutral words, so that one "Thanks!" is not all warmth
+    return 10 * friendly / (len(said) + 5)  # + 5, so that a lone "Thanks!" does not have the highest warmth
 
 
 def relevance(prompt: str, response: str) -> float:
-    """Share of the prompt's content words that the response takes up; 1 unit = 25%."""
+    """Share of the prompt's content words that are in the response; one unit is 25%."""
     asked = set(words(prompt)) - STOP_WORDS
     return 4 * len(asked & set(words(response))) / max(len(asked), 1)
 
 
 @dataclass(frozen=True)
 class Annotators:
-    """A part of the population with one taste: prefers i to j with probability σ(Σ weight·(taste_i − taste_j))."""
+    """A part of the population with one taste. It prefers i to j with probability σ(Σ weight·(taste_i − taste_j))."""
 
     name: str
     share: float  # of the population
     tastes: tuple[tuple[Callable[[str, str], float], float], ...]  # (taste, weight per unit)
 
 
-# Each group ranks the three tastes in another order, as in Condorcet's paradox: short beats warm for the busy and the
+# Each group ranks the three tastes differently, as in Condorcet's paradox: short beats warm for the busy and the
 # studious, warm beats thorough for the busy and the lonely, thorough beats short for the lonely and the studious.
 POPULATION = (
     Annotators("busy", 0.36, ((brevity, 4.0), (warmth, 1.0))),
@@ -71,7 +72,7 @@ POPULATION = (
 
 
 class Population:
-    """P(i ≻ j): the mean over annotator groups of a logistic of their taste difference. Deterministic, no model."""
+    """P(i ≻ j) as the mean over groups of annotators, weighted by their shares of the population."""
 
     def __init__(self, annotators: Sequence[Annotators] = POPULATION) -> None:
         self.annotators = annotators

@@ -1,4 +1,4 @@
-"""What a model, or a user's function, is on disk: a run tells by the checksums of the files that it was replaced."""
+"""Fingerprints of models and of users' functions: checksums of their files, so that a run notices a replacement."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from types import ModuleType
 
 from ..models.loading import locate, weight_files
 
-INSTALLED = ("site-packages", "dist-packages")  # folders that pip puts packages into
-NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # modules; a newer Python is no other oracle
+INSTALLED = ("site-packages", "dist-packages")  # folders of installed packages
+NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # modules that are not part of a fingerprint
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
 
 def model_fingerprint(source: str, commit: str | None, checksum: Callable[[Path], str]) -> dict[str, str]:
     """Returns the SHA-256 of each file that loading a model may read, by name, or the hub's commit.
 
-    Whole files are read: a size stays the same when weights change, and a date changes when they are copied. That is
-    8 s for 16 GB where the processor has instructions for it; the journal does as much for every policy of a run.
+    Whole files are read, since weights can change without their size, and copying changes dates. This takes about 8 s
+    for 16 GB on a processor with SHA instructions.
 
     Args:
         source: a directory, a Hugging Face id, or "smollm2".
-        commit: of a model from the hub, if it is known.
-        checksum: of a file, given its resolved path.
+        commit: the commit of a model from the hub, if known.
+        checksum: computes the checksum of a file from its resolved path.
     """
     directory = Path(locate(source)["pretrained_model_name_or_path"])
     if directory.is_dir():
@@ -36,17 +36,17 @@ def model_fingerprint(source: str, commit: str | None, checksum: Callable[[Path]
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The names under which two fingerprints differ, in order."""
+    """The names whose checksums differ between two fingerprints, sorted."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def function_fingerprint(name: str, oracle: Callable, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """The SHA-256 of each Python file of a user's function, by name: its modules', and what these import.
+    """Returns the SHA-256 of each Python file that a user's function needs, by name: its module and its imports.
 
     Args:
-        name: of the module, before a colon.
-        oracle: the function, or an object that is called.
-        checksum: of a file, given its resolved path.
+        name: "module:function".
+        oracle: the function, or a callable object.
+        checksum: computes the checksum of a file from its resolved path.
     """
     defined = inspect.unwrap(oracle) if inspect.isroutine(oracle) else type(oracle)
     files: dict[str, Path] = {}
@@ -68,10 +68,10 @@ def function_fingerprint(name: str, oracle: Callable, checksum: Callable[[Path],
 
 
 def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
-    """The files of a folder that these files of it import, and those that have been imported.
+    """The files of a folder that these files import, directly or not, and those that have been imported.
 
-    The former are read from the sources, as an import inside a function need not have happened yet. The latter, which
-    may be in a folder of the folder too, may have been imported under a name that was made while the program ran.
+    The former are found in the sources, since an import inside a function may not have run yet. The latter may have
+    been imported under a name that was computed at run time.
     """
     found, unread = set(files), list(files)
     while unread:
@@ -91,11 +91,11 @@ def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
 
 
 def _imported_names(file: Path) -> Iterator[str]:
-    """The modules and packages that a Python file imports by an absolute name, without what follows a dot."""
+    """The top-level names of the modules that a Python file imports by absolute imports."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return  # nobody can import it
+        return  # it cannot be imported
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -104,6 +104,6 @@ def _imported_names(file: Path) -> Iterator[str]:
 
 
 def _file(module: ModuleType | None) -> Path | None:
-    """The Python file of a module; None where there is none."""
+    """The Python file of a module; None if it has none."""
     path = getattr(module, "__file__", None)
     return Path(path).absolute() if isinstance(path, str) and Path(path).is_file() else None

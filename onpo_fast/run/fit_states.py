@@ -1,4 +1,4 @@
-"""The state inside a fit: weights, optimizer and schedule, saved while training goes on."""
+"""States of a fit: weights, optimizer and schedule, saved in the background while training goes on."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .journal import Journal, not_made
 
 @dataclass(frozen=True)
 class _Written:
-    """A state on disk, as the thread that wrote it leaves it."""
+    """A state that the thread has written to disk."""
 
-    name: str  # in the run directory
+    name: str  # path in the run directory
     step: int
     checksum: str
     at: float  # when it was complete, by time.monotonic
 
 
-NO_STATE = (  # what reading a state raises that is not one of this fit
+NO_STATE = (  # errors of reading a state that does not belong to this fit
     AttributeError,
     IndexError,
     KeyError,
@@ -41,38 +41,43 @@ NO_STATE = (  # what reading a state raises that is not one of this fit
 
 
 def not_a_state(directory: Path, error: Exception) -> str:
-    """What is wrong with a saved state that is whole, and does not fit the model, the optimizer or the schedule."""
-    return f"{directory} is no state of this fit ({type(error).__name__}: {error}): remove it, and start again"
+    """Error message for a saved state that does not fit the model, the optimizer or the schedule."""
+    return f"{directory} is not a state of this fit ({type(error).__name__}: {error}): remove it, and start again"
 
 
-class Checkpoints:
-    """The newest two states of a fit: weights, optimizer and schedule, to the last bit. No pickle.
+class FitStates:
+    """Saves and restores the states of a fit bit for bit, without pickle. The newest two are kept.
 
-    ``save`` copies the state to host memory: 12 bytes a parameter, where weights and both moments are float32. A thread
-    then writes the copy and lets go of it, while training goes on. The journal is touched by the calling thread alone:
-    a written state counts once ``record_written`` or ``finish`` has recorded it. What a kill leaves unrecorded is
-    never restored; ``restore`` and ``clear`` remove it.
+    ``save`` copies the state to host memory: 12 bytes a parameter, for float32 weights and two moments. A thread writes
+    the copy while training goes on. Only the calling thread uses the journal: a state counts once ``record_written`` or
+    ``finish`` has recorded it. A state that was not recorded, because the run was killed, is never restored; both
+    ``restore`` and ``clear`` remove it.
 
     Args:
-        journal: keeps their checksums; a damaged one is passed over.
-        name: their folder in the run directory.
-        every_steps, every_seconds: how often one is saved; whichever comes first, within ``spacing``.
+        journal: records the states with their checksums. A damaged state is skipped.
+        name: folder of the states in the run directory.
+        every_steps, every_seconds: how often a state is saved, whichever comes first, within ``spacing``.
     """
 
     KEPT = 2
-    spacing = 20  # a state is due no sooner after the last one than this many times what saving that one took
+    spacing = 20  # the least time between two states, as a multiple of the time that saving one took
 
     def __init__(self, journal: Journal, name: str, every_steps: int, every_seconds: float) -> None:
         self.journal, self.name = journal, name
         self.every_steps, self.every_seconds = every_steps, every_seconds
         self.last_step = 0
-        self.began = time.monotonic()  # saving the last state
-        self.ended: float | None = self.began  # None while it is being written
+        self.began = time.monotonic()  # when saving the last state began
+        self.ended: float | None = self.began  # when it was written; None while it is being written
         self.executor = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[_Written] | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the states."""
+        return self.journal.directory / self.name
+
     def due(self, step: int) -> bool:
-        """Whether to save a state after this step."""
+        """Whether a state should be saved after this step."""
         now = time.monotonic()
         passed = now - self.began
         took = (now if self.ended is None else self.ended) - self.began
@@ -80,14 +85,14 @@ class Checkpoints:
         return wanted and passed >= (1 + self.spacing) * took  # false while one is being written, unless spacing is 0
 
     def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
-        """Copies the state and begins to write it, after the one before is written.
+        """Copies the state and starts to write it. Waits for the previous state to be written.
 
         Args:
-            step: the number of steps done; nothing is saved if it is that of the last state.
+            step: number of finished steps; nothing is saved if the last state has the same.
             rest: JSON that ``restore`` returns; numbers come back exactly.
 
         Raises:
-            OSError: if the state before could not be written.
+            OSError: if the previous state could not be written.
         """
         if step == self.last_step:
             return
@@ -103,7 +108,7 @@ class Checkpoints:
         self.last_step = step
 
     def _write(self, step: int, tensors: dict[str, Tensor], document: str) -> _Written:
-        """In the thread."""
+        """Writes a state to disk. Runs in the thread."""
         name = f"{self.name}/step_{step:08d}"
 
         def fill(directory: Path) -> None:
@@ -115,7 +120,7 @@ class Checkpoints:
         return _Written(name, step, checksum(self.journal.directory / name), time.monotonic())
 
     def record_written(self) -> None:
-        """Records the state that was being written, if it is complete by now, and forgets those that are too old.
+        """Records the state that was being written, if it is complete by now, and removes older ones.
 
         Raises:
             OSError: if it could not be written.
@@ -139,7 +144,7 @@ class Checkpoints:
             self.journal.forget(old)
 
     def step(self) -> int:
-        """Of the newest whole state; 0 if there is none."""
+        """Number of finished steps in the newest whole state; 0 if there is none."""
         newest = self._newest()
         if newest is None:
             return 0
@@ -149,15 +154,14 @@ class Checkpoints:
         return step
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the newest whole state back and returns its ``rest``, with the "step"; None if there is none.
+        """Restores the newest whole state and returns its ``rest``, with "step"; None if there is none.
 
-        Removes what a kill has left beside the recorded states.
+        Removes states that were not recorded because the run was killed.
 
         Raises:
-            UserError: if that state is not one of this model and optimizer; names it.
+            UserError: if the state does not fit the model or optimizer; names it.
         """
-        folder = self.journal.directory / self.name
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if f"{self.name}/{path.name}" not in self.journal.entries:
                 remove(path)
         name = self._newest()
@@ -174,7 +178,7 @@ class Checkpoints:
     def _put_back(self, directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         rest = parse_json(read_regular(directory / "state.json", MOST_LINES_BYTES))
         if rest["step"] != self.step():
-            raise ValueError(f"it is of step {rest['step']}, and its entry in the journal of another")
+            raise ValueError(f"it has step {rest['step']}, and the journal says another")
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, tensor in load_file(directory / "state.safetensors").items():
             kind, parameter_name = key.split(".", 1)
@@ -184,7 +188,7 @@ class Checkpoints:
             own = by_parameter[parameter_name]
             with torch.no_grad():
                 parameter.copy_(own.pop("model"))
-            if own:  # a parameter that has not had a gradient has no state
+            if own:  # a parameter without gradients has no state
                 state[index] = own
         optimizer.load_state_dict({"state": state, "param_groups": rest.pop("param_groups")})
         return rest
@@ -194,7 +198,7 @@ class Checkpoints:
         return next((name for name in names if self.journal.note(name) is not None), None)
 
     def clear(self) -> None:
-        """Removes all states, after the one that is being written is complete: the fit is done, or has failed.
+        """Removes all states, because the fit has ended or failed. Waits for one that is being written.
 
         Raises:
             OSError: if it could not be written.
@@ -206,8 +210,8 @@ class Checkpoints:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """In host memory. It waits for a GPU: the optimizer is about to change the tensor.
+    """Copies a tensor to host memory. Waits for the device, since the optimizer is about to change the tensor.
 
-    Not pinned: torch would keep the memory, rounded up to powers of two, for good.
+    The memory is not pinned: torch would never free it, and rounds its size up to a power of two.
     """
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -17,32 +17,32 @@ from ..files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, r
 class Journal:
     """The outputs of a run in the order in which they were made, with their checksums and a note each.
 
-    An output counts as made if it is in ``journal.jsonl`` and on disk as it was then. One that is not is made again; if
-    it does not come out the same, what was made after it is forgotten, to be made again too.
+    An output is done if it is in ``journal.jsonl`` and its checksum still matches. One that is damaged is made again;
+    if it comes out different, the outputs after it are forgotten, so that they are made again too.
 
-    The file is one JSON object a line: what was recorded or forgotten, and a checksum of the line and all before it. A
-    line is added for each change, so that a change costs the same however many there were. Everything is written
-    twice, so that damage can be mended; a last line that is not whole is what a power cut leaves, and is left out.
-    The first change of a process writes both files anew, without the lines that no longer count.
+    The file has one JSON object a line: what was recorded or forgotten, and a checksum of this line and all lines
+    before it. Each change appends a line. Everything is written twice, to ``journal.copy.jsonl`` too, so that a damaged
+    file can be replaced. An incomplete last line, which a power cut leaves, is ignored. The first change of a process
+    writes both files anew, without outdated lines.
 
     Attributes:
-        before_record: called before each change is written: what has to be on disk by then, or still hold.
+        before_record: functions called before each change is written, to check or flush what it depends on.
 
     Raises:
-        UserError: if neither file is whole, or an entry's name is a path that is not in the run directory.
+        UserError: if neither file is whole, or an entry's name is a path outside the run directory.
     """
 
     FILES = ("journal.jsonl", "journal.copy.jsonl")
-    EARLIER_FILES = ("journal.json", "journal.copy.json")  # of earlier runs: an object, written anew for each change
+    EARLIER_FILES = ("journal.json", "journal.copy.json")  # format of earlier versions: one JSON object
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.entries: dict[str, dict[str, Any]] = {}
-        self.checked: dict[str, bool] = {}  # an output is read once to see whether it is whole
-        self.file = directory / self.FILES[0]  # the one that was read, or will be written
-        self.mended = False  # whether the copy had to be taken
+        self.checked: dict[str, bool] = {}  # whether an output's checksum matches; each is read once
+        self.file = directory / self.FILES[0]  # the file that was read, or will be written
+        self.mended = False  # whether the copy was read in place of a damaged file
         self.before_record: list[Callable[[], None]] = []
-        self.last = ""  # the checksum of the last line, once both files end with it
+        self.last = ""  # checksum of the last line, once both files end with it
         for names, parse in ((self.FILES, _parse_lines), (self.EARLIER_FILES, _parse_object)):
             if any(os.path.lexists(directory / name) for name in names):
                 self._read(names, parse)
@@ -61,10 +61,10 @@ class Journal:
                 except UserError as error:  # no regular file, or too large
                     damaged.append(str(error))
         if not whole:
-            raise UserError(f"{' and '.join(damaged)}: remove what is damaged, and --resume makes everything again")
+            raise UserError(f"{' and '.join(damaged)}: remove the damaged files, and --resume makes everything again")
         name, content = whole[0]
         if len(whole) == 2 and content.lines[-1:] and content.lines[-1] in whole[1][1].lines[:-1]:
-            name, content = whole[1]  # it goes on where the first one ends
+            name, content = whole[1]  # the copy has more lines
         self.file = self.directory / name
         self.mended = name != names[0]
         self.entries = content.entries
@@ -73,13 +73,13 @@ class Journal:
             _check_name(self.directory, name, entry, checked)
 
     def begin(self, notes: dict[str, dict[str, Any]]) -> None:
-        """What a run goes by, noted before all outputs, in one write."""
+        """Records what a run depends on (notes without files), before all outputs, in one write."""
         known = {name: entry for name, entry in self.entries.items() if name not in notes}
         self.entries = {name: {"checksum": None, "note": note} for name, note in notes.items()} | known
         self._write_anew()
 
     def note(self, name: str) -> dict[str, Any] | None:
-        """What was noted with an output, if it was made and is whole; ``name`` is its path in the run directory."""
+        """The note of an output that is done and whole, else None; ``name`` is its path in the run directory."""
         entry = self.entries.get(name)
         if entry is None:
             return None
@@ -88,19 +88,19 @@ class Journal:
         return entry["note"] if self.checked[name] else None
 
     def damaged(self, name: str) -> bool:
-        """Whether an output was made, and is no longer what it was."""
+        """Whether an output was recorded, and its checksum no longer matches."""
         return name in self.entries and self.note(name) is None
 
     def record(
         self, name: str, note: dict[str, Any] | None = None, file: bool = True, content: str | None = None
     ) -> None:
-        """An output is made.
+        """Records an output as done.
 
         Args:
-            name: its path in the run directory.
-            note: what to keep with it.
-            file: whether there is a file or directory of that name.
-            content: its checksum, if that is known already; otherwise it is computed.
+            name: path of the output in the run directory.
+            note: JSON to keep with it.
+            file: whether there is a file or folder of this name.
+            content: checksum of the output; by default it is computed.
         """
         if file and content is None:
             content = checksum(self.directory / name)
@@ -108,22 +108,22 @@ class Journal:
         self.checked[name] = True
 
     def forget(self, *names: str) -> None:
-        """Outputs that are no longer needed: the record first, so that none is missed that is recorded."""
+        """Removes outputs: first from the journal, then from disk."""
         self.forget_records(*names)
         for name in names:
             remove(self.directory / name)
 
     def forget_records(self, *names: str) -> None:
-        """Outputs that are about to be made again. Their files stay."""
+        """Removes outputs from the journal. Their files stay."""
         if known := [name for name in names if name in self.entries]:
             self._change({"forget": known})
 
     def within(self, folder: str) -> list[str]:
-        """The recorded outputs in a folder, by name."""
+        """Names of the recorded outputs in a folder, sorted."""
         return sorted(name for name in self.entries if name.startswith(f"{folder}/"))
 
     def forget_folder(self, folder: str) -> None:
-        """Also what a kill has left there, and the journal does not list."""
+        """Removes a folder and all recorded outputs in it, also files that the journal does not list."""
         self.forget_records(*self.within(folder))
         remove(self.directory / folder)
 
@@ -131,7 +131,7 @@ class Journal:
         path = self.directory / name
         try:
             return path.exists() and checksum(path) == expected
-        except UserError:  # no regular file
+        except UserError:  # not a regular file
             return False
 
     def _change(self, change: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Journal:
         for act in self.before_record:
             act()
         line, last = _line(change, self.last)
-        self.last = ""  # after a failure a file may end with half a line: then both are written anew
+        self.last = ""  # if writing fails, a file may end with half a line: then both are written anew
         for name in self.FILES:
             path = self.directory / name
             with naming(path), open(path, "ab") as file:
@@ -165,30 +165,30 @@ class Journal:
         self.last = last
 
 
-VERSION = 1  # of the lines of a journal
+VERSION = 1  # of the format
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file of a journal says."""
+    """The content of a journal file."""
 
     entries: dict[str, dict[str, Any]]
-    lines: list[str]  # their checksums
+    lines: list[str]  # checksums of the lines
 
 
 def _line(change: dict[str, Any], previous: str) -> tuple[bytes, str]:
-    """A line of a journal, and its checksum, which is one of all lines before it too."""
+    """A line of a journal and its checksum, which covers all lines before it."""
     body = json.dumps(change)
     own = hashlib.sha256(f"{previous}{body}".encode()).hexdigest()
     return f'{body[:-1]}, "sha256": "{own}"}}\n'.encode(), own
 
 
 class _OtherVersion(ValueError):
-    """The journal is whole, and of another version of this package."""
+    """A journal that is whole, but in the format of another version."""
 
 
 def _apply(change: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
-    """Changes the entries as a line says."""
+    """Applies the change of a line to the entries."""
     for name in change.get("forget", ()):
         entries.pop(name, None)
     if "name" in change:
@@ -200,7 +200,7 @@ def _apply(change: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
 
 
 def _parse_lines(content: bytes) -> _Content:
-    """What the lines of a journal come to; ``ValueError`` if one before the last is not what was written."""
+    """Reads the lines of a journal. Raises ``ValueError`` if a line before the last one is damaged."""
     *lines, rest = content.split(b"\n")
     entries: dict[str, dict[str, Any]] = {}
     checksums: list[str] = []
@@ -210,14 +210,14 @@ def _parse_lines(content: bytes) -> _Content:
             own = change.pop("sha256")
             written = _line(change, checksums[-1] if checksums else "")[1] == own
             if not checksums and written and type(change.get("version")) is int and change["version"] != VERSION:
-                raise _OtherVersion("it is of another version of onpo_fast")
+                raise _OtherVersion("it was written by another version of onpo_fast")
             if not written or not _is_change(change, first=not checksums):
                 raise ValueError
         except _OtherVersion:
             raise
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             if checksums and number == len(lines) and not rest:
-                break  # as a power cut leaves it
+                break  # an incomplete line, which a power cut leaves
             raise ValueError(f"line {number} is not what was written") from None
         checksums.append(own)
         _apply(change, entries)
@@ -227,7 +227,7 @@ def _parse_lines(content: bytes) -> _Content:
 
 
 def _is_change(change: dict[str, Any], first: bool) -> bool:
-    """Whether it is what a line says: the version, in the first one; what was forgotten, or an output, in others."""
+    """Whether a line is valid: the first has the version, others an output or what was forgotten."""
     if first:
         return change.keys() == {"version"} and type(change["version"]) is int
     if change.keys() == {"forget"}:
@@ -236,7 +236,7 @@ def _is_change(change: dict[str, Any], first: bool) -> bool:
 
 
 def _parse_object(content: bytes) -> _Content:
-    """What an early journal holds: an object with an entry for itself, which the earliest did not have."""
+    """Reads the journal of an earlier version: an object with an entry for itself, which the first versions lacked."""
     entries = parse_json(content)
     if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
         raise ValueError("not the journal of a run")
@@ -255,13 +255,15 @@ def _is_entry(entry: object) -> bool:
 
 
 def _check_name(directory: Path, journal: str, name: str, checked: set[Path]) -> None:
-    """Raises ``UserError`` if the name of an entry is not one of a file or folder in the run directory.
+    """Raises ``UserError`` if the name of an entry does not lie in the run directory.
 
-    ``checked`` collects the paths that are known to be no symbolic links.
+    ``checked`` collects paths that are known not to be symbolic links.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or name in ("", ".") or "\0" in name:
-        raise UserError(f"{directory / journal}: its entry {name!r} is no path in the run directory: do not use it")
+        raise UserError(
+            f"{directory / journal}: its entry {name!r} is not a path in the run directory: do not use this run"
+        )
     for part in (*reversed(path.parents), path):
         place = directory / part
         if place not in checked and part != PurePosixPath():
@@ -274,7 +276,7 @@ def _check_name(directory: Path, journal: str, name: str, checked: set[Path]) ->
 
 
 def not_made(journal: Journal, name: str) -> str:
-    """What is wrong with an output whose entry in the journal has another note than a run makes."""
+    """Error message for an output whose note in the journal is not valid."""
     return (
         f"{journal.directory / name}: its entry in {journal.file.name} is not what a run notes there. Remove "
         f"{journal.directory / name}, and it is made again"

@@ -13,10 +13,15 @@ LOCK = ".lock"
 
 
 def locked(directory: Path, title: str = "") -> RunLock:
-    """The run directory, made if need be, for this process alone. The lock goes with the process, however it ends.
+    """Locks a run directory for this process, and creates it if it is missing.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        title: what error messages put before the name of the directory.
 
     Raises:
-        UserError: if another has it, or it cannot be made, or holds a symbolic link. ``title`` goes before its name.
+        UserError: if another process has the lock, or the directory cannot be created or holds a symbolic link.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,14 +43,15 @@ class RunLock:
         self.file = _identity(self.path)
 
     def check(self) -> None:
-        """Raises ``UserError`` if the lock's file is gone or another: then another process may have the run too."""
+        """Raises ``UserError`` if the lock's file was removed or replaced: another process may work on the run too."""
         if _identity(self.path) != self.file:
             raise UserError(
-                f"{self.path} was removed while this process was at work, so that another may be writing the same "
-                "files: see that there is none, and start again (a run with --resume)"
+                f"{self.path} was removed while this process was at work, so another process may be writing the same "
+                "files: make sure that there is none, and start again (a run with --resume)"
             )
 
     def release(self) -> None:
+        """Lets another process lock the directory."""
         self.lock.release()
 
     def __enter__(self) -> RunLock:
@@ -56,7 +62,7 @@ class RunLock:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file it is, whatever its name; None if there is none."""
+    """Device and inode of a file; None if there is none."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -64,20 +70,20 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-LINKED = ("wandb",)  # folders of a run directory in which another program keeps links of its own
+LINKED = ("wandb",)  # folders in which another program keeps links of its own
 
 
 def refuse_links(directory: Path) -> None:
-    """Raises ``UserError`` if a run directory holds a symbolic link: what is written there would be written elsewhere.
+    """Raises ``UserError`` if a run directory holds a symbolic link, through which a run would write elsewhere.
 
-    The directory itself may be one.
+    The directory itself may be a symbolic link.
     """
     for folder, folders, files in os.walk(directory):
         for name in sorted((*folders, *files)):
             path = Path(folder, name)
             if path.is_symlink():
                 raise UserError(
-                    f"{path} is a symbolic link: what a run writes and removes is to be in its own directory. Put the "
+                    f"{path} is a symbolic link: a run writes and removes files in its own directory only. Put the "
                     "file or folder itself there, or remove the link"
                 )
         if Path(folder) == directory:

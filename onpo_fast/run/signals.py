@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop where nothing is lost; a second one stops it at once."""
+"""SIGINT and SIGTERM: the first asks a run to stop where nothing is lost, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _asked_by: int | None = None
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has."""
+    """A run has stopped because a signal asked for it. ``exit_status`` is the shell's: 128 and the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 
 def listen() -> None:
-    """From now on the two signals only ask."""
+    """Handles both signals from now on."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ask)
 
@@ -31,10 +31,11 @@ def _ask(number: int, frame: FrameType | None) -> None:
 
 
 def asked() -> bool:
+    """Whether a signal has asked the run to stop."""
     return _asked_by is not None
 
 
 def stop_if_asked() -> None:
-    """Raises ``Stopped`` if a signal has asked for it. Called where all that is done is on disk, or can be redone."""
+    """Raises ``Stopped`` if a signal has asked the run to stop. Called where all results are on disk."""
     if _asked_by is not None:
         raise Stopped(_asked_by)

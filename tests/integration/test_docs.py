@@ -1,17 +1,24 @@
-"""What the pages of docs/ tell people to paste runs as it stands, on the shallow model."""
+"""Code samples and commands of the documentation: they run as they stand, and name options that exist.
+
+The page on DDP, FSDP2 and LoRA is in ``test_distributed.py``, the README's sample in ``test_project.py``.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from onpo_fast import oracles
+from onpo_fast.algorithms import ALGORITHMS, ALIASES
+from onpo_fast.config import Config, parse
 from onpo_fast.data import Group, Response
 
-PAGE = (Path(__file__).parents[2] / "docs" / "your-trainer.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "your-trainer.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)}
 
 
@@ -45,14 +52,14 @@ def test_your_trainer(title: str, shallow_model: Path, tmp_path: Path, monkeypat
 
 def test_every_section_is_linked_and_run() -> None:
     assert len(snippets(PAGE)) == 1 + 4
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "docs/your-trainer.md" in readme
 
 
-def test_oracles_of_ones_own() -> None:
+def test_your_own_oracles() -> None:
     """The two in docs/oracles.md, asked."""
     names: dict = {}
-    for snippet in snippets((Path(__file__).parents[2] / "docs" / "oracles.md").read_text(encoding="utf-8")):
+    for snippet in snippets((ROOT / "docs" / "oracles.md").read_text(encoding="utf-8")):
         exec(snippet, names)
     group = Group([{"role": "user", "content": "Hi"}], [1], [Response(t, [1], "eos", -1.0) for t in ("a", "bcd", "e")])
     for oracle in (names["prefer"], names["shorter"]):
@@ -61,8 +68,8 @@ def test_oracles_of_ones_own() -> None:
 
 
 def test_the_games() -> None:
-    """docs/games.md: what it shows of the lab, and what it says that comes out."""
-    text = (Path(__file__).parents[2] / "docs" / "games.md").read_text(encoding="utf-8")
+    """docs/games.md: its samples run, with the results that it states."""
+    text = (ROOT / "docs" / "games.md").read_text(encoding="utf-8")
     names: dict = {}
     matrix, transformer, turns = snippets(text)
     exec(matrix, names)
@@ -72,3 +79,58 @@ def test_the_games() -> None:
     assert names["biased"].average_gap[:, -1].mean() > 0.1
     exec(transformer.replace("iterations=4", "iterations=1"), names)
     assert names["trace"].distance.max() < 0.05
+
+
+def test_configuration(tmp_path: Path) -> None:
+    """docs/configuration.md: a flat file and one by section are the same configuration."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (snippet,) = snippets(text)
+    exec(snippet, {})
+    flat, by_section = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    parsed = []
+    for name, content in (("flat", flat), ("by_section", by_section)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(content)
+        parsed.append(parse(["--config", str(path), "--out", "runs/x"]))
+    assert parsed[0] == parsed[1]
+    assert parsed[0].eta == 20
+
+
+def test_the_algorithms_are_all_listed() -> None:
+    """docs/algorithm.md names every algorithm and every short name."""
+    text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    table = text.partition("## Algorithms of `--objective`")[2]
+    for name in (*ALGORITHMS, *ALIASES):
+        assert f"`{name}`" in table
+
+
+SWITCHES = "config resume force trust_run help push_to_hub".split()
+EARLIER = "second_fit fit_start".split()  # hidden aliases
+TRL = (
+    "model_name_or_path dataset_name output_dir max_completion_length num_generations num_generations_eval "
+    "attn_implementation per_device_train_batch_size"
+).split()
+OTHER_COMMANDS = {
+    "pip and docker": "no-deps",
+    "export, AlpacaEval": "alpaca model_outputs",
+    "report": "picture",
+    "games": "game actions steps algorithms seeds turns fit_steps",
+    "bench": "kills errors only budget benchmark-only",
+    "gpu-check": "part dry-run",
+}
+
+
+def test_options_exist() -> None:
+    """Every --option that README and docs name is one of a command."""
+    known = {field.name for field in fields(Config)} | {*SWITCHES, *EARLIER, *TRL}
+    known |= {option for options in OTHER_COMMANDS.values() for option in options.split()}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text(encoding="utf-8")))
+        assert named <= known, (page.name, named - known)
+
+
+def test_commands_exist() -> None:
+    commands = "train evaluate report export games bench env COMMAND".split()
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"onpo-fast (\w+)", page.read_text(encoding="utf-8")))
+        assert named <= set(commands), (page.name, named)

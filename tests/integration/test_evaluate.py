@@ -19,7 +19,8 @@ from onpo_fast.files import checksum
 from onpo_fast.run import signals
 from onpo_fast.run.digest import run_digest
 from onpo_fast.run.journal import Journal
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies
+from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -63,12 +64,12 @@ def test_policies_in_the_order_they_were_made(tmp_path) -> None:
     for t in (1, 2, 99, 100):
         (tmp_path / f"iteration_{t:02d}" / "policy").mkdir(parents=True)
         journal.record(f"iteration_{t:02d}/policy")
-    assert list(evaluate.finished_policies(tmp_path, journal)) == ["π_2", "π_3", "π_100", "π_101"]
+    assert list(finished_policies(tmp_path, journal)) == ["π_2", "π_3", "π_100", "π_101"]
 
 
 def test_nothing_to_evaluate(tmp_path, capsys) -> None:
     with pytest.raises(UserError, match="no finished iteration"):
-        evaluate.evaluate(tmp_path, Config())
+        evaluate.evaluate(tmp_path, Config(), Journal(tmp_path))
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(tmp_path)])
     assert stop.value.code == 2
@@ -109,14 +110,14 @@ def run(tmp_path_factory, tiny_model) -> Config:
 
 
 def outputs(directory: Path) -> list[str]:
-    return [(directory / name).read_text() for name in (evaluate.RESULT, evaluate.RESPONSES)]
+    return [(directory / name).read_text() for name in (EVALUATION, RESPONSES)]
 
 
 @pytest.mark.parametrize("by_command", [False, True])
 def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch, by_command: bool) -> None:
     """What was sampled, scored or judged is not done again unless it is damaged, and is counted over all processes."""
-    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
-    monkeypatch.setattr(Parts, "GROUPS", 1)
+    monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 1)  # a prompt each
+    monkeypatch.setattr(ResumableStage, "GROUPS", 1)
     directory = tmp_path / "run"
     shutil.copytree(run.out, directory)
     config, oracle, sampled = replace(run, out=str(directory)), Counting(), []
@@ -135,11 +136,11 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
         else:
             train.train(config, resume=True)
 
-    Journal(directory).forget(evaluate.RESULT, evaluate.RESPONSES)
+    Journal(directory).forget(EVALUATION, RESPONSES)
     oracle.fails_at = 2
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         go_on()
-    prompts = len((directory / evaluate.HELD_OUT).read_text().splitlines())
+    prompts = len((directory / HELD_OUT).read_text().splitlines())
     assert prompts == 4
     assert sampled == [0, 1, 2, 3] * 2
     parts = sorted(directory.glob("evaluation.parts/*/*"))
@@ -162,7 +163,7 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
     shutil.copytree(directory, undisturbed)
     evaluate.main([str(undisturbed)])
     assert outputs(undisturbed) == disturbed
-    assert Journal(undisturbed).note(evaluate.RESULT) is not None
+    assert Journal(undisturbed).note(EVALUATION) is not None
 
 
 def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, monkeypatch) -> None:
@@ -176,7 +177,7 @@ def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, m
     for options, made in ((config, True), (config, False), (replace(config, temperature=0.9), True)):
         before = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
         with pytest.raises(KeyboardInterrupt):
-            evaluate.evaluate(directory, options, None, journal)
+            evaluate.evaluate(directory, options, journal)
         after = {path: path.stat().st_mtime_ns for path in directory.glob("evaluation.parts/*/*")}
         assert (after != before) == made
     train.train(config, resume=True)  # its evaluation is whole: the parts go
@@ -199,7 +200,7 @@ def test_a_stop_is_recorded_with_what_was_asked(run: Config, tmp_path, monkeypat
     tracker = Tracker(directory, "none")
     before = (directory / "metrics.jsonl").read_text()
     with pytest.raises(signals.Stopped):
-        evaluate.evaluate(directory, replace(run, out=str(directory)), tracker, Journal(directory))
+        evaluate.evaluate(directory, replace(run, out=str(directory)), Journal(directory), tracker)
     tracker.close()
     added = (directory / "metrics.jsonl").read_text().removeprefix(before).splitlines()
     assert [json.loads(line)["requests"] for line in added] == [asked] * records
@@ -223,15 +224,15 @@ def test_a_stop_is_recorded_with_what_was_asked(run: Config, tmp_path, monkeypat
 def test_parts_that_do_not_fit_are_named(
     run: Config, tmp_path, monkeypatch, name: str, change: Callable, message: str
 ) -> None:
-    monkeypatch.setattr(Parts, "BATCHES", 1)  # a prompt each
+    monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 1)  # a prompt each
     directory = tmp_path / "run"
     shutil.copytree(run.out, directory)
     config, journal, oracle = replace(run, out=str(directory)), Journal(directory), Counting()
-    monkeypatch.setattr(Parts, "GROUPS", 2)
+    monkeypatch.setattr(ResumableStage, "GROUPS", 2)
     monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
     oracle.fails_at = 2
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(directory, config, None, journal)
+        evaluate.evaluate(directory, config, journal)
     part = next(iter(sorted((directory / f"evaluation.parts/{name}.parts").iterdir())))
     if name == "responses_01":  # else they are scored already
         journal.forget_folder("evaluation.parts/logps_01.parts")
@@ -240,4 +241,4 @@ def test_parts_that_do_not_fit_are_named(
     journal.entries[own]["checksum"] = checksum(part)
     journal._write_anew()
     with pytest.raises(UserError, match=rf"evaluation\.parts/{name}\.parts.*{message}"):
-        evaluate.evaluate(directory, config, None, Journal(directory))
+        evaluate.evaluate(directory, config, Journal(directory))

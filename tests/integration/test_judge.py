@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onpo_fast.oracles.answers import Answers
 
 from onpo_fast import oracles
 from onpo_fast import train as module
@@ -30,7 +31,6 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import chat_judge
-from onpo_fast.oracles.answers import Answers
 from onpo_fast.run import signals
 from tests.support.servers import (
     Error,
@@ -820,7 +820,7 @@ def test_a_judge_without_verdicts_stops_the_run(judge) -> None:
             (matrix,) = oracles.judge(judge(server), groups("a", "bcd"), "judge")
         np.testing.assert_array_equal(matrix, SHORTER)
     with serving(lambda body: "") as server:
-        oracles.judge(judge(server, judge_max_nonsense=1.0), groups("c", "d"), "judge")
+        oracles.judge(judge(server, judge_max_invalid_rate=1.0), groups("c", "d"), "judge")
 
 
 def test_concurrency_is_limited_and_used(judge) -> None:

@@ -213,7 +213,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
 def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """The answers in batches and those to each question alone; and what was said."""
     alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1))
-    tracking.said.clear()
+    tracking.announced.clear()
     capsys.readouterr()
     answers = oracle.many(GROUPS)
     said = capsys.readouterr().out

@@ -298,12 +298,13 @@ def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model
     with pytest.raises(UserError, match="it raised RuntimeError: down"):
         train.train(options)
     assert rows("judge") == [(2, True)]
-    monkeypatch.setattr(train, "evaluate", lambda *rest: (Path("down").touch(), evaluate.evaluate(*rest))[1])
+    real = evaluate.Evaluator.evaluate
+    monkeypatch.setattr(evaluate.Evaluator, "evaluate", lambda *given: (Path("down").touch(), real(*given))[1])
     Path("down").unlink()
     with pytest.raises(UserError, match="it raised RuntimeError: down"):
         train.train(options, resume=True)
     assert (rows("judge"), rows("evaluate")) == ([(2, True), (3, False)], [(2, True)])
-    monkeypatch.setattr(train, "evaluate", evaluate.evaluate)
+    monkeypatch.setattr(evaluate.Evaluator, "evaluate", real)
     Path("down").unlink()
     train.train(options, resume=True)
     evaluate.main(["run", "--trust_run"])

@@ -23,7 +23,6 @@ from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.models.policy import Policy
-from onpo_fast.objectives import Onpo
 from onpo_fast.run.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -232,69 +231,6 @@ def test_the_same_loop_runs_every_objective(
     else:
         expected = [] if options["objective"] == "ipo" else [(2, "policy")]
     assert [s for s in scored if s[1] != "initial"] == expected
-
-
-class Recorder:
-    """Stands in for ``Run``: policies are names, and what is done to them is written down."""
-
-    def __init__(self, config: Config, resume: bool, force: bool) -> None:
-        self.initial, self.done = "start", []
-
-    def __getattr__(self, stage: str):
-        return lambda *arguments: None
-
-    def anchor(self, t, objective, source, groups):
-        return source
-
-    def fit(self, t, name, source, groups, pairs, anchor, objective):
-        self.done.append((source, anchor, objective.target(torch.ones(())).item()))
-        return f"{name} {t + 1}"
-
-    def finish(self):
-        return self.done
-
-
-@pytest.mark.parametrize(
-    ("options", "fits"),  # a fit: where it starts, its anchor, its target
-    [
-        (
-            {},
-            [
-                ("start", "start", 10),
-                ("auxiliary 2", "auxiliary 2", 10),
-                ("auxiliary 2", "auxiliary 2", 10),
-                ("auxiliary 3", "auxiliary 3", 10),
-            ],
-        ),
-        (
-            {"fit_start": "policy"},
-            [
-                ("start", "start", 10),
-                ("start", "auxiliary 2", 10),
-                ("policy 2", "auxiliary 2", 10),
-                ("policy 2", "auxiliary 3", 10),
-            ],
-        ),
-        (
-            {"second_fit": "direct"},
-            [
-                ("start", "start", 10),
-                ("auxiliary 2", "start", 20),
-                ("auxiliary 2", "auxiliary 2", 10),
-                ("auxiliary 3", "auxiliary 2", 20),
-            ],
-        ),
-        ({"objective": "omd"}, [("start", "start", 10), ("policy 2", "policy 2", 10)]),
-    ],
-)
-def test_algorithm_1(monkeypatch, options: dict, fits: list[tuple]) -> None:
-    """π′_{t+1} is fitted against π′_t and π_{t+1} against π′_{t+1}: what makes the update optimistic."""
-    monkeypatch.setattr(module, "Run", Recorder)
-    assert module.train(Config(**options)) == fits
-
-
-def test_direct_doubles_the_target() -> None:
-    assert module.doubled(Onpo(eta=3.0)) == Onpo(eta=6.0)
 
 
 def test_the_same_seed_ends_with_the_same_bits(tmp_path, shallow_model, write_lines) -> None:

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
-from onpo_fast.config import Config, asked, parse, parse_run, read
+from onpo_fast.config import Config, options_needing_trust, parse, parse_run, read_run
 from onpo_fast.errors import UserError, command
 from onpo_fast.files import atomic_write_directory, read_jsonl, write_jsonl
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.journal import _line as journal_line
 from onpo_fast.run.lock import locked
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker, say
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -112,7 +112,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--prompts=", "--prompts must not be empty"),
         ("--eval_prompts=", "--eval_prompts must not be empty"),
         ("--learning_rate 1e37", "--learning_rate must be at most 1e30"),
-        ("--labels hard", "--labels must be one of soft, bits, not hard"),
+        ("--labels hard", "--labels must be one of soft, sampled, not hard"),
         ("--pairing random", "--pairing must be one of iid, all_pairs, best_worst, knockout, not 'random'"),
         ("--skip_bad_prompts perhaps", "--skip_bad_prompts must be true or false, not perhaps"),
         ("--oracle nowhere:f", "--oracle nowhere:f: cannot import it (ModuleNotFoundError: No module named 'nowhere')"),
@@ -126,7 +126,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config value.yaml --iterations 3", "value.yaml, line 3: iterations must be a whole number, not two"),
         ("--config null.yaml", "null.yaml, line 2: seed must be a whole number, not null"),
         ("--config null.yaml --seed 3", "null.yaml, line 2: seed must be a whole number, not null"),
-        ("--config labels.yaml", "labels.yaml, line 1: labels must be one of soft, bits, not null"),
+        ("--config labels.yaml", "labels.yaml, line 1: labels must be one of soft, sampled, not null"),
         ("--config switch.yaml", "switch.yaml, line 2: skip_bad_prompts must be true or false, not null"),
         ("--config code.yaml", "code.yaml, line 1: not YAML (could not determine a constructor"),
         ("--config gone.yaml", "cannot read or write gone.yaml: No such file or directory"),
@@ -197,8 +197,8 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
         ),
         # runs to go on with
         (train.main, "--resume", "--resume needs --out"),
-        (train.main, "--resume --out gone", "gone has no run to go on with; to start one there, give its options too"),
-        (train.main, "--resume --force --out=theirs", "theirs has no run to go on with"),
+        (train.main, "--resume --out gone", "gone has no run to continue; to start one there, give its options too"),
+        (train.main, "--resume --force --out=theirs", "theirs has no run to continue"),
         (train.main, "--resume --out theirs --seed 1", "--out theirs is not empty, and has no run to go on with: give"),
         (train.main, "--resume --out latin", "latin/config.yaml is not the configuration of a run: "),
         (train.main, "--resume --out folder", "cannot read or write folder/config.yaml: Is a dir"),
@@ -521,8 +521,8 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in (evaluate, export):
-        monkeypatch.delattr(module, "load")
+    for module in ("evaluate", "reports.exports"):
+        monkeypatch.delattr(f"onpo_fast.{module}.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))
@@ -539,12 +539,14 @@ def test_what_a_run_directory_asks_for(
 
 def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
     strangers_run(here, report_to="wandb")
-    assert asked(Config()) == []
-    assert asked(Config(report_to="none", oracle="0.5*population+reward-model=x", oracle_model="org/name")) == []
-    assert asked(Config(report_to="wandb", oracle="evil:f")) == ["oracle", "report_to"]  # then "to go on" has the flag
+    assert options_needing_trust(Config()) == []
+    mixed = Config(report_to="none", oracle="0.5*population+reward-model=x", oracle_model="org/name")
+    assert options_needing_trust(mixed) == []
+    theirs = Config(report_to="wandb", oracle="evil:f")
+    assert options_needing_trust(theirs) == ["oracle", "report_to"]  # then "to go on" has the flag
     said = one_line(train.main, "--resume --out run".split(), capsys)
-    assert "report_to asks to report to Weights & Biases with your key. If that is meant, give --report_to w" in said
-    assert read(Path("run"), asks=evaluate.ASKS).report_to == "wandb"  # whose numbers stay in the directory
+    assert "report_to asks to report to Weights & Biases with your key. If you want that, give --report_to w" in said
+    assert read_run(Path("run"), names=evaluate.ASKS).report_to == "wandb"  # whose numbers stay in the directory
 
 
 @pytest.mark.parametrize(("options", "message", "remedy"), ASKED)
@@ -564,7 +566,7 @@ def test_what_is_given_or_allowed_is_obeyed(here: Path, options: dict, message: 
         config, _ = parse_run([*line, *added])
         assert {name: getattr(config, name) for name in options} == options
     for flags in (remedies, ["--trust_run"]):
-        assert {name: getattr(read(Path("run"), flags), name) for name in options} == options
+        assert {name: getattr(read_run(Path("run"), flags), name) for name in options} == options
 
 
 @pytest.mark.parametrize("file", ["run/config.yaml", "run/../run/other.yaml", "link.yaml"])
@@ -879,7 +881,7 @@ def test_an_output_that_is_no_file_is_made_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_part_with_another_note_is_named(tmp_path: Path, note: dict) -> None:
-    parts = Parts(Journal(tmp_path), "all.jsonl")
+    parts = ResumableStage(Journal(tmp_path), "all.jsonl")
 
     def make() -> list[dict]:
         return parts.make([1], 1, lambda items, first: [{}], write_jsonl, lambda file, items: read_jsonl(file), str)[0]

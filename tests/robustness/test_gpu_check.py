@@ -29,8 +29,8 @@ from bench.problems import Problem
 from bench.runner import CLOSING, GPU_GONE, ROOT, Output, Runner, Step, planned
 from bench.verdicts import TARGETS
 from onpo_fast.config import parse
-from onpo_fast.kernels import fused
-from onpo_fast.kernels.groups import Layout
+from onpo_fast.kernels.groups import PairLayout
+from onpo_fast.kernels.plan import choose_plan
 from onpo_fast.kernels.variants import EPILOGUES, Variant
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -798,10 +798,10 @@ def test_what_is_compiled_in_chunks_has_several(dtype: torch.dtype) -> None:
 
     def chunks(shape: problems.Shape, workspace: int) -> int:
         length = shape.responses * shape.tokens
-        groups = Layout.of(torch.arange(0, shape.rows + 1, shape.tokens), shape.pairs()).groups
+        groups = PairLayout.of(torch.arange(0, shape.rows + 1, shape.tokens), shape.pairs()).groups
         assert [group.tokens for group in groups] == [length] * shape.groups
         sizes = (shape.vocabulary, shape.features)
-        return len(fused.plan(groups, sizes, dtype, dtype == torch.bfloat16, "fast", workspace, None).chunks)
+        return len(choose_plan(groups, sizes, dtype, dtype == torch.bfloat16, "fast", workspace, None).chunks)
 
     small = sweep.small_problem(problems.TARGET)
     assert chunks(small, sweep.chunk_bytes(small, dtype.itemsize)) == 4

@@ -22,18 +22,20 @@ import pytest
 import torch
 from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 
-from onpo_fast import evaluate, files
+from onpo_fast import evaluate, files, language_game, oracles
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
-from onpo_fast.config import Config, parse_run, read
+from onpo_fast.config import Config, parse_run, read_run
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl, write_jsonl
-from onpo_fast.run import fit_states, signals
+from onpo_fast.run import fit_states, opening, signals
 from onpo_fast.run import lock as run_lock
 from onpo_fast.run.digest import run_digest as bits
-from onpo_fast.run.fit_states import Checkpoints
+from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
-from onpo_fast.run.parts import Parts
+from onpo_fast.run.outputs import EVALUATION, RESPONSES, finished_policies, initial_policy
+from onpo_fast.run.resumable import ResumableStage
+from onpo_fast.run.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -106,10 +108,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", ["sample", "judge"])
 def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, stage: str) -> None:
     """What was sampled or judged is not done again, unless it is damaged; the end is the same."""
-    monkeypatch.setattr(Parts, "BATCHES", 1)  # of three responses: a prompt's
-    monkeypatch.setattr(Parts, "GROUPS", 1)
+    monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 1)  # of three responses: a prompt's
+    monkeypatch.setattr(ResumableStage, "GROUPS", 1)
     done: list[int] = []
-    make, judge = module.make_sampler, module.oracles.judge
+    make, judge = language_game.make_sampler, oracles.judge
     fails_at = 2
 
     def sampler(policy, config):
@@ -121,8 +123,8 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
                 raise Killed
             done.append(first)
 
-    monkeypatch.setattr(module, "make_sampler", sampler)
-    monkeypatch.setattr(module.oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1])
+    monkeypatch.setattr(language_game, "make_sampler", sampler)
+    monkeypatch.setattr(oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1])
     config = replace(whole.config, out=str(tmp_path / "run"), iterations=1)
     with pytest.raises(Killed):
         module.train(config)
@@ -141,7 +143,7 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
 
 def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
     journal, known = Journal(tmp_path), []
-    parts = Parts(journal, "all.jsonl", {"temperature": 1.0})
+    parts = ResumableStage(journal, "all.jsonl", {"temperature": 1.0})
 
     def double(items: list[int], first: int) -> list[dict]:
         return [{"first": first, "twice": 2 * item} for item in items]
@@ -162,7 +164,7 @@ def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
     assert known == [2]
     assert make([1, 2, 5], 3) == [2, 4, 10]
     assert known == [2, 3]
-    parts = Parts(journal, "all.jsonl", {"temperature": 2.0})
+    parts = ResumableStage(journal, "all.jsonl", {"temperature": 2.0})
     assert make([1, 2, 5], 3) == [2, 4, 10]
     assert known == [2, 3]
     parts.clear()
@@ -226,7 +228,7 @@ def test_what_was_edited_can_be_forced(run: Path) -> None:
 def test_a_lost_configuration_is_in_the_journal(whole: Whole, run: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text[: text.index("prompts_per_iteration")])
-    assert replace(read(run), out=whole.config.out) == whole.config  # for the other commands
+    assert replace(read_run(run), out=whole.config.out) == whole.config  # for the other commands
     (run / "config.yaml").unlink()
     config, _ = parse_run(["--resume", "--out", str(run)])
     assert replace(config, out=whole.config.out) == whole.config
@@ -256,7 +258,7 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(whole: Whole, tmp_pat
             (out / name).touch()
         config, resume = parse_run(line)
         assert (replace(config, out=whole.config.out), resume) == (whole.config, True)
-        module._check_directory(out, resume=True)
+        opening.check_directory(out, resume=True)
 
 
 def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) -> None:
@@ -273,7 +275,7 @@ def test_a_run_from_before_its_journal_had_the_options(whole: Whole, run: Path) 
     for name in ("config.yaml", *Journal.FILES):
         (run / name).unlink()
     (run / "journal.json").write_text(json.dumps({"prompts": entries["prompts"]}))
-    with pytest.raises(UserError, match="has no run to go on with; to start one there, give its options too"):
+    with pytest.raises(UserError, match="has no run to continue; to start one there, give its options too"):
         parse_run(["--resume", "--out", str(run)])
 
 
@@ -532,21 +534,21 @@ def test_a_policy_that_the_journal_does_not_have_is_none_of_the_run(run: Path, w
     config = replace(whole.config, out=str(run))
     for name in ("initial", "iteration_03/policy"):
         shutil.copytree(run / "iteration_02/policy", run / name)
-    Journal(run).forget(evaluate.RESULT, evaluate.RESPONSES)
+    Journal(run).forget(EVALUATION, RESPONSES)
     module.train(config, resume=True)
-    assert (run / evaluate.RESULT).read_bytes() == (whole.work / "whole" / evaluate.RESULT).read_bytes()
+    assert (run / EVALUATION).read_bytes() == (whole.work / "whole" / EVALUATION).read_bytes()
     shutil.rmtree(run / "iteration_03")
     assert bits(run) == whole.bits
     journal = Journal(run)
-    assert evaluate.initial_policy(run, config, journal) == config.model
+    assert initial_policy(run, config.model, journal) == config.model
     journal.record("initial")
-    assert evaluate.initial_policy(run, config, journal) == run / "initial"
+    assert initial_policy(run, config.model, journal) == run / "initial"
     flip(run / "initial/model.safetensors")
     with pytest.raises(UserError, match="initial is not what it was: train --resume makes it again"):
-        evaluate.initial_policy(run, config, Journal(run))
+        initial_policy(run, config.model, Journal(run))
     flip(run / "iteration_02/policy/model.safetensors")
     with pytest.raises(UserError, match="iteration_02/policy is not what it was: train --resume makes it again"):
-        evaluate.finished_policies(run, Journal(run))
+        finished_policies(run, Journal(run))
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", f"{FIRST}/pairs.jsonl"])
@@ -560,7 +562,7 @@ def test_a_fifo_in_the_place_of_an_output_is_made_again(run: Path, whole: Whole,
 def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatch) -> None:
     """Another process may have locked a file of the same name, and write the same outputs."""
     out = tmp_path / "run"
-    begun, fit = [], module.fit
+    begun, fit = [], fitting.fit
 
     def fit_without_lock(*arguments) -> None:
         if not begun:
@@ -568,7 +570,7 @@ def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatc
             begun.append(run_lock.locked(out))  # it gets it
         fit(*arguments)
 
-    monkeypatch.setattr(module, "fit", fit_without_lock)
+    monkeypatch.setattr(fitting, "fit", fit_without_lock)
     config = replace(whole.config, out=str(out))
     before = time.monotonic()
     with pytest.raises(UserError, match=r"\.lock was removed while this process was at work"):
@@ -582,7 +584,7 @@ def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatc
 def test_metrics_are_on_the_disk_before_an_output_is_recorded(whole: Whole, tmp_path, monkeypatch) -> None:
     flushed: list[str] = []
     unflushed: list[str] = []
-    fsync, log = files.os.fsync, module.Tracker.log
+    fsync, log = files.os.fsync, Tracker.log
 
     def note_fsync(descriptor: int) -> None:
         name = Path(f"/proc/self/fd/{descriptor}").readlink().name
@@ -594,9 +596,7 @@ def test_metrics_are_on_the_disk_before_an_output_is_recorded(whole: Whole, tmp_
         fsync(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", note_fsync)
-    monkeypatch.setattr(
-        module.Tracker, "log", lambda *given, **values: (unflushed.append(given[1]), log(*given, **values))
-    )
+    monkeypatch.setattr(Tracker, "log", lambda *given, **values: (unflushed.append(given[1]), log(*given, **values)))
     module.train(replace(whole.config, out=str(tmp_path / "run"), iterations=1))
     assert flushed.count("journal.jsonl") > 10
     assert not unflushed
@@ -703,11 +703,11 @@ def test_files_are_hashed_once(judged, tmp_path, monkeypatch) -> None:
     """The policy, and two members of a panel, are one model."""
     config, work = judged
     hashed: list[Path] = []
-    checksum = module.checksum
-    monkeypatch.setattr(module, "checksum", lambda path: (hashed.append(path), checksum(path))[1])
+    checksum = files.checksum
+    monkeypatch.setattr(opening, "checksum", lambda path: (hashed.append(path), checksum(path))[1])
     model = str(work / "model")
     config = replace(config, model=model, out=str(tmp_path / "run"), oracle=f"pair-model + pair-model={model}/.")
-    module.Run(config).lock.release()
+    opening.open_run(config).close()
     assert hashed
     assert len(hashed) == len(set(hashed))
     assert {path.parent for path in hashed} == {work / "model"}
@@ -716,9 +716,9 @@ def test_files_are_hashed_once(judged, tmp_path, monkeypatch) -> None:
 def test_with_force_an_iteration_is_judged_by_one_oracle(whole: Whole, tmp_path, monkeypatch) -> None:
     """What the old one has said of a part of it is asked anew."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(Parts, "GROUPS", 1)
+    monkeypatch.setattr(ResumableStage, "GROUPS", 1)
     source = "def prefer(prompt, texts):\n    return [[{0} if a < b else 1 - {0} for b in texts] for a in texts]\n"
-    judge, done = module.oracles.judge, []
+    judge, done = oracles.judge, []
 
     def until_killed(*arguments: object) -> object:
         if len(done) == 1:
@@ -726,14 +726,14 @@ def test_with_force_an_iteration_is_judged_by_one_oracle(whole: Whole, tmp_path,
         done.append(arguments)
         return judge(*arguments)
 
-    monkeypatch.setattr(module.oracles, "judge", until_killed)
+    monkeypatch.setattr(oracles, "judge", until_killed)
     (tmp_path / "changing_taste.py").write_text(source.format(0.9))
     config = replace(whole.config, out=str(tmp_path / "run"), oracle="changing_taste:prefer", iterations=1)
     with pytest.raises(Killed):
         module.train(config)
     (tmp_path / "changing_taste.py").write_text(source.format(0.75))
     del sys.modules["changing_taste"]
-    monkeypatch.setattr(module.oracles, "judge", judge)
+    monkeypatch.setattr(oracles, "judge", judge)
     with pytest.raises(UserError, match=r"changing_taste\.py of changing_taste:prefer changed"):
         module.train(config, resume=True)
     module.train(config, resume=True, force=True)
@@ -814,13 +814,13 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
     for number in range(1, 7):
         step(model, optimizer, schedule)
         if number <= 4:
-            checkpoints = Checkpoints(journal, "fit", 1, 1e9)
+            checkpoints = FitStates(journal, "fit", 1, 1e9)
             checkpoints.save(number, model, optimizer, {"schedule": schedule.state_dict()})
             checkpoints.finish()
     assert sorted(path.name for path in (tmp_path / "fit").iterdir()) == ["step_00000003", "step_00000004"]
     flip(tmp_path / "fit" / "step_00000004" / "state.safetensors")
 
-    checkpoints = Checkpoints(Journal(tmp_path), "fit", 1, 1e9)
+    checkpoints = FitStates(Journal(tmp_path), "fit", 1, 1e9)
     assert checkpoints.step() == 3
     again, optimizer, schedule = make()
     state = checkpoints.restore(again, optimizer)
@@ -844,7 +844,7 @@ def test_a_state_of_something_else_is_named(tmp_path, document: str, message: st
     model = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     journal = Journal(tmp_path)
-    checkpoints = Checkpoints(journal, "fit", 1, 1e9)
+    checkpoints = FitStates(journal, "fit", 1, 1e9)
     checkpoints.save(1, model, optimizer, {})
     checkpoints.finish()
     (tmp_path / "fit/step_00000001/state.json").write_text(document)
@@ -871,7 +871,7 @@ class Fit:
         self.parameter = torch.nn.Parameter(torch.zeros(3))
         self.model = torch.nn.ParameterList([self.parameter])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.states = Checkpoints(Journal(directory), "fit", 1, 1e9)
+        self.states = FitStates(Journal(directory), "fit", 1, 1e9)
         self.folder = directory / "fit"
         self.allowed = threading.Event()
         self.allowed.set()
@@ -950,7 +950,7 @@ def test_states_take_a_twentieth_of_the_time_at_most(states: Fit, monkeypatch) -
     now[0] += 1
     assert states.states.due(3)
     assert not states.states.due(1)  # no step since
-    monkeypatch.setattr(Checkpoints, "spacing", 0)
+    monkeypatch.setattr(FitStates, "spacing", 0)
     now[0] = 1000.0
     assert states.states.due(2)
 
@@ -980,7 +980,7 @@ def test_a_state_that_was_not_recorded_is_never_used(states: Fit) -> None:
     states.states.writing.result()  # killed here
     (states.folder / "step_00000003.partial").mkdir()
     assert len(list(states.folder.iterdir())) == 3
-    again = Checkpoints(Journal(states.folder.parent), "fit", 1, 1e9)
+    again = FitStates(Journal(states.folder.parent), "fit", 1, 1e9)
     assert again.step() == 1
     assert again.restore(states.model, states.optimizer)["step"] == 1
     assert [path.name for path in states.folder.iterdir()] == ["step_00000001"]
@@ -1003,15 +1003,15 @@ def test_a_stop_saves_its_step_whatever_the_last_state_took(whole: Whole, tmp_pa
     """Ended where no state was due, the run goes on from that step to the same bits."""
     out = tmp_path / "run"
     config = replace(whole.config, out=str(out))
-    monkeypatch.setattr(Checkpoints, "spacing", 1e12)
-    log = module.Tracker.log
+    monkeypatch.setattr(FitStates, "spacing", 1e12)
+    log = Tracker.log
 
     def ask_in_step_two(tracker, stage: str, *arguments, **values) -> None:
         log(tracker, stage, *arguments, **values)
         if stage == "fit" and values["step"] == 2:
             monkeypatch.setattr(signals, "_asked_by", signal.SIGTERM)
 
-    monkeypatch.setattr(module.Tracker, "log", ask_in_step_two)
+    monkeypatch.setattr(Tracker, "log", ask_in_step_two)
     with pytest.raises(signals.Stopped):
         module.train(config)
     assert Journal(out).within("iteration_01/auxiliary.checkpoints") == [
@@ -1025,14 +1025,14 @@ def test_a_stop_saves_its_step_whatever_the_last_state_took(whole: Whole, tmp_pa
 def test_a_fit_that_fails_keeps_the_state_that_was_being_written(whole: Whole, tmp_path, monkeypatch) -> None:
     out = tmp_path / "run"
     config = replace(whole.config, out=str(out))
-    log = module.Tracker.log
+    log = Tracker.log
 
     def die_in_step_two(tracker, stage: str, *arguments, **values) -> None:
         log(tracker, stage, *arguments, **values)
         if stage == "fit" and values["step"] == 2:
             raise Killed
 
-    monkeypatch.setattr(module.Tracker, "log", die_in_step_two)
+    monkeypatch.setattr(Tracker, "log", die_in_step_two)
     with pytest.raises(Killed):
         module.train(config)
     assert [name[-1] for name in Journal(out).within("iteration_01/auxiliary.checkpoints")] == ["1"]
@@ -1049,7 +1049,7 @@ def test_a_fit_that_fails_keeps_the_state_that_was_being_written(whole: Whole, t
 def test_a_run_keeps_the_batch_sizes_of_the_device_it_began_on(tmp_path, monkeypatch) -> None:
     out = str(tmp_path / "run")
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("onpo_fast.config.device_of", lambda name: torch.device("cuda"))
+        elsewhere.setattr("onpo_fast.config.combined.device_of", lambda name: torch.device("cuda"))
         began = Config(out=out)
     assert (began.tokens_per_microbatch, began.sampling_batch_size) == (16384, 256)
     assert (Config().tokens_per_microbatch, Config().sampling_batch_size) == (1024, 32)
@@ -1057,7 +1057,7 @@ def test_a_run_keeps_the_batch_sizes_of_the_device_it_began_on(tmp_path, monkeyp
     Journal(Path(out)).begin({"options": vars(began)})
     (Path(out) / "config.yaml").write_text(began.to_yaml())
     assert "tokens_per_microbatch: 16384\n" in began.to_yaml()
-    assert parse_run(["--resume", "--out", out])[0] == read(Path(out)) == began
+    assert parse_run(["--resume", "--out", out])[0] == read_run(Path(out)) == began
     with pytest.raises(UserError, match="--tokens_per_microbatch 16384 → 1024"):
         parse_run(["--resume", "--out", out, "--tokens_per_microbatch", "null"])
     with pytest.raises(UserError, match="--sampling_batch_size 256 → 32"):

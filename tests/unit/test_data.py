@@ -340,7 +340,7 @@ def test_oracles_read_tools_and_their_turns_as_text(tmp_path) -> None:
         f"\n\n\n<turn> user\n Be brief.\n\nTools: {listed}\n\nLate?\n\n<turn> assistant\n {called}\n{called}"
         "\n\n<turn> user\n Tool: clock: 23:59\n\nTool: 00:00\n\n\n"
     )
-    turns = plain_turns(prompt, reward_model.OTHER_ROLES)
+    turns = plain_turns(prompt, reward_model.ROLE_SUBSTITUTES)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
     seen = []
 

@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from onpo_fast.games import algorithms, preferences
+from onpo_fast.games import matrix, preferences
+from onpo_fast.games.fits import LABELS
 from onpo_fast.games.multiturn import (
-    LABELS,
     TARGETS,
     action_values,
     behaviour,
@@ -177,7 +177,7 @@ def test_updates_are_the_formulas(algorithm: str, turns: int, actions: int) -> N
 def test_one_turn_is_the_matrix_game(algorithm: str, target: str) -> None:
     P = random_games(1, 5, 4)
     init = random_policy(1, 5, 4)
-    single = algorithms.run(P, algorithm, 0.5, 300, init[0][:, 0])
+    single = matrix.run(P, algorithm, 0.5, 300, init[0][:, 0])
     trace = run(P, 1, algorithm, 0.5, 300, init, target=target)
     np.testing.assert_allclose(trace.average_gap, single.average_gap, atol=1e-12)
     np.testing.assert_allclose(trace.last_gap, single.last_gap, atol=1e-12)
@@ -366,8 +366,8 @@ def test_branches_lead_elsewhere() -> None:
     [
         ({"turns": 0}, "turns must be a whole number, at least 1, not 0"),
         ({"turns": 2.0}, "turns must be a whole number"),
-        ({"turns": 3}, "9 is no such number"),
-        ({"P": np.full((8, 8), 0.5)}, "2 turns make A.2 final states; 8 is no such number"),
+        ({"turns": 3}, "9 is not such a number"),
+        ({"P": np.full((8, 8), 0.5)}, "2 turns of A actions have A.2 final states, and 8 is not such a number"),
         ({"P": np.full((9, 9), 0.6)}, "must be 1"),
         ({"P": np.full((9, 8), 0.5)}, "square"),
         ({"algorithm": "inpo"}, "no algorithm 'inpo' for several turns; there are onpo, omd"),
@@ -378,7 +378,7 @@ def test_branches_lead_elsewhere() -> None:
         ({"T": 0}, "T must be a whole number, at least 1, not 0"),
         ({"target": "local"}, "no target 'local'; there are exact, sampled, branches"),
         ({"target": "sampled", "samples": 0}, "samples must be a whole number"),
-        ({"target": "sampled", "labels": "hard"}, "labels must be soft or bits, not 'hard'"),
+        ({"target": "sampled", "labels": "hard"}, "labels"),
         ({"init": np.full(9, 1 / 9)}, "a list of 2 arrays"),
         ({"init": uniform(1, 3)}, "a list of 2 arrays"),
         ({"init": uniform(2, 4)}, r"turn 0 of the policy must be of shape \(1, 3\)"),

@@ -51,9 +51,8 @@ def test_squared_losses_start_at_a_quarter(objective) -> None:
     assert loss.item() / objective.normaliser == pytest.approx(0.25)
 
 
-def test_anchors() -> None:
-    assert [o.initial_share for o in EXAMPLES] == [0, 0, 0.25, 1, 0]
-    assert [o.optimistic for o in EXAMPLES] == [True, False, False, False, False]
+def test_the_weight_of_the_initial_policy() -> None:
+    assert Inpo(eta=0.4, tau=0.1).initial_share == 0.25
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,8 @@ def test_the_minimiser_is_the_mirror_descent_step(objective) -> None:
     p = upper + (1 - upper.T).tril(-1) + torch.eye(n, dtype=torch.float64) / 2
     current = torch.randn(n, generator=g, dtype=torch.float64).log_softmax(0)
     initial = torch.randn(n, generator=g, dtype=torch.float64).log_softmax(0)
-    anchor = objective.initial_share * initial + (1 - objective.initial_share) * current
+    share = objective.initial_share if isinstance(objective, Inpo) else 0
+    anchor = share * initial + (1 - share) * current
     # least squares for the logits: rows are pairs, weighted by the probability of drawing them
     i, j = torch.cartesian_prod(torch.arange(n), torch.arange(n)).T
     root = (current[i] + current[j]).exp().sqrt()

@@ -56,13 +56,13 @@ def test_reasoning_is_not_read(begin: str, end: str) -> None:
     reasoned = begin + REASONING + end
     for said in ("A", "\n\nA", "**A**", "[[A]]", "Response A", '{"winner": "A"}', "A<|return|>", "A</s>"):
         reading = read_answer(reasoned + said)
-        assert (reading.verdict, reading.unfinished) == ("A", False), said
-        assert reading.at == len(reasoned) + said.index("A")
+        assert (reading.verdict, reading.unclosed_reasoning) == ("A", False), said
+        assert reading.letter_index == len(reasoned) + said.index("A")
     assert verdict(reasoned) is None
     assert verdict(reasoned + "\n\n") is None
     if begin:
         reading = read_answer(begin + REASONING)
-        assert (reading.verdict, reading.unfinished) == (None, True)
+        assert (reading.verdict, reading.unclosed_reasoning) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_formats(said: str, expected: str | None) -> None:
     reading = read_answer(said)
     assert reading.verdict == expected
     if expected in ("A", "B") and "<B" not in said:  # there the letter is certain, and says nothing
-        assert said[reading.at].upper() == expected
+        assert said[reading.letter_index].upper() == expected
 
 
 @pytest.mark.parametrize(
@@ -353,9 +353,9 @@ def test_more_formats(said: str, expected: str | None) -> None:
 )
 def test_reasoning_that_is_spoken_of_or_follows(said: str, expected: str | None) -> None:
     reading = read_answer(said)
-    assert (reading.verdict, reading.unfinished) == (expected, False)
+    assert (reading.verdict, reading.unclosed_reasoning) == (expected, False)
     if expected:
-        assert said[reading.at] == expected
+        assert said[reading.letter_index] == expected
 
 
 PIECES = [
@@ -411,7 +411,7 @@ def test_a_long_answer_is_read_at_its_ends() -> None:
     long = "B is longer. " * 300_000
     assert verdict(f"<think>{long}") is None
     reading = read_answer(f"<think>{long}</think>\n[[A]]")
-    assert (reading.verdict, reading.at) == ("A", len(long) + 18)
+    assert (reading.verdict, reading.letter_index) == ("A", len(long) + 18)
 
 
 def preference(said: str, *tokens: tuple[str, dict[str, float]]) -> float | None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.loss_cases import CASES, Case, relative_error
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.kernels import exponentials, fused, launch, weight_gradient
-from onpo_fast.kernels import groups as groups_module
-from onpo_fast.kernels.on_device import PerStream
+from onpo_fast.kernels.groups import PairLayout
+from onpo_fast.kernels.plan import choose_plan
 from onpo_fast.kernels.rescale import rescale
 from onpo_fast.kernels.variants import EPILOGUES, Variant, using
 from onpo_fast.objectives import Dpo, Onpo
@@ -23,13 +21,13 @@ WAYS = {"one chunk": ("fast", None), "chunks": ("fast", "least"), "lean": ("lean
 def least_workspace(case: Case, dtype: torch.dtype) -> int:
     """The bytes that the largest group of the case needs in fast mode."""
     values = case.tensors(dtype)
-    layout = fused.Layout.of(values["cu_seqlens"], _pairs(case))
+    layout = PairLayout.of(values["cu_seqlens"], _pairs(case))
     groups = [group for group in layout.groups if group.pairs]
     low, high = 0, 2**30
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            fused.plan(groups, tuple(values["weight"].shape), dtype, True, "fast", middle, None)
+            choose_plan(groups, tuple(values["weight"].shape), dtype, True, "fast", middle, None)
             high = middle
         except ValueError:
             low = middle
@@ -271,9 +269,9 @@ def test_many_chunks_lose_nothing(device: str) -> None:
         for way in ("one chunk", "chunks")
     )
     values = case.tensors(torch.bfloat16)
-    groups = fused.Layout.of(values["cu_seqlens"], _pairs(case)).groups
+    groups = PairLayout.of(values["cu_seqlens"], _pairs(case)).groups
     workspace = least_workspace(case, torch.bfloat16)
-    assert len(fused.plan(groups, (64, 32), torch.bfloat16, True, "fast", workspace, None).chunks) == 16
+    assert len(choose_plan(groups, (64, 32), torch.bfloat16, True, "fast", workspace, None).chunks) == 16
     assert carried < 1.05 * whole
 
 
@@ -379,64 +377,6 @@ def test_scoring_plans_nothing(device: str) -> None:
     assert relative_error(out.logps.cpu(), CASES["pairs"].exact(torch.bfloat16)["logps"]) < 1e-6
 
 
-class TestPlan:
-    """Of pairs of 2×``length`` tokens, head of Qwen3-8B, bf16."""
-
-    @staticmethod
-    def plan(pairs: int, length: int, mode: str = "auto", workspace: int | None = None, free: int | None = None):
-        groups = [groups_module.Group([2 * i, 2 * i + 1], [i], 2 * length) for i in range(pairs)]
-        return fused.plan(groups, (151936, 4096), torch.bfloat16, True, mode, workspace, free)
-
-    def test_a_chunk_for_each_pair_of_2048_tokens(self) -> None:
-        plan = self.plan(4, 1024)
-        assert (plan.mode, len(plan.chunks)) == ("fast", 4)
-        assert 0.9 * 2**30 < plan.workspace < 2**30
-
-    def test_free_memory_limits_it(self) -> None:
-        assert self.plan(4, 1024, free=2**40).mode == "fast"
-        plan = self.plan(4, 1024, free=2**30)
-        assert plan.mode == "lean"
-        assert plan.workspace < 0.35 * 2**30
-
-    def test_a_quarter_of_the_free_memory_makes_one_chunk(self) -> None:
-        """Of the 70 GiB that are free on an 80 GB GPU beside the inputs and gradients; a workspace still bounds it."""
-        plan = self.plan(4, 1024, free=70 * 2**30)
-        assert (plan.mode, len(plan.chunks)) == ("fast", 1)
-        assert 8192 * 151936 * 2 < plan.workspace < 3 * 10**9
-        assert len(self.plan(4, 1024, free=8 * 2**30).chunks) > 1
-        assert len(self.plan(4, 1024, workspace=2**30, free=70 * 2**30).chunks) == 4
-
-    def test_lean_only_where_it_takes_less(self) -> None:
-        assert self.plan(1, 8192).mode == "lean"
-        assert self.plan(16, 2048).mode == "fast"  # 65536 tokens: lean's slices and dX alone take more than a chunk
-
-    def test_no_chunks_of_a_few_rows(self) -> None:
-        assert self.plan(128, 32, workspace=400 * 2**20).mode == "lean"
-        assert self.plan(128, 32, "fast", workspace=400 * 2**20).mode == "fast"
-
-
-def test_a_layout_is_copied_once_for_each_stream(monkeypatch) -> None:
-    """A second stream could read what the first one is still copying; a graph takes what is there, for good."""
-    device = torch.device("cuda")
-    stream, graph = [1], [False]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0]))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: graph[0])
-    layouts = [groups_module.Layout([0, i], torch.zeros(0, 2), []) for i in range(40)]
-    cache = PerStream(lambda layout, device: object())
-    first = cache(layouts[0], device)
-    assert cache(layouts[0], device) is first
-    stream[0] = 2
-    second = cache(layouts[0], device)
-    assert second is not first
-    stream[0], graph[0] = 3, True
-    assert cache(layouts[0], device) is second
-    graph[0] = False
-    for layout in layouts[1:]:
-        cache(layout, device)
-    assert len(cache.kept) == PerStream.KEPT
-    assert cache.read_by_graphs == [second]
-
-
 class TestManyTiles:
     """Tiles as small as a dot allows: as many of them as a GPU has of large ones, and every edge."""
 
@@ -446,7 +386,7 @@ class TestManyTiles:
             return launch.Tile(16, 32, 16, 1 if device == "cpu" else 4, 1)
 
         for module in (exponentials, weight_gradient):
-            monkeypatch.setattr(module, "tile", small)
+            monkeypatch.setattr(module, "choose_tile", small)
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize(
@@ -463,7 +403,7 @@ class TestManyTiles:
         check(run(case, way, torch.float32, device), case.exact(torch.float32), 3e-5)
 
     def test_scoring_in_pieces(self, device: str, monkeypatch) -> None:
-        monkeypatch.setattr(fused, "SCORED_ROWS", 16)
+        monkeypatch.setattr(fused, "ROWS_PER_SCORING_PASS", 16)
         case = CASES["one head for both"]
         check(run(case, "lean", torch.float32, device), case.exact(torch.float32), 2e-5)
 

@@ -1,0 +1,51 @@
+"""All options of a run in one flat object."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+import yaml
+
+from ..models.device import device_of
+from .sections import (
+    SECTIONS,
+    AlgorithmConfig,
+    DataConfig,
+    FitConfig,
+    JudgeConfig,
+    ModelConfig,
+    OracleConfig,
+    RunConfig,
+    SamplingConfig,
+)
+
+Section = TypeVar("Section")
+DEFAULTS_BY_DEVICE = {  # on a GPU, on a CPU
+    "tokens_per_microbatch": (16384, 1024),
+    "sampling_batch_size": (256, 32),
+}
+
+
+@dataclass
+class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, SamplingConfig, DataConfig, ModelConfig):
+    """Every option of a run. ``config.section(FitConfig)`` returns the options of one consumer.
+
+    Raises:
+        UserError: if a value is not allowed; names the option.
+    """
+
+    def __post_init__(self) -> None:
+        for section in SECTIONS.values():
+            section.__post_init__(self)
+        for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
+            if getattr(self, name) is None:
+                setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)
+
+    def section(self, kind: type[Section]) -> Section:
+        """Returns the options of one section, a class in ``SECTIONS``."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+    def to_yaml(self) -> str:
+        """Returns all options as flat YAML, which a run writes to its config.yaml."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)

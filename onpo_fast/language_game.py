@@ -1,0 +1,350 @@
+"""The game that a language model plays: ``algorithms`` asks for comparisons, fits and mixtures, made from the stages.
+
+A policy is a folder with its weights, and one model is in memory at a time: an anchor is a column of numbers, one
+log-prob a response (``--anchor live`` keeps the anchor itself in memory instead). Every stage goes through
+``run.cache``, which is how a run is resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import oracles, stages
+from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
+from .data import (
+    Group,
+    Messages,
+    Pair,
+    prompts_of_iteration,
+    read_groups,
+    read_pairs,
+    read_preferences,
+    read_scores,
+    write_groups,
+    write_pairs,
+    write_preferences,
+    write_scores,
+)
+from .models.loading import load
+from .models.policy import Policy, kl_estimate
+from .models.resident import Source
+from .objectives import Objective
+from .reports.model_card import write_model_card
+from .run.fit_states import FitStates
+from .run.opening import OpenRun
+from .run.outputs import iteration_folder
+from .run.resumable import ResumableStage
+from .run.tracking import progress, say
+from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
+from .stages import Scores
+
+# the second of a seed's numbers, which keeps the random streams of a run apart
+SAMPLING, PAIRING, ORDER, OPPONENT = 0, 2, 3, 5
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """π_1^share · π^(1−share), normalised: an anchor that pulls towards π_1."""
+
+    initial: Source
+    policy: Source
+    share: float
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """D_t: responses of a policy, and the pairs of them to learn from.
+
+    Attributes:
+        step: what the objective's step is multiplied by: where an opponent takes part, a label is ½ plus half the
+            difference of two win rates, so that it stays between 0 and 1, and the step is twice as large.
+        suffix: what tells the files of these comparisons from others of the iteration.
+    """
+
+    groups: list[Group]
+    pairs: list[Pair]
+    step: int = 1
+    suffix: str = ""
+
+
+class LanguageGame:
+    """The ``algorithms.Game`` of a run on a language model; a policy is a folder, a Hugging Face id or "smollm2"."""
+
+    def __init__(
+        self,
+        run: OpenRun,
+        objective: Objective,
+        algorithm: AlgorithmConfig,
+        sampling: SamplingConfig,
+        fitting: FitConfig,
+        run_config: RunConfig,
+    ) -> None:
+        self.run, self.objective, self.algorithm = run, objective, algorithm
+        self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
+        self.truncation = TruncationWarning()
+
+    # An iteration ----------------------------------------------------------------------------------------------------
+
+    def begin_iteration(self, t: int) -> None:
+        """What is compared and fitted from now on belongs to iteration t, counted from 1."""
+        self.t = t
+        self.sampled: dict[Source, list[Group]] = {}
+        self.comparisons = 0
+        self.metrics: dict[str, float | None] = {}
+        self.run.cache.begin_iteration(t)
+
+    def end_iteration(self) -> None:
+        """Logs the iteration's summary and records that it has ended."""
+        cache, folder = self.run.cache, iteration_folder(self.t)
+        notes = dict(cache.notes)
+        if cache.is_done(folder):
+            return
+        seconds: dict[str, float] = {}
+        for note in notes.values():
+            if "stage" in note:
+                seconds[note["stage"]] = seconds.get(note["stage"], 0.0) + note["seconds"]
+        names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
+        metrics = {name: self.metrics.get(name) for name in names}
+        total = sum(seconds.values())
+        self.run.tracker.log("iteration", self.t, seconds=total, stage_seconds=seconds, **metrics)
+        losses = ", ".join(
+            f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
+            for output, note in notes.items()
+            if "loss" in note
+        )
+        divergences = ", ".join(
+            f"KL to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
+            for about, value in (("π_1", metrics["kl_to_initial"]), ("the anchor", metrics["kl_to_anchor"]))
+            if value is not None
+        )
+        say(
+            f"iteration {self.t}: {losses} (normalised), {divergences}, "
+            f"{metrics['response_tokens_mean']:.0f} tokens a response, {total:.0f} s"
+        )
+        cache.mark_done(folder, {}, file=False)
+
+    # What an algorithm asks for --------------------------------------------------------------------------------------
+
+    def compare(self, policy: Source | Mixture, opponent: Source | None = None) -> Comparisons:
+        """Responses of a policy to the iteration's prompts, compared with each other, or each with an opponent's."""
+        self.comparisons += 1
+        suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
+        groups = self._sample(policy, f"responses{suffix}", SAMPLING)
+        if opponent is None:
+            preferences = self._judge(groups, suffix)
+            return Comparisons(groups, self._pair(groups, preferences, suffix), suffix=suffix)
+        against = self._sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
+        joined = [
+            Group(group.prompt, group.prompt_tokens, [*group.responses, *other.responses])
+            for group, other in zip(groups, against)
+        ]
+        preferences = [stages.against_opponent(matrix) for matrix in self._judge(joined, suffix)]
+        return Comparisons(groups, self._pair(groups, preferences, suffix), step=2, suffix=suffix)
+
+    def fit(
+        self,
+        anchor: Source | Mixture,
+        compared: Comparisons,
+        *,
+        warm_start: Source | None = None,
+        into: str = "policy",
+        steps: int = 1,
+    ) -> Path:
+        """One argmin over D_t, measured from the anchor; returns where the fitted policy is."""
+        cache, config, output = self.run.cache, self.run_config, f"{iteration_folder(self.t)}/{into}"
+        start = warm_start if warm_start is not None else anchor
+        reference = self._anchor(anchor, compared)
+        states = FitStates(
+            self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
+        )
+        known, last = states.step(), {}
+
+        def on_step(metrics: dict) -> None:
+            self.run.tracker.log("fit", self.t, fit=into, **metrics)
+            last.update(metrics)
+
+        def compute() -> Policy:
+            policy = self.run.policies(start)
+            self.run.policies.drop()  # its weights are about to change
+            stages.fit(
+                policy,
+                compared.groups,
+                compared.pairs,
+                reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
+                with_larger_step(self.objective, steps * compared.step),
+                self.fitting,
+                epochs=self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy,
+                seed=[config.seed, ORDER, self.t],  # one seed for all fits of an iteration: they see the same order
+                title=f"iteration {self.t}: fit {into}",
+                on_step=on_step,
+                states=states,
+                starts_at_anchor=start == _policy_of(anchor),
+            )
+            return policy
+
+        def write(path: Path, policy: Policy) -> None:
+            policy.save(path)
+            self.run.policies.hold(path, policy)
+
+        cache.cached(
+            output,
+            compute,
+            lambda path: None,
+            write,
+            stage=f"fit {into}",
+            prepare=lambda: self.run.policies(start),
+            note=lambda: {"loss": last["loss_normalised"]},
+            keep=lambda record: record["stage"] == "fit" and record["step"] <= known,
+        )
+        states.clear()  # also what is left if the run was killed just before
+        if last:  # it was fitted just now
+            write_model_card(self.run.directory, output, self.run.journal)
+        return self.run.directory / output
+
+    def mixture(self, initial: Source, policy: Source) -> Mixture:
+        """π_1^s · π^(1−s), with the weight s of the algorithm's options."""
+        return Mixture(initial, policy, self.algorithm.initial_weight)
+
+    # Stages, made resumable ------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> list[Messages]:
+        config = self.algorithm
+        return prompts_of_iteration(self.run.prompts, self.t, config.iterations, config.prompts_per_iteration)
+
+    def _sample(self, policy: Source, name: str, stream: int, responses: int | None = None) -> list[Group]:
+        """Responses of a policy to the iteration's prompts, sampled once an iteration."""
+        if stream == SAMPLING and policy in self.sampled:
+            return self.sampled[policy]
+        run, count = self.run, responses or self.algorithm.responses_per_prompt
+        seed = [self.run_config.seed, stream, self.t]
+        sampler: Sampler | None = None
+
+        def prepare() -> None:
+            nonlocal sampler
+            sampler = make_sampler(run.policies(policy), self.sampling)
+
+        groups = run.cache.cached_in_parts(
+            f"{iteration_folder(self.t)}/{name}.jsonl",
+            self._prompts(),
+            ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+            lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
+            lambda file, part: read_groups(file, part, count, run.vocabulary),
+            write_groups,
+            stage="sample",
+            title=f"iteration {self.t}: sample",
+            ticks=count,
+            prepare=prepare,
+            metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+        )
+        if sampler is None:
+            self.truncation.said |= all_truncated(groups)  # when they were sampled
+        else:
+            self.truncation(f"iteration {self.t}", run.policies(policy), groups, self.sampling.max_new_tokens)
+        if stream == SAMPLING:
+            self.sampled[policy] = groups
+            if policy == run.initial and self.t == 1:
+                self._check_sampled(groups)
+            lengths = [len(response.tokens) for group in groups for response in group.responses]
+            self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
+        return groups
+
+    def _check_sampled(self, groups: list[Group]) -> None:
+        """Compares what π_1 said of its first responses with what it is scored by; they are scored anyway."""
+        scores = self._score(self.run.initial, groups, "")
+        stages.check_sampled(groups, scores, self.run.compute_dtype, f"π_1 (family {self.run.family})")
+
+    def _judge(self, groups: list[Group], suffix: str) -> list[np.ndarray]:
+        run = self.run
+        preferences = run.cache.cached_in_parts(
+            f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
+            groups,
+            ResumableStage.judging_size(len(groups)),
+            lambda part, first, done: stages.judge(run.oracle, part, run.oracle_name, done, first),
+            read_preferences,
+            write_preferences,
+            stage="judge",
+            title=f"iteration {self.t}: judge",
+            prepare=run.make_room_for_oracle,
+            metrics=stages.judging_metrics,
+            config_key=run.oracle_files,
+            take_counters=lambda: oracles.take_counters(run.oracle),
+        )
+        cyclic, triples = oracles.cyclic_triples(preferences)
+        self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
+        return preferences
+
+    def _pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
+        seed = [self.run_config.seed, PAIRING, self.t]
+        identical = 0
+
+        def compute() -> list[Pair]:
+            nonlocal identical
+            pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed)
+            return pairs
+
+        return self.run.cache.cached(
+            f"{iteration_folder(self.t)}/pairs{suffix}.jsonl",
+            compute,
+            lambda path: read_pairs(path, groups),
+            lambda path, pairs: write_pairs(path, pairs, groups),
+            stage="pair",
+            metrics=lambda pairs, _: stages.pairing_metrics(pairs, identical, groups, self.objective),
+        )
+
+    def _anchor(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | Source:
+        """What margins are measured from: log-probs of all responses, cached; or where the live anchor is.
+
+        All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
+        """
+        groups, suffix, first = compared.groups, compared.suffix, self.run.initial
+        scores = {first: self._score(first, groups, suffix)}
+        self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
+        if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
+            return anchor
+
+        def scored(source: Source) -> Scores:
+            if source not in scores:
+                scores[source] = self._score(source, groups, suffix)
+            return scores[source]
+
+        if isinstance(anchor, Mixture):
+            share, pairs = anchor.share, zip(scored(anchor.initial), scored(anchor.policy))
+            reference = [share * initial + (1 - share) * policy for initial, policy in pairs]
+        else:
+            reference = scored(anchor)
+        self.metrics.setdefault("kl_to_anchor", kl_estimate(groups, reference))
+        return reference
+
+    def _score(self, source: Source, groups: list[Group], suffix: str) -> Scores:
+        run, is_initial = self.run, source == self.run.initial
+        model = "initial" if is_initial else Path(source).name  # or auxiliary, or policy
+        file = model if is_initial else f"{Path(source).parent.name}_{model}"
+
+        def compute() -> Scores:
+            with progress(f"iteration {self.t}: score {model}", len(groups)) as done:
+                return stages.score(run.policies(source), groups, self.fitting.tokens_per_microbatch, done)
+
+        return run.cache.cached(
+            f"{iteration_folder(self.t)}/logps_{file}{suffix}.jsonl",
+            compute,
+            lambda path: read_scores(path, groups),
+            write_scores,
+            stage="score",
+            prepare=lambda: run.policies(source),
+            metrics=lambda scores, seconds: stages.scoring_metrics(groups, model, seconds),
+        )
+
+
+def with_larger_step(objective: Objective, steps: int) -> Objective:
+    """The objective whose targets are ``steps`` times as large: so many steps of mirror descent in one fit."""
+    return objective if steps == 1 else replace(objective, eta=steps * objective.eta)
+
+
+def _policy_of(anchor: Source | Mixture) -> Source | None:
+    """The policy that an anchor is; None for a mixture of two."""
+    if isinstance(anchor, Mixture):
+        return anchor.policy if anchor.policy == anchor.initial else None
+    return anchor

@@ -1,0 +1,332 @@
+"""Opening a run: everything that a mistake can break is checked first, then the run's identity, then it is written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import config as configuration
+from .. import oracles
+from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
+from ..data import (
+    Messages,
+    Skipped,
+    prompts_digest,
+    prompts_of_iteration,
+    split_prompts,
+    write_prompts,
+)
+from ..errors import UserError
+from ..files import PARTIAL, atomic_write_text, checksum
+from ..fit import check_backend
+from ..models.loading import locate
+from ..models.policy import PINNED_DATE, Policy
+from ..models.resident import ResidentPolicy, Source
+from ..reports.hub import check_upload
+from .cache import StageCache
+from .fingerprint import changes, model_fingerprint
+from .journal import Journal
+from .lock import LOCK, RunLock, locked
+from .outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
+from .tracking import Tracker, check_reporter, counted, environment, progress, say
+
+MANY_PROMPTS = 2000  # rendering more takes seconds, and shows its progress
+JOURNALS = Journal.FILES + Journal.EARLIER_FILES
+
+
+@dataclass
+class OpenRun:
+    """A run directory that this process works on, until ``close`` or the end of a ``with``.
+
+    Attributes:
+        cache: makes its stages resumable.
+        policies: loads policies, one at a time.
+        initial: where π_1 is.
+        prompts: those to train on.
+        held_out: those to evaluate on.
+        oracle: who prefers what.
+        oracle_files: ``oracles.fingerprint`` of the oracle.
+        family: what transformers calls the policy's architecture.
+        vocabulary: rows of the policy's embedding.
+        compute_dtype: of the policy's computation.
+    """
+
+    directory: Path
+    lock: RunLock
+    journal: Journal
+    tracker: Tracker
+    cache: StageCache
+    policies: ResidentPolicy
+    initial: Source
+    prompts: list[Messages]
+    held_out: list[Messages]
+    oracle: oracles.Oracle
+    oracle_name: str
+    oracle_files: dict[str, str]
+    family: str
+    vocabulary: int
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def __enter__(self) -> OpenRun:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def make_room_for_oracle(self) -> None:
+        """Drops the policy if the oracle loads a model: at most one is in memory."""
+        if oracles.holds_model(self.oracle):
+            self.policies.drop()
+
+    def close(self) -> None:
+        """Lets another process have the run. Frees the policy."""
+        self.policies.drop()
+        self.lock.release()
+
+
+def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenRun:
+    """Opens a new run, or with ``resume`` the one in ``config.out``.
+
+    Everything that a mistake can break is checked first. Then the directory is locked and what a run has from its
+    first moment on is written: config.yaml, the journal, the held-out prompts, the environment.
+
+    Args:
+        force: go on although the model, the oracle or the rendering of prompts has changed.
+
+    Raises:
+        UserError: if anything does not fit: a directory, an oracle, a prompt, the model; or if the run in the directory
+            began with something else.
+    """
+    checked = _check(config, resume)
+    lock = locked(Path(config.out), "--out ")
+    try:
+        return _begin(config, checked, lock, resume, force)
+    except BaseException:  # whoever keeps the exception would keep the lock
+        lock.release()
+        raise
+
+
+@dataclass
+class _Checked:
+    """What a run starts with, checked before anything is written."""
+
+    oracle: oracles.Oracle
+    to_judge: bool  # whether the oracle is still needed
+    policies: ResidentPolicy
+    skipped: Skipped | None
+    prompts: list[Messages]
+    held_out: list[Messages]
+    rendering: str  # SHA-256 of the tokens of all prompts
+
+
+def _check(config: Config, resume: bool) -> _Checked:
+    directory = Path(config.out)
+    check_directory(directory, resume)
+    oracle = load_oracle(config, directory)
+    check_reporter(config.report_to)
+    if config.push_to_hub is not None:
+        check_upload(config.push_to_hub)
+    check_backend(config.loss_backend, config.device)
+    policies = ResidentPolicy(config.section(ModelConfig))
+    to_judge = anything_to_judge(directory, config.iterations)
+    skipped = Skipped() if config.skip_bad_prompts else None
+    prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
+    return _Checked(oracle, to_judge, policies, skipped, *prompts)
+
+
+def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool) -> OpenRun:
+    """Writes what a run has from its first moment on, if it may go on in the directory."""
+    directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
+    check_directory(directory, resume)
+    journal = Journal(directory)
+    journal.before_record.append(lock.check)
+    if journal.mended:
+        say(f"the first file of the journal in {directory} is damaged or gone: its copy is taken")
+    inputs = _inputs(config, policy, checked)
+    _check_inputs(config, journal, inputs, force)
+    # before config.yaml: from its first file on, a run can say what it began with
+    journal.begin({"options": asdict(config), **inputs})
+    atomic_write_text(directory / configuration.CONFIG_FILE, config.to_yaml())
+    if checked.to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
+        shortest = min([*checked.prompts, *checked.held_out], key=oracles.length)
+        oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
+    initial = _keep_initial(config.model, policy, checked.policies, journal)
+    write_prompts(directory / HELD_OUT, checked.held_out)
+    atomic_write_text(directory / "environment.json", json.dumps(environment(policy.device), indent=1) + "\n")
+    tracker = Tracker(directory, config.report_to, asdict(config))
+    journal.before_record.append(tracker.sync)
+    _log_prompts(tracker, checked)
+    _say_what_starts(config, policy, checked)
+    return OpenRun(
+        directory=directory,
+        lock=lock,
+        journal=journal,
+        tracker=tracker,
+        cache=StageCache(journal, tracker, config_key(config, inputs["model"])),
+        policies=checked.policies,
+        initial=initial,
+        prompts=checked.prompts,
+        held_out=checked.held_out,
+        oracle=oracle,
+        oracle_name=config.oracle,
+        oracle_files=inputs["oracle"],
+        family=policy.family,
+        vocabulary=policy.vocabulary,
+        device=policy.device,
+        compute_dtype=policy.compute_dtype,
+    )
+
+
+def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
+    """The oracle that the options of a run name."""
+    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
+    return oracles.load(config.oracle, *sections, directory)
+
+
+def config_key(config: Config, model: dict[str, str] | None) -> object:
+    """What every result of a run depends on: the options, but for where it is, and the model's fingerprint."""
+    return {name: value for name, value in asdict(config).items() if name != "out"}, model
+
+
+def check_directory(directory: Path, resume: bool) -> None:
+    """Raises ``UserError`` if a directory holds anything but, with ``resume``, a run to go on with."""
+    if resume and any((directory / name).exists() for name in (*JOURNALS, configuration.CONFIG_FILE)):
+        return
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--out {directory} is a file: give a directory")
+    # what a run leaves that was killed before it had a journal
+    beginnings = (LOCK, *(name + PARTIAL for name in JOURNALS))
+    if directory.exists() and any(path.name not in beginnings for path in directory.iterdir()):
+        if resume:
+            raise UserError(f"--out {directory} is not empty, and has no run to go on with: give a new directory")
+        raise UserError(f"--out {directory} is not empty: give a new directory, or --resume to go on with it")
+
+
+def anything_to_judge(directory: Path, iterations: int) -> bool:
+    """Whether a run still lacks preferences or its evaluation. If not, the oracle need not answer."""
+    journal = Journal(directory)
+    judged = (f"{iteration_folder(t)}/preferences.jsonl" for t in range(1, iterations + 1))
+    return journal.note(EVALUATION) is None or any(journal.note(name) is None for name in judged)
+
+
+def _read_prompts(
+    config: Config, policies: ResidentPolicy, oracle: oracles.Oracle | None, skipped: Skipped | None
+) -> tuple[list[Messages], list[Messages], str]:
+    """The prompts to train on, those held out, and the SHA-256 of all their tokens, which a template's date changes.
+
+    Each is checked against the model. The oracle, if there is one, is tried on each kind of conversation among them.
+    """
+    tried: set[frozenset[str]] = set()  # kinds of conversation
+    rendered = hashlib.sha256()
+
+    def usable(prompts: list[Messages]) -> list[Messages]:
+        kinds = oracles.shortest_by_kind(prompts) if oracle is not None else {}
+        if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
+            locate(config.model)  # a typo is found before minutes of loading
+            if oracles.holds_model(oracle):
+                policies.drop()
+            oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
+            tried.update(new)
+        policy = policies(config.model)
+        shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()
+        with shown as done:
+            listed = counted(prompts, done) if done else prompts
+            return policy.usable(listed, config.max_new_tokens, skipped, rendered)
+
+    prompts, held_out = split_prompts(
+        config.prompts,
+        config.eval_prompts,
+        config.eval_fraction,
+        config.seed,
+        config.prompt_column,
+        skipped,
+        usable,
+    )
+    return prompts, held_out, rendered.hexdigest()
+
+
+def _inputs(config: Config, policy: Policy, checked: _Checked) -> dict[str, dict[str, str]]:
+    """The identity of what a run works on: fingerprints of the model, the oracle, the prompts and their tokens."""
+    checksum_once: Callable[[Path], str] = functools.cache(checksum)  # policy and oracle may be the same model
+    commit = getattr(policy.model.config, "_commit_hash", None)
+    return {
+        "model": model_fingerprint(config.model, commit, checksum_once),
+        "oracle": oracles.fingerprint(checked.oracle, config.oracle, checksum_once),
+        "prompts": {"sha256": prompts_digest(checked.prompts, checked.held_out)},
+        "rendering": {"sha256": checked.rendering},
+    }
+
+
+def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, str]], force: bool) -> None:
+    """Raises ``UserError`` if a run began with other prompts, tokens, π_1 or oracle, the last three unless forced."""
+    directory = config.out
+    began: dict[str, Any] = {name: journal.note(name) or now for name, now in inputs.items()}
+    if began["prompts"] != inputs["prompts"]:
+        raise UserError(f"the prompts are not those that {directory} began with: start a new run")
+    if force:
+        return
+    if changed := changes(began["model"], inputs["model"]):
+        raise UserError(
+            f"--model {config.model} is not what {directory} began with: {', '.join(changed)} changed. Put it back, or "
+            "add --force: finished stages stay as they are, the others use the new one"
+        )
+    if changed := changes(began["oracle"], inputs["oracle"]):
+        raise UserError(
+            f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
+            "changed. Put it back, or add --force: finished stages stay as they are, the others use the new one"
+        )
+    if began["rendering"] != inputs["rendering"]:
+        raise UserError(
+            f"the chat template renders the prompts differently now than when {directory} began: a template that "
+            f"writes today's date does that. {PINNED_DATE}; here give it with --force and the day on which the run "
+            "began. With --force alone, the other stages use the new tokens"
+        )
+
+
+def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal: Journal) -> Source:
+    """Where π_1 is. One that was dequantised is saved in the run, so that the run has the weights it began with."""
+    if not policy.converted:
+        journal.forget_records(INITIAL)  # of another model that the run began with
+        return model
+    kept = journal.directory / INITIAL
+    if journal.note(INITIAL) is None:
+        policy.save(kept)
+        journal.record(INITIAL)
+    policies.hold(kept, policy)
+    return kept
+
+
+def _log_prompts(tracker: Tracker, checked: _Checked) -> None:
+    counts = {
+        "train": len(checked.prompts),
+        "held_out": len(checked.held_out),
+        "skipped": checked.skipped.count if checked.skipped else 0,
+    }
+    if not tracker.begin("prompts", keep=lambda record: counts.items() <= record.items()):
+        tracker.log("prompts", 0, **counts)
+
+
+def _say_what_starts(config: Config, policy: Policy, checked: _Checked) -> None:
+    say(
+        f"{config.objective} on {config.model} ({policy.device}, {policy.attention} attention), {len(checked.prompts)} "
+        f"prompts to train on and {len(checked.held_out)} held out, oracle {config.oracle}, into {config.out}"
+    )
+    for note in policy.notes:
+        say(note)
+    if checked.skipped and checked.skipped.count:
+        say(str(checked.skipped))
+    for notice in policy.template_notices(checked.prompts):
+        say(f"note: {notice}")
+    wanted = config.prompts_per_iteration
+    count = len(prompts_of_iteration(checked.prompts, 1, config.iterations, wanted))
+    if count < wanted:
+        say(f"{count} prompts an iteration, not {wanted}: there are no more")

@@ -1,0 +1,108 @@
+"""A long stage of a run in parts, so that a run that is killed loses one part at most."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import UserError
+from ..files import is_amount
+from .journal import Journal, not_made
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+RESERVED = {"time", "stage", "iteration", "part", "self"}  # fields of every record in metrics.jsonl
+
+
+class ResumableStage:
+    """Computes the results of a long stage part by part and records each part in the journal.
+
+    What a part holds does not depend on where a run was killed, so the whole has the same bits.
+
+    Args:
+        journal: records each part with its checksum. A damaged part is computed again.
+        name: path of the whole in the run directory; the parts are in the folder ``name.parts``.
+        config_key: what the results depend on beside the items. A part made under another key is computed again.
+    """
+
+    SAMPLING_BATCHES = 8  # batches in a part that is sampled
+    GROUPS = 512  # groups in a part that is judged: a judge model may be loaded once for each part
+
+    def __init__(self, journal: Journal, name: str, config_key: object = None) -> None:
+        self.journal, self.name, self.config_key = journal, f"{name}.parts", config_key
+        self.began = time.perf_counter()  # when the current part was started
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the parts."""
+        return self.journal.directory / self.name
+
+    @classmethod
+    def sampling_size(cls, batch_size: int, responses: int) -> int:
+        """Prompts in a part that is sampled, with ``responses`` to each, ``batch_size`` responses at a time."""
+        return max(1, cls.SAMPLING_BATCHES * batch_size // responses)
+
+    @classmethod
+    def judging_size(cls, groups: int) -> int:
+        """Groups in a part that is judged. Parts have one size, since invalid answers are counted in each."""
+        count = max(1, -(-groups // cls.GROUPS))
+        return max(1, -(-groups // count))
+
+    def make(
+        self,
+        items: Sequence[Item],
+        size: int,
+        compute: Callable[[Sequence[Item], int], list[Result]],
+        read: Callable[[Path, Sequence[Item]], Iterable[Result]],
+        write: Callable[[Path, Iterable[Result]], None],
+        on_known: Callable[[int], None],
+        take_counters: Callable[[], dict[str, int]] = dict,
+    ) -> tuple[list[Result], dict[str, float]]:
+        """Returns all results in order, and their cost: "seconds" and the counters, summed over all processes.
+
+        Args:
+            items: what the stage works on.
+            size: items in a part.
+            compute: given the items of a part and the index of the first.
+            read: given the file of a part and the items that it must be of.
+            write: given the file of a part and its results.
+            on_known: told the number of items whose results existed already.
+            take_counters: asked after each part what it cost, by name.
+
+        Raises:
+            UserError: from ``read``, or if the journal's note on a part is damaged; names the part.
+        """
+        results: list[Result] = []
+        totals: Counter[str] = Counter()
+        for first in range(0, len(items), size):
+            name = f"{self.name}/{first:08d}.jsonl"
+            part = items[first : first + size]
+            input_hash = hashlib.sha256(repr((self.config_key, part)).encode()).hexdigest()
+            note = self.journal.note(name)
+            if note is None or note.get("from") != input_hash:
+                self.began = time.perf_counter()
+                write(self.journal.directory / name, compute(part, first))
+                note = {"from": input_hash, "spent": {"seconds": time.perf_counter() - self.began, **take_counters()}}
+                self.journal.record(name, note)
+            else:
+                if not _is_cost(note.get("spent")):
+                    raise UserError(not_made(self.journal, name))
+                on_known(len(part))
+            results += read(self.journal.directory / name, part)
+            totals.update(note["spent"])
+        return results, dict(totals)
+
+    def clear(self) -> None:
+        """Removes the parts, once the whole is on disk."""
+        self.journal.forget_folder(self.name)
+
+
+def _is_cost(cost: object) -> bool:
+    """Whether a journal's note holds the cost of a part: "seconds" above 0, and counters."""
+    if not isinstance(cost, dict) or not all(map(is_amount, cost.values())):
+        return False
+    return cost.get("seconds", 0) > 0 and not cost.keys() & RESERVED

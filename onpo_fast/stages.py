@@ -1,0 +1,180 @@
+"""The stages of an iteration as plain functions: sample, judge, pair, score, fit, and what is logged of each.
+
+They take what they need and return what they made. That a run can be resumed is the business of ``language_game``,
+which passes them to ``run.cache``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import fit as fitting
+from . import oracles, pairing
+from .config import AlgorithmConfig, FitConfig
+from .data import Group, Messages, Pair
+from .errors import UserError
+from .models.policy import Policy, disagreement
+from .models.policy import score as score_policy
+from .objectives import Objective
+from .run.fit_states import FitStates
+from .run.tracking import peak_memory_bytes, progress
+from .sampling import Progress, Sampler
+
+Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
+
+
+def sample(
+    sampler: Sampler, prompts: Sequence[Messages], responses: int, seed: Sequence[int], done: Progress, first: int = 0
+) -> list[Group]:
+    """``responses`` responses to each prompt; ``first`` is the index of the first prompt among all of the seed's."""
+    return sampler(prompts, responses, seed, done, first)
+
+
+def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.device) -> dict[str, object]:
+    """What metrics.jsonl says of sampling."""
+    responses = [response for group in groups for response in group.responses]
+    tokens = sum(len(response.tokens) for response in responses)
+    return {
+        "seconds": seconds,
+        "responses": len(responses),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "response_tokens_mean": tokens / len(responses),
+        "stopped_by_length": float(np.mean([response.stop_reason == "length" for response in responses])),
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+def check_sampled(groups: Sequence[Group], scores: Scores, dtype: torch.dtype, model: str) -> None:
+    """Raises ``UserError`` if the log-probs that π_1 sampled with are not those that it is scored by."""
+    tokens = torch.tensor([len(response.tokens) for group in groups for response in group.responses])
+    sampled = torch.tensor([response.logp for group in groups for response in group.responses], dtype=torch.float64)
+    if differ := disagreement(sampled, torch.cat(scores), tokens, dtype):
+        raise UserError(
+            f"the log-probs that {model} generates with differ from those that it is scored by {differ}: it would "
+            "learn from wrong numbers. Another version of transformers, or kernels that the family can use "
+            "(mamba-ssm, causal-conv1d), may agree"
+        )
+
+
+def judge(
+    oracle: oracles.Oracle, groups: Sequence[Group], name: str, done: Progress, first: int = 0
+) -> list[np.ndarray]:
+    """The (K, K) matrix of P(y_i ≻ y_j) of every group; ``name`` is what messages call the oracle."""
+    return oracles.judge(oracle, groups, name, done, first)
+
+
+def judging_metrics(preferences: Sequence[np.ndarray], cost: dict[str, float]) -> dict[str, object]:
+    """What metrics.jsonl says of judging; ``cost`` is its seconds and the oracle's counters."""
+    cyclic, triples = oracles.cyclic_triples(preferences)
+    return cost | {
+        "triples": triples,
+        "cyclic_triples": cyclic / triples if triples else None,
+        "comparisons": sum(len(p) * (len(p) - 1) // 2 for p in preferences),
+    }
+
+
+def pair(
+    preferences: Sequence[np.ndarray],
+    groups: Sequence[Group],
+    objective: Objective,
+    config: AlgorithmConfig,
+    seed: Sequence[int],
+) -> tuple[list[Pair], int]:
+    """The pairs to learn from, and how many pairs of identical responses were dropped.
+
+    Raises:
+        UserError: if no pair is left.
+    """
+    chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
+    pairs = pairing.distinct(chosen, groups)
+    if not pairs:
+        raise UserError(
+            f"no pair to learn from: all responses that were to be compared are the same, for each of {len(groups)} "
+            "prompts. A higher --temperature, more --responses_per_prompt or a smaller step keep responses apart"
+        )
+    return pairs, len(chosen) - len(pairs)
+
+
+def against_opponent(preferences: np.ndarray) -> np.ndarray:
+    """(K+1, K+1) P(y_i ≻ y_j), the last response the opponent's -> (K, K): ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
+
+    Labels whose target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
+    """
+    against = preferences[:-1, -1]
+    return 0.5 + (against[:, None] - against[None, :]) / 2
+
+
+def pairing_metrics(
+    pairs: Sequence[Pair], identical: int, groups: Sequence[Group], objective: Objective
+) -> dict[str, object]:
+    """What metrics.jsonl says of pairing; ``identical`` is the number of pairs that were dropped."""
+    labels = torch.tensor([one.preference for one in pairs], dtype=torch.float64)
+    untrained = objective.loss(torch.zeros_like(labels), labels).mean() / objective.normaliser  # all margins 0
+    return {
+        "untrained_loss": float(untrained),
+        "pairs": len(pairs),
+        "identical_pairs": identical,
+        "prompts_without_pairs": len(groups) - len({one.group for one in pairs}),
+        "empty_responses": sum(not response.text.strip() for group in groups for response in group.responses),
+    }
+
+
+def score(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, done: Progress) -> Scores:
+    """Summed log-probs of every response under the policy."""
+    return score_policy(policy, groups, tokens_per_microbatch, done)
+
+
+def scoring_metrics(groups: Sequence[Group], model: str, seconds: float) -> dict[str, object]:
+    """What metrics.jsonl says of scoring."""
+    tokens = sum(len(response.tokens) for group in groups for response in group.responses)
+    return {"model": model, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def fit(
+    policy: Policy,
+    groups: Sequence[Group],
+    pairs: Sequence[Pair],
+    anchor: fitting.Anchor,
+    objective: Objective,
+    config: FitConfig,
+    *,
+    epochs: int,
+    seed: Sequence[int],
+    title: str,
+    on_step: Callable[[dict], None],
+    states: FitStates | None = None,
+    starts_at_anchor: bool = False,
+) -> None:
+    """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
+
+    Args:
+        epochs: passes over the pairs.
+        seed: of their order.
+        title: what the progress bar and errors call the fit.
+    """
+    batches = fitting.plan(pairs, epochs, config.batch_pairs, seed)
+    known = states.step() if states else 0
+    if known >= len(batches):  # after the last step the policy itself is saved
+        raise UserError(
+            f"{states.folder} has a state after step {known} of a fit of {len(batches)} steps: remove it, and --resume "
+            "starts the fit again"
+        )
+    with progress(title, len(batches), stoppable=False) as done:
+        done(known)
+
+        def report(metrics: dict) -> None:
+            on_step(metrics)
+            done(1)
+
+        try:
+            fitting.fit(policy, groups, batches, anchor, objective, config, report, states, starts_at_anchor)
+        except UserError as error:
+            raise UserError(f"{title.replace(': fit', ', fit')}, {error}") from error
+        finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
+            if states:
+                states.finish()

@@ -1,0 +1,358 @@
+"""The options of a run: sections, help, files, other names, and run directories of earlier versions."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onpo_fast import algorithms
+from onpo_fast.config import (
+    SECTIONS,
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    FitConfig,
+    JudgeConfig,
+    ModelConfig,
+    OracleConfig,
+    RunConfig,
+    SamplingConfig,
+    parse,
+    parse_run,
+    read_run,
+)
+from onpo_fast.config.aliases import INSTEAD, OTHER_NAMES, TRL_NAMES, VARIANTS
+from onpo_fast.errors import UserError
+from onpo_fast.run.journal import Journal
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a YAML file and returns its path."""
+
+    def write_file(text: str, name: str = "options.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_section_has_the_values_of_the_whole() -> None:
+    config = Config(learning_rate=1e-4, objective="inpo", judge_retries=3)
+    for kind in SECTIONS.values():
+        section = config.section(kind)
+        assert vars(section) == {field.name: getattr(config, field.name) for field in fields(kind)}
+    names = [field.name for kind in SECTIONS.values() for field in fields(kind)]
+    assert sorted(names) == sorted(Config.__dataclass_fields__)  # each option is in one section
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        (ModelConfig, "model", ""),
+        (ModelConfig, "chat_template_kwargs", {"tools": 1}),
+        (DataConfig, "eval_fraction", 0.0),
+        (DataConfig, "prompt_column", None),
+        (SamplingConfig, "temperature", 0.0),
+        (SamplingConfig, "sampling_batch_size", 0),
+        (OracleConfig, "oracle_max_tokens", 0),
+        (JudgeConfig, "judge_key_variable", "sk-1"),
+        (JudgeConfig, "judge_timeout", float("inf")),
+        (JudgeConfig, "judge_max_invalid_rate", 1.5),
+        (AlgorithmConfig, "labels", "hard"),
+        (AlgorithmConfig, "eta", -1.0),
+        (AlgorithmConfig, "responses_per_prompt", 1),
+        (FitConfig, "batch_pairs", 0),
+        (FitConfig, "max_skipped_steps", -1),
+        (FitConfig, "weight_decay", float("nan")),
+        (RunConfig, "seed", 2**63),
+        (RunConfig, "out", "a\0b"),
+    ],
+)
+def test_a_section_validates_its_own_options(section: type, option: str, value: object) -> None:
+    for kind in (section, Config):
+        with pytest.raises(UserError, match=option):
+            kind(**{option: value})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    from onpo_fast.config.command_line import _parser
+
+    return _parser({}).format_help()
+
+
+def test_every_option_is_described_in_its_section(help_text: str) -> None:
+    groups = dict(re.findall(r"^(\w+):\n(.*?)(?=^\S|\Z)", help_text, re.MULTILINE | re.DOTALL))
+    for name, kind in SECTIONS.items():
+        flags = re.findall(r"^  --(\w+)", groups[name], re.MULTILINE)
+        assert flags == [field.name for field in fields(kind)]
+        assert kind.__doc__.split()[0] in groups[name]
+    entries = re.split(r"^  --", help_text, flags=re.MULTILINE)[1:]
+    for entry in entries:
+        words = entry.split("\n\n")[0].split()
+        assert len(words) > 4, entry
+        assert words[-1].endswith((".", ")")), entry
+
+
+def test_the_help_lists_algorithms_and_hides_other_names(help_text: str) -> None:
+    flat = " ".join(help_text.split())
+    for name, algorithm in algorithms.ALGORITHMS.items():
+        assert f"- {name}: {algorithm.about}" in flat
+    for name in (*VARIANTS, *OTHER_NAMES, *INSTEAD):
+        assert f"\n  --{name} " not in help_text
+    assert all(f"--{name} for --{option}" in flat for name, option in TRL_NAMES.items())
+
+
+def test_the_whole_configuration_is_printed(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--print_config", "--eta", "3", "--out", "run"])
+    assert stopped.value.code == 0
+    assert Config(**yaml.safe_load(capsys.readouterr().out)) == Config(eta=3.0, out="run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\nlearning_rate: 1e-5\nlabels: sampled\njudge_request: {a: null}\n",
+        "model: {model: m}\nfit: {learning_rate: 1e-5}\nalgorithm: {labels: sampled}\njudge_request: {a: null}\n",
+        "model: {model: m}\nlearning_rate: 1e-5\njudge_request:\n  a: null\nalgorithm: {labels: 'sampled'}\n",
+        "model_name_or_path: m\nfit:\n  learning_rate: 1e-5\nlabels: bits\njudge: {judge_request: {a: }}\n",
+    ],
+)
+def test_a_file_is_flat_or_by_section(text: str, write) -> None:
+    config = parse(["--config", write(text), "--out", "x"])
+    expected = Config(model="m", learning_rate=1e-5, labels="sampled", judge_request={"a": None}, out="x")
+    assert config == expected
+
+
+def test_options_of_several_files_and_flags(write) -> None:
+    first = write("fit: {learning_rate: 1e-5, batch_pairs: 7}\n", "first.yaml")
+    second = write("learning_rate: 2e-5\n", "second.yaml")
+    config = parse(["--config", first, "--config", second, "--batch_pairs", "8"])
+    assert (config.learning_rate, config.batch_pairs) == (2e-5, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nrun:\n  seed: 2\n", "line 3: seed is there twice, first in line 1"),
+        ("run:\n  seed: 2\nfit: {}\nseed: 1\n", "line 4: seed is there twice, first in line 2"),
+        ("out: a\noutput_dir: b\n", "line 2: output_dir is another name of out, .* first in line 1"),
+        ("fit:\n  eta: 1.0\n  seed: 3\n", "line 2: eta belongs to the section algorithm, not to fit"),
+        (
+            "algorithm:\n  second_fit: direct\n  learning_rate: 1.0\n",
+            "line 3: learning_rate belongs to the section fit",
+        ),
+        ("fit:\n  learnin_rate: 1\n", "line 2: there is no option learnin_rate; did you mean learning_rate"),
+        ("samplin: {}\n", "line 1: there is no option samplin; did you mean sampling"),
+        ("sampling: 3\n", "line 1: sampling is a section"),
+        ("fit:\n\n  batch_pairs: few\n", "line 3: batch_pairs must be a whole number, not few"),
+        ("fit:\n  batch_pairs:\n", "line 2: batch_pairs must be a whole number, not null"),
+        ("model: {model: {model: m}}\n", "line 1: model must be text"),
+        ("seed: 1\nmax_steps: 3\n", "line 2: there is no option max_steps: .*--iterations"),
+        ("[fit]: {seed: 1}\n", "line 1: not YAML"),
+    ],
+)
+def test_errors_in_a_file_name_the_line(text: str, message: str, write) -> None:
+    with pytest.raises(UserError, match=rf"options\.yaml, {message}"):
+        parse(["--config", write(text)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_other_names_of_options(name: str, write) -> None:
+    option = OTHER_NAMES[name]
+    value = {
+        "judge_max_invalid_rate": 0.25,
+        "max_new_tokens": 7,
+        "responses_per_prompt": 7,
+        "eval_samples": 7,
+        "attention": "sdpa",
+        "objective": "omd",
+    }.get(option, "text")
+    for line in ([f"--{name}", str(value)], [f"--{name}={value}"], ["--config", write(f"{name}: {value}\n")]):
+        assert getattr(parse(line), option) == value
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_trl_has_and_this_has_not_comes_with_a_hint(name: str, write) -> None:
+    for line in ([f"--{name}", "1"], [f"--{name}=1"], ["--config", write(f"{name}: 1\n")]):
+        with pytest.raises(UserError, match=name) as raised:
+            parse(line)
+        assert str(raised.value).endswith(INSTEAD[name])
+    assert name not in (*Config.__dataclass_fields__, *OTHER_NAMES)
+
+
+def test_hints_name_options_that_there_are() -> None:
+    known = {*Config.__dataclass_fields__, "resume"}
+    for hint in INSTEAD.values():
+        assert {flag for flag in re.findall(r"--(\w+)", hint)} <= known, hint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*algorithms.ALGORITHMS, *algorithms.ALIASES])
+def test_every_algorithm_has_its_loss(name: str) -> None:
+    canonical = algorithms.ALIASES.get(name, name)
+    for config in (Config(objective=name), parse(["--objective", name]), parse([f"--algorithm={name}"])):
+        assert config.objective == canonical
+        assert type(config.make_objective()) is algorithms.ALGORITHMS[canonical].objective
+
+
+@pytest.mark.parametrize("name", ["inpo", "nash_md", "egpo"])
+def test_the_reference_has_a_third_of_the_weight(name: str) -> None:
+    config = Config(objective=name)
+    assert config.initial_weight == pytest.approx(1 / 3)
+    again = config.section(AlgorithmConfig)
+    assert (again.eta, again.tau) == (config.eta, config.tau)
+    assert Config(objective=name, eta=0.5).initial_weight == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match=f"--objective {name}: tau"):
+        Config(objective=name, eta=0.5, tau=3.0)
+    with pytest.raises(UserError, match="tau"):
+        Config(objective=name, tau=-1.0)
+    with pytest.raises(UserError, match="--anchor"):
+        Config(objective=name, anchor="live")
+
+
+def test_the_weight_of_the_reference() -> None:
+    weights = {name: Config(objective=name).initial_weight for name in algorithms.ALGORITHMS}
+    assert {name for name, weight in weights.items() if weight == 1} == {"online_ipo"}
+    assert {name for name, weight in weights.items() if 0 < weight < 1} == {"inpo", "nash_md", "egpo"}
+    assert Config(objective="nash_md", eta=4.0, tau=0.25).initial_weight == 1
+
+
+def test_the_reference_is_refreshed_only_where_there_is_one() -> None:
+    assert Config().refresh_reference is None
+    for name in algorithms.ALGORITHMS:
+        if name in ("inpo", "online_ipo", "nash_md", "egpo"):
+            assert parse(["--objective", name, "--refresh_reference", "2"]).refresh_reference == 2
+        else:
+            with pytest.raises(UserError, match="--refresh_reference"):
+                Config(objective=name, refresh_reference=2)
+    with pytest.raises(UserError, match="--refresh_reference must be at least 1"):
+        Config(objective="inpo", refresh_reference=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "objective"),
+    [
+        ("--second_fit direct", "onpo_direct"),
+        ("--fit_start=policy", "onpo_from_policy"),
+        ("--objective onpo --second_fit=direct", "onpo_direct"),
+        ("--objective onpo_direct --second_fit=direct", "onpo_direct"),
+        ("--second_fit chained --fit_start anchor", "onpo"),
+        ("--objective inpo --second_fit chained --fit_start anchor", "inpo"),
+    ],
+)
+def test_variants_by_the_options_of_earlier_versions(line: str, objective: str, write) -> None:
+    assert parse(line.split()).objective == objective
+    pairs = re.findall(r"--(\w+)[ =](\w+)", line)
+    assert parse(["--config", write("".join(f"{name}: {value}\n" for name, value in pairs))]).objective == objective
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--second_fit direct --fit_start policy", "--second_fit direct and --fit_start policy"),
+        ("--objective omd --second_fit direct", "--second_fit direct"),
+        ("--algorithm onpo_direct --fit_start policy", "--fit_start policy"),
+        ("--fit_start somewhere", "--fit_start must be one of anchor, policy, not somewhere"),
+    ],
+)
+def test_variants_that_contradict_each_other(line: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        parse(line.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directories of earlier versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def earlier_run(directory: Path, journal: bool, **changes: object) -> dict:
+    """A run directory as earlier versions wrote it; returns its options."""
+    options = {name: value for name, value in vars(Config(out=str(directory))).items() if name != "refresh_reference"}
+    options["judge_max_nonsense"] = options.pop("judge_max_invalid_rate")
+    options |= {"second_fit": "chained", "fit_start": "anchor", **changes}
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    if journal:
+        Journal(directory).begin({"options": options})
+    return options
+
+
+@pytest.mark.parametrize("journal", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {}),
+        ({"objective": "ipo"}, {"objective": "online_ipo"}),
+        ({"objective": "dpo", "labels": "bits"}, {"objective": "iterative_dpo", "labels": "sampled"}),
+        ({"second_fit": "direct"}, {"objective": "onpo_direct"}),
+        (
+            {"fit_start": "policy", "judge_max_nonsense": 0.25},
+            {"objective": "onpo_from_policy", "judge_max_invalid_rate": 0.25},
+        ),
+    ],
+)
+def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path, journal: bool, before: dict, now: dict) -> None:
+    out = str(tmp_path / "run")
+    options = earlier_run(tmp_path / "run", journal, **before)
+    expected = replace(Config(out=out), **now)
+    assert read_run(Path(out)) == expected
+    line = ["--resume", "--out", out]
+    assert parse_run(line) == (expected, True)
+    # and the command line that it was started with can be repeated, in its old words
+    given = [f"--{name}={value}" for name, value in options.items() if name in before]
+    assert parse_run([*line, *given]) == (expected, True)
+    # after the run has written its files again, too
+    Journal(tmp_path / "run").begin({"options": vars(expected)})
+    (tmp_path / "run/config.yaml").write_text(expected.to_yaml(), encoding="utf-8")
+    assert parse_run([*line, *given]) == (expected, True)
+
+
+def test_what_changed_since_an_earlier_version_is_named(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    earlier_run(tmp_path / "run", journal=True, objective="inpo", eta=0.05, tau=0.01)
+    line = ["--resume", "--output_dir", out]
+    for flag, named in (("--judge_max_nonsense=0.1", "judge_max_invalid_rate"), ("--refresh_reference=2",) * 2):
+        with pytest.raises(UserError, match=named.partition("=")[0]):
+            parse_run([*line, flag])
+    with pytest.raises(UserError, match="--objective 'inpo' → 'onpo'"):
+        parse_run([*line, "--objective", "onpo"])
+
+
+@pytest.mark.parametrize("options", [{"second_fit": 5}, {"labels": ["bits"]}, {"objective": {}}, {"fit_start": "x"}])
+def test_a_journal_with_other_values_is_named(tmp_path: Path, options: dict) -> None:
+    earlier_run(tmp_path / "run", journal=True)
+    Journal(tmp_path / "run").begin({"options": json.loads(json.dumps(options))})
+    with pytest.raises(UserError, match=next(iter(options))):
+        parse_run(["--resume", "--out", str(tmp_path / "run")])
