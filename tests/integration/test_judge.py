@@ -24,15 +24,7 @@ import numpy as np
 import pytest
 import torch
 from onpo_fast.oracles.answers import Answers
-
-from onpo_fast import oracles
-from onpo_fast import train as module
-from onpo_fast.config import Config
-from onpo_fast.data import Group, Response
-from onpo_fast.errors import UserError
-from onpo_fast.oracles import chat_judge
-from onpo_fast.run import signals
-from tests.support.servers import (
+from support.servers import (
     Error,
     Server,
     bomb,
@@ -45,6 +37,14 @@ from tests.support.servers import (
     serving,
     trickle,
 )
+
+from onpo_fast import oracles
+from onpo_fast import train as module
+from onpo_fast.config import Config
+from onpo_fast.data import Group, Response
+from onpo_fast.errors import UserError
+from onpo_fast.oracles import chat_judge
+from onpo_fast.run import signals
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
