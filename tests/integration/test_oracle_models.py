@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.model_files import edit_config, edit_template
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from bench.zoo import FAMILIES, build
@@ -23,7 +24,6 @@ from onpo_fast.errors import UserError
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
-from tests.support.model_files import edit_config, edit_template
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

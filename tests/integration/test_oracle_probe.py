@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.model_files import edit_config, edit_template, edit_weights
+from support.small_runs import prepare, small_run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from onpo_fast import oracles
@@ -18,8 +20,6 @@ from onpo_fast.config import Config
 from onpo_fast.conversations import Prompt
 from onpo_fast.errors import UserError, one_line
 from onpo_fast.oracles.reward_model import RewardModel
-from tests.support.model_files import edit_config, edit_template, edit_weights
-from tests.support.small_runs import prepare, small_run
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

@@ -571,9 +571,9 @@ def test_a_long_run_is_a_page_of_a_few_mb(finished: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "long " * 10**4}] * 30, "preference": 0.5}
     row["responses"] = {name: ["word " * 1000] for name in policies}
     write_lines(finished / "evaluation_responses.jsonl", [row] * 3)
-    start = time.monotonic()
+    start = time.process_time()
     path = write_report(finished)
-    assert time.monotonic() - start < 60  # a few seconds where nothing else runs
+    assert time.process_time() - start < 20  # a few seconds
     assert len(path.read_bytes()) < 4 * 2**20
     text = Page(path).text
     assert "400 of 400 iterations done" in text

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.servers import Server
 
 from onpo_fast import oracles
 from onpo_fast.config import Config
 from onpo_fast.oracles import chat_judge
 from onpo_fast.servers import retries
-from tests.support.servers import Server
 
 
 @pytest.fixture

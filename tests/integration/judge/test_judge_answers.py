@@ -7,18 +7,18 @@ import time
 
 import numpy as np
 import pytest
-
-from onpo_fast import oracles
-from onpo_fast.oracles.judge_session import NoVerdicts
-from onpo_fast.servers import RequestRefused, workers
-from tests.support.judging import SHORTER, asked, groups, raises, shorter
-from tests.support.servers import (
+from support.judging import SHORTER, asked, groups, raises, shorter
+from support.servers import (
     Error,
     completion,
     completion_of,
     message,
     serving,
 )
+
+from onpo_fast import oracles
+from onpo_fast.oracles.judge_session import NoVerdicts
+from onpo_fast.servers import RequestRefused, workers
 
 
 def test_both_orders_are_asked_and_averaged(judge) -> None:

@@ -11,18 +11,18 @@ import threading
 import time
 
 import numpy as np
+from support.judging import SHORTER, groups, raises, shorter
+from support.servers import (
+    Error,
+    completion,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import chat_judge, judge_cache
 from onpo_fast.servers import RequestRefused
-from tests.support.judging import SHORTER, groups, raises, shorter
-from tests.support.servers import (
-    Error,
-    completion,
-    serving,
-)
 
 
 def test_answers_are_kept_by_everything_that_shaped_them(judge, tmp_path) -> None:

@@ -8,15 +8,15 @@ import time
 
 import numpy as np
 import pytest
-
-from onpo_fast import oracles
-from onpo_fast.servers import logprobs
-from tests.support.judging import SHORTER, groups, shorter
-from tests.support.servers import (
+from support.judging import SHORTER, groups, shorter
+from support.servers import (
     Error,
     completion,
     serving,
 )
+
+from onpo_fast import oracles
+from onpo_fast.servers import logprobs
 
 
 def test_a_server_that_refuses_log_probs_is_asked_without(judge) -> None:

@@ -7,16 +7,16 @@ import os
 import socket
 
 import pytest
+from support.judging import groups, raises, shorter
+from support.servers import (
+    Error,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast.errors import UserError
 from onpo_fast.servers import RequestRefused, ServerError, ServerUnavailable, endpoint
 from onpo_fast.servers.failures import NO_ADDRESS
-from tests.support.judging import groups, raises, shorter
-from tests.support.servers import (
-    Error,
-    serving,
-)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])

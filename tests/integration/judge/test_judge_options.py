@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.judging import groups, raises
+from support.servers import (
+    Error,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast import train as module
@@ -15,11 +20,6 @@ from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import chat_judge
 from onpo_fast.servers import RequestRefused
-from tests.support.judging import groups, raises
-from tests.support.servers import (
-    Error,
-    serving,
-)
 
 
 @pytest.mark.parametrize(

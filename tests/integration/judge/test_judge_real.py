@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.judging import TEXTS, groups
+from support.servers import (
+    completion,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast.config import Config
 from onpo_fast.models.loading import load
-from tests.support.judging import TEXTS, groups
-from tests.support.servers import (
-    completion,
-    serving,
-)
 
 
 @pytest.fixture(scope="module")

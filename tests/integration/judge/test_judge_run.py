@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.judging import asked, raises, shorter
+from support.servers import (
+    Error,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast import train as module
@@ -12,11 +17,6 @@ from onpo_fast.config import Config
 from onpo_fast.oracles import chat_judge
 from onpo_fast.oracles.judge_session import NoVerdicts
 from onpo_fast.servers import RequestRefused, retries
-from tests.support.judging import asked, raises, shorter
-from tests.support.servers import (
-    Error,
-    serving,
-)
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

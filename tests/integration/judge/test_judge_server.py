@@ -10,12 +10,8 @@ import time
 
 import numpy as np
 import pytest
-
-from onpo_fast import oracles
-from onpo_fast.config import Config
-from onpo_fast.servers import RequestRefused, ServerError, ServerUnavailable, retries
-from tests.support.judging import SHORTER, asked, groups, raises, shorter
-from tests.support.servers import (
+from support.judging import SHORTER, asked, groups, raises, shorter
+from support.servers import (
     Error,
     bomb,
     break_off,
@@ -25,6 +21,10 @@ from tests.support.servers import (
     serving,
     trickle,
 )
+
+from onpo_fast import oracles
+from onpo_fast.config import Config
+from onpo_fast.servers import RequestRefused, ServerError, ServerUnavailable, retries
 
 FAULTS = {
     "429": Error(429),

@@ -8,16 +8,16 @@ import time
 
 import numpy as np
 import pytest
+from support.judging import SHORTER, groups, shorter
+from support.servers import (
+    Error,
+    serving,
+)
 
 from onpo_fast import oracles
 from onpo_fast.oracles.judge_cache import JudgeCache
 from onpo_fast.run import signals
 from onpo_fast.servers import workers
-from tests.support.judging import SHORTER, groups, shorter
-from tests.support.servers import (
-    Error,
-    serving,
-)
 
 
 def test_concurrency_is_limited_and_used(judge) -> None:
