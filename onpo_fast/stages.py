@@ -91,7 +91,7 @@ def pair(
         UserError: if no pair is left.
     """
     chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
-    pairs = pairing.distinct(chosen, groups)
+    pairs = pairing.drop_identical(chosen, groups)
     if not pairs:
         raise UserError(
             f"no pair to learn from: all responses that were to be compared are the same, for each of {len(groups)} "
@@ -157,7 +157,7 @@ def fit(
         seed: of their order.
         title: what the progress bar and errors call the fit.
     """
-    batches = fitting.plan(pairs, epochs, config.batch_pairs, seed)
+    batches = fitting.plan_steps(pairs, epochs, config.batch_pairs, seed)
     known = states.step() if states else 0
     if known >= len(batches):  # after the last step the policy itself is saved
         raise UserError(
