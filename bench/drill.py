@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from onpo_fast import train as training
 from onpo_fast.config import Config
 from onpo_fast.errors import command
-from onpo_fast.models.loading import locate
+from onpo_fast.models.checkpoint import locate
 from onpo_fast.run.digest import run_digest
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal

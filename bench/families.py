@@ -38,7 +38,7 @@ import onpo_fast
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response, read_groups
 from onpo_fast.errors import UserError, one_line
-from onpo_fast.fit import fit, plan
+from onpo_fast.fit import fit, plan_steps
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
@@ -249,7 +249,7 @@ def make_groups(policy: Policy) -> list[Group]:
     for messages, lengths in zip(CONVERSATIONS, LENGTHS):
         tokens = [[chance.randrange(len(SPECIAL), 259) for _ in range(n - 1)] + [eos] for n in lengths]
         responses = [Response(policy.tokenizer.decode(t), t, "eos", 0.0) for t in tokens]
-        groups.append(Group(messages, policy.render(messages), responses))
+        groups.append(Group(messages, policy.renderer.render(messages), responses))
     return groups
 
 
@@ -270,7 +270,7 @@ def first_gradient(
 
     hook = register_optimizer_step_pre_hook(take)
     try:
-        batches = plan(PAIRS, 1, len(PAIRS), [0])
+        batches = plan_steps(PAIRS, 1, len(PAIRS), [0])
         fit(policy, groups, batches, anchor, Onpo(eta=ETA), config, lambda metrics: None)
     finally:
         hook.remove()

@@ -23,12 +23,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import is_flash_attn_2_available
 
-from onpo_fast import fit as fitting
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.fit import fit, plan
+from onpo_fast.fit import fit, plan_steps
 from onpo_fast.loss import PairLossOutput, choose_backend
-from onpo_fast.models.loading import apply_liger, without_cudnn_attention
+from onpo_fast.models import scoring
+from onpo_fast.models.execution import apply_liger, without_cudnn_attention
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Objective, Onpo
 
@@ -190,7 +190,7 @@ def _measured_fit(
     )
     draw = torch.Generator().manual_seed(1)
     anchor = [own + torch.randn(2, generator=draw) for own in score(policy, groups, tokens)]
-    batches = plan([Pair(g, 0, 1, 1.0) for g in range(pairs)], steps + 1, pairs, [0])
+    batches = plan_steps([Pair(g, 0, 1, 1.0) for g in range(pairs)], steps + 1, pairs, [0])
     ends: list[float] = []
     losses: list[float | None] = []
 
@@ -224,7 +224,7 @@ def replaced_loss(loss: str) -> Iterator[None]:
     if loss != "materialised":
         yield
         return
-    with patch.object(fitting, "fused_linear_pair_loss", materialised_pair_loss):
+    with patch.object(scoring, "fused_linear_pair_loss", materialised_pair_loss):
         yield
 
 

@@ -75,7 +75,9 @@ def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         from onpo_fast.config import Config
         from onpo_fast.data import split_prompts
         from onpo_fast.errors import UserError
-        from onpo_fast.models.loading import SMOLLM2, load
+        from onpo_fast.models.checkpoint import SMOLLM2
+        from onpo_fast.models.heads import head_arguments
+        from onpo_fast.models.loading import load
     except ImportError as error:
         raise Unavailable(f"the real model needs a package that is not here: {error}") from None
     try:
@@ -92,4 +94,8 @@ def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         policy.model.base_model(sequence[start : start + tokens][None]).last_hidden_state[0]
         for start in range(0, rows, tokens)
     ]
-    return torch.cat(hidden).float(), policy.head["weight"].detach().float(), sequence[1 : rows + 1].clone()
+    return (
+        torch.cat(hidden).float(),
+        head_arguments(policy.model)["weight"].detach().float(),
+        sequence[1 : rows + 1].clone(),
+    )

@@ -47,11 +47,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison of two responses of one group."""
+    """A comparison of two responses of one group, or a single response with its win rate."""
 
     group: int  # index of the group
     winner: int  # index of the response in its group
-    loser: int
+    loser: int | None  # None: an empty response, whose log-prob is 0 (SPPO)
     preference: float  # the label P(winner ≻ loser): a probability, or 1 for a sampled label
     weight: float = 1.0  # in the mean over pairs; 1 in every run, so that files do not have it
 
@@ -373,16 +373,17 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
     """
 
     def make(record: dict, _: None) -> Pair:
-        numbers = _list([record[name] for name in ("group", "winner", "loser")], int)
+        has_loser = record["loser"] is not None
+        numbers = _list([record[name] for name in ("group", "winner", *(["loser"] if has_loser else []))], int)
         (preference,) = _list([record["preference"]], (int, float))
         if min(numbers) < 0 or not 0 <= preference <= 1:
             raise ValueError
-        one = Pair(*numbers, preference)
+        one = Pair(numbers[0], numbers[1], numbers[2] if has_loser else None, preference)
         if one.winner == one.loser:
             raise _Misfit("it compares a response with itself")
         if groups is not None and one.group >= len(groups):
             raise _Misfit(f"it names group {one.group} of {len(groups)}, counted from 0")
-        if groups is not None and max(one.winner, one.loser) >= len(groups[one.group].responses):
+        if groups is not None and max(numbers[1:]) >= len(groups[one.group].responses):
             raise _Misfit(f"it compares a response that group {one.group} does not have")
         return one
 
@@ -392,11 +393,12 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:
     """Writes pairs with ``prompt``, ``chosen``, ``rejected`` and any ``tools``, as TRL and datasets read them.
 
-    The indices of group and responses and the label are kept beside them.
+    The indices of group and responses and the label are kept beside them. A pair without a loser has the loser null,
+    and an empty text as ``rejected``.
     """
 
-    def answer(group: Group, index: int) -> Messages:
-        return [{"role": "assistant", "content": group.responses[index].text}]
+    def answer(group: Group, index: int | None) -> Messages:
+        return [{"role": "assistant", "content": "" if index is None else group.responses[index].text}]
 
     write_jsonl(
         path,

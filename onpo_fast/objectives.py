@@ -1,17 +1,18 @@
-"""Objectives: from a pair's margin to its loss, and nothing more.
+"""Objectives: from the margin of a pair to its loss.
 
-Write D(π) = log π(y_w) − log π(y_l), log-probs summed over the response's tokens (nats). The *margin* of a pair is
-g = D(π) − D(anchor), and the label p = P(y_w ≻ y_l) is 1 for a hard label. An objective says, elementwise over pairs,
+Let D(π) = log π(y_w) − log π(y_l), with log-probs summed over the response's tokens, in nats. The *margin* of a pair is
+g = D(π) − D(anchor), and its label p = P(y_w ≻ y_l) is 1 for a hard label. An objective has three elementwise
+functions:
 
-- ``target(p)``: the margin at which the loss is least, in nats;
+- ``target(p)``: the margin of least loss, in nats;
 - ``loss(g, p)``: the loss of the pair;
-- ``derivative(g, p)``: d loss / d g, which is all that a backward pass needs.
+- ``derivative(g, p)``: d loss / d g, which is all that the backward pass needs.
 
-The arguments are tensors of any one shape and dtype; so are the results. How many fits an iteration takes, and what
-they are measured from, is the algorithm's (``algorithms``).
+Arguments are tensors of one shape and dtype, and so are results. How many fits an iteration has, and from which anchor
+margins are measured, is part of the algorithm (``algorithms``).
 
-To add an objective: write the class here and give it a name in ``OBJECTIVES``. Its constructor arguments are taken
-from the trainer's options of the same names.
+To add an objective: write its class and name it in ``OBJECTIVES``. The arguments of its constructor are read from the
+trainer's options of the same names.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """What every objective shares. Parameters must be positive and finite, and the squared target of a sure label too
-    where the loss is a square (``ValueError`` otherwise)."""
+    """Base class of objectives.
+
+    Raises:
+        ValueError: if a parameter is not positive and finite, or a squared loss has a hard label's target whose square
+            is not positive and finite in float64.
+    """
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,7 +53,7 @@ class Objective:
 
     @property
     def normaliser(self) -> float:
-        """What to divide the loss by so that runs with different parameters compare."""
+        """What reported losses are divided by, so that runs with different parameters can be compared."""
         return 1.0
 
 
@@ -63,15 +68,15 @@ class _Squared(Objective):
 
     @property
     def normaliser(self) -> float:
-        # (2·target(1))², so that the loss of a hard label starts at ¼ when g = 0: (g/η − ½)² for ONPO
+        # (2·target(1))², so that the normalised loss of a hard label is ¼ at g = 0: (g/η − ½)² for ONPO
         return float((2 * self.target(torch.ones((), dtype=torch.float64))).square())
 
 
 @dataclass(frozen=True)
 class Onpo(_Squared):
-    """(g − η/2)², soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
+    """(g − η/2)², with soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
 
-    The anchor is π′_t for the first fit of an iteration and π′_{t+1} for the second.
+    The anchor is π′_t in the first fit of an iteration and π′_{t+1} in the second.
     """
 
     eta: float  # step size of mirror descent; the target is η/2 nats
@@ -82,7 +87,7 @@ class Onpo(_Squared):
 
 @dataclass(frozen=True)
 class Omd(_Squared):
-    """(g − η/2)² against π_t: plain online mirror descent, which is INPO with τ = 0. arXiv 2502.16852, section 3."""
+    """(g − η/2)² against π_t: online mirror descent, which is INPO with τ = 0. arXiv 2502.16852, section 3."""
 
     eta: float  # step size of mirror descent
 
@@ -94,7 +99,7 @@ class Omd(_Squared):
 class Inpo(_Squared):
     """(D(π) − (τ/η) D(π_1) − (1 − τ/η) D(π_t) − 1/(2η))². arXiv 2407.00617 (INPO).
 
-    Its η is the inverse of ONPO's. The two anchors fold into one column of log-probs, since D is linear in them.
+    This η is the inverse of ONPO's. Both anchors are one column of log-probs, because D is linear in log-probs.
     """
 
     eta: float  # inverse step size: the target is 1/(2η) nats
@@ -116,7 +121,7 @@ class Inpo(_Squared):
 
 @dataclass(frozen=True)
 class Ipo(_Squared):
-    """(g − 1/(2τ))² against π_1, soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17."""
+    """(g − 1/(2τ))² against π_1, with soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17."""
 
     tau: float  # strength of the pull towards π_1
 
@@ -126,9 +131,10 @@ class Ipo(_Squared):
 
 @dataclass(frozen=True)
 class Sppo(_Squared):
-    """(log π(y)/π_t(y) − η(p − ½))², p = P(y ≻ π_t): each response by itself. arXiv 2405.00675, equation 3.5.
+    """(log π(y)/π_t(y) − η(p − ½))² of each response y, where p = P(y ≻ π_t). arXiv 2405.00675, section 4 (SPPO).
 
-    The margin is a response's log-ratio, that is, the pair's loser is an empty response, whose log-prob is 0.
+    A pair has no loser (``Pair.loser`` is None): its margin is the log-ratio of one response. ½ replaces the
+    log-normaliser of the mirror-descent step, divided by η.
     """
 
     eta: float  # step size of mirror descent
@@ -141,7 +147,7 @@ class Sppo(_Squared):
 class Dpo(Objective):
     """−p·log σ(βg) − (1 − p)·log σ(−βg) against π_t: iterative DPO. arXiv 2305.18290, equation 7.
 
-    A soft label is what conservative DPO calls label smoothing. With a hard label the target is infinite.
+    A soft label is what conservative DPO calls label smoothing. The target of a hard label is infinite.
     """
 
     beta: float  # inverse temperature of the Bradley-Terry reward

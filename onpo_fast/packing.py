@@ -1,11 +1,11 @@
-"""Preference groups as model input: token ids, positions, attention mask, and which hidden state predicts what.
+"""Packing: preference groups as model input, with positions, attention mask and the index of every prediction.
 
 Two layouts give every response the same hidden states:
 
-- ``shared``: one row a group, ``[prompt | y_1 | … | y_K]``. The prompt is computed once; a response attends to the
-  prompt and to itself, and its positions go on from the prompt's. Needs a model that takes a 4-D mask.
-- ``separate``: one row a response, ``[prompt | y_k]``, with a plain padding mask. Works with every causal model, and is
-  what flash-attention wants.
+- ``shared``: one row per group, ``[prompt | y_1 | … | y_K]``. The prompt is computed once; each response attends to the
+  prompt and itself, and its positions continue from the prompt's. The model must accept a 4-D mask.
+- ``separate``: one row per response, ``[prompt | y_k]``, with a padding mask. Works with every causal model and with
+  flash-attention.
 
 Rows are padded on the right. The last token of a response predicts nothing and is left out.
 """
@@ -28,11 +28,11 @@ TokenGroup = tuple[list[int], list[list[int]]]  # prompt tokens, tokens of each 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of B rows of L tokens with S responses of N tokens in all, group by group."""
+    """A batch of B rows of L tokens that hold S responses with N tokens in total, group by group."""
 
     input_ids: Tensor  # (B, L) int64
     position_ids: Tensor  # (B, L) int64
-    segment: Tensor  # (B, L) int32: 0 the prompt, k the k-th response, −1 padding
+    segment: Tensor  # (B, L) int32: 0 for the prompt, k for the k-th response, −1 for padding
     rows: Tensor  # (N,) int64: indices into B·L of the positions that predict the response tokens
     targets: Tensor  # (N,) int64: the response tokens
     cu_seqlens: Tensor  # (S+1,) int32 on the CPU: response boundaries in N
@@ -40,22 +40,27 @@ class Packed:
 
     @cached_property
     def attention_mask(self) -> Tensor:
-        """(B, 1, L, L) bool, or (B, L) int64 for separate rows. Made where the tokens are: it is L times as large."""
+        """(B, 1, L, L) bool for shared prompts, (B, L) int64 for separate rows.
+
+        Made on the device, because it is L times as large as the tokens.
+        """
         if self.layout == "separate":
             return (self.segment >= 0).long()
         length = self.segment.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
         query, key = self.segment[:, :, None], self.segment[:, None, :]
-        return (((key == 0) | (key == query)) & earlier)[:, None]  # padding sees padding: no row is without a key
+        return (((key == 0) | (key == query)) & earlier)[
+            :, None
+        ]  # padding attends to padding, so that no query is without a key
 
     def to(self, device: torch.device) -> Packed:
-        """The same batch there, but for ``cu_seqlens``."""
+        """Returns a copy on the device, except for ``cu_seqlens``, which stays on the CPU."""
         names = ("input_ids", "position_ids", "segment", "rows", "targets")
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
 def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) -> Packed:
-    """Packs groups. Every prompt has at least one token; a response may be empty.
+    """Packs groups into rows. Every prompt has at least one token; a response may be empty.
 
     >>> packed = pack([([7, 8], [[1, 2], [3]])])
     >>> packed.input_ids.tolist(), packed.position_ids.tolist()
@@ -104,17 +109,19 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
 
 
 def row_length(prompt: list[int], responses: list[list[int]]) -> int:
-    """Tokens of a row before padding."""
+    """Returns the length in tokens of a row with these responses, without padding."""
     return len(prompt) + sum(max(len(response) - 1, 0) for response in responses)
 
 
 def microbatches(
     groups: Sequence[TokenGroup], layout: Layout, tokens: int, boundary: int | None = None
 ) -> Iterator[list[int]]:
-    """Indices of groups that go through the model together: rows × longest row ≤ ``tokens``, similar lengths together.
+    """Yields the indices of the groups of every micro-batch, with groups of similar lengths together.
 
-    A group that is larger by itself stands alone. Groups with prompts of more than ``boundary`` tokens are never with
-    others: LongRoPE rotates a whole batch by the angles of its longest row (``Policy.rotary_boundary``).
+    Args:
+        tokens: the most packed tokens of a micro-batch: rows × longest row. A larger group is a micro-batch of its own.
+        boundary: groups with prompts of more tokens are never together with others, because LongRoPE rotates a whole
+            batch by the angles of its longest row (``Policy.rotary_boundary``).
     """
 
     def shape(index: int) -> tuple[int, int]:  # rows, longest row

@@ -1,13 +1,13 @@
 """From K responses and their preference matrix to pairs.
 
-What the theory covers: the loss's minimiser is the mirror-descent step when both responses of a pair are independent
-draws from π_t, which ``iid`` gives literally and ``all_pairs`` on average (each pair is such a draw, and using all
-K(K−1)/2 of a prompt only lowers the variance). What the experiments do: ``best_worst`` and ``knockout`` choose two
-responses *by the oracle*, which breaks the identity (the step no longer vanishes at the Nash policy) and trades bias
-for a larger margin per token.
+The loss's minimiser is a step of mirror descent if both responses of a pair are independent draws from π_t: ``iid`` and
+``all_pairs`` satisfy this. ``all_pairs`` uses all K(K−1)/2 pairs, each of which is such a draw, and so has less
+variance. ``best_worst`` and ``knockout``, as in the paper's experiments, choose two responses *by the oracle*: the step
+then no longer vanishes at the Nash policy, in exchange for a larger margin per token.
 
 A pairing takes the (K, K) matrix of P(i ≻ j) and a random generator, and returns index pairs in any order; ``pair``
-orients and labels them. To add one: write it here and name it in ``PAIRINGS``.
+orients and labels them. To add one, write it here and name it in ``PAIRINGS``. SPPO needs no pairing
+(``win_rate_pairs``).
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
 
 def iid(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """⌊K/2⌋ disjoint pairs: independent of each other as well."""
+    """Returns ⌊K/2⌋ disjoint pairs, which are independent of each other."""
     return [(i, i + 1) for i in range(0, len(preferences) - 1, 2)]
 
 
 def all_pairs(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """All K(K−1)/2 pairs; a response is scored once, however many it is in."""
+    """Returns all K(K−1)/2 pairs. A response is scored once, whatever the number of its pairs."""
     return list(combinations(range(len(preferences)), 2))
 
 
 def best_worst(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """The response that beats the others most on average, and the one that does least; ties at random."""
+    """Returns the responses with the highest and the lowest mean preference; ties are broken at random."""
     score = preferences.mean(axis=1)
     order = np.lexsort((rng.random(len(score)), score))
     return [(int(order[-1]), int(order[0]))]
 
 
 def knockout(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """The champion of a knockout tournament, and the last of the one that its first losers play on.
+    """Returns the winner of a knockout tournament, and the last of a tournament between the losers of its first round.
 
-    A random draw; the likelier winner of a match advances, ties by coin; an odd one out has a bye.
+    The draw is random; the likelier winner of a match advances, at random if it is a tie. With an odd number of players
+    the last one advances without a match.
     """
     draw = rng.permutation(len(preferences)).tolist()
     first = [_match(preferences, i, j, rng) for i, j in zip(draw[::2], draw[1::2])]
@@ -53,12 +54,13 @@ def knockout(preferences: np.ndarray, rng: np.random.Generator) -> list[tuple[in
 
 
 def _match(preferences: np.ndarray, i: int, j: int, rng: np.random.Generator) -> tuple[int, int]:
-    """(winner, loser)."""
+    """Returns (winner, loser)."""
     p = preferences[i, j]
     return (i, j) if p > 0.5 or (p == 0.5 and rng.random() < 0.5) else (j, i)
 
 
 def _tournament(preferences: np.ndarray, players: list[int], rng: np.random.Generator, keep: int) -> int:
+    """Returns the last player when winners (``keep`` = 0) or losers (1) of every match advance."""
     while len(players) > 1:
         matches = [_match(preferences, i, j, rng)[keep] for i, j in zip(players[::2], players[1::2])]
         players = matches + (players[-1:] if len(players) % 2 else [])
@@ -69,14 +71,14 @@ PAIRINGS: dict[str, Pairing] = {"iid": iid, "all_pairs": all_pairs, "best_worst"
 
 
 def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Sequence[int]) -> list[Pair]:
-    """Pairs of every group, the winner first.
+    """Returns the labelled pairs of every group.
 
     Args:
-        preferences: a (K, K) matrix of P(i ≻ j) a group.
+        preferences: a (K, K) matrix of P(i ≻ j) per group.
         pairing: a name in ``PAIRINGS``.
-        labels: "soft": the winner is the likelier one, its label P(winner ≻ loser) ≥ ½; "bits": the winner is drawn
-            with that probability, its label 1.
-        seed: of draws and ties, joined with the group's index.
+        labels: "soft": the winner is the likelier one, and the label is P(winner ≻ loser) ≥ ½. "sampled": the winner is
+            drawn with that probability, and the label is 1.
+        seed: of draws and ties, combined with the group's index.
     """
     pairs = []
     for group, matrix in enumerate(preferences):
@@ -89,16 +91,45 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
     return pairs
 
 
-def distinct(pairs: Iterable[Pair], groups: Sequence[Group]) -> list[Pair]:
-    """Without the pairs of two responses of the same tokens.
+def win_rate_pairs(preferences: Iterable[np.ndarray], labels: str, seed: Sequence[int]) -> list[Pair]:
+    """Returns SPPO's pairs: each response without a loser, labelled with its win rate (arXiv 2405.00675, section 4).
 
-    Such a pair's margin is 0 whatever the policy: its loss is a constant and its gradient 0, under every objective and
-    whatever the oracle said. So the argmin stays where it is, and the losses that are shown no longer hold constants.
-    The same text in other tokens is a pair, and so is an empty response (an end-of-sequence token alone) with any
-    other: the policy drew it, and without it the responses would not be draws from π_t.
+    The label of y_i estimates P(y_i ≻ π_t) by the mean of P(y_i ≻ y_j) over the other responses j ≠ i of its group. The
+    response itself, whose ½ is known, is left out, so that the estimate is unbiased.
+
+    Args:
+        preferences: a (K, K) matrix of P(i ≻ j) per group, K ≥ 2.
+        labels: "soft": the probabilities; "sampled": each P(y_i ≻ y_j), i < j, is replaced by one drawn outcome, 0 or
+            1, whose complement is that of (j, i).
+        seed: of the draws, combined with the group's index.
+    """
+    pairs = []
+    for group, matrix in enumerate(preferences):
+        size = len(matrix)
+        if labels != "soft":
+            draws = np.random.default_rng([*seed, group]).random(matrix.shape)
+            wins = np.triu(draws < matrix, 1)
+            matrix = wins + np.tril(~wins.T, -1)
+        others = ~np.eye(size, dtype=bool)
+        rates = np.where(others, matrix, 0).sum(1) / (size - 1)
+        pairs += [Pair(group, i, None, float(rate)) for i, rate in enumerate(rates)]
+    return pairs
+
+
+def drop_identical(pairs: Iterable[Pair], groups: Sequence[Group]) -> list[Pair]:
+    """Returns the pairs whose two responses have different tokens. Pairs without a loser are kept.
+
+    The margin of identical responses is 0 under every policy, so that their loss is constant and their gradient 0;
+    without them, reported losses have no constant part. The same text in other tokens is a different response, and so
+    is an empty response (only an end-of-sequence token): the policy sampled both, and without them the responses would
+    not be draws from π_t.
     """
 
     def tokens(group: int, response: int) -> list[int]:
         return groups[group].responses[response].tokens
 
-    return [pair for pair in pairs if tokens(pair.group, pair.winner) != tokens(pair.group, pair.loser)]
+    return [
+        pair
+        for pair in pairs
+        if pair.loser is None or tokens(pair.group, pair.winner) != tokens(pair.group, pair.loser)
+    ]

@@ -19,7 +19,7 @@ from .data import Group, Messages, Pair
 from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
-from .objectives import Objective
+from .objectives import Objective, Sppo
 from .run.fit_states import FitStates
 from .run.tracking import peak_memory_bytes, progress
 from .sampling import Progress, Sampler
@@ -90,8 +90,11 @@ def pair(
     Raises:
         UserError: if no pair is left.
     """
-    chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
-    pairs = pairing.distinct(chosen, groups)
+    if isinstance(objective, Sppo):  # each response by itself, against its win rate
+        chosen = pairing.win_rate_pairs(preferences, config.labels, seed)
+    else:
+        chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
+    pairs = pairing.drop_identical(chosen, groups)
     if not pairs:
         raise UserError(
             f"no pair to learn from: all responses that were to be compared are the same, for each of {len(groups)} "
@@ -157,7 +160,7 @@ def fit(
         seed: of their order.
         title: what the progress bar and errors call the fit.
     """
-    batches = fitting.plan(pairs, epochs, config.batch_pairs, seed)
+    batches = fitting.plan_steps(pairs, epochs, config.batch_pairs, seed)
     known = states.step() if states else 0
     if known >= len(batches):  # after the last step the policy itself is saved
         raise UserError(

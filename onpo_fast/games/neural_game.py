@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..config import FitConfig
 from ..data import Group, Pair, Response
-from ..fit import fit, plan
+from ..fit import fit, plan_steps
 from ..models.device import device_of
 from ..models.policy import Policy, score
 from ..objectives import Dpo, Objective, Sppo
-from ..pairing import distinct, pair
+from ..pairing import drop_identical, pair
 from .fits import Exact, Rewards, log_normalised, with_steps
 from .neural_options import EXPECTED, NeuralGame
 from .solution import rewards
@@ -144,7 +144,9 @@ class TransformerGame:
         Without a pair (all draws were the same response) the model stays as it is.
         """
         cached = [torch.from_numpy(np.append(row, 0.0)) for row in anchor]  # 0: an empty response's
-        batches = plan(pairs, self.options.fit_steps, len(pairs), [self.options.seed, 3])  # all pairs in every step
+        batches = plan_steps(
+            pairs, self.options.fit_steps, len(pairs), [self.options.seed, 3]
+        )  # all pairs in every step
         fit(self.model, self.groups, batches, cached, objective, self.config, lambda metrics: None)
 
     def score(self) -> np.ndarray:
@@ -192,7 +194,7 @@ class TransformerGame:
                     counts.update([(c, winner, len(P), q.preference), (c, loser, len(P), 1 - q.preference)])
                 else:
                     counts[c, winner, loser, q.preference] += 1
-        return distinct((Pair(*comparison, weight) for comparison, weight in counts.items()), self.groups)
+        return drop_identical((Pair(*comparison, weight) for comparison, weight in counts.items()), self.groups)
 
     def _against_one(
         self, P: np.ndarray, drawn: np.ndarray, opponents: np.ndarray, rng: np.random.Generator

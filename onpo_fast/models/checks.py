@@ -1,6 +1,6 @@
-"""A model is asked about itself: does what a run computes with it agree with what it says of each row alone?
+"""Checks of a loaded model: the log-probs that a run computes must be those that the model itself gives each row alone.
 
-Left out: kernels and sums are tested elsewhere (tests/gpu/triton_kernels); generation is checked by the sampler.
+Kernels and sums have tests of their own, and the sampler checks generation.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import UserError
-from ..loss import linear_logprobs
 from ..packing import Layout, TokenGroup, pack, row_length
 from ..run.signals import Stopped
 from .policy import Policy
 
-# groups of different lengths, of tokens that a vocabulary of any size is taken to
+# groups of different lengths; tokens are taken modulo the vocabulary
 PROBE: list[TokenGroup] = [
     ([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]),
     ([2, 5], [[6, 4], [3, 1]]),
     (list(range(11, 40, 2)), [list(range(12, 30, 3)), [8, 6, 5, 3, 9]]),
 ]
-ROUNDING = 1e-3  # nats a token: more than float32 computations of the same thing differ by, less than any mistake seen
+# nats per token: larger than the differences of float32 rounding, smaller than those of any mistake that was seen
+ROUNDING = 1e-3
 
 
 @torch.no_grad()
 def probe(policy: Policy, name: str) -> Tensor:
-    """Log-probs of a few tokens, (N,) nats.
+    """Returns log-probs of a few tokens, (N,) nats.
+
+    Args:
+        name: what errors call the policy.
 
     Raises:
-        UserError: if they are not finite, or not all weights are; says so of ``name``.
+        UserError: if a weight or a log-prob is not finite.
     """
     for weight, parameter in policy.model.named_parameters():
         if not parameter.isfinite().all():
@@ -48,7 +51,7 @@ def probe(policy: Policy, name: str) -> Tensor:
 
 @contextmanager
 def computing(model: str) -> Iterator[None]:
-    """What a model's own code raises where it is first tried, in one line."""
+    """Turns any error of a model's own code into a one-line ``UserError``; for the first use of a model."""
     try:
         yield
     except (UserError, Stopped):
@@ -59,25 +62,25 @@ def computing(model: str) -> Iterator[None]:
 
 
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """``PROBE``, in the policy's vocabulary; of a model with a small context, those groups that fit."""
-    size = len(policy.head["weight"])
+    """Returns ``PROBE`` in the policy's vocabulary, without groups that exceed its context."""
+    size = policy.head_rows
     groups = [group for group in PROBE if row_length(group[0], group[1][:1]) <= policy.safe_length] or PROBE[1:2]
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 
 def _probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
-    """(N,) log-probs of the probe's response tokens, all groups in one batch, as a run computes them; nats."""
+    """Returns (N,) log-probs of the probe's response tokens, nats, from one batch with all groups, as in a run."""
     packed = pack(_probe_groups(policy), layout).to(policy.device)
     with policy.autocast():
-        return linear_logprobs(policy.hidden_states(packed), targets=packed.targets, **policy.head)
+        return policy.scoring(packed)
 
 
 @torch.no_grad()
 def check_log_probs(policy: Policy, source: str) -> None:
-    """What a run computes must be what the model itself says of one row after the other, without padding or a mask.
+    """Compares the log-probs of a packed batch with the model's own logits, in the batch and for each row alone.
 
     Raises:
-        UserError: if it is not; names the family and the difference.
+        UserError: if they differ; names the family and the difference.
     """
     ours = probe(policy, source).double()
     what = f"the model {source} ({policy.family})"
@@ -88,7 +91,7 @@ def check_log_probs(policy: Policy, source: str) -> None:
         )
     groups = _probe_groups(policy)
     packed = pack(groups, "separate").to(policy.device)
-    # the same hidden states through both heads: only rounding may differ
+    # both heads get the same hidden states, so that only rounding may differ
     logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
     logits = logits.flatten(0, 1)[packed.rows].double()
     theirs = logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
@@ -107,7 +110,7 @@ def check_log_probs(policy: Policy, source: str) -> None:
 
 
 def _log_probs_alone(policy: Policy, prompt: list[int], response: list[int]) -> Tensor:
-    """(n,) log-probs of a response's tokens from the model's own logits for this row alone, nats, float64."""
+    """Returns (n,) float64 log-probs of a response's tokens, nats, from the model's own logits for this row alone."""
     row = torch.tensor([prompt + response[:-1]], device=policy.device)
     logits = policy.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :].double()
     targets = torch.tensor(response, device=policy.device)
@@ -118,8 +121,11 @@ WINDOW_OPTION = re.compile(r"(window|attention_chunk)(_size)?$")  # names of opt
 
 
 def has_window(config: PretrainedConfig) -> bool:
-    """Whether attention sees a part of a row only: the one mask of shared prompts would widen a window, or, where the
-    model counts positions along the row, hide the prompt. It may be narrower or wider than the probe could show."""
+    """Returns whether attention sees only a part of a row.
+
+    The mask of shared prompts would then widen the window or, if the model counts positions along the row, hide the
+    prompt; the probe may be too short to show that.
+    """
     text = config.get_text_config()
     windows = [value for name, value in vars(text).items() if WINDOW_OPTION.search(name) and value]
     return bool(windows) or bool(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
@@ -127,11 +133,11 @@ def has_window(config: PretrainedConfig) -> bool:
 
 @torch.no_grad()
 def shared_or_separate(policy: Policy) -> Layout:
-    """Prompts are shared if the model, asked, gives the same log-probs either way."""
-    apart = _probe_log_probs(policy, "separate")
+    """Returns "shared" if the model gives the probe the same log-probs in both layouts, else "separate"."""
+    separate = _probe_log_probs(policy, "separate")
     try:
-        together = _probe_log_probs(policy, "shared")
-    except Exception as error:  # whatever a family makes of a 4-D mask that it does not take
+        shared = _probe_log_probs(policy, "shared")
+    except Exception as error:  # families without 4-D masks fail in their own ways
         logging.getLogger("onpo_fast").debug("no shared prompts for %s: %s", policy.family, error)
         return "separate"
-    return "shared" if (apart - together).abs().max() <= ROUNDING else "separate"
+    return "shared" if (separate - shared).abs().max() <= ROUNDING else "separate"

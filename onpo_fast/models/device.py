@@ -1,4 +1,4 @@
-"""Where a run computes, and how tensors get there."""
+"""The device of a run, and copies to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def device_of(name: str) -> torch.device:
-    """The device that ``--device`` names; "auto" is a GPU if there is one.
+    """Returns the device that --device names; "auto" is a GPU if there is one.
 
     Raises:
         UserError: if there is no such device, or torch cannot compute on it.
@@ -26,7 +26,7 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"--device {name}: no GPU is available to torch here")
     try:
         torch.ones(1, dtype=torch.float64, device=device).item()  # sums of log-probs are float64 everywhere
-    except Exception as error:  # every device has its own types
+    except Exception as error:  # devices raise their own types
         reason = re.split(r"\n|\. ", str(error))[0]
         raise UserError(f"--device {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
     return device

@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..config import ModelConfig, OracleConfig
 from ..errors import UserError
+from ..models.checkpoint import loading_errors, locate
 from ..models.device import device_of
-from ..models.loading import check_shapes, loading_errors, locate, without_cudnn_attention
+from ..models.execution import without_cudnn_attention
+from ..models.loading import check_shapes
 from ..run.fingerprint import model_fingerprint
 from ..run.tracking import say_once
 from .interface import BatchOracle

@@ -22,7 +22,7 @@ from transformers import (
 from ..config import ModelConfig, OracleConfig
 from ..conversations import Messages, plain_turns
 from ..errors import UserError
-from ..models.loading import tensor_names
+from ..models.checkpoint import tensor_names
 from .interface import (
     GroupProgress,
     Progress,

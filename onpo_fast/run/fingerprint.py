@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from ..models.loading import locate, weight_files
+from ..models.checkpoint import locate, weight_files
 
 INSTALLED = ("site-packages", "dist-packages")  # folders of installed packages
 NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # modules that are not part of a fingerprint

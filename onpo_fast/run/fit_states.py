@@ -76,6 +76,10 @@ class FitStates:
         """The folder of the states."""
         return self.journal.directory / self.name
 
+    def describe_error(self, error: Exception) -> str:
+        """Error message for a restored state that does not fit the rest of the training."""
+        return not_a_state(self.folder, error)
+
     def due(self, step: int) -> bool:
         """Whether a state should be saved after this step."""
         now = time.monotonic()

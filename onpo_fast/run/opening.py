@@ -27,8 +27,9 @@ from ..data import (
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
-from ..models.loading import locate
-from ..models.policy import PINNED_DATE, Policy
+from ..models.checkpoint import locate
+from ..models.policy import Policy
+from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
 from ..reports.hub import check_upload
 from .cache import StageCache
@@ -240,7 +241,7 @@ def _read_prompts(
         shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()
         with shown as done:
             listed = counted(prompts, done) if done else prompts
-            return policy.usable(listed, config.max_new_tokens, skipped, rendered)
+            return policy.renderer.usable(listed, config.max_new_tokens, skipped, rendered)
 
     prompts, held_out = split_prompts(
         config.prompts,
@@ -324,7 +325,7 @@ def _say_what_starts(config: Config, policy: Policy, checked: _Checked) -> None:
         say(note)
     if checked.skipped and checked.skipped.count:
         say(str(checked.skipped))
-    for notice in policy.template_notices(checked.prompts):
+    for notice in policy.renderer.template_notices(checked.prompts):
         say(f"note: {notice}")
     wanted = config.prompts_per_iteration
     count = len(prompts_of_iteration(checked.prompts, 1, config.iterations, wanted))

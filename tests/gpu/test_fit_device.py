@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onpo_fast import fit as fitting
+from onpo_fast.batches import MicroBatch
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.fit import MicroBatch, fit, plan
+from onpo_fast.fit import fit, plan_steps
+from onpo_fast.fit_metrics import StepMetrics
 from onpo_fast.loss import PairLossOutput
+from onpo_fast.models import scoring
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
 
@@ -106,14 +109,15 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tens
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_no_wait_and_no_copy_between_forward_and_backward(device: str, live: bool, monkeypatch) -> None:
-    monkeypatch.setattr(fitting, "fused_linear_pair_loss", plain_loss)
-    policy, objective, config = plain(device), Onpo(eta=2.0), Config()
+    monkeypatch.setattr(scoring, "fused_linear_pair_loss", plain_loss)
+    policy, objective = plain(device), Onpo(eta=2.0)
     anchor = plain(device).frozen() if live else CACHED
-    (batch,) = plan(PAIRS, 1, 100, [0])
+    (batch,) = plan_steps(PAIRS, 1, 100, [0])
     microbatch = MicroBatch.prepare(GROUPS, batch, anchor, policy.layout).to(policy.device)
-    metrics = fitting._Metrics(objective)
+    loss = scoring.PairLossOptions(objective, anchor.scoring if live else None)
+    metrics = StepMetrics(objective)
     with Watch(device) as watch:
-        output = fitting._compare(policy, microbatch, anchor, objective, config)
+        output = fitting._forward(policy, microbatch, loss)
         output.loss.backward()
         metrics.add(microbatch, output)
     assert watch.seen == []
@@ -156,7 +160,7 @@ def test_a_step_on_a_gpu_waits_for_its_metrics_alone(live: bool, monkeypatch) ->
     """Two micro-batches a step; the first step compiles kernels and is not watched."""
     policy = make_policy("cuda", torch.bfloat16)
     anchor = make_policy("cuda", torch.bfloat16).frozen() if live else CACHED
-    compare, summary = fitting._compare, fitting._Metrics.summary
+    forward, summary = fitting._forward, StepMetrics.summary
     records: list[dict] = []
     watched = []
 
@@ -164,17 +168,17 @@ def test_a_step_on_a_gpu_waits_for_its_metrics_alone(live: bool, monkeypatch) ->
         if records:
             watched.append(len(records))
             torch.cuda.set_sync_debug_mode("error")
-        return compare(*arguments)
+        return forward(*arguments)
 
     def read(*arguments, **more) -> dict:
         torch.cuda.set_sync_debug_mode("default")
         return summary(*arguments, **more)
 
-    monkeypatch.setattr(fitting, "_compare", watch)
-    monkeypatch.setattr(fitting._Metrics, "summary", read)
+    monkeypatch.setattr(fitting, "_forward", watch)
+    monkeypatch.setattr(StepMetrics, "summary", read)
     config = Config(device="cuda", tokens_per_microbatch=50)
     try:
-        fit(policy, GROUPS, plan(PAIRS, 2, 100, [0]), anchor, Onpo(eta=2.0), config, records.append)
+        fit(policy, GROUPS, plan_steps(PAIRS, 2, 100, [0]), anchor, Onpo(eta=2.0), config, records.append)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(records) == 2

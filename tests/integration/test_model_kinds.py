@@ -18,7 +18,7 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
-from onpo_fast.fit import fit, plan
+from onpo_fast.fit import fit, plan_steps
 from onpo_fast.models.loading import load, weight_files
 from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
@@ -92,7 +92,7 @@ def first_step(policy, groups: list[Group], **options: object) -> dict:
     fit(
         policy,
         groups,
-        plan(pairs, 1, len(pairs), [0]),
+        plan_steps(pairs, 1, len(pairs), [0]),
         anchor,
         Onpo(eta=2.0),
         config,
@@ -360,7 +360,7 @@ def test_samples_of_one_scaling_go_together(build) -> None:
 def test_a_response_that_may_cross_into_another_scaling_is_refused(build) -> None:
     policy = load(longrope(build), Config())
     with pytest.raises(UserError, match="may cross the 40 tokens at which the model's rotary embedding"):
-        policy.render(MESSAGES[0], 30)
+        policy.renderer.render(MESSAGES[0], 30)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,9 +610,9 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_has_it(build) ->
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokenizer.save_pretrained(directory)
     policy = load(directory, Config())
-    assert policy.render(MESSAGES[0])
+    assert policy.renderer.render(MESSAGES[0])
     with pytest.raises(UserError, match=r"has the token '<image_soft_token>' \(49152\), and .* 49152 rows"):
-        policy.render([{"role": "user", "content": "What is in <image_soft_token>?"}])
+        policy.renderer.render([{"role": "user", "content": "What is in <image_soft_token>?"}])
 
 
 def test_a_template_that_needs_such_a_token_does_not_fit(build) -> None:

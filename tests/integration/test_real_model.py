@@ -9,9 +9,10 @@ import torch
 
 from onpo_fast import data
 from onpo_fast.config import Config
+from onpo_fast.config.sections import SamplingConfig
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import fit, plan
+from onpo_fast.fit import fit, plan_steps
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
@@ -35,7 +36,7 @@ def make_groups(policy: Policy) -> list[Group]:
     return [
         Group(
             prompt,
-            policy.render(prompt),
+            policy.renderer.render(prompt),
             [
                 Response(text, policy.tokenizer(text)["input_ids"] + policy.eos_tokens[:1] if text else [], "eos", 0.0)
                 for text in (texts[i:] + texts[:i])[:3]
@@ -58,7 +59,7 @@ def hidden_alone(policy: Policy, prompt: list[int], response: list[int]) -> torc
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_hidden_states_of_the_real_model(real_policy: Policy, layout: str) -> None:
     packed = pack(PACKED, layout)
-    got = real_policy.hidden_states(packed)
+    got = real_policy.scoring.hidden_states(packed)
     want = torch.cat([hidden_alone(real_policy, prompt, y) for prompt, responses in PACKED for y in responses])
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * float(want.std()))
     assert packed.targets.tolist() == [t for _, responses in PACKED for y in responses for t in y]
@@ -68,7 +69,7 @@ def test_hidden_states_of_the_real_model(real_policy: Policy, layout: str) -> No
 
 def test_some_responses_end_by_themselves(real_policy: Policy) -> None:
     prompt = [[{"role": "user", "content": "Answer with one word: is water wet?"}]]
-    sampler = TransformersSampler(real_policy, max_new_tokens=24, temperature=1.0, top_p=1.0, batch_size=8)
+    sampler = TransformersSampler(real_policy, SamplingConfig(max_new_tokens=24, sampling_batch_size=8))
     reasons = {r.stop_reason for r in sampler(prompt, 12, [0])[0].responses}
     assert "eos" in reasons
 
@@ -80,7 +81,7 @@ def test_margins_go_to_the_least_squares_solution(model_directory) -> None:
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     records: list[dict] = []
-    fit(policy, groups, plan(PAIRS, 16, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    fit(policy, groups, plan_steps(PAIRS, 16, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
     least = (2.2 / 3) ** 2
     assert records[0]["loss"] - least > 0.05
     assert records[-1]["loss"] - least < 0.01
@@ -101,13 +102,13 @@ def test_a_prompt_of_megabytes_is_never_tokenised_whole(real_policy, monkeypatch
     monkeypatch.setattr(type(real_policy.tokenizer), "_encode_plus", watched)
     for text in ("word " * 10**6, "x" * 5 * 10**6, "\u4e16" * 10**6):
         with pytest.raises(UserError, match="has more than 8190 tokens: with --max_new_tokens 2 it exceeds the"):
-            real_policy.render(data.Prompt([user(text)]), 2)
+            real_policy.renderer.render(data.Prompt([user(text)]), 2)
     assert max(asked) == 2**16
     skipped = data.Skipped()
-    assert real_policy.usable([[user("Hi")], [user("word " * 10**6)]], 2, skipped) == [[user("Hi")]]
+    assert real_policy.renderer.usable([[user("Hi")], [user("word " * 10**6)]], 2, skipped) == [[user("Hi")]]
     assert skipped.count == 1
     blanks = [user("Hi" + " " * 200_000)]  # many characters, few tokens
-    assert len(real_policy.render(blanks, 2)) < 8190
+    assert len(real_policy.renderer.render(blanks, 2)) < 8190
 
 
 def test_pieces_do_not_refuse_what_fits(real_policy) -> None:
@@ -115,5 +116,5 @@ def test_pieces_do_not_refuse_what_fits(real_policy) -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.glob("*.py")))
     for sample in (text[:300_000], text.replace(" ", "")[:200_000], "\u4e16\u754c " * 50_000, " " * 200_000):
         count = len(real_policy.tokenizer.encode(sample, add_special_tokens=False))
-        assert not real_policy._exceeds(sample, count)
-        assert real_policy._exceeds(sample, int(0.97 * count) - 300)
+        assert not real_policy.renderer.has_more_tokens(sample, count)
+        assert real_policy.renderer.has_more_tokens(sample, int(0.97 * count) - 300)

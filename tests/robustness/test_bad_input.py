@@ -157,7 +157,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--model org/name", "cannot load the tokenizer of org/name: it is no directory here, and as a hub's id: "),
         ("--model ./gone", "cannot load the model ./gone: there is no such directory"),
         ("--model good.jsonl", "cannot load the model good.jsonl: it is a file, where a model is a directory"),
-        ("--model nothing", "nothing is no model's directory: it has no config.json"),
+        ("--model nothing", "nothing is not a model directory: it has no config.json"),
         ("--device gpu", "--device gpu is not a device"),
     ],
 )
@@ -377,7 +377,7 @@ def own_code(directory: Path) -> None:
         (without("model.safetensors"), "broken has no weights: expected model.safetensors"),
         (without("chat_template.jinja"), "the tokenizer of broken has no chat template"),
         (without("tokenizer.json"), "cannot load the tokenizer of broken: "),
-        (without("config.json"), "broken is no model's directory: it has no config.json"),
+        (without("config.json"), "broken is not a model directory: it has no config.json"),
         (pickled, "broken has its weights in pytorch_model.bin: only safetensors are read"),
         (adapter, "broken is an adapter: merge it into its model first"),
         (truncated, "cannot load the model broken: "),
@@ -667,7 +667,7 @@ def test_nothing_is_imported_from_where_a_user_stands(tmp_path: Path, command: s
     ("line", "message"),
     [
         ("--no_such_flag 1", "error: there is no option --no_such_flag (see --help)"),
-        ("--model nothing", "error: nothing is no model's directory"),
+        ("--model nothing", "error: nothing is not a model directory"),
     ],
 )
 def test_a_process(here: Path, line: str, message: str) -> None:

@@ -96,7 +96,7 @@ def huge(tensors: dict) -> None:
             "cannot load the model broken: Error no file named model.safetensors",
             "pickle",
         ),
-        (shard_missing, "broken/model.safetensors.index.json lists 'gone.safetensors', which is not there", "pickle"),
+        (shard_missing, "broken/model.safetensors.index.json lists 'gone.safetensors', which does not exist", "pickle"),
         (
             configured("config.json", model_type="t5"),
             "broken (t5) is an encoder with a decoder: a policy is a causal language model",
@@ -104,7 +104,7 @@ def huge(tensors: dict) -> None:
         ),
         (
             configured("generation_config.json", eos_token_id="x"),
-            "the generation_config.json of broken has the eos_token_id 'x', which is no token",
+            "the generation_config.json of broken has the eos_token_id 'x', which is not a token",
             "",
         ),
     ],

@@ -800,7 +800,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        return model, optimizer, fitting._cosine_with_warmup(optimizer, 2, 10)
+        return model, optimizer, fitting.cosine_with_warmup(optimizer, 2, 10)
 
     def step(model, optimizer, schedule) -> None:
         optimizer.zero_grad()

@@ -180,7 +180,7 @@ def test_files_that_are_no_text_are_told_what_is_read(tmp_path) -> None:
 def test_a_prompt_that_a_model_refuses_is_named_by_its_line(policy, write_lines) -> None:
     path = write_lines("p.jsonl", {"prompt": "one"}, {"prompt": "long " * 9000})
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: the prompt that ends 'long .* exceeds the model's context"):
-        policy.usable(data.read_prompts(path), 2, None)
+        policy.renderer.usable(data.read_prompts(path), 2, None)
 
 
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"zone": {"type": "string"}}}}
@@ -392,7 +392,7 @@ def rendered(policy):
         tokenizer = copy.deepcopy(policy.tokenizer)
         tokenizer.chat_template = template
         other = replace(policy, tokenizer=tokenizer, template_variables=variables)
-        return tokenizer.decode(other.render(prompt))
+        return tokenizer.decode(other.renderer.render(prompt))
 
     return render
 
@@ -470,10 +470,10 @@ def test_what_a_user_should_know_of_a_template(policy) -> None:
         ),
     ]:
         tokenizer.chat_template = template
-        notices = other.template_notices(prompts)
+        notices = other.renderer.template_notices(prompts)
         assert [part in notice for part, notice in zip(expected, notices, strict=True)] == [True] * len(expected)
     other.template_variables = {"date_string": "01 Jan 2026"}
-    assert other.template_notices(prompts) == []
+    assert other.renderer.template_notices(prompts) == []
 
 
 def test_a_template_that_wants_tools_has_no_notice(policy) -> None:
@@ -484,8 +484,8 @@ def test_a_template_that_wants_tools_has_no_notice(policy) -> None:
         "{{ raise_exception('tool turn without tools') }}{% endif %}{% endfor %}{% endif %}" + QWEN
     )
     other = replace(policy, tokenizer=tokenizer)
-    prompts = other.usable([prompt_with({})], 2, None)
-    assert other.template_notices(prompts) == []
+    prompts = other.renderer.usable([prompt_with({})], 2, None)
+    assert other.renderer.template_notices(prompts) == []
 
 
 def test_pipes_and_devices_are_no_files(tmp_path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import _cosine_with_warmup, fit, plan
+from onpo_fast.fit import cosine_with_warmup, fit, plan_steps
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import score
 from onpo_fast.objectives import Dpo, Onpo
@@ -23,7 +23,7 @@ def make_groups(policy, k: int = 3) -> list[Group]:
     return [
         Group(
             p,
-            policy.render(p),
+            policy.renderer.render(p),
             [
                 Response(t, policy.tokenizer(t)["input_ids"] + policy.eos_tokens[:1] if t else [], "eos", 0.0)
                 for t in (texts[i:] + texts[:i])[:k]
@@ -43,7 +43,7 @@ def run(model, **options):
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     records: list[dict] = []
-    fit(policy, groups, plan(PAIRS, config.epochs_policy, 6, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    fit(policy, groups, plan_steps(PAIRS, config.epochs_policy, 6, [0]), anchor, Onpo(eta=2.0), config, records.append)
     return policy, groups, anchor, records
 
 
@@ -53,13 +53,13 @@ def fitted(shallow_model):
 
 
 def test_a_plan_takes_whole_groups_until_a_step_has_its_pairs() -> None:
-    batches = plan(PAIRS, 2, 5, [0])
+    batches = plan_steps(PAIRS, 2, 5, [0])
     assert [sum(map(len, batch.values())) for batch in batches] == [6, 6, 6, 6]
     for epoch in (batches[:2], batches[2:]):
         assert sorted(g for batch in epoch for g in batch) == [0, 1, 2, 3]
         assert all(pair.group == g for batch in epoch for g, pairs in batch.items() for pair in pairs)
-    assert [len(batch) for batch in plan(PAIRS, 1, 7, [0])] == [3, 1]  # the rest is a step of its own
-    assert plan(PAIRS, 2, 5, [0]) == batches
+    assert [len(batch) for batch in plan_steps(PAIRS, 1, 7, [0])] == [3, 1]  # the rest is a step of its own
+    assert plan_steps(PAIRS, 2, 5, [0]) == batches
 
 
 def test_a_fit_from_its_anchor_starts_at_margin_zero(fitted) -> None:
@@ -85,7 +85,7 @@ def test_responses_in_no_pair_are_left_out(shallow_model) -> None:
         anchor = score(policy, groups, 1000)
         records: list[dict] = []
         pairs = [Pair(g, 0, width - 1, 0.8) for g in range(4)]
-        fit(policy, groups, plan(pairs, 1, 4, [0]), anchor, Onpo(eta=2.0), config, records.append)
+        fit(policy, groups, plan_steps(pairs, 1, 4, [0]), anchor, Onpo(eta=2.0), config, records.append)
         seen.append(records[0])
     assert seen[0]["gradient_norm"] == pytest.approx(seen[1]["gradient_norm"], rel=1e-4)
     assert seen[0]["logp_winner"] == pytest.approx(seen[1]["logp_winner"], rel=1e-5)
@@ -96,7 +96,7 @@ def test_responses_in_no_pair_are_left_out(shallow_model) -> None:
 def test_the_learning_rate_rises_and_falls() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=1.0)
-    schedule = _cosine_with_warmup(optimizer, 3, 10)
+    schedule = cosine_with_warmup(optimizer, 3, 10)
     rates = []
     for _ in range(10):
         rates.append(schedule.get_last_lr()[0])
@@ -104,7 +104,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         schedule.step()
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[3:]))
-    assert _cosine_with_warmup(torch.optim.AdamW([parameter], lr=1.0), 0, 1).get_last_lr() == [1.0]
+    assert cosine_with_warmup(torch.optim.AdamW([parameter], lr=1.0), 0, 1).get_last_lr() == [1.0]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
     before = policy.model.lm_head.weight.detach().clone()
     records: list[dict] = []
     with pytest.raises(UserError, match="step 3 of 4: no finite loss and gradient for 3 steps in a row"):
-        fit(policy, groups, plan(PAIRS, 4, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
+        fit(policy, groups, plan_steps(PAIRS, 4, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
     assert torch.equal(policy.model.lm_head.weight, before)
     assert [(r["skipped"], r["loss"], r["gradient_norm"]) for r in records] == [(1, None, None)] * 2
 
@@ -128,7 +128,7 @@ def test_a_fit_without_any_finite_step_is_no_fit(shallow_model) -> None:
     groups = make_groups(policy)
     anchor = [torch.full((3,), float("nan"))] * 4
     with pytest.raises(UserError, match="step 2 of 2: no finite loss and gradient in any step; lower --learning_rate"):
-        fit(policy, groups, plan(PAIRS, 2, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
+        fit(policy, groups, plan_steps(PAIRS, 2, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
 
 
 def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> None:
@@ -143,7 +143,7 @@ def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> N
     with pytest.raises(
         UserError, match=r"the fit diverged: the weights of the fitted policy are not finite \(.*lower --lear"
     ):
-        fit(policy, groups, plan(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, overflow)
+        fit(policy, groups, plan_steps(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, overflow)
 
 
 def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
     anchor = score(policy, groups, 1000)
     anchor[0][0] = float("nan")  # in one step of four
     records: list[dict] = []
-    fit(policy, groups, plan(PAIRS, 1, 3, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    fit(policy, groups, plan_steps(PAIRS, 1, 3, [0]), anchor, Onpo(eta=2.0), config, records.append)
     assert sorted(r["skipped"] for r in records) == [0, 0, 0, 1]
     assert all(parameter.isfinite().all() for parameter in policy.model.parameters())
 
@@ -186,7 +186,7 @@ def test_separate_rows_give_the_same_gradient(shallow_model) -> None:
     config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
     again = dataclasses.replace(load(shallow_model, config), layout="separate")
     b: list[dict] = []
-    fit(again, groups, plan(PAIRS, 1, 6, [0]), anchor, Onpo(eta=2.0), config, b.append)
+    fit(again, groups, plan_steps(PAIRS, 1, 6, [0]), anchor, Onpo(eta=2.0), config, b.append)
     assert a[0]["gradient_norm"] == pytest.approx(b[0]["gradient_norm"], rel=1e-4)
 
 
@@ -208,7 +208,7 @@ def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objectiv
         groups = make_groups(policy)
         anchor = frozen if live else score(policy, groups, 1000)
         seen: list[dict] = []
-        fit(policy, groups, plan(PAIRS, 2, 6, [0]), anchor, objective, config, seen.append)
+        fit(policy, groups, plan_steps(PAIRS, 2, 6, [0]), anchor, objective, config, seen.append)
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         records.append(seen)
     for cached, live in zip(*records):

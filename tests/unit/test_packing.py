@@ -28,7 +28,7 @@ def alone(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tenso
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_hidden_states_are_those_of_rows_alone(policy: Policy, layout: str) -> None:
     packed = pack(GROUPS, layout)
-    got = policy.hidden_states(packed)
+    got = policy.scoring.hidden_states(packed)
     want = torch.cat([alone(policy, prompt, y) for prompt, responses in GROUPS for y in responses])
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * float(want.std()))
     assert packed.targets.tolist() == [t for _, responses in GROUPS for y in responses for t in y]
@@ -45,7 +45,7 @@ def test_the_mask_lets_nothing_through(policy: Policy, layout: str) -> None:
     """Another response's tokens change no hidden state of this one; gradients neither."""
     other = [(GROUPS[0][0], [[20, 21, 22, 23], [99], [], [98, 97]]), GROUPS[1]]
     with torch.no_grad():
-        a, b = (policy.hidden_states(pack(groups, layout))[:4] for groups in (GROUPS, other))
+        a, b = (policy.scoring.hidden_states(pack(groups, layout))[:4] for groups in (GROUPS, other))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.pairing import PAIRINGS, distinct, pair
+from onpo_fast.pairing import PAIRINGS, drop_identical, pair
 
 
 def preferences(k: int, seed: int = 0) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_the_same_response_twice_is_no_pair() -> None:
     texts = ["ab", "ab", "ab", "", ""]
     groups = [Group([], [1], [Response(*said, "eos", 0.0) for said in zip(texts, tokens)])]
     pairs = [Pair(0, i, j, 0.5) for i, j in ((0, 1), (0, 2), (0, 3), (3, 4))]
-    assert distinct(pairs, groups) == pairs[1:3]
+    assert drop_identical(pairs, groups) == pairs[1:3]
 
 
 def test_seeded() -> None:

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from onpo_fast.config import Config
+from onpo_fast.config.sections import SamplingConfig
 from onpo_fast.errors import UserError
 from onpo_fast.kernels import noise
 from onpo_fast.models.loading import load
@@ -29,7 +30,7 @@ PROMPTS = [
 
 def sampler(policy: Policy, batch_size: int = 8, **options) -> TransformersSampler:
     return TransformersSampler(
-        policy, **{"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": batch_size, **options}
+        policy, SamplingConfig(**{"max_new_tokens": 12, "sampling_batch_size": batch_size, **options})
     )
 
 
@@ -67,7 +68,7 @@ def test_a_prompts_responses_depend_on_its_index_only(policy: Policy, groups) ->
 def test_groups_carry_what_training_needs(policy: Policy, groups) -> None:
     assert [g.prompt for g in groups] == PROMPTS
     for group in groups:
-        assert group.prompt_tokens == policy.render(group.prompt)
+        assert group.prompt_tokens == policy.renderer.render(group.prompt)
         for r in group.responses:
             assert r.stop_reason == ("eos" if r.tokens[-1] in policy.eos_tokens else "length")
             assert len(r.tokens) == 12 or r.stop_reason == "eos"

@@ -86,7 +86,7 @@ def test_log_probs_of_a_real_model(model_directory, judge) -> None:
     def reply(body: dict) -> dict:
         assert body["logprobs"] is True
         with torch.no_grad():
-            ids = torch.tensor([policy.render(body["messages"])])
+            ids = torch.tensor([policy.renderer.render(body["messages"])])
             logps = policy.model(ids).logits[0, -1].log_softmax(-1)
         values, tokens = logps.topk(body["top_logprobs"])
         likely = [(policy.tokenizer.decode([t]), p) for t, p in zip(tokens.tolist(), values.tolist())]

@@ -1,0 +1,120 @@
+"""Batches of a fit: which groups are in an optimizer step, and its micro-batches as tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .data import Group, Pair
+from .models.policy import Policy, token_group
+from .models.scoring import LabelledPairs
+from .packing import Layout, Packed, TokenGroup, microbatches, pack
+
+Anchor = Sequence[Tensor] | Policy  # cached: summed log-probs, a (K,) tensor per group, nats; live: a frozen policy
+Batch = dict[int, list[Pair]]  # index of a group -> its pairs
+
+
+def plan_steps(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Sequence[int]) -> list[Batch]:
+    """Returns the batch of every optimizer step: whole groups in a new order each epoch, until there are enough pairs.
+
+    Args:
+        batch_pairs: pairs of a step; its last group may exceed it, and the last step of an epoch may have fewer.
+        seed: of the order.
+    """
+    pairs_of: Batch = {}
+    for pair in pairs:
+        pairs_of.setdefault(pair.group, []).append(pair)
+    batches: list[Batch] = []
+    for epoch in range(epochs):
+        order = sorted(pairs_of)
+        random.Random(f"{list(seed)} epoch {epoch}").shuffle(order)
+        batch: Batch = {}
+        for group in order:
+            batch[group] = pairs_of[group]
+            if count(batch) >= batch_pairs:
+                batches.append(batch)
+                batch = {}
+        if batch:
+            batches.append(batch)
+    return batches
+
+
+def count(batch: Batch) -> int:
+    """Returns the number of pairs."""
+    return sum(map(len, batch.values()))
+
+
+def total_weight(batch: Batch) -> float:
+    """Returns the sum of the pairs' weights."""
+    return sum(pair.weight for pairs in batch.values() for pair in pairs)
+
+
+def split(policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
+    """Splits a batch into micro-batches of whole groups with at most so many packed tokens, if a group has no more."""
+    members = list(batch)
+    tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
+        yield {members[m]: batch[members[m]] for m in chosen}
+
+
+def _compared(pairs: Sequence[Pair]) -> list[int]:
+    """Returns the responses of a group that are in a pair; the others need no forward pass."""
+    return sorted({response for pair in pairs for response in (pair.winner, pair.loser) if response is not None})
+
+
+def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
+    prompt, responses = token_group(group)
+    return prompt, [responses[r] for r in _compared(pairs)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Responses that go through the model together, and their labelled pairs.
+
+    It is prepared on the host and copied to the device before the forward pass, so that nothing synchronises between
+    there and the end of the backward pass.
+    """
+
+    packed: Packed
+    labelled: LabelledPairs
+
+    @classmethod
+    def prepare(cls, groups: Sequence[Group], batch: Batch, anchor: Anchor, layout: Layout) -> MicroBatch:
+        """Makes the tensors of a micro-batch on the host.
+
+        A pair without a loser gets an empty response, whose log-prob is 0, right after its winner: the two are then a
+        preference group of their own, and the loss takes groups in chunks without moving rows.
+        """
+        packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
+        boundaries, edges = packed.cu_seqlens.tolist(), [0]
+        pairs, labels, weights, ref_logps = [], [], [], []
+        position = 0  # of the next response in the packed batch
+        for g, own_pairs in batch.items():
+            index, empty = {}, {}  # of the responses, and of the empty ones after them, in the micro-batch
+            alone = {pair.winner for pair in own_pairs if pair.loser is None}
+            for response in _compared(own_pairs):
+                position += 1
+                index[response] = len(edges) - 1
+                edges.append(boundaries[position])
+                if not isinstance(anchor, Policy):
+                    ref_logps.append(float(anchor[g][response]))
+                if response in alone:
+                    empty[response] = len(edges) - 1
+                    edges.append(boundaries[position])
+                    ref_logps.append(0.0)
+            for pair in own_pairs:
+                loser = empty[pair.winner] if pair.loser is None else index[pair.loser]
+                pairs.append((index[pair.winner], loser))
+            labels += [pair.preference for pair in own_pairs]
+            weights += [pair.weight for pair in own_pairs]
+        packed = replace(packed, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+        cached = None if isinstance(anchor, Policy) else ref_logps
+        return cls(packed, LabelledPairs.make(pairs, labels, weights, cached))
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Returns a copy on the device, except for the boundaries and pairs that the loss reads on the CPU."""
+        return MicroBatch(self.packed.to(device), self.labelled.to(device))
