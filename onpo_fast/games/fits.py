@@ -7,7 +7,7 @@ which matter where a model is trained, have no effect here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, lambertw, logsumexp
 
-from ..objectives import Dpo, Objective, Omd, Onpo, Sppo
+from ..objectives import Dpo, Objective, Sppo
 from ..pairing import PAIRINGS, pair
 from .solution import rewards
 
@@ -40,14 +40,6 @@ def mixture(initial: np.ndarray, policy: np.ndarray, share: float) -> np.ndarray
     if share in (0, 1):
         return initial if share else policy
     return log_normalised(share * initial + (1 - share) * policy)
-
-
-def with_steps(objective: Objective, steps: int) -> Objective:
-    """Return the objective whose target margin is ``steps`` times as large."""
-    if isinstance(objective, (Onpo, Omd, Sppo)):
-        return replace(objective, eta=steps * objective.eta)
-    # the parameters of the others are inverse step sizes, and INPO's τ/η must stay
-    return replace(objective, **{field.name: getattr(objective, field.name) / steps for field in fields(objective)})
 
 
 def check_labels(labels: str) -> None:

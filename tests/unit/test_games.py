@@ -11,10 +11,10 @@ from scipy.special import expit
 
 from onpo_fast.algorithms import ALGORITHMS, ALIASES, refreshing
 from onpo_fast.games import GAMES, best_response, bounds, duality_gap, nash, regularised_gap, run
-from onpo_fast.games.fits import Exact, Sampled, bradley_terry_scores, log_normalised, with_steps
+from onpo_fast.games.fits import Exact, Sampled, bradley_terry_scores, log_normalised
 from onpo_fast.games.lab import fitted_step
 from onpo_fast.games.preferences import check, cyclic, one_beats_all, random, read, three_cycle
-from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo
+from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo, with_steps
 
 RPS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
