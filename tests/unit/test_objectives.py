@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from onpo_fast.objectives import OBJECTIVES, Dpo, Inpo, Ipo, Omd, Onpo
+from onpo_fast.objectives import OBJECTIVES, Dpo, Inpo, Ipo, Omd, Onpo, Sppo
 
-EXAMPLES = [Onpo(eta=2.0), Omd(eta=0.5), Inpo(eta=0.4, tau=0.1), Ipo(tau=0.25), Dpo(beta=0.3)]
+EXAMPLES = [Onpo(eta=2.0), Omd(eta=0.5), Inpo(eta=0.4, tau=0.1), Ipo(tau=0.25), Sppo(eta=0.6), Dpo(beta=0.3)]
 
 
 def test_every_objective_has_an_example() -> None:
