@@ -21,6 +21,7 @@ from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
+from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
@@ -225,7 +226,7 @@ def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarra
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pair_model_that_padding_disturbs_is_asked_one_at_a_time(families, capsys, family, pads, dtype) -> None:
     """Found in float32, whatever the weights are in; those come back to the bit."""
-    oracle = PairModel(str(families(family)), Config(device="cpu", dtype=dtype))
+    oracle = make(PairModel, families(family), device="cpu", dtype=dtype)
     answers, alone, said = _other_ways(oracle, capsys)
     assert oracle.can_pad == pads
     for one, other in zip(answers, alone):
@@ -339,16 +340,15 @@ def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_p
 
 def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:
     """A panel of both kinds: the policy makes room for each, and the options are those of the run."""
-    residents = []
-    loaded = PairModel.loaded
+    policies: list[ResidentPolicy] = []
+    in_memory: list[bool] = []
+    loaded, init = PairModel.loaded, ResidentPolicy.__init__
 
     def watched(self: PairModel) -> torch.nn.Module:
-        residents.append(runs[0].resident)
+        in_memory.append(any(one.policy is not None for one in policies))
         return loaded(self)
 
-    runs: list[module.Run] = []
-    init = module.Run.__init__
-    monkeypatch.setattr(module.Run, "__init__", lambda self, *a, **k: (runs.append(self), init(self, *a, **k))[1])
+    monkeypatch.setattr(ResidentPolicy, "__init__", lambda self, *a: (policies.append(self), init(self, *a))[1])
     monkeypatch.setattr(PairModel, "loaded", watched)
     oracle = f"3*pair-model + reward-model={reward_directory}"
     prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
@@ -369,6 +369,7 @@ def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypat
         **sizes,
     )
     result = module.train(config)
-    assert residents
-    assert not any(residents)
+    assert policies
+    assert in_memory
+    assert not any(in_memory)
     assert result["oracle"] == oracle

@@ -19,6 +19,7 @@ from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.conversations import Prompt
 from onpo_fast.errors import UserError, one_line
+from onpo_fast.models import resident
 from onpo_fast.oracles.reward_model import RewardModel
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -183,7 +184,7 @@ def test_an_oracle_of_no_use_is_found_before_the_policy_is_loaded(tiny, tmp_path
     kind, source, harm, message = UNUSABLE[case]
     directory = Path(shutil.copytree(tiny / source, tmp_path / "judging"))
     harm(directory)
-    monkeypatch.setattr(module, "load", lambda *arguments: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(resident, "load", lambda *arguments: pytest.fail("the policy was loaded"))
     config = run_config(tiny, tmp_path / "run", oracle=kind, oracle_model=str(directory))
     with pytest.raises(UserError) as error:
         module.train(config)
@@ -275,14 +276,14 @@ def test_an_oracle_that_wants_turns_to_alternate_is_found_before_sampling(tiny, 
 def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None:
     """Before the policy is there, on two texts; a run that has nothing left to judge loads no oracle."""
     events: list[str] = []
-    many, load = RewardModel.many, module.load
+    many, load = RewardModel.many, resident.load
 
     def asked(self: RewardModel, groups: list, *rest: object) -> list[np.ndarray]:
         events.append(f"{len(groups)} × {len(groups[0][1])}")
         return many(self, groups, *rest)
 
     monkeypatch.setattr(RewardModel, "many", asked)
-    monkeypatch.setattr(module, "load", lambda *arguments: (events.append("policy"), load(*arguments))[1])
+    monkeypatch.setattr(resident, "load", lambda *arguments: (events.append("policy"), load(*arguments))[1])
     config = run_config(tiny, tmp_path / "run", oracle=f"reward-model={tiny / 'reward'}", iterations=1)
     module.train(config)
     assert events[:2] == ["1 × 2", "policy"]
