@@ -521,7 +521,7 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in ("evaluate", "reports.exports"):
+    for module in ("models.resident", "reports.exports"):
         monkeypatch.delattr(f"onpo_fast.{module}.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
@@ -598,7 +598,8 @@ def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
 def test_pairs_are_exported_whatever_a_run_asks_for(here: Path, capsys) -> None:
     strangers_run(here, trust_remote_code=True, oracle="evil:f")
     assert one_line(export.main, ["run"], capsys) == "run has no pairs yet"
-    assert one_line(export.main, ["run", "--trust_remote_code"], capsys) == "--trust_remote_code goes with --alpaca"
+    said = one_line(export.main, ["run", "--trust_remote_code"], capsys)
+    assert said.startswith("--trust_remote_code goes with --alpaca")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "journal.jsonl", "journal.json"])
@@ -831,7 +832,7 @@ def test_lines_of_a_journal_that_are_none(tmp_path: Path, changes: list[dict], l
 
 def test_a_journal_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(journal_of({"version": 2, "kind": "new"}, {"output": "x"}))
-    with pytest.raises(UserError, match="it is of another version of onpo_fast"):
+    with pytest.raises(UserError, match="another version of onpo_fast"):
         Journal(tmp_path)
 
 
@@ -847,7 +848,7 @@ def test_what_is_no_file_comes_with_a_remedy(here: Path, name: str, kind: str, c
     assert f"run/{name} is a " in said
     assert "remove" in said
     if name == "metrics.jsonl":
-        with pytest.raises(UserError, match=r"metrics\.jsonl is a .*: remove it, and the run goes on"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is a .*: remove it"):
             Tracker(run)
 
 
@@ -884,7 +885,7 @@ def test_a_part_with_another_note_is_named(tmp_path: Path, note: dict) -> None:
     parts = ResumableStage(Journal(tmp_path), "all.jsonl")
 
     def make() -> list[dict]:
-        return parts.make([1], 1, lambda items, first: [{}], write_jsonl, lambda file, items: read_jsonl(file), str)[0]
+        return parts.make([1], 1, lambda items, first: [{}], lambda file, items: read_jsonl(file), write_jsonl, str)[0]
 
     assert make() == [{}]
     (name,) = parts.journal.entries
