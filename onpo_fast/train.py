@@ -91,7 +91,8 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
     say(summary(result))
     say(f"report: {report}")
     if config.push_to_hub is not None:
-        say(f"uploaded: {push_policy(run.directory, config.push_to_hub, journal=run.journal)}")
+        url = push_policy(run.directory, config.push_to_hub, with_code=config.trust_remote_code, journal=run.journal)
+        say(f"uploaded: {url}")
     return result
 
 
