@@ -75,9 +75,9 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
     ]
 
 
-def test_the_drill(tiny_model) -> None:
+def test_the_crash_test(tiny_model) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
-    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3"]
+    line = [sys.executable, "-m", "bench", "crash_test", "--kills", "6", "--errors", "3"]
     line += ["--tokenizer", str(tiny_model)]
     done = subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
