@@ -194,8 +194,8 @@ def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:
     return float((own - torch.cat(list(other))).mean())
 
 
-# The most by which log-probs of the same responses, computed in two ways, may differ: nats, times the square root of the
-# number of tokens of a response, as rounding errors add up. In bfloat16 a logit of 16 is rounded by 1/16.
+# The most by which log-probs of the same responses, computed in two ways, may differ: nats, times the square root of
+# the number of tokens of a response, as rounding errors add up. In bfloat16 a logit of 16 is rounded by 1/16.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 OUTLIERS = 0.01  # share of responses that may differ by more, as a mixture of experts may choose others at a tie
 
