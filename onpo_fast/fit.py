@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from .batches import Anchor, Batch, MicroBatch, count, plan_steps, split, total_weight
-from .config.sections import FitConfig
+from .config import FitConfig
 from .data import Group
 from .errors import UserError
 from .fit_metrics import StepMetrics

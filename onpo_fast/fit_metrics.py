@@ -53,7 +53,7 @@ class StepMetrics:
         return disagreement(ours, theirs, tokens[tokens > 0], dtype)
 
     def summary(self, **scalars: Tensor) -> dict[str, float | None]:
-        """Returns weighted means over the pairs, the normalised loss and the given scalars; reads the device once.
+        """Returns weighted means over the pairs, the normalised loss and the scalars, with one read of the device.
 
         A number that is not finite is None, as JSON has no such numbers; DPO's target for a certain label is one.
         """

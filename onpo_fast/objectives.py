@@ -1,7 +1,7 @@
 """Objectives: from the margin of a pair to its loss.
 
-Let D(π) = log π(y_w) − log π(y_l), with log-probs summed over the response's tokens, in nats. The *margin* of a pair is
-g = D(π) − D(anchor), and its label p = P(y_w ≻ y_l) is 1 for a hard label. An objective has three elementwise
+Let D(π) = log π(y_w) − log π(y_l), with log-probs summed over the response's tokens, in nats. The *margin* of a pair
+is g = D(π) − D(anchor), and its label p = P(y_w ≻ y_l) is 1 for a hard label. An objective has three elementwise
 functions:
 
 - ``target(p)``: the margin of least loss, in nats;

@@ -99,8 +99,8 @@ def win_rate_pairs(preferences: Iterable[np.ndarray], labels: str, seed: Sequenc
 
     Args:
         preferences: a (K, K) matrix of P(i ≻ j) per group, K ≥ 2.
-        labels: "soft": the probabilities; "sampled": each P(y_i ≻ y_j), i < j, is replaced by one drawn outcome, 0 or
-            1, whose complement is that of (j, i).
+        labels: "soft": the probabilities. "sampled": each P(y_i ≻ y_j) with i < j is replaced by an outcome drawn from
+            it, 0 or 1, and P(y_j ≻ y_i) by its complement.
         seed: of the draws, combined with the group's index.
     """
     pairs = []

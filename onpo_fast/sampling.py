@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import TopPLogitsWarper
 
-from .config.sections import SamplingConfig
+from .config import SamplingConfig
 from .data import Group, Messages, Response
 from .errors import UserError
 from .kernels import noise

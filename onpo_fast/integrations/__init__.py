@@ -1,4 +1,4 @@
-"""The loss in other people's trainers: ``liger`` for a training loop of one's own, ``trl`` for TRL's.
+"""The loss in other trainers: ``liger`` replaces Liger's DPO loss in a training loop, ``trl`` has a trainer for TRL.
 
-Each is imported by name, since each may want a package that is not installed.
+Import them by name; ``trl`` needs TRL to be installed.
 """

@@ -5,13 +5,13 @@
         lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias
     )
 
-Arguments, their order and what is returned are Liger's, and so is the loss of ``FusedLinearDPOLoss``; the rest is
-``fused_linear_pair_loss``. What a swap gives beside the objective: gradients accumulated in float32 (Liger's in the
-weight's dtype), exact fp32 log-probs, a pair of long responses without all of its logits, soft labels, softcaps. Liger
-need not be installed.
+Arguments, their order and the results are Liger's, and ``FusedLinearDPOLoss`` has the same loss; the computation is
+``fused_linear_pair_loss``. Beside other objectives this gives gradients accumulated in float32 (Liger's are in the
+weight's dtype), exact fp32 log-probs, long responses without all of their logits at once, soft labels and softcaps.
+Liger need not be installed.
 
-Like Liger's, the loss must be called inside the ``forward`` of a model that DDP or FSDP wraps: outside of it, the
-head's gradient is not reduced (``docs/your-trainer.md`` shows how).
+As with Liger's, call the loss inside the ``forward`` of a module that DDP or FSDP wraps: outside of it, the head's
+gradient is not reduced (``docs/your-trainer.md`` shows how).
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from torch import Tensor, nn
 
 from ..loss import fused_linear_pair_loss, linear_logprobs
 from ..objectives import Dpo, Ipo, Objective, Onpo
-from .stacked import Kept, mean_logits, with_beta
+from .stacked import LabelledPositions, mean_logits, with_beta
 
-States = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H) and the head they go through: weight, bias
+States = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H), and weight and bias of their head
 
 
 class FusedLinearPairLoss(nn.Module):
-    """What the losses of this file share: any objective, called as Liger's DPO loss is.
+    """The loss of any objective, with the call of Liger's DPO loss. Base class of the losses of this file.
 
     Args:
         objective: ``onpo_fast.objectives.Onpo(eta=…)`` or another.
-        beta: unit of the rewards that are returned, beta·(log-prob − reference log-prob). The loss has its own.
+        beta: unit of the returned rewards, beta·(log-prob − reference log-prob). It does not change the loss.
         ignore_index: label of the positions that do not count.
-        alpha: weight of the NLL, where there is one.
+        alpha: weight of the NLL in the loss.
         compute_nll_loss: add alpha·(mean NLL of the chosen tokens, nats).
-        use_ref_model: measure margins from the reference; without, from 0, and ``ref_input`` is not read.
-        average_log_prob: take the mean log-prob of a response for its sum. Without a label it is 0 (Liger: NaN).
-        logit_scale, softcap: as ``onpo_fast.heads.logit_options(config)`` gives them; Liger knows neither.
-        compiled, chunk_size: Liger's knobs for speed. Accepted and not needed: nothing is compiled, and chunks are as
-            large as the workspace allows.
-        loss_type, label_smoothing, discopop_tau: refused unless they are left alone, since the class says which loss
-            it is; ``preference`` of the call takes soft labels.
+        use_ref_model: measure margins from the reference. If False, margins are measured from 0 and ``ref_input`` is
+            ignored.
+        average_log_prob: use the mean log-prob of a response in place of the sum; 0 without labels (Liger: NaN).
+        logit_scale, softcap: as from ``onpo_fast.models.heads.logit_options(config)``. Liger has neither.
+        compiled, chunk_size: accepted for compatibility and ignored: nothing is compiled, and chunks are as large as
+            the workspace allows.
+        loss_type, label_smoothing, discopop_tau: must keep their defaults, because the class determines the loss; soft
+            labels are the argument ``preference`` of the call.
 
-    ``compute_nll_loss`` and ``average_log_prob`` ask for more of a response than its sum: they go through
-    ``linear_logprobs``, which takes the logits twice (four products with the head for three).
+    ``compute_nll_loss`` and ``average_log_prob`` need the log-prob of every token. They use ``linear_logprobs``, which
+    computes the logits twice (four products with the head in place of three).
 
     Raises:
-        ValueError: names what is refused, or the argument of the call that does not fit.
+        ValueError: names the argument that is not supported or does not fit.
     """
 
-    liger_loss_type: ClassVar[str | None] = None  # Liger's name for it, where Liger has it
+    liger_loss_type: ClassVar[str | None] = None  # Liger's name of this loss; None if Liger does not have it
 
     def __init__(
         self,
@@ -98,21 +99,22 @@ class FusedLinearPairLoss(nn.Module):
         ref_bias: Tensor | None = None,  # (V,)
         preference: Tensor | float | None = None,  # (P,)
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The mean loss of P pairs.
+        """Computes the mean loss of P pairs.
 
         Args:
             lin_weight, bias: the LM head.
-            _input: hidden states, P chosen responses stacked on their P rejected ones.
-            target: the token that each hidden state predicts (not shifted here), or ``ignore_index``. On a GPU it
-                costs one wait for the device; a copy that stayed on the CPU costs none.
-            ref_input, ref_weight, ref_bias: the same of the reference; without ``ref_weight``, under the policy's head.
+            _input: hidden states, P chosen responses stacked on the P rejected ones.
+            target: the token that each hidden state predicts (not shifted here), or ``ignore_index``. On a GPU it costs
+                a host synchronisation; a copy on the CPU costs none.
+            ref_input, ref_weight, ref_bias: hidden states and head of the reference; without ``ref_weight`` the head is
+                the policy's.
             preference: P(chosen ≻ rejected) in [0, 1]; default 1. Liger has no such argument.
 
         Returns:
             loss, (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean, rejected_logits_mean, nll_loss,
-            chosen_rewards (P,), rejected_rewards (P,)): fp32 (float64 for float64 inputs), nats; the rest scalars. Only
-            the loss carries a gradient. As in Liger, the means of the logits are over all T positions, labelled or
-            not, here before a softcap; nll_loss is 0 without ``compute_nll_loss``.
+            chosen_rewards (P,), rejected_rewards (P,)): fp32 (float64 for float64 inputs), nats; the others are
+            scalars. Only the loss is differentiable. As in Liger, mean logits are over all T positions, with or without
+            a label; here they are before a softcap. nll_loss is 0 without ``compute_nll_loss``.
 
         Raises:
             ValueError: names the argument whose shape, dtype, device or value does not fit.
@@ -120,13 +122,13 @@ class FusedLinearPairLoss(nn.Module):
         if isinstance(preference, (int, float)):
             preference = torch.full((len(_input) // 2,), float(preference), device=_input.device)
         self._check(lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, preference)
-        kept = Kept.of(target, self.ignore_index, _input.device)
-        targets = kept.take(target.to(_input.device))
-        policy = (kept.take(_input), lin_weight, bias)
-        reference = (kept.take(ref_input), ref_weight, ref_bias) if self.use_ref_model else None
+        labelled = LabelledPositions.of(target, self.ignore_index, _input.device)
+        targets = labelled.take(target.to(_input.device))
+        policy = (labelled.take(_input), lin_weight, bias)
+        reference = (labelled.take(ref_input), ref_weight, ref_bias) if self.use_ref_model else None
         by_token = self.compute_nll_loss or self.average_log_prob
         compute = self._by_token if by_token else self._by_response
-        loss, logps, ref_logps, nll = compute(kept, targets, policy, reference, preference)
+        loss, logps, ref_logps, nll = compute(labelled, targets, policy, reference, preference)
         means = (
             mean_logits(half.detach().mean((0, 1), dtype=loss.dtype), lin_weight, bias, self.logit_scale)
             for half in _input.chunk(2)
@@ -135,19 +137,24 @@ class FusedLinearPairLoss(nn.Module):
         return loss, (*logps.view(-1, 2).unbind(1), *means, nll, *rewards.view(-1, 2).unbind(1))
 
     def _by_response(
-        self, kept: Kept, targets: Tensor, policy: States, reference: States | None, preference: Tensor | None
+        self,
+        labelled: LabelledPositions,
+        targets: Tensor,
+        policy: States,
+        reference: States | None,
+        preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, log-probs and reference log-probs (2P,) pair by pair, NLL: fused, a response is its summed log-prob."""
+        """Computes the fused loss of summed log-probs: loss, log-probs and reference log-probs (2P,), and 0."""
         hidden, weight, bias = policy
         if reference is None:
-            anchor = {"ref_logps": hidden.new_zeros(len(kept.lengths), dtype=torch.float32)}
+            anchor = {"ref_logps": hidden.new_zeros(len(labelled.lengths), dtype=torch.float32)}
         else:
             anchor = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), reference))
         output = fused_linear_pair_loss(
             hidden,
             weight,
             targets,
-            kept.cu_seqlens,
+            labelled.cu_seqlens,
             objective=self.objective,
             preference=preference,
             bias=bias,
@@ -158,16 +165,21 @@ class FusedLinearPairLoss(nn.Module):
         return output.loss, output.logps, output.ref_logps, torch.zeros_like(output.loss)
 
     def _by_token(
-        self, kept: Kept, targets: Tensor, policy: States, reference: States | None, preference: Tensor | None
+        self,
+        labelled: LabelledPositions,
+        targets: Tensor,
+        policy: States,
+        reference: States | None,
+        preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same from token log-probs, for what needs the number of tokens."""
+        """Computes the loss from token log-probs: loss, log-probs and reference log-probs (2P,), and the NLL."""
 
         def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             options = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
-            return kept.sums(linear_logprobs(hidden, weight, targets, **options))
+            return labelled.sums(linear_logprobs(hidden, weight, targets, **options))
 
         summed = sums(*policy)
-        lengths = torch.tensor(kept.lengths, device=summed.device)
+        lengths = torch.tensor(labelled.lengths, device=summed.device)
         count = lengths.clamp(min=1) if self.average_log_prob else 1
         logps, ref_logps = summed / count, torch.zeros_like(summed)
         if reference is not None:
@@ -179,13 +191,13 @@ class FusedLinearPairLoss(nn.Module):
         loss = self.objective.loss(chosen - rejected, label).mean()
         nll = torch.zeros_like(loss)
         if self.compute_nll_loss:
-            nll = -summed[::2].sum() / max(1, sum(kept.lengths[::2]))
+            nll = -summed[::2].sum() / max(1, sum(labelled.lengths[::2]))
             loss = loss + self.alpha * nll
         dtype = torch.promote_types(policy[0].dtype, torch.float32)
         return loss.to(dtype), *(x.detach().to(dtype) for x in (logps, ref_logps, nll))
 
     def _check(self, lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias, preference) -> None:
-        """In the names of this call; dtypes and targets are checked by the loss."""
+        """Checks shapes, devices and preferences by this call's names; the loss checks dtypes and targets."""
         if _input.dim() != 3 or len(_input) % 2 or not len(_input):
             raise ValueError(
                 f"_input must have shape (2P, T, H), chosen stacked on rejected, not {tuple(_input.shape)}"
@@ -211,12 +223,14 @@ class FusedLinearPairLoss(nn.Module):
 
 
 class FusedLinearONPOLoss(FusedLinearPairLoss):
-    """(g − η/2)², soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
+    """(g − η/2)², with soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
 
-    ``eta`` is the step size; ``beta`` says the same as 1/eta, for 1/η is to ONPO what β is to DPO: the weight of the
-    KL to the reference. Give either (default beta=0.1, as Liger's). The rewards of a pair that is where the loss wants
-    it differ by ½. ``options`` are those of ``FusedLinearPairLoss``. With ``average_log_prob`` it is no longer the
-    paper's loss, which is derived for sums.
+    Args:
+        eta: step size η.
+        beta: 1/η, which weighs the KL to the reference as DPO's β does. Give either; default beta=0.1, as in Liger. At
+            the loss's minimum the rewards of a pair differ by ½.
+        options: arguments of ``FusedLinearPairLoss``. With ``average_log_prob`` the loss is not the paper's, which is
+            derived for sums.
     """
 
     def __init__(self, *, eta: float | None = None, beta: float | None = None, **options: Any) -> None:
@@ -225,11 +239,14 @@ class FusedLinearONPOLoss(FusedLinearPairLoss):
 
 
 class FusedLinearIPOLoss(FusedLinearPairLoss):
-    """(g − 1/(2τ))² on summed log-probs, soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17.
+    """(g − 1/(2τ))² on summed log-probs, with soft labels (g − (2p − 1)/(2τ))². arXiv 2310.12036, equation 17.
 
-    ``tau`` or ``beta``, as TRL calls it: the same number, 0.1 by default. TRL's ``loss_type="ipo"`` divides each
-    log-prob by its number of tokens; ``average_log_prob=True`` is that. Liger refuses both. ``options`` are those of
-    ``FusedLinearPairLoss``.
+    TRL's ``loss_type="ipo"`` divides each log-prob by the number of tokens, as ``average_log_prob=True`` does here.
+    Liger has neither.
+
+    Args:
+        tau, beta: τ, by the paper's name or by TRL's; default 0.1.
+        options: arguments of ``FusedLinearPairLoss``.
     """
 
     def __init__(self, *, tau: float | None = None, beta: float | None = None, **options: Any) -> None:
@@ -238,9 +255,9 @@ class FusedLinearIPOLoss(FusedLinearPairLoss):
 
 
 class FusedLinearDPOLoss(FusedLinearPairLoss):
-    """−log σ(βg): what ``LigerFusedLinearDPOLoss`` computes by default. arXiv 2305.18290, equation 7.
+    """−log σ(βg), the default of ``LigerFusedLinearDPOLoss``. arXiv 2305.18290, equation 7.
 
-    ``options`` are those of ``FusedLinearPairLoss``.
+    ``options`` are arguments of ``FusedLinearPairLoss``.
     """
 
     liger_loss_type = "sigmoid"

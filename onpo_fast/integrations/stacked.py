@@ -1,6 +1,6 @@
-"""Padded batches as Liger and TRL have them, P chosen responses stacked on their P rejected ones, made the loss's own.
+"""Conversion of padded batches of Liger and TRL, P chosen responses stacked on P rejected ones, for the loss.
 
-Labels lie beside the hidden states that predict them, here as in Liger: whoever has labels of the input shifts them.
+As in Liger, a label is at the position of the hidden state that predicts it: callers shift the labels of an input.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 
-class Kept(NamedTuple):
+class LabelledPositions(NamedTuple):
     """The positions of a (2P, T) batch that have a label, pair by pair: chosen, rejected, chosen, …
 
-    In this order the pairs are neighbours, (0, 1), (2, 3), …, and the loss needs no copy to take one whole.
+    In this order pairs are neighbours, (0, 1), (2, 3), …, so that the loss need not move rows.
     """
 
     rows: Tensor  # (N,) int64 on the device: indices into 2P·T
     cu_seqlens: Tensor  # (2P+1,) int32 on the CPU: response boundaries in N
 
     @classmethod
-    def of(cls, labels: Tensor, ignore_index: int, device: torch.device) -> Kept:
-        """The work is planned on the host, so labels (2P, T) on a GPU cost one wait for it; on a CPU they cost none."""
+    def of(cls, labels: Tensor, ignore_index: int, device: torch.device) -> LabelledPositions:
+        """Finds the positions on the host. Labels (2P, T) on a GPU cost a host synchronisation, on the CPU none."""
         kept = _pair_by_pair((labels != ignore_index).cpu())
         rows = _pair_by_pair(torch.arange(labels.numel()).view(labels.shape))
         cu_seqlens = torch.zeros(len(labels) + 1, dtype=torch.int32)
@@ -33,40 +33,53 @@ class Kept(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """(2P) tokens."""
+        """The number of labels of each response, 2P."""
         return self.cu_seqlens.diff().tolist()
 
     def take(self, batch: Tensor) -> Tensor:
-        """(2P, T, …) -> (N, …). Differentiable."""
+        """Selects the labelled positions: (2P, T, …) -> (N, …), differentiable."""
         return batch.flatten(0, 1).index_select(0, self.rows)
 
     def sums(self, values: Tensor) -> Tensor:
-        """(N,) -> (2P,) float64. Differentiable."""
+        """Sums over each response: (N,) -> (2P,) float64, differentiable."""
         return torch.stack([part.sum() for part in values.double().split(self.lengths)])
 
 
 def _pair_by_pair(batch: Tensor) -> Tensor:
+    """Reorders the rows of (2P, T) from stacked halves to pairs."""
     pairs = len(batch) // 2
     return batch.view(2, pairs, -1).transpose(0, 1).reshape(2 * pairs, -1)
 
 
 @torch.no_grad()
 def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
-    """Mean over the vocabulary of logit_scale·(h·w + b): (…, H), (V, H), (V,) -> (…), without a logit.
+    """Returns the mean over the vocabulary of logit_scale·(h·w + b), without computing logits.
 
-    It is linear in w and b, so their means will do. Accumulated in float32 (float64 for float64 inputs).
+    The mean is linear in w and b, so that their means suffice. Accumulated in float32 (float64 for float64 inputs).
+
+    Args:
+        hidden: (…, H).
+        weight: (V, H).
+        bias: (V,).
+
+    Returns:
+        (…) mean logits.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    mean = (hidden.to(dtype) * weight.mean(0, dtype=dtype)).sum(-1)  # not a product, which autocast would round
+    mean = (hidden.to(dtype) * weight.mean(0, dtype=dtype)).sum(-1)  # not a matrix product, which autocast would round
     return logit_scale * (mean if bias is None else mean + bias.mean(dtype=dtype))
 
 
 def with_beta(name: str, own: float | None, beta: float | None, convert: Callable[[float], float]) -> float:
-    """An objective's parameter, given under its own name or as ``beta``, what Liger and TRL call the pull towards the
-    reference, 0.1 if neither is given. ``convert`` goes both ways.
+    """Returns an objective's parameter, given by its own name or as ``beta``, Liger's and TRL's pull to the reference.
+
+    Args:
+        name: the parameter's own name, for messages.
+        own, beta: the two values; if both are None, beta is 0.1.
+        convert: turns one into the other, in both directions.
 
     Raises:
-        ValueError: if a value is not positive and finite, or the two disagree.
+        ValueError: if a value is not positive and finite, or the two do not agree.
     """
     for parameter, value in ((name, own), ("beta", beta)):
         if value is not None and not (math.isfinite(value) and value > 0):

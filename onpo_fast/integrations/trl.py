@@ -2,14 +2,14 @@
 
     trainer = ONPOTrainer(model, args=ONPOConfig(eta=100.0, …), train_dataset=dataset, processing_class=tokenizer)
 
-One ``train()`` is one fit against one reference: π′_t for the first fit of an iteration of Algorithm 1, π′_{t+1} for
-the second (``ref_model``, or the model as it comes). Datasets, collator, PEFT, precomputed reference log-probs,
-evaluation and checkpoints are TRL's. Different are the loss and how it is reached: the model's ``forward`` is given a
-``tail``, which it calls with its hidden states and head. So the loss runs inside whatever wraps the model, and DDP
-and FSDP reduce every gradient. The tail holds the reference's log-probs, and keeps the policy's, out of the sight of
-wrappers that cast a call's tensors to bf16: a sum of 1000 nats would lose its units.
+One ``train()`` is one fit against one reference: π′_t in the first fit of an iteration of Algorithm 1, π′_{t+1} in the
+second (``ref_model``, or the initial state of the model). Datasets, collator, PEFT, precomputed reference log-probs,
+evaluation and checkpoints are TRL's. Only the loss differs, and where it is computed: the model's ``forward`` receives
+a ``tail``, a function that it calls with its hidden states and head. The loss is thus computed inside any wrapper of
+the model, and DDP and FSDP reduce every gradient. The tail holds the reference's and the policy's log-probs, because
+wrappers may cast tensor arguments to bf16, in which a sum of 1000 nats loses whole nats.
 
-Not logged are ``entropy`` and ``mean_token_accuracy``: they need every logit. ``logits/*`` are before a softcap.
+``entropy`` and ``mean_token_accuracy`` are not logged, as they need all logits. ``logits/*`` are before a softcap.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ except ImportError as error:
 from ..loss import fused_linear_pair_loss, linear_logprobs
 from ..models.heads import head_arguments
 from ..objectives import Dpo, Ipo, Objective, Onpo
-from .stacked import Kept, mean_logits, with_beta
+from .stacked import LabelledPositions, mean_logits, with_beta
 
 OBJECTIVES = ("onpo", "ipo", "dpo")
-IGNORED = -100  # label of the tokens that are no response's
+IGNORED = -100  # label of tokens outside responses
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "preference")
 
 
@@ -45,12 +45,12 @@ class ONPOConfig(DPOConfig):
     """``DPOConfig`` with ONPO's objective.
 
     ``beta`` is TRL's: the pull towards the reference, and the unit of the logged rewards. ONPO's step size η is its
-    inverse; give either. A pair is where ONPO and IPO want it when its ``rewards/margins`` is ½ (p − ½ with a label p
-    for ONPO, 2p − 1 times ½ for IPO). What ``DPOConfig`` has for other losses must be left alone: ``loss_type``,
-    ``loss_weights``, ``label_smoothing``, ``ld_alpha``, ``f_divergence_type``, ``use_weighting``.
+    inverse; give either. At the minimum of ONPO's and IPO's loss, ``rewards/margins`` is ½ (with a label p it is p − ½
+    for both). Options of ``DPOConfig``'s own losses must keep their defaults: ``loss_type``, ``loss_weights``,
+    ``label_smoothing``, ``ld_alpha``, ``f_divergence_type``, ``use_weighting``.
 
     Raises:
-        ValueError: names the option that does not fit.
+        ValueError: names an option that does not fit.
     """
 
     objective: str = field(
@@ -96,6 +96,7 @@ class ONPOConfig(DPOConfig):
         super().__post_init__()
 
     def make_objective(self) -> Objective:
+        """Returns the objective that the options describe."""
         if self.objective == "onpo":
             return Onpo(self.eta)
         return Ipo(self.beta) if self.objective == "ipo" else Dpo(self.beta)
@@ -104,16 +105,15 @@ class ONPOConfig(DPOConfig):
 class ONPOTrainer(DPOTrainer):
     """``DPOTrainer`` with the fused loss and soft labels.
 
-    Takes what ``DPOTrainer`` takes, with an ``ONPOConfig``. A dataset has TRL's columns (``prompt``, ``chosen``,
-    ``rejected``) and may have one more, ``preference`` = P(chosen ≻ rejected) in [0, 1].
+    Takes the arguments of ``DPOTrainer``, with an ``ONPOConfig``. A dataset has TRL's columns (``prompt``, ``chosen``,
+    ``rejected``) and may have another, ``preference`` = P(chosen ≻ rejected) in [0, 1].
 
     Raises:
-        ValueError: for what would not be honoured: a config that is not an ``ONPOConfig``, vision datasets, the
-            auxiliary loss of a mixture of experts (``router_aux_loss_coef=0.0`` leaves it out), or a ``preference``
-            outside [0, 1].
+        ValueError: if ``args`` is not an ``ONPOConfig``, the dataset has images, the auxiliary loss of a mixture of
+            experts is on (``router_aux_loss_coef=0.0`` turns it off), or a ``preference`` is outside [0, 1].
     """
 
-    _tag_names = ["trl", "onpo"]  # noqa: RUF012  as the parent declares it
+    _tag_names = ["trl", "onpo"]  # noqa: RUF012  declared like this in the parent
     _name = "ONPO"
     _paper = {  # noqa: RUF012
         "title": "Improving LLM General Preference Alignment via Optimistic Online Mirror Descent",
@@ -152,16 +152,16 @@ class ONPOTrainer(DPOTrainer):
             self._signature_columns = [*self._signature_columns, "preference"]
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
-        self._add_tails()  # the parent's constructor comes here before ours goes on
-        ours = " onpo_fast"  # in the name of the cache: what DPOTrainer left there came from its own arithmetic
+        self._add_tails()  # the parent's constructor calls this method before ours continues
+        ours = " onpo_fast"  # in the cache's name, because log-probs that DPOTrainer cached are rounded differently
         self._precompute_model_hash = self._precompute_model_hash.removesuffix(ours) + ours
         return super()._precompute_ref_logps(*args)
 
     def compute_ref_log_probs(self, model: Callable, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed log-probs under the reference, chosen and rejected: two (P,), nats.
+        """Returns summed log-probs of chosen and rejected responses under the reference: two (P,) tensors, nats.
 
-        TRL's own, with its adapters and contexts, on our token log-probs: in bf16, policy and reference must not round
-        their logits differently, or a margin that should be 0 is noise.
+        TRL's method, with its adapters and contexts, is called with this package's token log-probs: if policy and
+        reference rounded their logits differently in bf16, a margin that should be 0 would be noise.
         """
 
         def scored(*, fused_lm_head: bool, **call: Any) -> _Score:
@@ -178,7 +178,7 @@ class ONPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The mean loss of the batch's pairs; the metrics that TRL's users know are kept for the next log."""
+        """Returns the mean loss of the batch's pairs, and stores TRL's metrics for the next log."""
         if self.precompute_ref_logps:
             reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
@@ -187,14 +187,14 @@ class ONPOTrainer(DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         tail = _Loss(self.objective, torch.stack(reference, 1).flatten(), inputs.get("preference"))
         loss = model(**call, labels=labels, tail=tail)
-        self._keep_metrics(tail, inputs["attention_mask"])
+        self._store_metrics(tail, inputs["attention_mask"])
         if not return_outputs:
             return loss
-        with torch.no_grad():  # compute_metrics wants logits, which the loss never had
+        with torch.no_grad():  # compute_metrics needs logits, which the loss does not compute
             return loss, model(**call)
 
-    def _keep_metrics(self, tail: _Loss, attention_mask: Tensor) -> None:
-        """Under TRL's names. Sums over all processes in one go: one wait for the device."""
+    def _store_metrics(self, tail: _Loss, attention_mask: Tensor) -> None:
+        """Stores the metrics by TRL's names. One gather over all processes, one host synchronisation."""
         mode = "train" if self.model.training else "eval"
         chosen, rejected = tail.logps.double().view(-1, 2).unbind(1)
         chosen_reward, rejected_reward = (self.beta * (tail.logps - tail.ref_logps)).double().view(-1, 2).unbind(1)
@@ -219,30 +219,32 @@ class ONPOTrainer(DPOTrainer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What happens inside the model's forward
+# Computed inside the model's forward
 # ---------------------------------------------------------------------------------------------------------------------
 
-Tail = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]  # hidden (2P, T, H), labels (2P, T) beside them, head
+# hidden states (2P, T, H), labels (2P, T) at the positions that predict them, arguments of the head -> loss
+Tail = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 def add_tail(model: nn.Module) -> None:
-    """Teaches a causal language model ``model(…, labels=…, tail=…)``: the body, then ``tail(hidden, labels, head)``.
+    """Lets a causal language model be called as ``model(…, labels=…, tail=…)``, which returns the tail's result.
 
-    Without a tail its forward is what it was. Done before the model is wrapped, and once.
+    The tail is called with the hidden states below the head. Without a tail, forward is unchanged. Call this before the
+    model is wrapped; a second call does nothing.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     if getattr(model, "takes_tail", False):
         return
     before = model.forward
 
-    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
+    @functools.wraps(type(model).forward)  # generate() reads the signature
     def forward(self, *args: Any, labels: Tensor | None = None, tail: Tail | None = None, **call: Any) -> Any:
         if tail is None:
             return before(*args, **call) if labels is None else before(*args, labels=labels, **call)
         hidden = self.base_model(*args, **call).last_hidden_state
         head = head_arguments(self)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        device = head["weight"].device  # which a model split over devices may have elsewhere than its last layer
+        device = head["weight"].device  # if a model is split, perhaps not that of its last layer
         return tail(hidden.to(device), following.to(device), head)
 
     model.forward = types.MethodType(forward, model)
@@ -250,51 +252,51 @@ def add_tail(model: nn.Module) -> None:
 
 
 class _Score:
-    """Token log-probs of the labels, kept in ``log_probs``: (2P, T − 1) float64, 0 where there is no label."""
+    """A tail that stores token log-probs in ``log_probs``: (2P, T − 1) float64, 0 at positions without a label."""
 
     log_probs: Tensor
 
     def __call__(self, hidden: Tensor, labels: Tensor, head: dict[str, Any]) -> Tensor:
-        kept = Kept.of(labels, IGNORED, hidden.device)
-        per_token = linear_logprobs(kept.take(hidden), targets=kept.take(labels), **head).double()
-        everywhere = per_token.new_zeros(labels.numel()).index_copy(0, kept.rows, per_token)
+        labelled = LabelledPositions.of(labels, IGNORED, hidden.device)
+        per_token = linear_logprobs(labelled.take(hidden), targets=labelled.take(labels), **head).double()
+        everywhere = per_token.new_zeros(labels.numel()).index_copy(0, labelled.rows, per_token)
         self.log_probs = everywhere.view(labels.shape)[:, :-1]
         return per_token
 
 
 class _Loss:
-    """The loss of the batch; what the metrics need is kept."""
+    """A tail that returns the loss of the batch and stores what the metrics need."""
 
     logps: Tensor  # (2P,) nats, pair by pair: chosen, rejected, chosen, …
-    tokens: list[int]  # of the chosen, of the rejected
-    logits: Tensor  # (2,) float64: mean logits, summed over those tokens
+    tokens: list[int]  # number of tokens of the chosen and of the rejected responses
+    logits: Tensor  # (2,) float64: mean logits over the vocabulary, summed over these tokens
 
     def __init__(self, objective: Objective, ref_logps: Tensor, preference: Tensor | None) -> None:
         self.objective, self.ref_logps, self.preference = objective, ref_logps, preference
 
     def __call__(self, hidden: Tensor, labels: Tensor, head: dict[str, Any]) -> Tensor:
-        kept = Kept.of(labels, IGNORED, hidden.device)
-        rows = kept.take(hidden)
+        labelled = LabelledPositions.of(labels, IGNORED, hidden.device)
+        rows = labelled.take(hidden)
         output = fused_linear_pair_loss(
             rows,
-            targets=kept.take(labels),
-            cu_seqlens=kept.cu_seqlens,
+            targets=labelled.take(labels),
+            cu_seqlens=labelled.cu_seqlens,
             objective=self.objective,
             ref_logps=self.ref_logps.to(hidden.device),
             preference=None if self.preference is None else self.preference.to(hidden.device),
             **head,
         )
         self.logps, self.ref_logps = output.logps, output.ref_logps
-        self.tokens = [sum(kept.lengths[half::2]) for half in (0, 1)]
+        self.tokens = [sum(labelled.lengths[half::2]) for half in (0, 1)]
         tokens = torch.tensor(self.tokens, device=hidden.device)[:, None]
-        parts = [part.sum(0, dtype=output.logps.dtype) for part in rows.detach().split(kept.lengths)]
+        parts = [part.sum(0, dtype=output.logps.dtype) for part in rows.detach().split(labelled.lengths)]
         means = torch.stack(parts).view(-1, 2, hidden.shape[-1]).sum(0) / tokens.clamp(min=1)
         self.logits = tokens[:, 0] * mean_logits(means, head["weight"], head["bias"], head["logit_scale"]).double()
         return output.loss
 
 
 class WithPreference:
-    """A collator that also takes the column ``preference``, where there is one: (P,) float32.
+    """A collator that adds the column ``preference``, (P,) float32, if the dataset has one.
 
     Raises:
         ValueError: names a value that is not in [0, 1].

@@ -1,4 +1,4 @@
-"""The LM head of a model, as the loss takes it: one weight, whatever is wrapped around it, or a line saying why not."""
+"""The LM head of a model as arguments of the loss, through wrappers such as LoRA."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Tensor | float | None]:
-    """weight, bias, logit_scale and softcap of ``fused_linear_pair_loss`` and ``linear_logprobs``.
+    """Returns weight, bias, logit_scale and softcap for ``fused_linear_pair_loss`` and ``linear_logprobs``.
 
-    Call it where the loss is called, before each: it reads the state of the head (adapters, gathered or not) as it is.
-    Under DDP and FSDP2 both belong inside the forward of the wrapped module (docs/distributed.md).
+    Call it before every call of the loss, as it reads the present state of the head: its adapters, and whether it is
+    gathered. Under DDP and FSDP2 call both inside the forward of the wrapped module (docs/distributed.md).
 
-    A LoRA adapter on the head is folded in: weight is W + Σ scaling·B·A over the active adapters, differentiable by W,
-    A and B. That forms one [V, H] tensor (from a half-precision W, in float32 on the way), and its gradient is another.
-    The sum is rounded to the dtype of W, and under autocast, in the loss, to autocast's: in half precision a change
-    below half a spacing of W does not show until it has grown. peft's own forward keeps the products apart and shows
-    it at once.
+    A LoRA adapter on the head is added to the weight, W + Σ scaling·B·A over the active adapters, differentiable by W,
+    A and B. The sum is a [V, H] tensor (computed in float32 if W is in half precision), and so is its gradient. It is
+    rounded to the dtype of W and, in the loss under autocast, to autocast's: in half precision, a change of less than
+    half a spacing of W has no effect until it has grown. In peft's own forward, which keeps the products separate, it
+    has an effect at once.
 
     Args:
         model: a causal language model, or a PeftModel around one; not wrapped for data parallelism.
 
     Returns:
-        weight: (V, H), a floating-point tensor that gradients flow through; bias: (V,) or None; logit_scale, softcap:
-        see ``logit_options``.
+        weight: (V, H), floating-point and differentiable; bias: (V,) or None; logit_scale and softcap: see
+        ``logit_options``.
 
     Raises:
-        ValueError: names the head and why it cannot be taken: no LM head, no 2-D weight, quantised, sharded and not
-            gathered, or an adapter that is no constant low-rank term (dropout in training, DoRA, other tuners).
+        ValueError: if the model has no LM head, or one that cannot be used: its weight is not 2-D, quantised, or
+            sharded and not gathered, or an adapter is not a constant low-rank term (dropout in training, DoRA, other
+            tuners). Names the head.
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(
@@ -46,10 +47,10 @@ def head_arguments(model: PreTrainedModel) -> dict[str, Tensor | float | None]:
 
 
 def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
-    """How the model's family scales and caps its logits."""
+    """Returns logit_scale and softcap as the model's family defines them."""
     text = config.get_text_config()
     scale = 1.0
-    if text.model_type != "mpt":  # its own code does not use the field of that name
+    if text.model_type != "mpt":  # its own code ignores the field of that name
         for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, Muse
             scale *= getattr(text, name, None) or 1.0
     if scaling := getattr(text, "logits_scaling", None):  # Granite divides by it, HyperCLOVAX multiplies
@@ -61,9 +62,9 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
 
 
 def _weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(V, H) and (V,) or None: what the head multiplies by and adds, through peft's wrappers.
+    """Returns the head's weight (V, H) and bias (V,) or None, through peft's wrappers.
 
-    peft is an extra. Where it has not been imported, no module is one of its own.
+    peft is optional: if it has not been imported, no module is one of its wrappers.
     """
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -72,7 +73,7 @@ def _weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         if isinstance(head, BaseTunerLayer):
             return _with_adapters(head)
         if isinstance(head, ModulesToSaveWrapper):
-            # as its forward chooses
+            # the same choice as in its forward
             own = not head.disable_adapters and all(name in head.modules_to_save for name in head.active_adapters)
             chosen = head.modules_to_save[head.active_adapters[0]] if own and head.active_adapters else None
             return _weight_and_bias(head.original_module if chosen is None else chosen)
@@ -94,6 +95,7 @@ def _weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _expect_plain(name: str, tensor: Tensor) -> None:
+    """Raises ``ValueError`` if a tensor of the head is sharded, quantised or of a class of its own."""
     if isinstance(tensor, DTensor):
         placements = ", ".join(map(str, tensor.placements))
         raise ValueError(
@@ -108,7 +110,7 @@ def _expect_plain(name: str, tensor: Tensor) -> None:
 
 
 def _with_adapters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(V, H) and (V,) or None of a head in peft's hands."""
+    """Returns weight (V, H) and bias (V,) or None of a head that peft has wrapped."""
     from peft.tuners.lora.layer import Linear
 
     weight, bias = _weight_and_bias(head.get_base_layer())
@@ -136,7 +138,7 @@ def _with_adapters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
             )
     if not active:
         return weight, bias
-    # float32 at least, and rounded once: autocast would multiply in half precision
+    # in float32 or more and rounded once; under autocast the products would be in half precision
     with torch.autocast(weight.device.type, enabled=False):
         total, shift = _wide(weight), None if bias is None else _wide(bias)
         for name in active:
@@ -151,4 +153,5 @@ def _with_adapters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32, or in float64 if it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config.sections import ModelConfig
+from ..config import ModelConfig
 from ..errors import UserError
 from .checkpoint import generation_settings, loading_errors, locate, processor_files, tensor_names, weight_files
 from .checks import check_log_probs, computing, has_window, shared_or_separate

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs
@@ -105,6 +106,9 @@ class ScoringModule(nn.Module):
             Without ``labelled``: (N,) float32 log-probs of the response tokens, nats, differentiable. With it: the
             results of ``fused_linear_pair_loss``, of which only the loss is differentiable.
         """
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):  # sharded in a group of its own, which its own forward would gather
+            head.unshard()
         if labelled is None:
             return linear_logprobs(self.hidden_states(packed), targets=packed.targets, **head_arguments(self.model))
         reference = _reference(packed, labelled, loss.anchor)  # first, so that its activations are freed by then

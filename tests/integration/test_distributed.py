@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from onpo_fast import linear_logprobs
 from onpo_fast.models.heads import head_arguments
+from onpo_fast.models.scoring import LabelledPairs, PairLossOptions, ScoringModule
 from onpo_fast.objectives import Onpo
 from onpo_fast.packing import pack
 
@@ -88,7 +89,9 @@ def documented() -> dict:
 
 
 def with_loss(model: nn.Module, kind: str) -> nn.Module:
-    """The page's module; or the same around ``linear_logprobs``: minus the summed log-probs, a mean over responses."""
+    """The page's module; the trainer's; or the same around ``linear_logprobs``: minus the mean summed log-prob."""
+    if kind == "trainer":
+        return ScoringModule(model)
     names = documented()
 
     def tokens(hidden, weight, targets, cu_seqlens, pairs, objective, ref_logps, preference, **head):
@@ -100,8 +103,16 @@ def with_loss(model: nn.Module, kind: str) -> nn.Module:
     return names["WithLoss"](model, Onpo(eta=2.0))
 
 
-def gradients(module: nn.Module, batch: dict) -> dict[str, Tensor]:
+def for_trainer(batch: dict) -> dict:
+    """A batch as arguments of ``ScoringModule``."""
+    columns = (batch["preference"].tolist(), [1.0] * len(batch["pairs"]), batch["ref_logps"].tolist())
+    labelled = LabelledPairs.make(batch["pairs"].tolist(), *columns)
+    return {"packed": batch["packed"], "labelled": labelled, "loss": PairLossOptions(Onpo(eta=2.0))}
+
+
+def gradients(module: nn.Module, batch: dict, kind: str) -> dict[str, Tensor]:
     """After a scoring pass, a step of SGD and another backward pass, so that stale weights would show."""
+    batch = for_trainer(batch) if kind == "trainer" else batch
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step in range(2):
         if step:
@@ -143,6 +154,11 @@ def by_half_precision(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) 
     return fully_shard(wrap(model), mp_policy=policy)
 
 
+def by_casting_inputs(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """FSDP2's default casts tensor arguments: the trainer's are not among them."""
+    return fully_shard(wrap(model), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
 SCENARIOS = [
     (way, head, kind)
     for way, heads in {
@@ -153,9 +169,15 @@ SCENARIOS = [
     }.items()
     for head in heads
     if head != "lora" or PEFT
-    for kind in ("pairs", "tokens")
-]
-WAYS = {"ddp": by_snippet(1), "fsdp": by_snippet(2), "own group": by_own_group, "bf16": by_half_precision}
+    for kind in ("pairs", "tokens", "trainer")
+] + [("bf16, inputs cast", "untied", "trainer")]
+WAYS = {
+    "ddp": by_snippet(1),
+    "fsdp": by_snippet(2),
+    "own group": by_own_group,
+    "bf16": by_half_precision,
+    "bf16, inputs cast": by_casting_inputs,
+}
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -176,7 +198,7 @@ def work(rank: int, directory: str) -> None:
         seen: dict = {}
         for way, head, kind in SCENARIOS:
             module = WAYS[way](model_of(head), lambda model, kind=kind: with_loss(model, kind))
-            seen[way, head, kind] = gradients(module, batch(rank))
+            seen[way, head, kind] = gradients(module, batch(rank), kind)
         sharded = tiny(tied=False)
         fully_shard(sharded)
         seen["a sharded head outside"] = refusal(lambda: head_arguments(sharded))
@@ -208,14 +230,14 @@ def seen(tmp_path_factory) -> Iterator[list[dict]]:
 def test_two_processes_give_the_gradients_of_one(scenario: tuple[str, str, str], seen: list[dict]) -> None:
     """Of the mean over all pairs, since both hold equally many."""
     way, head, kind = scenario
-    want = gradients(with_loss(model_of(head), kind), batch(None))
+    want = gradients(with_loss(model_of(head), kind), batch(None), kind)
     assert "model.lm_head.weight" in want or head != "untied"
     for process in seen:
         assert process[scenario].keys() == want.keys()
         for name, gradient in want.items():
             error = float((process[scenario][name] - gradient).norm() / gradient.norm())
             # bf16 has 8 bits, and a sum of log-probs that had been rounded to it would be off by far more
-            assert error < (0.05 if way == "bf16" else 1e-5), name
+            assert error < (0.05 if way.startswith("bf16") else 1e-5), name
 
 
 def test_a_loss_outside_the_wrapped_forward_is_refused(seen: list[dict]) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from onpo_fast import data
-from onpo_fast.config import Config
-from onpo_fast.config.sections import SamplingConfig
+from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.fit import fit, plan_steps

@@ -647,7 +647,7 @@ def written(tmp_path: Path) -> tuple[list[Group], dict[str, Path]]:
     data.write_groups(paths["groups"], groups)
     data.write_preferences(paths["preferences"], [np.full((len(g.responses),) * 2, 0.5) for g in groups])
     data.write_scores(paths["scores"], [torch.zeros(len(g.responses), dtype=torch.float64) for g in groups])
-    data.write_pairs(paths["pairs"], [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5)], groups)
+    data.write_pairs(paths["pairs"], [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5), Pair(1, 0, None, 0.25)], groups)
     return groups, paths
 
 
@@ -656,7 +656,7 @@ def read_all(groups: list[Group], paths: dict[str, Path]) -> None:
     assert data.read_groups(paths["groups"], prompts, vocabulary=5) == groups
     assert len(data.read_preferences(paths["preferences"], groups)) == 2
     assert len(data.read_scores(paths["scores"], groups)) == 2
-    assert data.read_pairs(paths["pairs"], groups) == [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5)]
+    assert data.read_pairs(paths["pairs"], groups) == [Pair(0, 2, 1, 0.75), Pair(1, 1, 0, 0.5), Pair(1, 0, None, 0.25)]
 
 
 @pytest.mark.parametrize(
@@ -676,6 +676,8 @@ def read_all(groups: list[Group], paths: dict[str, Path]) -> None:
         ("pairs", lambda lines: [lines[0], lines[1].replace('"group": 1', '"group": 99')], "line 2: it names group 99"),
         ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 3')], "line 1: it compares a response tha"),
         ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 1')], "line 1: it compares a response wit"),
+        ("pairs", lambda lines: [lines[2].replace('"winner": 0', '"winner": 2')], "line 1: it compares a response tha"),
+        ("pairs", lambda lines: [lines[2].replace('"loser": null', '"loser": "no"')], "line 1: it lacks"),
     ],
 )
 def test_files_of_an_iteration_that_do_not_fit_each_other(tmp_path, name: str, change: Callable, message: str) -> None:

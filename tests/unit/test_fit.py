@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
@@ -14,7 +16,7 @@ from onpo_fast.errors import UserError
 from onpo_fast.fit import cosine_with_warmup, fit, plan_steps
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import score
-from onpo_fast.objectives import Dpo, Onpo
+from onpo_fast.objectives import Dpo, Onpo, Sppo
 
 
 def make_groups(policy, k: int = 3) -> list[Group]:
@@ -220,3 +222,53 @@ def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objectiv
     # Adam turns vanishing gradients, whose sign is rounding, into whole steps: few enough not to show in the norm
     assert (weights[1] - weights[0]).norm() < 0.05 * moved
     assert all(parameter.grad is None for parameter in frozen.model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+@pytest.mark.parametrize("live", [False, True], ids=["cached", "live"])
+def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(shallow_model, layout: str, live: bool) -> None:
+    """Against float64 autograd on each row alone: mean of (log π(y)/π_t(y) − η(p − ½))²; mixed with a plain pair."""
+    config = Config(model=str(shallow_model), learning_rate=1e-12, max_grad_norm=1e9)
+    policy = dataclasses.replace(load(shallow_model, config), layout=layout)
+    groups = make_groups(policy)
+    frozen = load(shallow_model, config)
+    for parameter in frozen.model.parameters():
+        parameter.data *= 1.01
+    anchor = score(frozen, groups, 1000)
+    pairs = [Pair(g, i, None, p) for g in range(4) for i, p in enumerate((0.2, 0.65, 0.9))] + [Pair(1, 2, 0, 0.8)]
+    records: list[dict] = []
+    reference = frozen.frozen() if live else anchor
+    found: dict[str, torch.Tensor] = {}
+
+    def take(optimizer, *_) -> None:
+        found.update((name, p.grad.clone()) for name, p in policy.model.named_parameters())
+
+    hook = register_optimizer_step_pre_hook(take)
+    try:
+        fit(policy, groups, plan_steps(pairs, 1, 100, [0]), reference, Sppo(eta=3.0), config, records.append)
+    finally:
+        hook.remove()
+
+    model = copy.deepcopy(policy.model).double()
+    model.zero_grad()
+
+    def logp(pair: Pair, response: int) -> torch.Tensor:
+        prompt, tokens = groups[pair.group].prompt_tokens, groups[pair.group].responses[response].tokens
+        if not tokens:
+            return torch.zeros((), dtype=torch.float64)
+        logps = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logps.gather(1, torch.tensor(tokens)[:, None]).sum()
+
+    losses = []
+    for pair in pairs:
+        ratio = logp(pair, pair.winner) - anchor[pair.group][pair.winner]
+        if pair.loser is not None:
+            ratio = ratio - (logp(pair, pair.loser) - anchor[pair.group][pair.loser])
+        losses.append((ratio - 3.0 * (pair.preference - 0.5)) ** 2)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert records[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    error = sum(float((found[name] - p.grad).square().sum()) for name, p in model.named_parameters())
+    norm = sum(float(p.grad.square().sum()) for p in model.parameters())
+    assert (error / norm) ** 0.5 < 1e-4
+    assert records[0]["logp_loser"] == pytest.approx(float(logp(pairs[-1], 0)) / len(pairs), rel=1e-4)

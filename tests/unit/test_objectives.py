@@ -9,7 +9,7 @@ import torch
 
 from onpo_fast.objectives import OBJECTIVES, Dpo, Inpo, Ipo, Omd, Onpo, Sppo
 
-EXAMPLES = [Onpo(eta=2.0), Omd(eta=0.5), Inpo(eta=0.4, tau=0.1), Ipo(tau=0.25), Sppo(eta=0.6), Dpo(beta=0.3)]
+EXAMPLES = [Onpo(eta=2.0), Omd(eta=0.5), Inpo(eta=0.4, tau=0.1), Ipo(tau=0.25), Sppo(eta=0.5), Dpo(beta=0.3)]
 
 
 def test_every_objective_has_an_example() -> None:
@@ -26,6 +26,7 @@ def test_every_objective_has_an_example() -> None:
         (Inpo(eta=0.4, tau=0.1), 1.0, 0.75, (1.0 - 0.5 / 0.8) ** 2),
         (Ipo(tau=0.25), 1.0, 1.0, (1.0 - 2.0) ** 2),
         (Ipo(tau=0.25), 1.0, 0.25, (1.0 + 1.0) ** 2),
+        (Sppo(eta=0.5), 0.25, 0.9, (0.25 - 0.5 * 0.4) ** 2),
         (Dpo(beta=0.3), 2.0, 1.0, -math.log(1 / (1 + math.exp(-0.6)))),
         (Dpo(beta=0.3), 2.0, 0.2, 0.2 * math.log(1 + math.exp(-0.6)) + 0.8 * math.log(1 + math.exp(0.6))),
     ],

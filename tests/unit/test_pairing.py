@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.pairing import PAIRINGS, drop_identical, pair
+from onpo_fast.pairing import PAIRINGS, drop_identical, pair, win_rate_pairs
 
 
 def preferences(k: int, seed: int = 0) -> np.ndarray:
@@ -26,7 +26,7 @@ def test_counts(k: int) -> None:
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("labels", ["soft", "bits"])
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
 def test_two_different_responses_of_one_group(pairing: str, labels: str, k: int) -> None:
     matrices = [preferences(k, seed) for seed in range(20)]
@@ -41,7 +41,7 @@ def test_two_different_responses_of_one_group(pairing: str, labels: str, k: int)
 
 
 def test_iid_pairs_are_disjoint() -> None:
-    used = [i for p in pair([preferences(8)], "iid", "bits", [0]) for i in (p.winner, p.loser)]
+    used = [i for p in pair([preferences(8)], "iid", "sampled", [0]) for i in (p.winner, p.loser)]
     assert sorted(used) == list(range(8))
 
 
@@ -52,9 +52,9 @@ def test_the_best_against_the_worst(pairing: str, k: int) -> None:
     assert (p.winner, p.loser) == (0, k - 1)
 
 
-def test_bits_are_drawn_from_the_preference() -> None:
+def test_sampled_labels_are_drawn_from_the_preference() -> None:
     matrix = np.array([[0.5, 0.8], [0.2, 0.5]])
-    wins = [p.winner == 0 for p in pair([matrix] * 4000, "iid", "bits", [0])]
+    wins = [p.winner == 0 for p in pair([matrix] * 4000, "iid", "sampled", [0])]
     assert np.mean(wins) == pytest.approx(0.8, abs=4 * (0.16 / 4000) ** 0.5)
 
 
@@ -73,10 +73,32 @@ def test_the_same_response_twice_is_no_pair() -> None:
     assert drop_identical(pairs, groups) == pairs[1:3]
 
 
+def test_win_rates_are_means_over_the_other_responses() -> None:
+    matrix = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]])
+    pairs = win_rate_pairs([matrix, chain(2)], "soft", [0])
+    assert [(p.group, p.winner, p.loser) for p in pairs] == [(0, i, None) for i in range(3)] + [
+        (1, 0, None),
+        (1, 1, None),
+    ]
+    assert [p.preference for p in pairs] == pytest.approx([0.6, 0.35, 0.55, 0.9, 0.1])
+    groups = [Group([], [1], [Response("a", [5], "eos", 0.0)] * 3)] * 2
+    assert drop_identical(pairs, groups) == pairs
+
+
+def test_sampled_win_rates_come_from_one_outcome_a_comparison() -> None:
+    matrix = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]])
+    pairs = win_rate_pairs([matrix] * 4000, "sampled", [0])
+    rates = np.array([p.preference for p in pairs]).reshape(-1, 3)
+    assert set(rates.ravel()) == {0.0, 0.5, 1.0}
+    assert (rates.sum(1) == 1.5).all()  # three comparisons, each won by one of the two
+    np.testing.assert_allclose(rates.mean(0), [0.6, 0.35, 0.55], atol=0.03)
+    assert win_rate_pairs([matrix] * 9, "sampled", [1]) == win_rate_pairs([matrix] * 9, "sampled", [1])
+
+
 def test_seeded() -> None:
     matrices = [preferences(5, seed) for seed in range(10)]
-    assert pair(matrices, "knockout", "bits", [1]) == pair(matrices, "knockout", "bits", [1])
-    assert pair(matrices, "all_pairs", "bits", [1]) != pair(matrices, "all_pairs", "bits", [2])
+    assert pair(matrices, "knockout", "sampled", [1]) == pair(matrices, "knockout", "sampled", [1])
+    assert pair(matrices, "all_pairs", "sampled", [1]) != pair(matrices, "all_pairs", "sampled", [2])
 
 
 def test_the_step_fitted_at_the_nash_policy_vanishes_for_iid_draws_and_not_for_best_worst() -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from onpo_fast.config import Config
-from onpo_fast.config.sections import SamplingConfig
+from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.errors import UserError
 from onpo_fast.kernels import noise
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
-from onpo_fast.sampling import TransformersSampler, _Draw, _keys
+from onpo_fast.sampling import MixtureSampler, TransformersSampler, _Draw, _keys
 
 PROMPTS = [
     [{"role": "user", "content": text}]
@@ -99,6 +100,51 @@ def test_a_models_own_generation_settings_do_not_bend_the_policy(shallow_model, 
     for group, scores in zip(groups, score(bent, groups, 1000)):
         np.testing.assert_allclose([r.logp for r in group.responses], scores.numpy(), rtol=1e-4, atol=1e-3)
     bent.save(tmp_path / "saved")
+
+
+def other_than(policy: Policy) -> Policy:
+    """A policy with other weights."""
+    other = replace(policy, model=copy.deepcopy(policy.model))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in other.model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+@torch.no_grad()
+def mixed_log_probs(initial: Policy, policy: Policy, share: float, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """Log-probs of a response's tokens under the mixture, from whole rows without a cache."""
+    row = torch.tensor([prompt + tokens])
+    parts = ((initial, share), (policy, 1 - share))
+    logits = sum(s * p.model(row, use_cache=False).logits[0].double().log_softmax(-1) for p, s in parts)
+    logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_mixture_is_sampled_from_the_product_of_both_models(policy: Policy, share: float) -> None:
+    initial = other_than(policy)
+    mixture = MixtureSampler(initial, policy, share, SamplingConfig(max_new_tokens=12, sampling_batch_size=5))
+    mixture.check()
+    groups = mixture(PROMPTS, 3, [0, 7])
+    for group in groups:
+        for response in group.responses:
+            exact = mixed_log_probs(initial, policy, share, group.prompt_tokens, response.tokens)
+            assert response.logp == pytest.approx(exact.sum(), abs=1e-3)
+    alone = {0.0: policy, 1.0: initial}.get(share)
+    if alone:
+        same = sampler(alone)(PROMPTS, 3, [0, 7])
+        assert [[r.tokens for r in g.responses] for g in groups] == [[r.tokens for r in g.responses] for g in same]
+
+
+def test_a_mixture_wants_a_share_and_one_vocabulary(policy: Policy) -> None:
+    config = SamplingConfig(sampling_batch_size=1)
+    with pytest.raises(ValueError, match="share"):
+        MixtureSampler(policy, policy, 1.5, config)
+    other = replace(policy, model=copy.deepcopy(policy.model))
+    other.model.resize_token_embeddings(policy.head_rows + 8)
+    with pytest.raises(ValueError, match="initial"):
+        MixtureSampler(other, policy, 0.5, config)
 
 
 class TestDraw:
