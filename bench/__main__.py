@@ -7,7 +7,7 @@ sweep       variants of the kernels, each beside what was predicted for it
 survey      the machine: versions, products with float32 results, bandwidth and TFLOP/s
 plots       draws a results file again
 summary     prints a results file of `make gpu-check` as tables
-drill       runs killed and resumed, runs with damaged files: do they end with the same bits?
+crash_test  runs killed and resumed, runs with damaged files: do they end with the same bits?
 families    tiny models of every family, through all that a run does: docs/models.md
 training    a run of the trainer and fits of a Llama-3-8B: tokens/s, pairs/s, memory by part
 inputs      puts the real model's hidden states and head in a file, for machines without the model
@@ -28,7 +28,7 @@ COMMANDS = (
     "survey",
     "plots",
     "summary",
-    "drill",
+    "crash_test",
     "families",
     "training",
     "inputs",

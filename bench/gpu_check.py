@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +38,22 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from .gpu_results import (
+    checks_pass,
+    epilogues_measured,
+    fit_measured,
+    no_reports,
+    ours_measured,
+    products_were_tried,
+    read_checks,
+    read_json,
+    read_last_lines,
+    read_reports,
+    read_tests,
+    run_has_rates,
+    some_lines,
+    tests_pass,
+)
 from .runner import CLOSING, ROOT, Runner, Step, planned, say
 from .summary import lines, table
 
@@ -68,127 +82,6 @@ def bench(*arguments: str) -> list[str]:
 
 
 INTERPRETED = ["env", "TRITON_INTERPRET=1"]  # before a command whose kernels numpy is to execute
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What steps leave
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_json(output: str, folder: Path) -> Any:
-    """The one results file that the step has written so far."""
-    files = sorted(folder.glob("*.json"))
-    return json.loads(files[0].read_text(encoding="utf-8")) if files else None
-
-
-def read_last_lines(output: str, folder: Path) -> list[str]:
-    return [line[:300] for line in output.strip().splitlines()[-5:]]
-
-
-TEST_OUTCOME = re.compile(
-    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<a>\S+::.*?)|(?P<b>\S+::.*?) (?P<last>[A-Z]+)(?: +\(.*\))?"
-    r"(?: +\[ *\d+%\])?) *$",
-    re.MULTILINE,
-)
-TEST_BEGAN = re.compile(r"^(\S+\.py::.*?) *$", re.MULTILINE)
-TEST_KINDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
-
-
-def read_tests(output: str, folder: Path) -> dict[str, Any]:
-    """From ``pytest -v``, also where it was cut: counts, names of failures, and of tests that began and did not end."""
-    outcomes: dict[str, str] = {}
-    for match in TEST_OUTCOME.finditer(output):
-        kind = TEST_KINDS.get(match["first"] or match["last"])
-        name = match["a"] or match["b"]
-        if kind and outcomes.get(name) != "failed":  # an error in the teardown comes after PASSED
-            outcomes[name] = kind
-    counts = {kind: sum(found == kind for found in outcomes.values()) for kind in ("passed", "failed", "skipped")}
-    began = [match[1] for match in TEST_BEGAN.finditer(TEST_OUTCOME.sub("", output))]
-    return {
-        **counts,
-        "failures": [name for name, found in outcomes.items() if found == "failed"],
-        "unfinished": [name for name in dict.fromkeys(began) if name not in outcomes],
-    }
-
-
-def read_checks(output: str, folder: Path) -> dict[str, Any]:
-    """The lines of ``bench checks``: SHAPE: METHOD, TASK: ok, or what is wrong, or why it was not checked."""
-    found: dict[str, Any] = {"ok": 0, "faults": [], "not_checked": []}
-    for line in output.splitlines():
-        if ": not checked: " in line:
-            found["not_checked"].append(line)
-        elif match := re.fullmatch(r"([\w.-]+\dx\d+x\d+: .+, [^:]+): (.+)", line):
-            if match[2] == "ok":
-                found["ok"] += 1
-            else:
-                found["faults"].append(line)
-    return found
-
-
-NOTHING = "no results"
-
-
-def some_lines(found: Any) -> str | None:
-    return None if found else NOTHING
-
-
-def tests_pass(found: Any) -> str | None:
-    if found["failed"]:
-        return f"{found['failed']} tests failed"
-    return None if found["passed"] else NOTHING
-
-
-def checks_pass(found: Any) -> str | None:
-    if found["faults"]:
-        return f"{len(found['faults'])} faults"
-    if found["not_checked"]:
-        return f"not checked: {len(found['not_checked'])}"
-    return None if found["ok"] else NOTHING
-
-
-def products_were_tried(found: Any) -> str | None:
-    return None if found and "products" in found else NOTHING
-
-
-def ours_measured(method: str) -> Callable[[Any], str | None]:
-    """``method`` must have a measured row and no row of ours may have failed; peers may be absent or fail."""
-
-    def fault(found: Any) -> str | None:
-        rows = [row for record in (found or {}).get("shapes", []) for row in record["rows"]]
-        ours = [row for row in rows if row["method"] in (method, "onpo_fast lean")]
-        if failed := [row for row in ours if row["status"] not in ("measured", "absent", "skipped")]:
-            return f"{failed[0]['method']}, {failed[0]['task']}: {failed[0]['status']}"
-        measured = any(row["method"] == method and row["status"] == "measured" for row in ours)
-        return None if measured else f"{method} was not measured"
-
-    return fault
-
-
-def fit_measured(loss: str) -> Callable[[Any], str | None]:
-    """The fit with this loss must have been measured; the other one may not fit the memory."""
-
-    def fault(found: Any) -> str | None:
-        statuses = [row["status"] for row in (found or {}).get("fits", []) if row["loss"] == loss]
-        return None if "measured" in statuses else f"the fit with {loss}: {(statuses or ['not run'])[-1]}"
-
-    return fault
-
-
-def epilogues_measured(found: Any) -> str | None:
-    """The light epilogue in its default form must have been measured at the first shape; no epilogue with the table's
-    tile may fail at any."""
-    records = (found or {}).get("shapes", [])
-    for record in records:
-        for row in record["rows"]:
-            own_tile = all(value is None for name, value in row["variant"].items() if name != "epilogue")
-            if own_tile and row["status"] not in ("measured", "skipped"):
-                return f"{record['shape']}: {row['line']}: {row['status']}"
-    light = [row["status"] for record in records[:1] for row in record["rows"] if row["line"] == "light, 3 GiB"]
-    return None if "measured" in light else f"light, 3 GiB: {(light or ['not run'])[0]}"
-
-
-def run_has_rates(found: Any) -> str | None:
-    return None if any(run.get("tokens_per_second") for run in (found or {}).get("runs", [])) else NOTHING
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,21 +368,6 @@ def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
             for tool in ("memcheck", "racecheck")
         ),
     ]
-
-
-def read_reports(output: str, folder: Path) -> dict[str, Any]:
-    """Which kernels of ours compute-sanitizer names: libraries' kernels are not ours to judge."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
-    kernels = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", sources)
-    reports = [line for line in output.splitlines() if line.startswith("=====")]
-    named = sorted({kernel for kernel in kernels if any(re.search(rf"\b{kernel}\b", line) for line in reports)})
-    return {"finished": any("SUMMARY" in line for line in reports), "kernels_named": named}
-
-
-def no_reports(found: Any) -> str | None:
-    if found["kernels_named"]:
-        return f"reports about {', '.join(found['kernels_named'])}"
-    return None if found["finished"] else NOTHING
 
 
 PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {

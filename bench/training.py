@@ -30,7 +30,7 @@ import torch
 
 from onpo_fast.files import atomic_write_text
 
-from . import drill
+from . import crash_test
 from .fits import LOSSES, SHAPES
 from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
@@ -150,8 +150,8 @@ class Bench:
         directory = work.resolve() / "run"
         train = self.options.train
         if self.options.tiny:
-            drill.prepare(work, "smollm2")
-            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **drill.SMALL}
+            crash_test.prepare(work, "smollm2")
+            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **crash_test.SMALL}
             train = " ".join([*(f"--{name} {value}" for name, value in tiny.items()), train])
         command = [
             "onpo_fast.train",

@@ -1,7 +1,7 @@
-"""Conversations: what a record may hold as its prompt, and the forms in which templates and oracles read it.
+"""Conversations: how they are read from records, and the forms that chat templates and oracles need.
 
-A conversation is a list of messages with a "role" and a "content", in the format of OpenAI's chat API: tool calls,
-results of tools and content in parts included. On disk it has one form, ``Prompt``, whose content is always a string.
+A conversation is a list of messages with a "role" and a "content" in the format of OpenAI's chat API, including tool
+calls, tool results and content in parts. After reading it is a ``Prompt``, where the content is always a string.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 
 from .errors import UserError
 
-Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …], up to where the assistant speaks
+Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …], up to the assistant's turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-OTHER_ROLES = {  # what other formats call them
+OTHER_ROLES = {  # their names in other formats
     "human": "user",
     **dict.fromkeys(("gpt", "model", "bot", "ai", "chatbot"), "assistant"),
     **dict.fromkeys(("function", "observation", "ipython", "function_response", "tool_response"), "tool"),
 }
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_plan")
-TEXT_FIELDS = ("name", "tool_call_id", *REASONING_FIELDS)  # that templates read
-TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a part that is text; OpenAI's two APIs
+TEXT_FIELDS = ("name", "tool_call_id", *REASONING_FIELDS)  # fields that templates read
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a text part in OpenAI's two APIs
 DEEPEST = 50  # levels of nesting in a tool call or a tool's schema
 
 
 class Prompt(Messages):
-    """The messages of a conversation, up to where the assistant speaks, and the tools that it may call.
+    """The messages of a conversation, up to the assistant's turn, and the tools that the assistant may call.
 
-    Equal to a list of the same messages if it has no tools.
+    A prompt without tools equals the list of its messages.
 
     Args:
-        messages: each a "role" and a "content" string, and what else chat templates read.
-        where: the file and line that it was read from, for error messages; no part of what it is.
+        messages: each with a "role" and a "content" string, and other fields that chat templates read.
+        where: file and line that it was read from, for error messages; not part of its value.
         tools: JSON schemas of functions; None if there are none.
     """
 
@@ -58,31 +58,31 @@ class Prompt(Messages):
 
 
 def tools_of(prompt: object) -> list[dict] | None:
-    """The tools of a prompt; None for a plain list of messages."""
+    """Returns the tools of a prompt; None for a plain list of messages."""
     return getattr(prompt, "tools", None)
 
 
 def columns_of(prompt: Messages) -> dict[str, Any]:
-    """A prompt as columns of a record: "prompt" and, if it has any, "tools"."""
+    """Returns a prompt as columns of a record: "prompt" and, if there are any, "tools"."""
     tools = tools_of(prompt)
     return {"prompt": prompt, "tools": tools} if tools else {"prompt": prompt}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading one from a record
+# Reading a conversation from a record
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Prompt:
-    """The prompt of a record, with the tools of its column "tools".
+    """Returns the prompt of a record, with the tools of its column "tools".
 
-    The last turn of the assistant is dropped. An entry of a message, of a tool call or of a tool that is null counts as
-    absent. What is null inside the arguments of a call or the schema of a tool stays: it means something there, as in
-    ``"default": null`` (``sources.records`` drops it in tables, which fill it in). What else a conversation must be is
-    for the chat template to say.
+    Final assistant messages are dropped. A null entry of a message, a tool call or a tool counts as absent. A null
+    inside the arguments of a call or the schema of a tool stays, since it has a meaning there, as in
+    ``"default": null`` (but ``sources.records`` removes nulls from tables). Further rules are left to the chat
+    template.
 
     Raises:
-        UserError: if it is no conversation of text; the message begins with ``where``.
+        UserError: if it is not a conversation of text; the message begins with ``where``.
     """
     value = record[column]
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
@@ -97,24 +97,24 @@ def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Pro
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise UserError(f"{where}: nothing is left of the conversation without the assistant's last turn")
+        raise UserError(f"{where}: the conversation has only turns of the assistant, which the policy is to write")
     if not any(message["role"] == "user" for message in messages):
         raise UserError(f"{where}: the conversation has no turn of the user")
     return Prompt([_message(message, where) for message in messages], where, _tools(record.get("tools"), where))
 
 
 def _roles_for(role: object) -> str:
-    """The roles that there are, and the one that this one should be, if that is known."""
+    """Returns the known roles, and the one that this role should be renamed to, if there is one."""
     name = str(role).strip().lower()
     known = name if name in ROLES else OTHER_ROLES.get(name)
     return ", ".join(ROLES) + (f": rename it to {known!r}" if known else "")
 
 
 def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
-    """Refuses ShareGPT's format in a column.
+    """Refuses a column in ShareGPT's format.
 
     Raises:
-        UserError: that says how to convert it.
+        UserError: says how to convert it.
     """
     value = record.get(column)
     first = value[0] if isinstance(value, list) and value else None
@@ -130,7 +130,7 @@ def check_names(record: Mapping[str, Any], column: str, where: str) -> None:
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message in the form that is kept."""
+    """Returns a message in the form of ``Prompt``."""
     role, made = message["role"], {"role": message["role"]}
     if message.get("function_call"):
         raise UserError(
@@ -160,7 +160,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _text(content: object, where: str) -> str:
-    """The text of a message's content: a string, or parts, which are joined as they are."""
+    """Returns the text of a message's content: a string, or parts, joined without a separator."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -187,7 +187,7 @@ def _tools(value: object, where: str) -> list[dict] | None:
 
 
 def _json_list(value: object, what: str) -> list[dict] | None:
-    """A list of objects, of which it and they may be given as JSON text; None where there are none."""
+    """Returns a list of objects, where the list and each object may be JSON text; None if it is empty."""
     value = _parsed(value, what)
     if value is None or value == []:
         return None
@@ -199,7 +199,7 @@ def _json_list(value: object, what: str) -> list[dict] | None:
 
 
 def _entry(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """A tool call or a tool, without what is null in it or in its "function"."""
+    """Returns a tool call or a tool without null entries in it or in its "function"."""
     _check_json(value, what)
     kept = {key: item for key, item in value.items() if item is not None}
     if isinstance(kept.get("function"), dict):
@@ -217,30 +217,30 @@ def _parsed(value: object, what: str) -> object:
 
 
 def _check_json(value: object, what: str, depth: int = 0) -> None:
-    """Refuses what is nested too deeply, and what a table may hold but JSON cannot."""
+    """Refuses values that are nested too deeply, or that a table can hold but JSON cannot."""
     if depth > DEEPEST:
         raise UserError(f"{what} is nested deeper than {DEEPEST} levels")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             _check_json(item, what, depth + 1)
     elif value is not None and not isinstance(value, (str, int, float, bool)):
-        raise UserError(f"{what} holds a {type(value).__name__}, which is no JSON")
+        raise UserError(f"{what} holds a {type(value).__name__}, which JSON cannot hold")
 
 
 def _check_characters(value: object, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: a message holds half of a surrogate pair, which is no character") from None
+        raise UserError(f"{where}: a message holds half of a surrogate pair, which is not a character") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As text, for oracles and messages
+# As text, for oracles and error messages
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """What a message says: its content, then its tool calls as JSON, a line each. Earlier reasoning is left out."""
+    """Returns a message's content, then its tool calls as JSON on a line each. Its reasoning is left out."""
     functions = (_call(call, as_text=False)["function"] for call in message.get("tool_calls") or ())
     calls = [f"Tool call: {json.dumps(function, ensure_ascii=False)}" for function in functions]
     content = message.get("content") or ""
@@ -248,8 +248,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def in_words(prompt: Messages) -> Iterator[tuple[str, str]]:
-    """The (role, text) of every turn. The tools, if there are any, are a turn of the role "tools", after a first
-    system message.
+    """Yields (role, text) of every turn. Tools are a turn with the role "tools" after an initial system message.
 
     >>> list(in_words([{"role": "user", "content": "Hi"}, {"role": "tool", "name": "clock", "content": "12:00"}]))
     [('user', 'Hi'), ('tool', 'clock: 12:00')]
@@ -265,10 +264,12 @@ def in_words(prompt: Messages) -> Iterator[tuple[str, str]]:
 
 
 def plain_turns(prompt: Messages, roles: Mapping[str, str]) -> Messages:
-    """The conversation for a model that knows fewer roles, as plain messages; turns of one role in a row are joined.
+    """Returns a conversation as plain messages for a model that knows fewer roles.
+
+    Consecutive turns of one role are joined.
 
     Args:
-        roles: what a role that the model does not know becomes.
+        roles: the role to use for each role that the model does not know.
     """
     made: Messages = []
     for role, text in in_words(prompt):
@@ -283,7 +284,7 @@ def plain_turns(prompt: Messages, roles: Mapping[str, str]) -> Messages:
 
 
 def characters(prompt: Messages) -> int:
-    """About how many characters a conversation has, with its tools; what messages hold beside content, as JSON."""
+    """Returns about how many characters a conversation and its tools have, with all but the content as JSON."""
     size = sum(len(message.get("content") or "") for message in prompt)
     rest: list = [{**message, "content": ""} for message in prompt if len(message) > 2] + (tools_of(prompt) or [])
     return size + (len(json.dumps(rest, ensure_ascii=False)) if rest else 0)
@@ -295,20 +296,20 @@ def characters(prompt: Messages) -> int:
 
 
 def has_tool_turns(prompt: Messages) -> bool:
-    """Whether there are calls or results of tools, which not every chat template writes."""
+    """Whether there are tool calls or tool results, which some chat templates do not write."""
     return any(message["role"] == "tool" or message.get("tool_calls") for message in prompt)
 
 
 def template_forms(prompt: Messages) -> Iterator[tuple[Messages, Messages, list[str]]]:
-    """The forms in which chat templates expect tool calls, the commonest first.
+    """Yields the forms in which chat templates expect tool calls, the most common first.
 
-    Arguments are objects (what transformers documents) or JSON text (as OpenAI's API has them; templates that append
-    them want it); the content beside a call is "" or null (which some templates test for); for a template that knows
-    no tool calls, they are JSON in the content.
+    Arguments are objects (as transformers documents) or JSON text (as in OpenAI's API, for templates that append them);
+    the content beside a call is "" or null (which some templates test for). The last form, for templates without tool
+    calls, has them as JSON in the content.
 
     Yields:
-        the messages; the same with marks in place of what tools are told and say; the marks. Where one is missing from
-        what a template makes of the second, it leaves something out of the first.
+        the messages; the same messages with marks in the arguments and results of tools; the marks. If a rendering of
+        the marked messages lacks a mark, the template leaves out a part of the messages.
     """
     for content, as_text in itertools.product(("", None), (False, True)):
         messages, marked, marks = [], [], []
@@ -327,17 +328,17 @@ def template_forms(prompt: Messages) -> Iterator[tuple[Messages, Messages, list[
                     function = dict(_call(call, as_text=False)["function"])
                     arguments = function.get("arguments")
                     given = arguments if isinstance(arguments, dict) else {}
-                    function["arguments"] = {**given, "marked": marks[-1]}  # the last: the others are before it
+                    function["arguments"] = {**given, "marked": marks[-1]}  # last, so that all arguments come before it
                     marked[-1]["tool_calls"].append(_call({**call, "function": function}, as_text))
                 for one in (messages[-1], marked[-1]):
                     one["content"] = one["content"] or content
         yield messages, marked, marks
-    written = [_written(message) for message in messages]
-    yield written, [_written(message) for message in marked], marks
+    written = [_with_calls_as_text(message) for message in messages]
+    yield written, [_with_calls_as_text(message) for message in marked], marks
 
 
 def _call(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
-    """A tool call with its "function", and arguments of one kind."""
+    """Returns a tool call with a "function" whose arguments are JSON text or, otherwise, an object."""
     function = dict(call.get("function", call))
     arguments = function.get("arguments")
     if as_text and isinstance(arguments, dict):
@@ -346,20 +347,20 @@ def _call(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):
-            parsed = None  # a model may have written what is no JSON
+            parsed = None  # a model may have written something else
         if isinstance(parsed, dict):
             function["arguments"] = parsed
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 
-def _written(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its tool calls in its content."""
+def _with_calls_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message with its tool calls in its content."""
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": message_text(message)}
 
 
 def template_tools(prompt: Messages) -> Sequence[dict] | None:
-    """The tools as templates read them: a bare function is put into {"type": "function", "function": …}."""
+    """Returns the tools as templates read them: a bare function becomes {"type": "function", "function": …}."""
     tools = tools_of(prompt)
     if not tools:
         return None

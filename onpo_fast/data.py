@@ -1,4 +1,4 @@
-"""Prompts in, preference groups and pairs out: the data structures, and their JSON lines.
+"""Prompts, preference groups and pairs: the data structures and their files of JSON lines.
 
 A *preference group* is one prompt with its K responses. It is sampled, judged, paired, packed and scored together.
 """
@@ -28,10 +28,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Response:
-    """What a policy said."""
+    """A response that was sampled from a policy."""
 
     text: str
-    tokens: list[int]  # the sampled tokens; ends with an end-of-sequence token if it stopped by itself
+    tokens: list[int]  # as sampled; the last is an end-of-sequence token if the model stopped by itself
     stop_reason: str  # "eos" or "length"
     logp: float  # summed log-prob under the policy that sampled it, at temperature 1, nats
 
@@ -41,7 +41,7 @@ class Group:
     """A prompt and its K responses."""
 
     prompt: Messages
-    prompt_tokens: list[int]  # as rendered by the chat template, up to where the assistant speaks
+    prompt_tokens: list[int]  # rendered by the chat template, up to the start of the assistant's turn
     responses: list[Response]
 
 
@@ -52,8 +52,8 @@ class Pair:
     group: int  # index of the group
     winner: int  # index of the response in its group
     loser: int | None  # None: an empty response, whose log-prob is 0 (SPPO)
-    preference: float  # the label P(winner ≻ loser): a probability, or 1 for a bit
-    weight: float = 1.0  # comparisons that it stands for; always one in a run, and not in its files
+    preference: float  # the label P(winner ≻ loser): a probability, or 1 for a sampled label
+    weight: float = 1.0  # in the mean over pairs; 1 in every run, so that files do not have it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,31 +63,31 @@ class Pair:
 
 @dataclass
 class Skipped:
-    """Bad prompts that were passed over."""
+    """Count of bad prompts that were skipped."""
 
     count: int = 0
-    first: str = ""  # what was wrong with the first
+    first: str = ""  # error of the first one
 
     def add(self, error: UserError) -> None:
         self.first = self.first or str(error)
         self.count += 1
 
     def __str__(self) -> str:
-        return f"{self.count} bad prompts passed over, the first: {self.first}"
+        return f"{self.count} bad prompts skipped, the first: {self.first}"
 
 
 def read_prompts(source: str | Path, column: str = "prompt", skipped: Skipped | None = None) -> list[Messages]:
-    """The prompts of a source (``sources.records``), in its order.
+    """Reads the prompts of a source in its order.
 
-    A conversation that ends with the assistant loses that last turn: it is what a policy is asked for. A record's
-    column "tools" is kept with its prompt.
+    A final assistant message is dropped, since the policy is to write it. The column "tools" is kept with a prompt.
 
     Args:
-        column: where a record has its prompt, a string or a list of messages.
-        skipped: counts bad ones, which are then no error.
+        source: a file, directory or dataset, as in ``sources.records``.
+        column: column with the prompt, a string or a list of messages.
+        skipped: counts bad prompts, which are otherwise an error.
 
     Raises:
-        UserError: naming the file and the line, or the dataset and the row.
+        UserError: names the file and line, or the dataset and row.
     """
     prompts = []
     for where, record in records(source, (column, "tools")):
@@ -125,11 +125,17 @@ def split_prompts(
     skipped: Skipped | None = None,
     usable: Callable[[list[Messages]], list[Messages]] = lambda prompts: prompts,
 ) -> tuple[list[Messages], list[Messages]]:
-    """Training and held-out prompts, without repeats or overlap; the training prompts shuffled by the seed.
+    """Returns training prompts, shuffled by the seed, and held-out prompts, without duplicates or overlap.
 
     Args:
-        column, skipped: of ``read_prompts``; the bundled prompts need neither.
-        usable: which prompts a model can take; asked when all are read, and before any are held out.
+        prompts: source of training prompts; default the bundled ones.
+        eval_prompts: source of held-out prompts; default the bundled ones or, with ``prompts``, a share of those.
+        eval_fraction: that share, at least one prompt.
+        column, skipped: as in ``read_prompts``, for sources that are not bundled.
+        usable: selects the prompts that the model can take. Called after reading, before prompts are held out.
+
+    Raises:
+        UserError: if a source cannot be read, or no training prompts are left.
     """
 
     def read(source: str | None, name: str) -> list[Messages]:
@@ -161,12 +167,12 @@ def _unique(prompts: list[Messages]) -> list[Messages]:
 
 
 def _key(prompt: Messages) -> str:
-    """What tells a prompt from others: its messages, and its tools."""
+    """Returns the messages and tools of a prompt as text, equal for equal prompts."""
     return json.dumps(columns_of(prompt))
 
 
 def prompts_digest(train: Sequence[Messages], held_out: Sequence[Messages]) -> str:
-    """SHA-256 of all prompts, in hexadecimal digits. Prompts without tools count as the lists that they are."""
+    """Returns the SHA-256 of all prompts in hexadecimal. A prompt without tools counts as its list of messages."""
 
     def listed(prompts: Sequence[Messages]) -> list:
         return [columns if "tools" in (columns := columns_of(prompt)) else prompt for prompt in prompts]
@@ -175,9 +181,9 @@ def prompts_digest(train: Sequence[Messages], held_out: Sequence[Messages]) -> s
 
 
 def prompts_of_iteration(prompts: Sequence[Messages], iteration: int, iterations: int, wanted: int) -> list[Messages]:
-    """Different prompts each iteration: ``wanted`` of them, or an even share if there are too few for all.
+    """Returns the prompts of an iteration, counted from 1: ``wanted``, or an even share if there are too few.
 
-    With fewer prompts than iterations, they come round again.
+    Iterations have different prompts, unless there are fewer prompts than iterations: then prompts are used again.
     """
     count = min(wanted, max(1, len(prompts) // iterations))
     start = (iteration - 1) * count
@@ -194,7 +200,7 @@ def write_prompts(path: Path, prompts: Iterable[Messages]) -> None:
 
 
 def of_iterations(directory: Path, name: str) -> dict[int, Path]:
-    """t → what the folder of iteration t has under this name. Folders that only begin alike are none of the run's."""
+    """Returns the paths ``iteration_TT/name`` that exist, by iteration and in order. Other folders are ignored."""
     found = {path.parent.name.removeprefix("iteration_"): path for path in directory.glob(f"iteration_*/{name}")}
     return dict(sorted((int(t), path) for t, path in found.items() if t.isdecimal()))
 
@@ -215,46 +221,46 @@ def _group_record(group: Group) -> dict:
     }
 
 
-AGAIN = "remove the file, and --resume makes it again"  # what to do about a file of a run that does not fit
+REMEDY = "remove the file, and --resume makes it again"  # for a file of a run that is not what a run writes
 
 
 def _read(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None, what: str) -> list[Item]:
-    """What ``make`` makes of each line and the item that it is of. The file may be damaged, or anybody's.
+    """Reads a file with one line per item. The file may be damaged, or come from a stranger.
 
     Args:
-        make: given None for an item if ``items`` is None.
-        items: what the file must have a line of each, or None if any number will do.
-        what: how a message calls the items.
+        make: returns the result for a line and its item, or None as the item if ``items`` is None.
+        items: items that the file must have a line of, in order; None allows any number.
+        what: name of the items in a message.
 
     Raises:
-        UserError: if a line has not what is written there, or there are too few, too many or none; names it.
+        UserError: if a line lacks something or has another type, or there are too few, too many or no lines.
     """
     made = []
     for number, record in enumerate(read_jsonl(path), 1):
         try:
             made.append(make(record, items[number - 1] if items is not None and number <= len(items) else None))
         except _Misfit as error:
-            raise UserError(f"{path}, line {number}: {error}; {AGAIN}") from None
+            raise UserError(f"{path}, line {number}: {error}; {REMEDY}") from None
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise UserError(
-                f"{path}, line {number}: it lacks what a run writes there, or has another kind; {AGAIN}"
+                f"{path}, line {number}: it lacks what a run writes there, or has another type; {REMEDY}"
             ) from None
         if items is not None and number > len(items):
             break
     if items is not None and len(made) != len(items):
         lines = f"more than {len(items)} lines" if len(made) > len(items) else f"{len(made)} lines"
-        raise UserError(f"{path} has {lines} where there are {len(items)} {what}: {AGAIN}")
+        raise UserError(f"{path} has {lines} where there are {len(items)} {what}: {REMEDY}")
     if not made:
-        raise UserError(f"{path} has no lines: {AGAIN}")
+        raise UserError(f"{path} has no lines: {REMEDY}")
     return made
 
 
 class _Misfit(ValueError):
-    """What does not fit between a line and what it is of."""
+    """A line that does not fit its item; the message says why."""
 
 
 def _list(values: object, kind: type | tuple[type, ...]) -> list:
-    """The values; ``TypeError`` if they are no list of this kind."""
+    """Returns the values; ``TypeError`` if they are not a list of this type."""
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise TypeError
     return values
@@ -263,15 +269,15 @@ def _list(values: object, kind: type | tuple[type, ...]) -> list:
 def read_groups(
     path: Path, prompts: Sequence[Messages] | None = None, responses: int | None = None, vocabulary: int | None = None
 ) -> list[Group]:
-    """The groups that ``write_groups`` wrote.
+    """Reads groups that ``write_groups`` wrote.
 
     Args:
-        prompts: those that it must have a line of each, in this order; default any.
-        responses: to each prompt; default any number, and at least one.
-        vocabulary: every token is below it; default 2**31.
+        prompts: the prompts of the groups, in order; default any.
+        responses: number of responses to each prompt; default any number from 1.
+        vocabulary: exclusive upper bound of tokens; default 2**31.
 
     Raises:
-        UserError: if the file, or a line of it, is not that; names it.
+        UserError: names the file, and the line that does not fit.
     """
 
     def make(record: dict, asked: Messages | None) -> Group:
@@ -289,18 +295,22 @@ def read_groups(
         tools = record.get("tools")
         prompt = Prompt(_list(record["prompt"], dict), tools=None if tools is None else _list(tools, dict))
         if asked is not None and columns_of(prompt) != columns_of(asked):
-            raise _Misfit("it is of another prompt")
+            raise _Misfit("it belongs to another prompt")
         return Group(prompt, record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
 
     return _read(path, make, prompts, "prompts")
 
 
 def check_tokens(groups: Iterable[Group], vocabulary: int, file: Path) -> None:
-    """Raises ``UserError``, naming the file that they are from, if a group has a token that a model does not have."""
+    """Checks that a model has all tokens of these groups.
+
+    Raises:
+        UserError: names the file that they come from.
+    """
     for group in groups:
         highest = max(max(tokens, default=0) for tokens in (group.prompt_tokens, *(r.tokens for r in group.responses)))
         if highest >= vocabulary:
-            raise UserError(f"{file}: it has the token {highest}, and the model {vocabulary} in all; {AGAIN}")
+            raise UserError(f"{file}: it has the token {highest}, and the model has {vocabulary} tokens; {REMEDY}")
 
 
 def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
@@ -308,13 +318,13 @@ def write_preferences(path: Path, preferences: Iterable[np.ndarray]) -> None:
 
 
 def read_preferences(path: Path, groups: Sequence[Group] | None = None) -> list[np.ndarray]:
-    """(K, K) probabilities a group, as ``write_preferences`` wrote them.
+    """Reads what ``write_preferences`` wrote: for each group a (K, K) float64 matrix of P(i ≻ j).
 
     Args:
-        groups: those that it must have a line of each; default any.
+        groups: the groups, in order; default any.
 
     Raises:
-        UserError: if the file, or a line of it, is not that; names it.
+        UserError: names the file, and the line that does not fit.
     """
 
     def make(record: dict, group: Group | None) -> np.ndarray:
@@ -322,44 +332,44 @@ def read_preferences(path: Path, groups: Sequence[Group] | None = None) -> list[
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not ((matrix >= 0) & (matrix <= 1)).all():
             raise ValueError
         if group is not None and len(matrix) != len(group.responses):
-            raise _Misfit(f"it is of {len(matrix)} responses where the group has {len(group.responses)}")
+            raise _Misfit(f"it has {len(matrix)} responses where the group has {len(group.responses)}")
         return matrix
 
     return _read(path, make, groups, "groups of responses")
 
 
 def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
-    """Summed log-probs, a (K,) float64 tensor a group, in nats. Every digit comes back."""
+    """Writes summed log-probs in nats, for each group a (K,) float64 tensor. Reading gives the same bits."""
     write_jsonl(path, ({"logps": values.tolist()} for values in scores))
 
 
 def read_scores(path: Path, groups: Sequence[Group] | None = None) -> list[Tensor]:
-    """A (K,) float64 tensor a group, in nats, as ``write_scores`` wrote them.
+    """Reads what ``write_scores`` wrote: for each group a (K,) float64 tensor, in nats.
 
     Args:
-        groups: those that it must have a line of each; default any.
+        groups: the groups, in order; default any.
 
     Raises:
-        UserError: if the file, or a line of it, is not that; names it.
+        UserError: names the file, and the line that does not fit.
     """
 
     def make(record: dict, group: Group | None) -> Tensor:
         values = torch.tensor(_list(record["logps"], (int, float)), dtype=torch.float64)
         if group is not None and len(values) != len(group.responses):
-            raise _Misfit(f"it is of {len(values)} responses where the group has {len(group.responses)}")
+            raise _Misfit(f"it has {len(values)} responses where the group has {len(group.responses)}")
         return values
 
     return _read(path, make, groups, "groups of responses")
 
 
 def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
-    """The pairs that ``write_pairs`` wrote, at least one.
+    """Reads pairs that ``write_pairs`` wrote, at least one.
 
     Args:
-        groups: whose responses are compared; default any.
+        groups: the groups whose responses are compared; default any.
 
     Raises:
-        UserError: if the file, or a line of it, is not that; names it.
+        UserError: names the file, and the line that does not fit.
     """
 
     def make(record: dict, _: None) -> Pair:
@@ -372,7 +382,7 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
         if one.winner == one.loser:
             raise _Misfit("it compares a response with itself")
         if groups is not None and one.group >= len(groups):
-            raise _Misfit(f"it is of group {one.group} where there are {len(groups)}, counted from 0")
+            raise _Misfit(f"it names group {one.group} of {len(groups)}, counted from 0")
         if groups is not None and max(numbers[1:]) >= len(groups[one.group].responses):
             raise _Misfit(f"it compares a response that group {one.group} does not have")
         return one
@@ -381,9 +391,10 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:
-    """``prompt``, ``chosen``, ``rejected`` (and ``tools``) as TRL and datasets read them, and where they come from.
+    """Writes pairs with ``prompt``, ``chosen``, ``rejected`` and any ``tools``, as TRL and datasets read them.
 
-    A pair without a loser has the loser null, and an empty text as ``rejected``.
+    The indices of group and responses and the label are kept beside them. A pair without a loser has the loser null,
+    and an empty text as ``rejected``.
     """
 
     def answer(group: Group, index: int | None) -> Messages:

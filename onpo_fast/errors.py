@@ -1,4 +1,4 @@
-"""What a user did that cannot work, as one line on stderr and exit code 2."""
+"""Errors that a user can fix: one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-INTERRUPTED = 130  # the exit status of what Ctrl-C has stopped
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
 
 class UserError(Exception):
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" with the known name that this one comes nearest to, or nothing.
+    """Returns "; did you mean …?" with the known name most like this one, or "" if none is like it.
 
     >>> nearest("itarations", ["iterations", "epochs"])
     '; did you mean iterations?'
@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def not_known(argument: str, known: Iterable[str]) -> str:
-    """What is wrong with an argument that is none of the known flags."""
+    """Returns the error text for an unknown flag, or for a positional argument too many."""
     flag = argument.partition("=")[0]
     if not flag.startswith("-"):
         return f"one argument too many: {argument} (see --help)"
@@ -42,15 +42,15 @@ def not_known(argument: str, known: Iterable[str]) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command line, whose errors are ``UserError``s. It has ``--debug``, which ``command`` takes care of."""
+    """A parser that raises ``UserError`` for a wrong command line. Its ``--debug`` is handled by ``command``."""
 
     def __init__(self, **options) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
         known = self._option_string_actions
-        for argument in argv:  # first: of several things that are wrong, a flag that is none explains the others
+        for argument in argv:  # first, since an unknown flag often explains the other errors
             if argument.startswith("--") and argument.partition("=")[0] not in ("--", *known):
                 raise UserError(not_known(argument, known))
         values, unknown = self.parse_known_args(argv)
@@ -62,11 +62,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-LONGEST_MESSAGE = 2000  # characters of a message on a terminal
+LONGEST_MESSAGE = 2000  # characters of an error on a terminal
 
 
 def printable(text: str) -> str:
-    r"""Text with its control characters, and halves of surrogate pairs, written as escapes.
+    r"""Returns text with control characters and halves of surrogate pairs written as escapes.
 
     >>> print(printable("a  b\x1b[31m"))
     a  b\x1b[31m
@@ -75,9 +75,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    r"""Text of a file, a model or a server, for a terminal: one line, ``printable``, of ``longest`` characters at most.
+    r"""Returns text from a file, a model or a server as one ``printable`` line for a terminal.
 
-    A longer one keeps its beginning and its end.
+    A line of more than ``longest`` characters keeps its beginning and its end.
 
     >>> print(one_line("a\n b \x1b[31m"))
     a b \x1b[31m
@@ -85,7 +85,7 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
     'xxxxxxxxxx … 4980 characters … xxxxxxxxxx'
     """
     line = " ".join(text.split())
-    kept = longest - 40  # what is said of the rest, and escapes
+    kept = longest - 40  # the rest is for the note in the middle and for escapes
     if len(line) > longest:
         first, last = kept // 2 + kept % 2, kept // 2
         line = f"{line[:first]} … {len(line) - first - last} characters … {line[-last:]}"
@@ -93,12 +93,14 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust end what the system told them
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust end an error of the system with this
 
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Names the file in an error of the system that lacks it, also in one that a library raises as its own kind.
+    """Adds the name of a file to errors of the operating system that lack it.
+
+    A library may raise such an error as a type of its own; it becomes an ``OSError``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
@@ -111,16 +113,16 @@ def naming(path: Path | str) -> Iterator[None]:
         error.filename = error.filename or str(path)
         raise
     except Exception as error:
-        said = str(error)
-        number = int(found[1]) if (found := _OS_ERROR.search(said)) else None
-        number = number or next((one for one in DISK_ERRORS if os.strerror(one) in said), None)
+        text = str(error)
+        number = int(found[1]) if (found := _OS_ERROR.search(text)) else None
+        number = number or next((one for one in DISK_ERRORS if os.strerror(one) in text), None)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _in_words(error: UserError | OSError) -> str | None:
-    """None for an error of no number, which is not the system's."""
+def _describe(error: UserError | OSError) -> str | None:
+    """Returns the text of an error for the user; None for an ``OSError`` that is not the operating system's."""
     if isinstance(error, UserError):
         return str(error)
     if error.errno is None:
@@ -129,21 +131,22 @@ def _in_words(error: UserError | OSError) -> str | None:
     if isinstance(where, bytes):
         where = os.fsdecode(where)
     if where is None and error.errno not in DISK_ERRORS:
-        return f"the system refused something: {error.strerror} (--debug shows where)"
+        return f"the operating system refused an operation: {error.strerror} (--debug shows where)"
     where, again = where or "a file", "and start again (a run with --resume)"
     if error.errno == errno.ENOSPC:
-        return f"no space left for {where}: free some, {again}"
+        return f"no space left for {where}: free some space, {again}"
     if error.errno == errno.EDQUOT:
-        return f"no space left in the disk quota for {where}: free some, {again}"
+        return f"no space left in the disk quota for {where}: free some space, {again}"
     if error.errno == errno.EFBIG:
-        return f"{where} would be larger than a file may be here: raise the limit (ulimit -f), {again}"
+        return f"{where} would exceed the maximum size of a file: raise the limit (ulimit -f), {again}"
     return f"cannot read or write {where}: {error.strerror}"
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command's entry point: bad input, and a file that cannot be read or written, become one line.
+    """Wraps the entry point of a command.
 
-    ``--debug`` asks for the traceback.
+    Bad input, and a file that cannot be read or written, become one line on stderr and exit status 2. With ``--debug``
+    the exception is raised instead.
     """
 
     @functools.wraps(main)
@@ -151,10 +154,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         argv = sys.argv[1:] if argv is None else argv
         try:
             if any("\0" in argument for argument in argv):
-                raise UserError("an argument holds a NUL character, which no name of a file or option has")
+                raise UserError("an argument holds a NUL character, which no file or option name can have")
             main([argument for argument in argv if argument != "--debug"])
         except (UserError, OSError) as error:
-            if "--debug" in argv or not (message := _in_words(error)):
+            if "--debug" in argv or not (message := _describe(error)):
                 raise
             print("error: " + one_line(message), file=sys.stderr)
             raise SystemExit(2) from None

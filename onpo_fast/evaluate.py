@@ -42,6 +42,7 @@ from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, re
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
 from .report import is_evaluation
+from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
 from .run.fingerprint import changes
 from .run.journal import Journal
@@ -53,7 +54,7 @@ from .run.tracking import Tracker, progress, say
 from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
 
 CONFIDENCE = 0.95
-ASKS = tuple(name for name in configuration.NEEDS_TRUST if name != "report_to")  # metrics stay in the directory
+ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
 ORACLE_OPTIONS = tuple(  # options of the oracle, which may be given anew
     option.name for option in fields(Config) if option.name in ASKS or option.name.startswith(("judge_", "oracle_"))
 )
@@ -350,6 +351,7 @@ def main(argv: list[str]) -> None:
             say(summary(evaluate(directory, config, journal, tracker, oracle, oracle_files)))
         finally:
             tracker.close()
+        write_model_cards(directory, journal)
 
 
 if __name__ == "__main__":

@@ -222,14 +222,20 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+MODEL_CARD = "README.md"  # in a policy's directory
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of a directory: the names and contents of its files.
+
+    A model card in the directory does not count: it describes the policy, and changes after the evaluation.
 
     Raises:
         UserError: if one is no regular file.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.exists() and not file.is_dir())
+        cards = (path / MODEL_CARD, path / (MODEL_CARD + PARTIAL))
+        files = sorted(file for file in path.rglob("*") if file not in cards and file.exists() and not file.is_dir())
         listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     digest = hashlib.sha256()

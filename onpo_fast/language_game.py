@@ -7,7 +7,7 @@ log-prob a response (``--anchor live`` keeps the anchor itself in memory instead
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,14 @@ from .data import (
 from .models.loading import load
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
-from .objectives import Objective
+from .objectives import Objective, with_steps
+from .reports.model_card import write_model_card
 from .run.fit_states import FitStates
 from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
-from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
+from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, make_sampler
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -173,7 +174,7 @@ class LanguageGame:
                 compared.groups,
                 compared.pairs,
                 reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
-                with_larger_step(self.objective, steps * compared.step),
+                with_steps(self.objective, steps * compared.step),
                 self.fitting,
                 epochs=self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy,
                 seed=[config.seed, ORDER, self.t],  # one seed for all fits of an iteration: they see the same order
@@ -199,12 +200,13 @@ class LanguageGame:
             keep=lambda record: record["stage"] == "fit" and record["step"] <= known,
         )
         states.clear()  # also what is left if the run was killed just before
+        if last:  # it was fitted just now
+            write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
     def mixture(self, initial: Source, policy: Source) -> Mixture:
-        """π_1^s · π^(1−s), with INPO's s = τ/η, and ητ where η is the step."""
-        share = getattr(self.objective, "initial_share", None)
-        return Mixture(initial, policy, self.algorithm.eta * self.algorithm.tau if share is None else share)
+        """π_1^s · π^(1−s), with the weight s of the algorithm's options."""
+        return Mixture(initial, policy, self.algorithm.initial_weight)
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
 
@@ -222,7 +224,7 @@ class LanguageGame:
 
         def prepare() -> None:
             nonlocal sampler
-            sampler = make_sampler(run.policies(policy), self.sampling)
+            sampler = self._sampler(policy)
 
         groups = run.cache.cached_in_parts(
             f"{iteration_folder(self.t)}/{name}.jsonl",
@@ -240,7 +242,7 @@ class LanguageGame:
         if sampler is None:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         else:
-            self.truncation(f"iteration {self.t}", run.policies(policy), groups, self.sampling.max_new_tokens)
+            self.truncation(f"iteration {self.t}", sampler.policy, groups, self.sampling.max_new_tokens)
         if stream == SAMPLING:
             self.sampled[policy] = groups
             if policy == run.initial and self.t == 1:
@@ -248,6 +250,16 @@ class LanguageGame:
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
         return groups
+
+    def _sampler(self, policy: Source | Mixture) -> Sampler:
+        if not isinstance(policy, Mixture):
+            return make_sampler(self.run.policies(policy), self.sampling)
+        if policy.initial == policy.policy:
+            return make_sampler(self.run.policies(policy.policy), self.sampling)
+        initial = load(policy.initial, self.run.policies.config).frozen()  # two models are in memory
+        sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
+        sampler.check()
+        return sampler
 
     def _check_sampled(self, groups: list[Group]) -> None:
         """Compares what π_1 said of its first responses with what it is scored by; they are scored anyway."""
@@ -334,11 +346,6 @@ class LanguageGame:
             prepare=lambda: run.policies(source),
             metrics=lambda scores, seconds: stages.scoring_metrics(groups, model, seconds),
         )
-
-
-def with_larger_step(objective: Objective, steps: int) -> Objective:
-    """The objective whose targets are ``steps`` times as large: so many steps of mirror descent in one fit."""
-    return objective if steps == 1 else replace(objective, eta=steps * objective.eta)
 
 
 def _policy_of(anchor: Source | Mixture) -> Source | None:

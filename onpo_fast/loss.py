@@ -378,7 +378,7 @@ def _has_triton(device: torch.device) -> bool:
     if capability < (8, 0):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         warnings.warn(
-            f"{name} has compute capability {version} and the Triton kernels need 8.0 (Ampere): using the torch backend",
+            f"{name} has compute capability {version}, the Triton kernels need 8.0 (Ampere): using the torch backend",
             stacklevel=2,
         )
         return False

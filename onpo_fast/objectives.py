@@ -18,7 +18,7 @@ trainer's options of the same names.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,14 @@ class Dpo(Objective):
 
     def derivative(self, margin: Tensor, preference: Tensor) -> Tensor:
         return self.beta * (torch.sigmoid(self.beta * margin) - preference)
+
+
+def with_steps(objective: Objective, steps: int) -> Objective:
+    """Returns the objective whose target is ``steps`` times as large: as many steps of mirror descent in one fit."""
+    if isinstance(objective, (Onpo, Omd, Sppo)):
+        return replace(objective, eta=steps * objective.eta)
+    # the parameters of the others are inverse step sizes, and INPO's τ/η must stay
+    return replace(objective, **{field.name: getattr(objective, field.name) / steps for field in fields(objective)})
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -1,4 +1,4 @@
-"""Records from where people keep them: JSON lines, JSON, parquet, a saved dataset, a Hugging Face dataset."""
+"""Records from JSON lines, JSON, parquet, a saved dataset or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -20,30 +20,28 @@ FILES = (".jsonl", ".json", ".parquet")
 
 
 def records(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, object]]:
-    """(where it stands, what it says) of every record of a source.
+    """Yields (place, record) for every record of a source; the place names the file and line, or dataset and row.
+
+    A line that is not JSON in UTF-8 is yielded as a ``UserError``, for the caller to raise or to count. Tables (all
+    sources but JSON) store null for each key of a nested object that a row lacks; these nulls are removed.
 
     Args:
-        source: a file (``.parquet``, ``.json`` with a list, otherwise JSON lines, whose blank lines are passed over), a
-            directory that ``datasets.save_to_disk`` wrote, or a dataset of the hub. The latter two may name a split,
-            ``org/name:test``; default ``train``.
-        columns: the only ones that are wanted; tables read no others if they have the first.
-
-    Yields:
-        A line that is not JSON in UTF-8 as a ``UserError``, for the reader to raise or to count. Rows of tables (all
-        but JSON) come without what is null inside their values: a table gives every nested object all keys that any row
-        has, and null where there was none, so that the two cannot be told apart.
+        source: a file (``.parquet``, ``.json`` with a list, otherwise JSON lines, where blank lines are ignored), a
+            directory written by ``datasets.save_to_disk``, or a dataset of the Hugging Face hub. Directories and
+            datasets may name a split, as in ``org/name:test``; default ``train``.
+        columns: columns that are needed. A table reads no others if it has the first.
 
     Raises:
-        UserError: naming the source, and the line of a JSON file that is broken as a whole. Also for a pipe or a
-            device: it can be read once or has no end, and a run that goes on reads its prompts again.
+        UserError: names the source, and the line of a ``.json`` file. Also for a pipe or device, which can be read only
+            once or never ends: a run reads its prompts again when it is resumed.
     """
     path, name = Path(source), str(source)
     try:
         special, exists = _is_special(path), path.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a NUL
+    except (OSError, ValueError) as error:  # a name that is too long, a folder without permission, a NUL
         raise UserError(f"cannot read {name}: {error.strerror if isinstance(error, OSError) else error}") from None
     if name in ("-", "/dev/stdin") or name.startswith(("/dev/fd/", "/proc/self/fd/")) or special:
-        raise UserError(f"cannot read {name}: it is no file that can be read again; save it to a file first")
+        raise UserError(f"cannot read {name}: it cannot be read a second time; save it to a file first")
     where, split = (name, "") if exists else name.partition(":")[::2]
     if path.is_file():
         if path.suffix == ".parquet":
@@ -60,18 +58,18 @@ def records(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[s
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries neither warn nor show bars meanwhile: what has gone wrong is in what they raise."""
+    """Silences warnings and progress bars of libraries. Their exceptions say what went wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with redirect_stderr(io.StringIO()):  # not every bar has a switch
+        with redirect_stderr(io.StringIO()):  # not every progress bar can be switched off
             yield
     finally:
         logging.disable(before)
 
 
 def library(package: str, purpose: str) -> ModuleType:
-    """A package of the extra ``data``.
+    """Imports a package of the extra ``data``.
 
     Raises:
         UserError: if it is not installed; says how to install it.
@@ -87,8 +85,8 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if any(byte < 32 and byte not in b"\t\n\r" for byte in content[:16]):  # UTF-16, and what is packed, have some
-        raise UserError(f"cannot read {path}: it is no text in UTF-8; a file is JSON lines, .json or .parquet")
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in content[:16]):  # as UTF-16 and compressed files have
+        raise UserError(f"cannot read {path}: it is not UTF-8 text; give JSON lines, .json or .parquet")
     if path.suffix == ".json" and content.lstrip().startswith(b"["):
         try:
             listed = json.loads(content.decode())
@@ -111,17 +109,17 @@ def _line(line: bytes, where: str) -> object:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 ({error.reason})")
-    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         return UserError(f"{where}: not JSON ({error})")
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is there, and a pipe, a device or a socket."""
+    """Whether this is a pipe, a device or a socket."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _wanted(columns: Sequence[str], there: Sequence[str]) -> list[str] | None:
-    """The columns to read; None for all."""
+    """Returns the columns to read; None for all."""
     return [name for name in columns if name in there] if columns and columns[0] in there else None
 
 
@@ -133,7 +131,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]
         for batch in file.iter_batches(columns=_wanted(columns, file.schema_arrow.names)):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", _without_nulls(row)
+                yield f"{path}, row {number}", _without_nested_nulls(row)
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -141,25 +139,25 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]
 def _rows(name: str, data, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
     if wanted := _wanted(columns, data.column_names):
         data = data.select_columns(wanted)
-    yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(data, 1))
+    yield from ((f"{name}, row {number}", _without_nested_nulls(row)) for number, row in enumerate(data, 1))
 
 
-def _without_nulls(row: dict[str, object]) -> dict[str, object]:
-    """A table's row without what is null inside its values. A column that is null stays."""
-    return {name: _filled_in(value) for name, value in row.items()}
+def _without_nested_nulls(row: dict[str, object]) -> dict[str, object]:
+    """Returns a table's row without nulls inside its values. A column that is null stays."""
+    return {name: _drop_nulls(value) for name, value in row.items()}
 
 
-def _filled_in(value: object) -> object:
+def _drop_nulls(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _filled_in(item) for key, item in value.items() if item is not None}
-    return [_filled_in(item) for item in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _saved(directory: str, split: str):
     datasets = library("datasets", f"the saved dataset {directory}")
     try:
         data = datasets.load_from_disk(directory)
-    except Exception as error:  # what is in the directory is the user's: anything may be wrong with it
+    except Exception as error:  # anything may be wrong with a user's directory
         raise UserError(f"cannot read {directory} as a directory that datasets.save_to_disk wrote: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         wanted = split or "train"
@@ -172,9 +170,9 @@ def _saved(directory: str, split: str):
 
 
 def _hub(name: str, split: str):
-    datasets = library("datasets", f"{name}, which is no file here, so a dataset of the hub,")
+    datasets = library("datasets", f"{name}, which is not a file here and so a dataset of the hub,")
     try:
         with quiet():
             return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub, the network, a cache, and data that others wrote
-        raise UserError(f"cannot read {name}: it is no file or directory here, and as a dataset: {error}") from error
+    except Exception as error:  # of the hub, the network, a cache, or the data
+        raise UserError(f"cannot read {name}: it is not a file or directory here, and as a dataset: {error}") from error

@@ -19,7 +19,7 @@ from .data import Group, Messages, Pair
 from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
-from .objectives import Objective
+from .objectives import Objective, Sppo
 from .run.fit_states import FitStates
 from .run.tracking import peak_memory_bytes, progress
 from .sampling import Progress, Sampler
@@ -90,7 +90,10 @@ def pair(
     Raises:
         UserError: if no pair is left.
     """
-    chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
+    if isinstance(objective, Sppo):  # each response by itself, against its win rate
+        chosen = pairing.win_rate_pairs(preferences, config.labels, seed)
+    else:
+        chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
     pairs = pairing.drop_identical(chosen, groups)
     if not pairs:
         raise UserError(

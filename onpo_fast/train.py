@@ -25,6 +25,8 @@ from .errors import command, printable
 from .evaluate import Evaluator, summary
 from .language_game import LanguageGame
 from .report import write_report
+from .reports.hub import push_policy
+from .reports.model_card import write_model_cards
 from .run import signals
 from .run.opening import OpenRun, open_run
 from .run.outputs import finished_policies
@@ -52,7 +54,10 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
             config.section(FitConfig),
             config.section(RunConfig),
         )
-        policies = algorithms.named(config.objective).play(game, run.initial)
+        play = algorithms.named(config.objective).play
+        if config.refresh_reference is not None:
+            play = algorithms.refreshing(play, config.refresh_reference)
+        policies = play(game, run.initial)
         next(policies)  # π_1
         for t in range(1, config.iterations + 1):
             game.begin_iteration(t)
@@ -62,7 +67,7 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
 
 
 def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
-    """Evaluates all policies and writes the report."""
+    """Evaluates all policies, writes the report and the model cards, and uploads the last policy if asked."""
     evaluator = Evaluator(
         run.cache,
         run.policies,
@@ -77,6 +82,7 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
     policies = {"π_1": run.initial, **finished_policies(run.directory, run.journal)}
     result = evaluator.evaluate_once(policies, run.held_out)
     run.tracker.close()
+    write_model_cards(run.directory, run.journal)
     report = write_report(run.directory)
     table = Table("row against column", *result["policies"], title="Win rates on held-out prompts")
     for name, row in zip(result["policies"], result["win_rate"]):
@@ -84,6 +90,9 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
     console.print(table)
     say(summary(result))
     say(f"report: {report}")
+    if config.push_to_hub is not None:
+        url = push_policy(run.directory, config.push_to_hub, with_code=config.trust_remote_code, journal=run.journal)
+        say(f"uploaded: {url}")
     return result
 
 

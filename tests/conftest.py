@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.stopping import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
+collect_ignore = ["support"]  # helpers, not tests
+
 if TYPE_CHECKING:
     from onpo_fast.models.policy import Policy
 

@@ -10,13 +10,14 @@ from typing import Any, get_type_hints
 from ..errors import CommandParser, UserError
 from ..run.journal import Journal
 from .aliases import canonical_options, fold_variants
-from .combined import Config
+from .combined import DEFAULTS_BY_DEVICE, Config
 from .command_line import Parsed, parse, parse_with_sources, print_if_asked
 from .messages import check_values
 from .trust import NEEDS_TRUST, check_trust
 from .yaml_files import hints_with_variants, read_options
 
 CONFIG_FILE = "config.yaml"  # in a run directory
+COMPUTED_DEFAULTS = ("eta", "tau", *DEFAULTS_BY_DEVICE)  # options whose default is None and stands for a number
 
 
 def parse_run(argv: list[str]) -> tuple[Config, bool]:
@@ -119,8 +120,7 @@ def _options_in_journal(directory: Path) -> dict[str, Any] | None:
 
 def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     """Returns "--option old → new" for every option that has changed. A journal may lack options that are newer."""
-    newer = {field.name: field.default for field in fields(Config) if field.default is not None}
-    newer["refresh_reference"] = None
+    newer = {field.name: field.default for field in fields(Config) if field.name not in COMPUTED_DEFAULTS}
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in {**newer, **before}.items()

@@ -408,6 +408,9 @@ class RunConfig:
     """Where metrics are reported beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, configured
     through WANDB_* environment variables (WANDB_API_KEY or WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME); keys are
     never saved."""
+    push_to_hub: str | None = None
+    """Upload the last policy with its model card to this Hugging Face repository, ORG/NAME, when the run ends. The
+    token comes from HF_TOKEN or `hf auth login` and is never saved."""
 
     def __post_init__(self) -> None:
         _check_values(self, RunConfig)

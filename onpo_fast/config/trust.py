@@ -21,6 +21,7 @@ NEEDS_TRUST = {  # options that only the user may set, and what a value other th
     "judge_key_variable": "for a key from the environment",  # its name is not repeated: it may be the key
     "judge_prompt": "to read {value} and send it to the judge",
     "judge_cache": "to write {value}",
+    "push_to_hub": "to upload the policy to {value} with your Hugging Face token",
     "report_to": "to report to Weights & Biases with your key",
 }
 TRUST_NOTE = (

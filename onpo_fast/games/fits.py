@@ -7,7 +7,7 @@ which matter where a model is trained, have no effect here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,14 +15,15 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, lambertw, logsumexp
 
-from ..objectives import Dpo, Objective, Omd, Onpo, Sppo
+from ..objectives import Dpo, Objective, Sppo
 from ..pairing import PAIRINGS, pair
 from .solution import rewards
 
 NEWTON_STEPS = 100
 CONVERGED = 1e-12  # largest mean derivative at a solution, in units of probability
 LONGEST_STEP = 4.0  # largest change of a logit in one Newton step, nats: the logistic curve is flat beyond
-LABELS = ("soft", "bits")
+LABELS = ("soft", "sampled")
+LABEL_ALIASES = ("bits",)  # an old name of "sampled"
 
 
 def log_normalised(logits: np.ndarray) -> np.ndarray:
@@ -41,12 +42,10 @@ def mixture(initial: np.ndarray, policy: np.ndarray, share: float) -> np.ndarray
     return log_normalised(share * initial + (1 - share) * policy)
 
 
-def with_steps(objective: Objective, steps: int) -> Objective:
-    """Return the objective whose target margin is ``steps`` times as large."""
-    if isinstance(objective, (Onpo, Omd, Sppo)):
-        return replace(objective, eta=steps * objective.eta)
-    # the parameters of the others are inverse step sizes, and INPO's τ/η must stay
-    return replace(objective, **{field.name: getattr(objective, field.name) / steps for field in fields(objective)})
+def check_labels(labels: str) -> None:
+    """Raise ``ValueError`` if there is no such kind of labels."""
+    if labels not in (*LABELS, *LABEL_ALIASES):
+        raise ValueError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
 
 
 class MatrixGame:
@@ -204,7 +203,7 @@ class Sampled(MatrixGame):
         groups: groups of responses in a comparison.
         responses: responses in a group, K.
         pairing: a name in ``pairing.PAIRINGS``.
-        labels: "soft": P(winner ≻ loser); "bits": a draw from it.
+        labels: "soft": P(winner ≻ loser); "sampled": a draw from it.
         seed: seed of all draws.
 
     Raises:
@@ -220,14 +219,13 @@ class Sampled(MatrixGame):
         groups: int,
         responses: int,
         pairing: str,
-        labels: Literal["soft", "bits"],
+        labels: Literal["soft", "sampled"],
         seed: int,
     ) -> None:
         super().__init__(P, objective, eta, tau)
         if pairing not in PAIRINGS:
             raise ValueError(f"there is no pairing {pairing!r}; there are {', '.join(PAIRINGS)}")
-        if labels not in LABELS:
-            raise ValueError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
+        check_labels(labels)
         self.groups, self.responses, self.pairing, self.labels = groups, responses, pairing, labels
         self.rng = np.random.default_rng(seed)
 

@@ -51,7 +51,7 @@ def run(
     groups: int = 64,
     responses: int = 8,
     pairing: str = "all_pairs",
-    labels: Literal["soft", "bits"] = "soft",
+    labels: Literal["soft", "sampled"] = "soft",
     seed: int = 0,
     keep_policies: bool = False,
 ) -> GameTrace:

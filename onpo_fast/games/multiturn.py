@@ -33,7 +33,7 @@ import torch
 from ..algorithms import named
 from ..objectives import Objective, Onpo
 from .arguments import positive, whole_number
-from .fits import LABELS, log_normalised
+from .fits import check_labels, log_normalised
 from .preferences import TOLERANCE, check
 from .solution import gap_of_rewards, rewards
 
@@ -80,7 +80,7 @@ def run(
             ``sampled_steps``; "branches": ``branch_values``, the expectation of comparing the two branches with each
             other, which is biased.
         samples: pairs a state and iteration, for target "sampled".
-        labels: "soft" or "bits", for target "sampled"; see ``sampled_steps``.
+        labels: "soft" or "sampled", for target "sampled"; see ``sampled_steps``.
         seed: seed of the samples.
 
     Raises:
@@ -238,11 +238,10 @@ def sampled_steps(
     Args:
         P: preferences, (n, n) or (B, n, n).
         samples: pairs a state.
-        labels: "soft": as above; "bits": 1{f ≻ o} − 1{f′ ≻ o}, two independent draws.
+        labels: "soft": as above; "sampled": 1{f ≻ o} − 1{f′ ≻ o}, two independent draws.
     """
     whole_number("samples", samples)
-    if labels not in LABELS:
-        raise ValueError(f"labels must be {' or '.join(LABELS)}, not {labels!r}")
+    check_labels(labels)
     steps = []
     below = outcomes(policy)
     for turn, here in zip(policy, below):

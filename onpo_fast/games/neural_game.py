@@ -19,9 +19,9 @@ from ..data import Group, Pair, Response
 from ..fit import fit, plan_steps
 from ..models.device import device_of
 from ..models.policy import Policy, score
-from ..objectives import Dpo, Objective, Sppo
+from ..objectives import Dpo, Objective, Sppo, with_steps
 from ..pairing import drop_identical, pair
-from .fits import Exact, Rewards, log_normalised, with_steps
+from .fits import Exact, Rewards, log_normalised
 from .neural_options import EXPECTED, NeuralGame
 from .solution import rewards
 

@@ -11,7 +11,7 @@ from ..algorithms import ALGORITHMS, ALIASES, named
 from ..loss import BACKENDS
 from ..objectives import Inpo, Objective
 from ..pairing import PAIRINGS
-from .fits import LABELS
+from .fits import check_labels
 from .matrix import check_mixture
 from .preferences import GAMES, check
 from .solution import nash
@@ -92,7 +92,7 @@ class NeuralGame:
     responses: int = 16
     """Responses in a group, K."""
     labels: str = "soft"
-    """Labels of drawn pairs. "soft": P(winner ≻ loser); "bits": a draw from it."""
+    """Labels of drawn pairs. "soft": P(winner ≻ loser); "sampled": a draw from it."""
 
     # Fits
 
@@ -136,11 +136,11 @@ class NeuralGame:
             ("game", [*GAMES, GIVEN]),
             ("objective", [*ALGORITHMS, *ALIASES]),
             ("pairing", [EXPECTED, *PAIRINGS]),
-            ("labels", LABELS),
             ("loss_backend", BACKENDS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        check_labels(self.labels)
 
     def _check_numbers(self) -> None:
         for name, least in LEAST.items():

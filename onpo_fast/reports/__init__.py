@@ -1,0 +1,1 @@
+"""Evaluation, reports, exports, model cards and uploads of a run."""

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line a stage, metrics.jsonl, TensorBoard, and what it ran on."""
+"""Progress on the terminal, metrics.jsonl, TensorBoard, Weights & Biases, and the environment of a run."""
 
 from __future__ import annotations
 
@@ -35,47 +35,50 @@ from . import signals
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
-LONGEST_NAME = 1000  # characters of a record's text
-MOST_METRICS = 2**31  # bytes of metrics.jsonl that a run goes on with
-WANDB_KEY = 40  # characters of a key, at least
+MAX_TEXT_CHARACTERS = 1000  # of a text in a record
+MAX_METRICS_BYTES = 2**31  # of the metrics.jsonl of a run that is resumed
+MIN_WANDB_KEY_CHARACTERS = 40
 
-RECORD = {"time": (int, float), "stage": str, "iteration": int}
-RECORDS_OF = {  # beyond those, by stage
+COMMON_FIELDS = {"time": (int, float), "stage": str, "iteration": int}  # of every record of metrics.jsonl
+STAGE_FIELDS = {  # required besides, by stage
     "prompts": {"train": int, "held_out": int},
     "fit": {"fit": str, "step": int, "steps": int},
     "iteration": {"seconds": (int, float), "stage_seconds": dict},
     "evaluate": {"seconds": (int, float)},
 }
 
+TEXT_FIELDS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # all other fields are numbers or null
+
+MANY_RECORDS = 5000  # drawing more takes seconds, and shows its progress
+
 Item = TypeVar("Item")
-
-MANY_RECORDS = 5000  # that to draw takes seconds
-
-OTHERS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # what else is not a number or null
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
-    """Prints a message as one line; what it holds of files, models and servers cannot steer the terminal."""
+    """Print a message as one line. Control characters, as from a file or a server, are escaped."""
     console.print(one_line(message))
 
 
-said: set[object] = set()  # what a user need not be told again
+announced: set[object] = set()  # topics of ``say_once``
 
 
-def say_once(about: object, message: str) -> None:
-    """``say``, the first time in a process that something is said about this."""
-    if about not in said:
-        said.add(about)
+def say_once(topic: object, message: str) -> None:
+    """``say`` a message unless this process has already said one about the topic (any hashable object)."""
+    if topic not in announced:
+        announced.add(topic)
         say(message)
 
 
 @contextmanager
 def progress(description: str, total: int, stoppable: bool = True) -> Iterator[Callable[[int], None]]:
-    """One line with a bar and the time left; yields a function that is told how much was done.
+    """Show a progress bar with the time left; yields a function that advances it by a number of steps.
 
-    ``stoppable``: it raises ``Stopped`` if a signal has asked for it, since what is under way can be done again.
+    Args:
+        description: text before the bar.
+        total: number of steps.
+        stoppable: whether advancing raises ``Stopped`` after Ctrl-C or SIGTERM; False where stopping would lose work.
     """
     columns = (
         TextColumn("{task.description:<34}"),
@@ -97,7 +100,7 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
 
 
 def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item]:
-    """The same items; tells ``done`` how many were taken, a hundred at a time."""
+    """Yield the items and report their number to ``done``, a hundred at a time."""
     number = 0
     for number, item in enumerate(items, 1):
         yield item
@@ -107,21 +110,21 @@ def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use: allocated on a GPU since the stage began, resident on a CPU since the process did."""
+    """Peak memory in bytes: allocated on the GPU since the stage began, or resident since the process started (CPU)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
-    """What the numbers of a run depend on: versions (None where absent), device and commit."""
+    """Versions of packages (None if not installed), device, threads and commit: what the results depend on."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # with the build, as +cu130
+    versions["torch"] = torch.__version__  # includes the build, as +cu130
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         **versions,
@@ -138,7 +141,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in; None if it is installed elsewhere."""
+    """The git commit of the checkout that this file is in; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
@@ -147,11 +150,12 @@ def _commit() -> str | None:
 
 
 class Tracker:
-    """Appends records to metrics.jsonl and their numbers to TensorBoard. Goes on with those that are there.
+    """Appends records to metrics.jsonl and their numbers to TensorBoard, after the records of earlier processes.
 
     Args:
-        report_to: where else numbers go, as ``Config`` has it.
-        options: the run's, for W&B.
+        directory: of the run.
+        report_to: "tensorboard", "wandb" (W&B as well as TensorBoard) or "none" (only metrics.jsonl).
+        options: the run's configuration, shown by W&B.
     """
 
     def __init__(self, directory: Path, report_to: str = "tensorboard", options: dict | None = None) -> None:
@@ -163,9 +167,14 @@ class Tracker:
         self.wandb = _Wandb(directory, options or {}, records) if report_to == "wandb" else None
 
     def begin(self, part: str, keep: Callable[[dict], bool] = lambda record: False) -> int:
-        """What is logged from now on belongs to this part of the run; what an earlier attempt at it left is dropped.
+        """Begin a part of the run: later records belong to it, and records of an earlier attempt at it are dropped.
 
-        ``keep`` says which of the earlier records still hold. Returns how many there are.
+        Args:
+            part: name of the part.
+            keep: whether a record of the earlier attempt stays.
+
+        Returns:
+            The number of records that stay.
         """
         self.part = part
         if torch.cuda.is_initialized():
@@ -181,6 +190,7 @@ class Tracker:
         return self.parts[part]
 
     def log(self, stage: str, iteration: int, **values) -> None:
+        """Append a record: numbers, None, or one of ``TEXT_FIELDS``."""
         record = {"time": time.time(), "stage": stage, "iteration": iteration, "part": self.part, **values}
         with naming(self.path):
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -191,7 +201,7 @@ class Tracker:
             self.wandb.log(record)
 
     def sync(self) -> None:
-        """Waits until all records are on the disk."""
+        """Wait until all records are on the disk."""
         sync(self.path)
 
     def close(self) -> None:
@@ -200,14 +210,14 @@ class Tracker:
             self.wandb.run.finish()
 
     def _read(self) -> tuple[list[dict], int]:
-        """The records so far, and how many lines are none: the file as it was is kept, before it is written anew."""
+        """Return the records and the number of damaged lines. With any, the file is copied to metrics.damaged.jsonl."""
         lines = _lines(self.path)
-        records = whole_records(lines)
+        records = [record for line in lines if (record := parse_record(line)) is not None]
         if damaged := len(lines) - len(records):
             kept = self.path.with_name("metrics.damaged.jsonl")
-            remove(kept)  # a link there would be followed
+            remove(kept)  # copying would follow a link
             shutil.copyfile(self.path, kept)
-            console.print(f"{self.path.name}: {damaged} of {len(lines)} lines are damaged and left out: see {kept}")
+            console.print(f"{self.path.name}: {damaged} of {len(lines)} lines are damaged and skipped: see {kept}")
         return records, damaged
 
     def _stop(self) -> None:
@@ -220,9 +230,9 @@ class Tracker:
         if rewrite or _ends_within_a_line(self.path):
             write_jsonl(self.path, records)
         self.file = open(self.path, "a", encoding="utf-8")
-        sync(self.path.parent)  # the file's name too is to survive a power cut
+        sync(self.path.parent)  # so that a new file survives a power cut
         self.parts: Counter[str] = Counter(record.get("part") or "" for record in records)
-        self.steps: Counter[str] = Counter()  # x-axis of each TensorBoard series: records so far
+        self.steps: Counter[str] = Counter()  # x-axis of each TensorBoard series: number of records
         self.board = None
         if not self.draws:
             return
@@ -230,7 +240,7 @@ class Tracker:
             self.steps.update(_series(record)[0] for record in records)
             self.board = _Board(self.logs)
             return
-        remove(self.logs)  # TensorBoard cannot take a record back: all are drawn again
+        remove(self.logs)  # TensorBoard cannot remove single records: draw all again
         self.board = _Board(self.logs)
         shown = progress("TensorBoard: draw again", len(records), stoppable=False)
         with shown if len(records) > MANY_RECORDS else nullcontext(lambda count: None) as done:
@@ -246,7 +256,7 @@ class Tracker:
 
 
 def _series(record: dict) -> tuple[str, dict[str, float]]:
-    """The name of a record's series, as fit/policy, and its numbers."""
+    """The name of a record's series, as "fit/policy", and its numbers."""
     series = "/".join([record["stage"], *(str(record[key]) for key in ("fit", "model") if key in record)])
     numbers = {
         name: value
@@ -257,18 +267,18 @@ def _series(record: dict) -> tuple[str, dict[str, float]]:
 
 
 class _Board:
-    """Writes a file of TensorBoard events, one for each record, as they come.
+    """Writes a file of TensorBoard events, one for each record.
 
-    In the calling thread, unlike torch's ``SummaryWriter``: a disk that is full is the caller's error.
+    Unlike torch's ``SummaryWriter`` it writes in the calling thread, so that a full disk raises an error there.
     """
 
-    made = 0  # files in this process
+    files_created = 0  # by this process
 
     def __init__(self, directory: Path) -> None:
         now = time.time()
-        _Board.made += 1
+        _Board.files_created += 1
         # TensorBoard reads files in the order of their names
-        name = f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}.{_Board.made}"
+        name = f"{EVENTS}.{now:017.6f}.{socket.gethostname()}.{os.getpid()}.{_Board.files_created}"
         self.path = directory / name
         directory.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "xb")
@@ -292,7 +302,7 @@ class _Board:
 def _as_float(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return math.inf
 
 
@@ -300,10 +310,10 @@ EVENTS = "events.out.tfevents"
 
 
 def has_events(directory: Path, expected: int) -> bool:
-    """Whether a directory of TensorBoard's has so many events beside the first one of each file, which has no number.
+    """Whether a TensorBoard directory has exactly this many events, not counting each file's version event.
 
-    False if it is no directory, or holds what is no regular file, or a file that ends within an event. Only lengths
-    are read, 12 bytes of each event, and no more events than expected.
+    False also if it is no directory, contains a pipe or device, or a file ends within an event. Only the 12 bytes with
+    an event's length are read, and of no more events than expected.
     """
     if not directory.is_dir():
         return False
@@ -326,15 +336,17 @@ def has_events(directory: Path, expected: int) -> bool:
 
 
 def check_reporter(report_to: str) -> None:
-    """Whether W&B, if it is asked for, is installed and knows who reports. Its key is only taken from the environment.
+    """Check that Weights & Biases can be used, if ``report_to`` is "wandb".
+
+    The key is taken from the environment only and is never saved.
 
     Raises:
-        UserError: if not; says what to do.
+        UserError: if the package or the key is missing; says what to do.
     """
     if report_to != "wandb":
         return
     try:
-        installed = hasattr(importlib.import_module("wandb"), "init")  # a folder ./wandb of earlier runs has none
+        installed = hasattr(importlib.import_module("wandb"), "init")  # a folder ./wandb of earlier runs has no init
     except ImportError:
         installed = False
     if not installed:
@@ -344,14 +356,14 @@ def check_reporter(report_to: str) -> None:
     key = os.environ.get("WANDB_API_KEY", "")
     if not key:
         raise UserError("--report_to wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline")
-    if len(key) < WANDB_KEY:
-        raise UserError(f"the key in $WANDB_API_KEY can be none: it has fewer than {WANDB_KEY} characters")
+    if len(key) < MIN_WANDB_KEY_CHARACTERS:
+        raise UserError(f"WANDB_API_KEY is not a key: it has fewer than {MIN_WANDB_KEY_CHARACTERS} characters")
 
 
 class _Wandb:
-    """The records as a W&B run, in the run directory unless WANDB_DIR says otherwise.
+    """Sends the records to W&B, which keeps its files in the run directory unless WANDB_DIR is set.
 
-    It takes no record back: what a resumed run does again is there twice.
+    W&B cannot remove records: steps that a resumed run repeats are there twice.
     """
 
     def __init__(self, directory: Path, options: dict, records: list[dict]) -> None:
@@ -363,13 +375,13 @@ class _Wandb:
                 name=os.environ.get("WANDB_NAME", directory.name),
                 dir=os.environ.get("WANDB_DIR", directory),
                 config=options,
-                # neither the terminal's text nor a diff of the checkout: only what metrics.jsonl has
+                # send only the records: no terminal output, no diff of the checkout
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
             )
         except Exception as error:  # the network, the service, its keys
             raise UserError(
-                f"--report_to wandb: it cannot be reached, or refuses ({error}). WANDB_MODE=offline needs neither key "
-                f"nor network (`wandb sync` sends what is there later); --resume goes on with {directory}"
+                f"--report_to wandb: Weights & Biases cannot be reached or refuses ({error}). WANDB_MODE=offline needs "
+                f"neither key nor network (`wandb sync` uploads later); --resume continues the run in {directory}"
             ) from error
         self.steps: dict[str, int] = {}
         for record in records:
@@ -384,15 +396,18 @@ class _Wandb:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of metrics.jsonl, without the half of one that a crash may have left at the end."""
+    """The lines of metrics.jsonl, without an unfinished last line, which a crash may leave."""
     if not path.exists():
         return []
-    with advising("remove it, and the run goes on without these records"), open_regular(path, MOST_METRICS) as file:
-        return file.read(MOST_METRICS).decode("utf-8", "replace").split("\n")[:-1]
+    with (
+        advising("remove it, and the run continues without these records"),
+        open_regular(path, MAX_METRICS_BYTES) as file,
+    ):
+        return file.read(MAX_METRICS_BYTES).decode("utf-8", "replace").split("\n")[:-1]
 
 
 def _ends_within_a_line(path: Path) -> bool:
-    """Whether a crash has left half a line, to which the next record would be added."""
+    """Whether the last line is unfinished, so that the next record would be appended to it."""
     if not path.exists() or not path.stat().st_size:
         return False
     with open(path, "rb") as file:
@@ -400,21 +415,18 @@ def _ends_within_a_line(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def whole_records(lines: Iterable[str | bytes]) -> list[dict]:
-    """Those lines of metrics.jsonl that are a record, with what all have, and what its stage has."""
-    return [record for line in lines if (record := whole_record(line)) is not None]
-
-
-def whole_record(line: str | bytes) -> dict | None:
-    """The record in a line of metrics.jsonl; None if it is none."""
+def parse_record(line: str | bytes) -> dict | None:
+    """The record in a line of metrics.jsonl; None if a field is missing or has the wrong type."""
     try:
         record = parse_json(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), kind) for key, kind in COMMON_FIELDS.items()
+    ):
         return None
-    kinds = OTHERS | RECORDS_OF.get(record["stage"], {})
-    numbers = {key: (int, float, NoneType) for key in record.keys() - kinds.keys() - RECORD.keys()}
+    kinds = TEXT_FIELDS | STAGE_FIELDS.get(record["stage"], {})
+    numbers = {key: (int, float, NoneType) for key in record.keys() - kinds.keys() - COMMON_FIELDS.keys()}
     if not all(isinstance(record.get(key), kind) for key, kind in (kinds | numbers).items()):
         return None
     inside = [*record, *record.values()]
@@ -422,11 +434,11 @@ def whole_record(line: str | bytes) -> dict | None:
         if not all(isinstance(value, (int, float)) for value in mapping.values()):
             return None
         inside += [*mapping, *mapping.values()]
-    return record if all(map(_can_be_kept, inside)) else None
+    return record if all(map(_is_writable, inside)) else None
 
 
-def _can_be_kept(value: object) -> bool:
-    """Whether text and whole numbers can be written again, and drawn."""
+def _is_writable(value: object) -> bool:
+    """Whether a text or an integer can be written as JSON in UTF-8, and drawn."""
     if isinstance(value, str):
-        return len(value) <= LONGEST_NAME and value.isprintable()  # half of a surrogate pair is not
+        return len(value) <= MAX_TEXT_CHARACTERS and value.isprintable()  # half of a surrogate pair is not
     return not isinstance(value, int) or abs(value) < 2**63

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pandas
 import pytest
 
 from onpo_fast import data, export
-from onpo_fast.config import Config
+from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.evaluate import finished_policies
+from onpo_fast.reports.hub import policy_files
+from onpo_fast.reports.model_card import write_model_cards
 from onpo_fast.run.journal import Journal
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße?"}]
@@ -78,7 +81,8 @@ def test_answers(run: Path, tmp_path: Path) -> None:
     lines.write_text("".join(json.dumps({"prompt": one["instruction"]}) + "\n" for one in asked))
     config = Config(model=str(run / "iteration_01/policy"), max_new_tokens=5)
     for name, policy in (("a.json", 3), ("b.json", 2)):
-        assert export.export_answers(run, tmp_path / name, str(lines), policy, config) == 2
+        model, sampling = config.section(ModelConfig), config.section(SamplingConfig)
+        assert export.export_answers(run, tmp_path / name, str(lines), policy, model, sampling, config.seed) == 2
     a, b = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json"))
     assert [answer["output"] for answer in a] == [answer["output"] for answer in answers]  # the same seed
     assert [answer["output"] for answer in b] != [answer["output"] for answer in answers]
@@ -91,27 +95,36 @@ def test_answers(run: Path, tmp_path: Path) -> None:
         (["--alpaca", "old.jsonl"], "old.jsonl, line 1: it has an"),
         (["--alpaca", "gone.json"], "cannot read gone.json"),
         (["--alpaca", "empty.jsonl"], "empty.jsonl has no instructions"),
-        (["--alpaca", "bad.jsonl", "--policy", "9"], "has no policy 9: it has 1, 2, 3"),
-        (["--alpaca", "bad.jsonl", "--out", "x.txt"], "--out x.txt: AlpacaEval knows"),
+        (["--alpaca", "bad.jsonl", "--policy", "9"], "--policy 9: run has no policy of this number; it has 1, 2, 3"),
+        (["--alpaca", "bad.jsonl", "--out", "x.txt"], "--out x.txt: "),
         (["--alpaca", "bad.jsonl", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["--alpaca", "bad.jsonl", "--policy", "0"], "has no policy 0: it has 1, 2, 3"),
+        (["--alpaca", "bad.jsonl", "--policy", "0"], "--policy 0: run has no policy of this number; it has 1, 2, 3"),
         (["--alpaca", "good.jsonl", "--out", "empty.jsonl/a.json"], "--out empty.jsonl/a.json: nothing can be written"),
         (["--out", "empty.jsonl/pairs"], "--out empty.jsonl/pairs: nothing can be written into "),
         (["--policy", "2"], "--policy goes with --alpaca"),
+        (["--private"], "--private goes with --push_to_hub"),
+        (["--alpaca", "good.jsonl", "--iterations", "1"], "--iterations goes with"),
+        (["--push_to_hub", "org/name", "--temperature", "1"], "--temperature goes with --alpaca"),
+        (["--push_to_hub", "org/name", "--alpaca", "good.jsonl"], "--alpaca or --push_to_hub"),
+        (["--push_to_hub", "name"], "--push_to_hub name: "),
+        (["--push_to_hub", "org/.name"], "--push_to_hub org/.name: "),
+        (["--push_to_hub", "org/name", "--policy", "1"], "--policy 1: run has no finished policy"),
+        (["--push_to_hub", "org/name"], "HF_HUB_OFFLINE"),
         (["--iterations", "x"], "argument --iterations: invalid int value"),
     ],
 )
 def test_bad_input(run: Path, tmp_path: Path, arguments: list[str], message: str, capsys, monkeypatch) -> None:
     """Before a model is loaded."""
-    monkeypatch.delattr(export, "load")
+    monkeypatch.delattr("onpo_fast.reports.exports.load")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("bad.jsonl").write_text('{"instruction": "fine"}\n{"instruction": " "}\n')
     Path("good.jsonl").write_text('{"instruction": "fine"}\n')
     Path("old.jsonl").write_text('{"instruction": "Translate.", "input": "yes"}\n')
     Path("empty.jsonl").write_text("")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit):
-        export.main([str(run), *arguments])
+        export.main(["run", *arguments])
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -133,6 +146,21 @@ def test_damaged_pairs(run: Path, line: str, message: str, capsys, monkeypatch) 
     said = capsys.readouterr().err
     assert said.removeprefix("error: ").removeprefix("run/").startswith(message), said
     assert not (run / "pairs").exists()
+
+
+def test_the_files_of_a_saved_policy_can_be_uploaded(run: Path) -> None:
+    """All that ``Policy.save`` writes, before and after the policy has a model card."""
+    policy = run / "iteration_02/policy"
+    files = policy_files(policy)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert set(files) == {path.name for path in policy.iterdir()}
+    (card,) = [path for path in write_model_cards(run) if path.parent == policy]
+    assert policy_files(policy) == files
+    assert list(finished_policies(run, Journal(run))) == ["π_2", "π_3"]  # still as they were saved
+    text = card.read_text(encoding="utf-8")
+    code = re.search("```python\n(.*?)```", text, re.DOTALL)[1].replace("path/of/this/directory", str(policy))
+    exec(code, loaded := {})
+    assert loaded["model"].config.num_hidden_layers == 2
 
 
 def test_folders_that_are_none_of_the_run(run: Path) -> None:

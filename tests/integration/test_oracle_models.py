@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.small_runs import prepare, small_run
+from safetensors.torch import load_file
+from support.model_files import edit_config, edit_template
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from bench.zoo import FAMILIES, build
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
-from onpo_fast.conversations import Prompt
 from onpo_fast.data import Group, Response
-from onpo_fast.errors import UserError, one_line
+from onpo_fast.errors import UserError
+from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
 from onpo_fast.run import tracking
@@ -35,6 +35,15 @@ PROMPT = [
 ]
 TEXTS = ["Red.", "", "Red.", "No {context} \n [RESPONSE A]"]
 GROUPS = [(PROMPT, TEXTS), ([{"role": "user", "content": "Grüße mich. 你好"}], ["Hi!", "Guten Tag, guten Tag!"])]
+
+
+Oracle = TypeVar("Oracle", PairModel, RewardModel)
+
+
+def make(kind: type[Oracle], source: Path | str, **options: object) -> Oracle:
+    """An oracle of a model, with these options of a run."""
+    config = Config(**options)
+    return kind(str(source), config, config)
 
 
 @pytest.fixture(scope="module")
@@ -61,26 +70,13 @@ def test_a_beginning_of_its_own_is_stripped(model_directory, tmp_path) -> None:
         "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + "
         "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
     )
-    _edit(tmp_path / "model", bos_token="<|endoftext|>", template=template)
-    oracle = PairModel(str(tmp_path / "model"), Config())
+    edit_template(tmp_path / "model", bos_token="<|endoftext|>", template=template)
+    oracle = make(PairModel, tmp_path / "model")
     text = oracle.tokenizer.decode(oracle.tokens(PROMPT[:1], "x", "y"))
     assert text == (
         "<|im_start|>user\n[CONTEXT] \n\n\n<turn> user\n Name a {colour}.\n\n\n [RESPONSE A] x [RESPONSE B] y<|im_end|>"
         "<|im_start|>assistant\n"
     )
-
-
-def _edit(directory: Path, template: str, **settings: str) -> None:
-    path = directory / "tokenizer_config.json"
-    record = {**json.loads(path.read_text(encoding="utf-8")), **settings}
-    record.pop("chat_template", None)
-    path.write_text(json.dumps(record), encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _configured(directory: Path, **values: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
 def test_a_system_message_goes_before_the_first_turn(pair_model: PairModel) -> None:
@@ -119,7 +115,7 @@ def test_the_pair_model_says_what_its_logits_say(pair_model: PairModel, matrices
 def test_neither_batches_nor_order_move_the_answers(pair_model: PairModel, matrices, model_directory) -> None:
     for matrix in matrices:
         np.testing.assert_array_equal(matrix + matrix.T, np.ones_like(matrix))
-    alone = PairModel(str(model_directory), Config(oracle_batch_tokens=1))
+    alone = make(PairModel, model_directory, oracle_batch_tokens=1)
     alone.model = pair_model.loaded()
     for a, b in zip(alone.many(GROUPS), matrices):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -132,10 +128,12 @@ def test_a_question_that_is_too_long_is_an_error(model_directory) -> None:
     oracle = oracles.load("pair-model", Config(oracle_model=str(model_directory)))
     long = ([{"role": "user", "content": "Count!"}], ["one two three " * 1100, "no"])
     groups = [Group(p, [1], [Response(t, [1], "eos", -1.0) for t in texts]) for p, texts in (GROUPS[1], long)]
-    with pytest.raises(UserError, match=r"--oracle X, prompt 1 \('Count!'\): a question of 33\d\d tokens, .* 3072"):
+    with pytest.raises(
+        UserError, match=r"--oracle X, prompt 1 \('Count!'\): .* 33\d\d tokens, .*--oracle_max_tokens 3072"
+    ):
         oracles.judge(oracle, groups, "X")
     assert oracle.model is None
-    higher = PairModel(str(model_directory), Config(oracle_max_tokens=4000))
+    higher = make(PairModel, model_directory, oracle_max_tokens=4000)
     assert len(higher.tokens(long[0], *long[1])) > 3072
 
 
@@ -153,13 +151,13 @@ def test_the_memory_comes_back(pair_model: PairModel) -> None:
         (
             "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
             "{{ '<|im_end|>\n' }}{% endfor %}",
-            "does not end with the header after which the assistant says A",
+            "header that comes before the assistant's answer A",
         ),
         # the word comes with a space before it, and that is another token
         (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
             "{% if add_generation_prompt %}assistant:{% endif %}",
-            "does not end with the header after which the assistant says A",
+            "header that comes before the assistant's answer A",
         ),
         ("{{ raise_exception('never') }}", "refuses the conversation: never"),
         ("{{ 1 // 0 }}", "refuses the conversation: integer division or modulo by zero"),
@@ -167,9 +165,9 @@ def test_the_memory_comes_back(pair_model: PairModel) -> None:
 )
 def test_models_that_cannot_be_asked(shallow_model, tmp_path, template: str, message: str) -> None:
     shutil.copytree(shallow_model, tmp_path / "model")
-    _edit(tmp_path / "model", template)
+    edit_template(tmp_path / "model", template)
     with pytest.raises(UserError, match=message):
-        PairModel(str(tmp_path / "model"), Config())
+        make(PairModel, tmp_path / "model")
 
 
 def test_models_that_cannot_be_had(shallow_model, tmp_path) -> None:
@@ -192,7 +190,7 @@ def test_a_models_own_code_is_not_run(shallow_model, tmp_path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(shallow_model, directory)
     auto_map = {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.M"}
-    _configured(directory, model_type="theirs", auto_map=auto_map)
+    edit_config(directory, model_type="theirs", auto_map=auto_map)
     (directory / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     with pytest.raises(UserError, match="cannot load the model"):
         oracles.load("pair-model", Config(oracle_model=str(directory)))
@@ -212,13 +210,13 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
 
 def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """The answers in batches and those to each question alone; and what was said."""
-    alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1))
-    tracking.said.clear()
+    alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1), oracle.policy)
+    tracking.announced.clear()
     capsys.readouterr()
     answers = oracle.many(GROUPS)
     said = capsys.readouterr().out
     oracle.release()
-    assert oracle.pads is None
+    assert oracle.can_pad is None
     oracle.many(GROUPS)
     assert capsys.readouterr().out == ""  # once
     return answers, alone.many(GROUPS), " ".join(said.split())
@@ -228,14 +226,14 @@ def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarra
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pair_model_that_padding_disturbs_is_asked_one_at_a_time(families, capsys, family, pads, dtype) -> None:
     """Found in float32, whatever the weights are in; those come back to the bit."""
-    oracle = PairModel(str(families(family)), Config(device="cpu", dtype=dtype))
+    oracle = make(PairModel, families(family), device="cpu", dtype=dtype)
     answers, alone, said = _other_ways(oracle, capsys)
-    assert oracle.pads == pads
+    assert oracle.can_pad == pads
     for one, other in zip(answers, alone):
         np.testing.assert_allclose(one, other, atol=1e-5 if dtype == "float32" or not pads else 0.05)
-    expected = f"({family}) gives other answers to a batch of questions than to each alone, by up to 0.0"
+    expected = f"{oracle.source} ({family}) answers questions in a padded batch differently, by up to 0.0"
     assert (expected in said) == (not pads)
-    again = PairModel(oracle.source, oracle.config).loaded()
+    again = PairModel(oracle.source, oracle.config, oracle.policy).loaded()
     for one, other in zip(oracle.loaded().parameters(), again.parameters(), strict=True):
         assert one.dtype == other.dtype == getattr(torch, dtype)
         assert torch.equal(one, other)
@@ -248,15 +246,16 @@ def test_a_reward_model_that_padding_disturbs_is_asked_one_at_a_time(reward_dire
         """As of a model that takes padding for text."""
         return scores(self, rows) + 0.01 * torch.tensor([max(map(len, rows)) - len(row) for row in rows])
 
-    oracle = RewardModel(str(reward_directory), Config(device="cpu"))
+    oracle = make(RewardModel, reward_directory, device="cpu")
     assert _other_ways(oracle, capsys)[2] == ""
-    assert oracle.pads
+    assert oracle.can_pad
     oracle.release()
     monkeypatch.setattr(RewardModel, "scores", blind)
     answers, alone, said = _other_ways(oracle, capsys)
-    assert not oracle.pads
+    assert not oracle.can_pad
     np.testing.assert_allclose(answers[0], alone[0], atol=1e-6)
-    assert "gives other answers to a batch of questions than to each alone, by up to " in said
+    assert f"reward-model {oracle.source} " in said
+    assert "one question at a time" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def test_a_reward_model_is_bradley_terry(reward_directory) -> None:
     np.testing.assert_allclose(matrix, 1 / (1 + np.exp(r[None, :] - r[:, None])), atol=1e-5)
     np.testing.assert_array_equal(matrix + matrix.T, np.ones_like(matrix))
     assert oracles.cyclic_triples([matrix])[0] == 0
-    one_by_one = RewardModel(str(reward_directory), Config(oracle_batch_tokens=1)).many(GROUPS)
+    one_by_one = make(RewardModel, reward_directory, oracle_batch_tokens=1).many(GROUPS)
     np.testing.assert_allclose(one_by_one[0], matrix, atol=1e-5)
     np.testing.assert_allclose(one_by_one[1], other, atol=1e-5)
 
@@ -313,7 +312,7 @@ def test_a_reward_is_that_of_one_unpadded_pass(reward_directory, tmp_path, named
     model.config.pad_token_id = tokenizer.convert_tokens_to_ids(named) if named and model_names_it else None
     model.save_pretrained(tmp_path)
     rewards = []
-    oracle = RewardModel(str(tmp_path), Config())
+    oracle = make(RewardModel, tmp_path)
     for text in TEXTS:
         with torch.no_grad():
             rewards.append(float(model(torch.tensor([oracle.tokens(PROMPT, text)])).logits))
@@ -327,8 +326,8 @@ def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_p
         oracles.load(f"reward-model={shallow_model}")
     headless = tmp_path / "headless"
     shutil.copytree(shallow_model, headless)
-    _configured(headless, num_labels=1)
-    with pytest.raises(UserError, match=r"is no reward-model: it lacks the weights score\.weight"):
+    edit_config(headless, num_labels=1)
+    with pytest.raises(UserError, match=r"is not a reward-model: it lacks the weights score\.weight"):
         oracles.load(f"reward-model={headless}")(PROMPT, ["a", "b"])
     assert capfd.readouterr() == ("", "")  # transformers has a table for it
     AutoModelForSequenceClassification.from_pretrained(
@@ -341,16 +340,15 @@ def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_p
 
 def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:
     """A panel of both kinds: the policy makes room for each, and the options are those of the run."""
-    residents = []
-    loaded = PairModel.loaded
+    policies: list[ResidentPolicy] = []
+    in_memory: list[bool] = []
+    loaded, init = PairModel.loaded, ResidentPolicy.__init__
 
     def watched(self: PairModel) -> torch.nn.Module:
-        residents.append(runs[0].resident)
+        in_memory.append(any(one.policy is not None for one in policies))
         return loaded(self)
 
-    runs: list[module.Run] = []
-    init = module.Run.__init__
-    monkeypatch.setattr(module.Run, "__init__", lambda self, *a, **k: (runs.append(self), init(self, *a, **k))[1])
+    monkeypatch.setattr(ResidentPolicy, "__init__", lambda self, *a: (policies.append(self), init(self, *a))[1])
     monkeypatch.setattr(PairModel, "loaded", watched)
     oracle = f"3*pair-model + reward-model={reward_directory}"
     prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
@@ -371,301 +369,7 @@ def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypat
         **sizes,
     )
     result = module.train(config)
-    assert residents
-    assert not any(residents)
+    assert policies
+    assert in_memory
+    assert not any(in_memory)
     assert result["oracle"] == oracle
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Oracles that are of no use, found before anything is sampled
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model, tmp_path_factory) -> Path:
-    """Two layers with random weights and a tokenizer of bytes in "model", prompts.jsonl; "reward" has a score."""
-    work = tmp_path_factory.mktemp("tiny")
-    prepare(work, tiny_model)
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, dtype=torch.float32)
-    model.save_pretrained(work / "reward")
-    AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "reward")
-    return work
-
-
-def _weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(directory / "model.safetensors")
-    change(weights)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _value_head(weights: dict[str, torch.Tensor]) -> None:
-    weights.pop("score.weight", None)
-    weights["v_head.summary.weight"] = torch.zeros(1, 32)
-
-
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-
-UNUSABLE = {
-    "encoder": (
-        "pair-model",
-        "model",
-        lambda d: _configured(d, model_type="deberta-v2"),
-        "is no pair-model: its config.json says deberta-v2, and a pair-model is a causal language model that",
-    ),
-    "PairRM": (
-        "pair-model",
-        "model",
-        lambda d: (d / "config.json").write_text('{"model_type": "deberta", "r": 1}'),
-        "is no pair-model: its config.json says deberta, and",
-    ),
-    "classifier": (
-        "pair-model",
-        "reward",
-        lambda d: None,
-        "is no pair-model: its config.json names LlamaForSequenceClassification, ",
-    ),
-    "language model": (
-        "reward-model",
-        "model",
-        lambda d: None,
-        "is no reward-model: its config.json names LlamaForCausalLM, a language model, and",
-    ),
-    "value head": (
-        "reward-model",
-        "reward",
-        lambda d: _weights(d, _value_head),
-        "it has a value head (v_head.summary.weight), not a sequence-classification score. Save it as",
-    ),
-    "language model with a value head": (
-        "reward-model",
-        "model",
-        lambda d: _weights(d, _value_head),
-        "it has a value head (v_head.summary.weight), not a",
-    ),
-    "no score": (
-        "reward-model",
-        "reward",
-        lambda d: _weights(d, lambda w: w.update(other=w.pop("score.weight"))),
-        "is no reward-model: it lacks the weights score.weight, and has other; a reward-model is a sequence-",
-    ),
-    "a layer less": (
-        "pair-model",
-        "model",
-        lambda d: _configured(d, num_hidden_layers=3),
-        "is no pair-model: it lacks the weights model.layers.2.",
-    ),
-    "labels": (
-        "reward-model",
-        "reward",
-        lambda d: _configured(d, id2label={"0": "a", "1": "b", "2": "c"}),
-        "is no reward-model: its config.json has 3 labels, and a reward is one number; other models can be",
-    ),
-    "shapes": (
-        "reward-model",
-        "reward",
-        lambda d: _weights(d, lambda w: w.update({"score.weight": torch.ones(2, 32)})),
-        "do not fit its config.json: score.weight is (2, 32) where it says (1, 32)",
-    ),
-    "not a number": (
-        "reward-model",
-        "reward",
-        lambda d: _weights(d, lambda w: w["score.weight"].fill_(float("nan"))),
-        "answers nan, which is no number to judge by: its weights are damaged, or --dtype is too narrow",
-    ),
-    "not a number, A or B": (
-        "pair-model",
-        "model",
-        lambda d: _weights(d, lambda w: w["model.norm.weight"].mul_(1e39)),
-        "answers nan, which is no number to judge by",
-    ),
-    "adapter": (
-        "reward-model",
-        "reward",
-        lambda d: (d / "adapter_config.json").write_text("{}"),
-        "is an adapter: merge it into its model first",
-    ),
-    "no template": (
-        "reward-model",
-        "reward",
-        lambda d: (d / "chat_template.jinja").unlink(),
-        "has no chat template, which is how a reward-model is asked: save it with one; other models can",
-    ),
-    "an empty template": (
-        "reward-model",
-        "reward",
-        lambda d: _edit(d, "{# nothing #}"),
-        "makes nothing of the conversation",
-    ),
-    "an empty template, A or B": ("pair-model", "model", lambda d: _edit(d, " "), "makes nothing of the conversation"),
-    "no response": (
-        "reward-model",
-        "reward",
-        lambda d: _edit(d, CHATML.replace("m['content']", "'x'")),
-        "cannot be a reward-model: its chat template leaves out what the assistant says",
-    ),
-    "no question": (
-        "pair-model",
-        "model",
-        lambda d: _edit(
-            d,
-            CHATML.replace("m['content']", "(m['content'] if m['role'] == 'assistant' else 'x')")
-            + "{{ '<|im_start|>assistant\n' }}",
-        ),
-        "cannot be a pair-model: its chat template leaves out what the user says",
-    ),
-    "rows": ("reward-model", "reward", lambda d: _narrow(d, 300), "does not fit its model: it makes the token "),
-    "another architecture": (
-        "pair-model",
-        "model",
-        lambda d: _configured(d, model_type="gpt2"),
-        "is no pair-model: it lacks the weights",
-    ),
-}
-
-
-def _narrow(directory: Path, rows: int) -> None:
-    name = "model.embed_tokens.weight"
-    _weights(directory, lambda weights: weights.update({name: weights[name][:rows].clone()}))
-    _configured(directory, vocab_size=rows)
-
-
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_an_oracle_of_no_use_is_found_before_the_policy_is_loaded(tiny, tmp_path, monkeypatch, case: str) -> None:
-    """One line of bearable length that names the model, and nothing is written."""
-    kind, source, harm, message = UNUSABLE[case]
-    directory = Path(shutil.copytree(tiny / source, tmp_path / "judging"))
-    harm(directory)
-    monkeypatch.setattr(module, "load", lambda *arguments: pytest.fail("the policy was loaded"))
-    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle=kind, oracle_model=str(directory))
-    with pytest.raises(UserError) as error:
-        module.train(config)
-    said = one_line(str(error.value))
-    assert message in said
-    assert str(directory) in said
-    assert len(said.replace(str(directory), "")) < 450
-    assert not (tmp_path / "run").exists()
-
-
-REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-SYSTEM = [{"role": "system", "content": "Be warm."}, {"role": "user", "content": "Where do you live, and why there?"}]
-
-
-@pytest.mark.parametrize("where", ["prompts", "eval_prompts"])
-@pytest.mark.parametrize("oracle", ["reward-model={}", "population + 2*reward-model={}"])
-def test_a_template_that_refuses_some_of_the_prompts(tiny, tmp_path, write_lines, where: str, oracle: str) -> None:
-    """One prompt of each kind of conversation is tried, the held-out ones included."""
-    directory = Path(shutil.copytree(tiny / "reward", tmp_path / "judging"))
-    _edit(directory, REFUSES_SYSTEM)
-    plain = [{"prompt": f"What is {i} plus {i}?"} for i in range(6)]
-    files = {
-        "prompts": write_lines("plain.jsonl", *plain),
-        where: write_lines("mixed.jsonl", *plain[:4], {"prompt": SYSTEM}),
-    }
-    config = replace(
-        small_run(tiny, "unused"),
-        out=str(tmp_path / "run"),
-        oracle=oracle.format(directory),
-        **{name: str(file) for name, file in files.items()},
-    )
-    with pytest.raises(UserError, match=r"tried before .* refuses the conversation: no system; it has a system "):
-        module.train(config)
-    assert not (tmp_path / "run").exists()
-
-
-def test_one_prompt_of_each_kind() -> None:
-    user, later = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And what is that?"}
-    said = {"role": "assistant", "content": "A thing."}
-    chosen = oracles.shortest_by_kind([[later], [user], SYSTEM, [user, said, later], [user, said, later, said, later]])
-    assert list(chosen.values()) == [[user], SYSTEM, [user, said, later]]
-    assert len(oracles.shortest_by_kind([[{"role": str(i), "content": "x"}] for i in range(19)])) == 8
-
-
-def test_a_kind_is_what_follows_what() -> None:
-    """Two turns of the user in a row, a later system message, tools and calls; nothing that another kind has."""
-    user, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A thing."}
-    system, tool = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "12:00"}
-    called = {**said, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
-    plain = [[user]] * 5
-    for other in (
-        [user, user],
-        [user, system, user],
-        [user, called, tool],
-        [user, said, tool],
-        Prompt([user], tools=[{"name": "clock"}]),
-    ):
-        assert list(oracles.shortest_by_kind([*plain, other, *plain]).values()) == [[user], other]
-        assert list(oracles.shortest_by_kind([other, other]).values()) == [other]
-    both = [system, user, said, user]
-    chosen = oracles.shortest_by_kind([[user], [system, user], [user, said, user], both])
-    assert both not in chosen.values()
-    assert len(chosen) == 3
-
-
-def test_an_oracle_that_wants_turns_to_alternate_is_found_before_sampling(tiny, tmp_path, write_lines) -> None:
-    """One prompt among many of single turns, and none of its roles is new."""
-    twice = [{"role": "user", "content": "Here is one about the weather."}, {"role": "user", "content": "Is it?"}]
-    plain = [{"prompt": f"What is {i} plus {i}?"} for i in range(9)]
-    (tmp_path / "alternating.py").write_text(
-        "def prefer(prompt, responses):\n"
-        "    roles = [message['role'] for message in prompt]\n"
-        "    assert all(a != b for a, b in zip(roles, roles[1:])), 'roles must alternate'\n"
-        "    return [[0.5] * len(responses)] * len(responses)\n"
-    )
-    config = replace(
-        small_run(tiny, "unused"),
-        out=str(tmp_path / "run"),
-        oracle="alternating:prefer",
-        prompts=str(write_lines("p.jsonl", *plain, {"prompt": twice}, *plain)),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tmp_path))
-        with pytest.raises(UserError, match=r"tried before anything is sampled, prompt . .*: roles must alternate"):
-            module.train(config)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_oracle_is_tried_once_and_let_go(tiny, tmp_path, monkeypatch) -> None:
-    """Before the policy is there, on two texts; a run that has nothing left to judge loads no oracle."""
-    events: list[str] = []
-    many, load = RewardModel.many, module.load
-
-    def asked(self: RewardModel, groups: list, *rest: object) -> list[np.ndarray]:
-        events.append(f"{len(groups)} × {len(groups[0][1])}")
-        return many(self, groups, *rest)
-
-    monkeypatch.setattr(RewardModel, "many", asked)
-    monkeypatch.setattr(module, "load", lambda *arguments: (events.append("policy"), load(*arguments))[1])
-    config = replace(
-        small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle=f"reward-model={tiny / 'reward'}", iterations=1
-    )
-    module.train(config)
-    assert events[:2] == ["1 × 2", "policy"]
-    assert [event for event in events if event != "policy"] == ["1 × 2", "3 × 3", "4 × 2"]  # and the evaluation
-    events.clear()
-    module.train(config, resume=True)
-    assert events == ["policy"]
-    (tmp_path / "run" / "evaluation.json").unlink()
-    module.train(config, resume=True)
-    assert events[1:3] == ["1 × 2", "policy"]
-    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
-    (record,) = [record for record in map(json.loads, kept.splitlines()) if record["stage"] == "judge"]
-    assert record["comparisons"] == 3 * 3
-
-
-def test_another_helper_of_a_function_is_another_oracle(tiny, tmp_path, monkeypatch) -> None:
-    """Also of one that is imported when the function is called: what has nothing left to judge does not call it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Path("orc").mkdir()
-    Path("orc/__init__.py").write_text(
-        "def prefer(prompt, responses):\n    from . import k\n    return [[k.K] * len(responses)] * len(responses)\n"
-    )
-    Path("orc/k.py").write_text("K = 0.5\n")
-    config = replace(small_run(tiny, "unused"), out=str(tmp_path / "run"), oracle="orc:prefer", iterations=1)
-    module.train(config)
-    module.train(config, resume=True)
-    Path("run/evaluation.json").unlink()
-    Path("orc/k.py").write_text("K = 0.5  # another\n")
-    with pytest.raises(UserError, match=r"orc:prefer is not what .* began with: orc/k\.py of orc:prefer changed"):
-        module.train(config, resume=True)

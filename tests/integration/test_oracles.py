@@ -227,7 +227,7 @@ def test_a_sparse_tensor_is_a_matrix() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_async_oracles_are_named(oracle_module) -> None:
-    with pytest.raises(UserError, match="prefer: it is async; an oracle returns the matrix itself"):
+    with pytest.raises(UserError, match="prefer: it is async"):
         oracles.load(oracle_module("async def prefer(prompt, responses): return [[0.5]]\n"))
 
     class Awaited:

@@ -145,14 +145,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--prompts sharegpt.jsonl", 'sharegpt.jsonl, line 1: "conversations" is in ShareGPT\'s format: its messages'),
         ("--prompts tools.jsonl", 'tools.jsonl, line 7: "tools" is text that is not JSON (Expecting property name'),
         *(
-            (f"--prompts {name}", f"cannot read {name}: it is no file that can be read again; save it to a file first")
+            (f"--prompts {name}", f"cannot read {name}: it cannot be read a second time; save it to a file first")
             for name in ("/dev/zero", "/dev/stdin", "-")
         ),
         ("--prompts broken.json", "broken.json, line 2: not JSON"),
         ("--prompts broken.parquet", "cannot read broken.parquet: "),
         ("--prompts nothing", "cannot read nothing as a directory that datasets.save_to_disk wrote"),
-        ("--prompts org/name", "cannot read org/name: it is no file or directory here, and as a dataset: "),
-        ("--prompts all_bad.jsonl --skip_bad_prompts", "all_bad.jsonl has no prompts: 2 bad prompts passed over, the"),
+        ("--prompts org/name", "cannot read org/name: it is not a file or directory here, and as a dataset: "),
+        ("--prompts all_bad.jsonl --skip_bad_prompts", "all_bad.jsonl has no prompts: 2 bad prompts skipped, the"),
         # models
         ("--model org/name", "cannot load the tokenizer of org/name: it is no directory here, and as a hub's id: "),
         ("--model ./gone", "cannot load the model ./gone: there is no such directory"),
@@ -224,12 +224,12 @@ def test_other_commands(here: Path, main: Callable, line: str, message: str, cap
     [
         (PermissionError(errno.EACCES, "Permission denied", "a file"), "cannot read or write a file: Permission den"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.partial", None, "a"), "cannot read or write a: Is "),
-        (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some, and "),
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left for a file: free some, and "),
+        (OSError(errno.ENOSPC, "No space left on device", "a file"), "no space left for a file: free some space, and "),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left for a file: free some space, and "),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a file"), "no space left in the disk quota for a file: free "),
-        (OSError(errno.EFBIG, "File too large", "a file"), "a file would be larger than a file may be here: raise "),
+        (OSError(errno.EFBIG, "File too large", "a file"), "a file would exceed the maximum size of a file: raise "),
         (OSError(errno.EIO, "Input/output error", b"bytes"), "cannot read or write bytes: Input/output error"),
-        (OSError(errno.EBADF, "Bad file descriptor"), "the system refused something: Bad file descriptor (--debug sh"),
+        (OSError(errno.EBADF, "Bad file descriptor"), "the operating system refused an operation: Bad file"),
     ],
 )
 def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
@@ -244,11 +244,11 @@ def test_what_the_system_refuses(error: OSError, message: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [  # as tokenizers, safetensors and pyarrow say it
-        (Exception("No space left on device (os error 28)"), "no space left for run/policy: free some"),
+        (Exception("No space left on device (os error 28)"), "no space left for run/policy: free some space"),
         (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "no space left in the disk quota for run/p"),
-        (Exception("File too large (os error 27)"), "run/policy would be larger than a file may be here"),
+        (Exception("File too large (os error 27)"), "run/policy would exceed the maximum size of a file"),
         (RuntimeError("write failed: Input/output error"), "cannot read or write run/policy: Input/output error"),
-        (OSError(errno.EFBIG, "File too large"), "run/policy would be larger"),
+        (OSError(errno.EFBIG, "File too large"), "run/policy would exceed"),
     ],
 )
 def test_what_libraries_make_of_the_system_s_errors(here: Path, error: Exception, message: str, capsys) -> None:
@@ -439,7 +439,7 @@ def test_a_prompt_longer_than_the_context(here: Path, shallow_model: Path, capsy
     assert "it exceeds the model's context of 8192 tokens" in said
     assert not (here / "out").exists()
     train.main([*arguments, "--skip_bad_prompts"])
-    assert "2 bad prompts passed over, the first: long.jsonl, line 8: a message is empty" in capsys.readouterr().out
+    assert "2 bad prompts skipped, the first: long.jsonl, line 8: a message is empty" in capsys.readouterr().out
     records = [json.loads(line) for line in (here / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     (prompts,) = [record for record in records if record["stage"] == "prompts"]
     assert (prompts["train"] + prompts["held_out"], prompts["skipped"]) == (6, 2)
@@ -521,8 +521,8 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in (evaluate, export):
-        monkeypatch.delattr(module, "load")
+    for module in ("models.resident", "reports.exports"):
+        monkeypatch.delattr(f"onpo_fast.{module}.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))
@@ -598,7 +598,8 @@ def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
 def test_pairs_are_exported_whatever_a_run_asks_for(here: Path, capsys) -> None:
     strangers_run(here, trust_remote_code=True, oracle="evil:f")
     assert one_line(export.main, ["run"], capsys) == "run has no pairs yet"
-    assert one_line(export.main, ["run", "--trust_remote_code"], capsys) == "--trust_remote_code goes with --alpaca"
+    said = one_line(export.main, ["run", "--trust_remote_code"], capsys)
+    assert said.startswith("--trust_remote_code goes with --alpaca")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "journal.jsonl", "journal.json"])
@@ -831,7 +832,7 @@ def test_lines_of_a_journal_that_are_none(tmp_path: Path, changes: list[dict], l
 
 def test_a_journal_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(journal_of({"version": 2, "kind": "new"}, {"output": "x"}))
-    with pytest.raises(UserError, match="it is of another version of onpo_fast"):
+    with pytest.raises(UserError, match="another version of onpo_fast"):
         Journal(tmp_path)
 
 
@@ -847,7 +848,7 @@ def test_what_is_no_file_comes_with_a_remedy(here: Path, name: str, kind: str, c
     assert f"run/{name} is a " in said
     assert "remove" in said
     if name == "metrics.jsonl":
-        with pytest.raises(UserError, match=r"metrics\.jsonl is a .*: remove it, and the run goes on"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is a .*: remove it"):
             Tracker(run)
 
 
@@ -884,7 +885,7 @@ def test_a_part_with_another_note_is_named(tmp_path: Path, note: dict) -> None:
     parts = ResumableStage(Journal(tmp_path), "all.jsonl")
 
     def make() -> list[dict]:
-        return parts.make([1], 1, lambda items, first: [{}], write_jsonl, lambda file, items: read_jsonl(file), str)[0]
+        return parts.make([1], 1, lambda items, first: [{}], lambda file, items: read_jsonl(file), write_jsonl, str)[0]
 
     assert make() == [{}]
     (name,) = parts.journal.entries

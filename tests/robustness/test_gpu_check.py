@@ -154,7 +154,7 @@ def test_a_step_is_cut_and_the_next_one_runs(tmp_path: Path) -> None:
             (step("good", "print('fine')"), step("beside", "print('fine too')")),
         ]
     )
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 50
     assert outcomes(run) == {
         "slow": "cut",
         "silent": "FAILED: no results, cut",
@@ -323,7 +323,7 @@ def test_a_signal_that_comes_twice_stops_once(number: signal.Signals, pause: flo
     run.send_signal(number)
     time.sleep(pause)
     run.send_signal(number)
-    assert run.wait(20) == 128 + number
+    assert run.wait(60) == 128 + number
     assert not any(map(alive, files))
     data = json.loads((tmp_path / "check.json").read_text())
     assert data["results"] == {"a": ["so-far"], "b": ["so-far"]}
@@ -384,7 +384,7 @@ def test_a_check_that_is_stopped_ends_with_its_summary(number: signal.Signals, t
     time.sleep(1)
     child.send_signal(number)
     printed = child.stdout.read()
-    assert child.wait(20) == 128 + number
+    assert child.wait(60) == 128 + number
     data = json.loads((tmp_path / "gpu-check-dry-1.json").read_text())
     ended = {step["name"]: step["outcome"] for step in data["steps"]}
     assert ended["survey"] == "ok"

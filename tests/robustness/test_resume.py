@@ -75,9 +75,9 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
     ]
 
 
-def test_the_drill(tiny_model) -> None:
+def test_the_crash_test(tiny_model) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
-    line = [sys.executable, "-m", "bench", "drill", "--kills", "6", "--errors", "3"]
+    line = [sys.executable, "-m", "bench", "crash_test", "--kills", "6", "--errors", "3"]
     line += ["--tokenizer", str(tiny_model)]
     done = subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,7 +92,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(whole: Whole, tmp_path
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert f"to go on: python -m onpo_fast.train --resume --out '{out}'" in stdout
     assert "Traceback" not in stderr
@@ -572,10 +572,9 @@ def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatc
 
     monkeypatch.setattr(fitting, "fit", fit_without_lock)
     config = replace(whole.config, out=str(out))
-    before = time.monotonic()
     with pytest.raises(UserError, match=r"\.lock was removed while this process was at work"):
         module.train(config)
-    assert not (out / "iteration_01" / "policy").exists(), time.monotonic() - before
+    assert not (out / "iteration_01" / "policy").exists()
     begun[0].release()
     module.train(config, resume=True)
     assert bits(out) == whole.bits

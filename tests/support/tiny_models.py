@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -49,3 +50,57 @@ def make_model(directory: Path) -> None:
             values = torch.randint(-100, 101, parameter.shape, generator=generator) / 256
             parameter.copy_(1 + values / 4 if parameter.dim() == 1 else values)
     model.save_pretrained(directory)
+
+
+_SHARED = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", {**_SHARED, "num_key_value_heads": 2}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **_SHARED,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "lru_width": 64,
+            "attention_window_size": 32,
+            "block_types": ("recurrent", "recurrent", "attention"),
+        },
+    ),
+    "rwkv": (
+        "RwkvConfig",
+        {
+            "vocab_size": 272,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "context_length": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+
+def make_family(name: str, directory: Path) -> None:
+    """Writes a causal language model of a family with seeded random weights, and a tokenizer of bytes.
+
+    Weights are larger than a fresh model's and biases not 0, so that a mistake in any of them shows in the log-probs.
+    """
+    config, arguments = FAMILIES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**arguments)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.1
+            parameter.add_(torch.randn(parameter.shape), alpha=scale)
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)

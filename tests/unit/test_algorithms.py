@@ -8,8 +8,6 @@ import pytest
 
 from onpo_fast import algorithms
 from onpo_fast.algorithms import ALGORITHMS, ALIASES, refreshing
-from onpo_fast.language_game import with_larger_step
-from onpo_fast.objectives import Onpo
 
 
 class Recorder:
@@ -143,7 +141,3 @@ def test_a_reference_that_is_refreshed_is_the_policy_of_then() -> None:
     assert policies == ["π0", "π1", "π2", "π3", "π4", "π5"]
     pulled = [asked.split("against ")[1].split(" from")[0] for asked in game.asked if asked.startswith("fit")]
     assert pulled == ["mix(π0, π0)", "mix(π0, π1)", "mix(π2, π2)", "mix(π2, π3)", "mix(π4, π4)"]
-
-
-def test_several_steps_in_one_fit_multiply_the_target() -> None:
-    assert with_larger_step(Onpo(eta=3.0), 2) == Onpo(eta=6.0)

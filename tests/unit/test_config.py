@@ -299,7 +299,8 @@ def test_variants_that_contradict_each_other(line: str, named: str) -> None:
 
 def earlier_run(directory: Path, journal: bool, **changes: object) -> dict:
     """A run directory as earlier versions wrote it; returns its options."""
-    options = {name: value for name, value in vars(Config(out=str(directory))).items() if name != "refresh_reference"}
+    newer = ("refresh_reference", "push_to_hub")
+    options = {name: value for name, value in vars(Config(out=str(directory))).items() if name not in newer}
     options["judge_max_nonsense"] = options.pop("judge_max_invalid_rate")
     options |= {"second_fit": "chained", "fit_start": "anchor", **changes}
     directory.mkdir()

@@ -58,7 +58,10 @@ def test_strings_and_conversations(write_lines) -> None:
         (r'{"prompt": "\ud83d"}', "line 2: a message holds half of a surrogate pair"),
         ('{"prompt": [{"role": "user"}]}', 'line 2: each message needs a "role" and a "content"'),
         ('{"prompt": [{"role": "robot", "content": "x"}]}', "line 2: the role 'robot'"),
-        ('{"prompt": [{"role": "assistant", "content": "x"}]}', "line 2: nothing is left of the conversation without"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "x"}]}',
+            "line 2: the conversation has only turns of the assistant",
+        ),
         ('{"prompt": [{"role": "system", "content": "x"}]}', "line 2: the conversation has no turn of the user"),
         ('{"prompt": [{"role": ["user"], "content": "x"}]}', r"line 2: the role \['user'\]"),
         (
@@ -170,9 +173,7 @@ def test_files_that_are_no_text_are_told_what_is_read(tmp_path) -> None:
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "p.jsonl").write_bytes(text.encode("utf-16"))
     for name in ("p.pq", "p.jsonl.gz", "p.jsonl"):
-        with pytest.raises(
-            UserError, match=f"cannot read .*{name}: it is no text in UTF-8; a file is JSON lines, .json"
-        ):
+        with pytest.raises(UserError, match=f"cannot read .*{name}: it is not UTF-8 text; give JSON lines, .json"):
             data.read_prompts(tmp_path / name)
 
 
@@ -496,7 +497,7 @@ def test_pipes_and_devices_are_no_files(tmp_path, monkeypatch) -> None:
         listening.bind("socket.jsonl")
         names = ("pipe.jsonl", "socket.jsonl", "link.jsonl", "/dev/zero", "/dev/null", "/dev/stdin", "-", "/dev/fd/0")
         for name in names:
-            with pytest.raises(UserError, match=f"cannot read {name}: it is no file that can be read again; save"):
+            with pytest.raises(UserError, match=f"cannot read {name}: it cannot be read a second time; save"):
                 data.read_prompts(name)
 
 
@@ -665,14 +666,14 @@ def read_all(groups: list[Group], paths: dict[str, Path]) -> None:
         *((name, lambda lines: [*lines, lines[1]], "has more than 2 lines where there are 2") for name in COUNTED),
         *((name, lambda lines: [], "has (0 lines where|no lines)") for name in (*COUNTED, "pairs")),
         *(
-            (name, lambda lines: lines[::-1], "line 1: it is of 2 responses where the group has 3")
+            (name, lambda lines: lines[::-1], "line 1: it has 2 responses where the group has 3")
             for name in ("preferences", "scores")
         ),
-        ("groups", lambda lines: lines[::-1], "line 1: it is of another prompt"),
+        ("groups", lambda lines: lines[::-1], "line 1: it belongs to another prompt"),
         ("groups", lambda lines: [lines[0], lines[1].replace("[3, 4]", "[3, 5]")], "line 2: it has a token beyond the"),
         ("groups", lambda lines: [lines[0], lines[1].replace("[3, 4]", "[3, -1]")], "line 2: it has a token beyond"),
         ("groups", lambda lines: [lines[0], lines[1].replace("[1, 2]", "[]")], "line 2: its prompt has no tokens"),
-        ("pairs", lambda lines: [lines[0], lines[1].replace('"group": 1', '"group": 99')], "line 2: it is of group 99"),
+        ("pairs", lambda lines: [lines[0], lines[1].replace('"group": 1', '"group": 99')], "line 2: it names group 99"),
         ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 3')], "line 1: it compares a response tha"),
         ("pairs", lambda lines: [lines[0].replace('"winner": 2', '"winner": 1')], "line 1: it compares a response wit"),
         ("pairs", lambda lines: [lines[2].replace('"winner": 0', '"winner": 2')], "line 1: it compares a response tha"),

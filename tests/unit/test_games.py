@@ -1,18 +1,20 @@
 """Matrix games: what the theory says of them, on exact figures."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import factorial
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+import torch
+from scipy.optimize import brentq, minimize, root
 from scipy.special import expit
 
-from onpo_fast.games import ALGORITHMS, GAMES, best_response, bounds, duality_gap, nash, regularised_gap, run
+from onpo_fast.algorithms import ALGORITHMS, ALIASES, refreshing
+from onpo_fast.games import GAMES, best_response, bounds, duality_gap, nash, regularised_gap, run
 from onpo_fast.games.fits import Exact, Sampled, bradley_terry_scores, log_normalised
 from onpo_fast.games.lab import fitted_step
 from onpo_fast.games.preferences import check, cyclic, one_beats_all, random, read, three_cycle
-from onpo_fast.objectives import Omd, Onpo
+from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo, with_steps
 
 RPS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
@@ -107,39 +109,64 @@ def normalised(weights):
     return weights / weights.sum()
 
 
+def step_of(P, policy, algorithm, eta, reward):
+    """log π_new/π of one fit, by solving the optimality conditions of the algorithm's loss numerically."""
+    if algorithm == "sppo":  # of Σ π (u − a)² with Σ π e^u = 1: u + λe^u = a, in which the sum falls with λ
+        a = eta * (reward - 0.5)
+
+        def u(multiplier):
+            return np.array([brentq(lambda u, a=a: u + multiplier * np.exp(u) - a, -50, 50, xtol=1e-15) for a in a])
+
+        return u(brentq(lambda multiplier: policy @ np.exp(u(multiplier)) - 1, 0, 100, xtol=1e-15))
+    if algorithm == "iterative_dpo":  # β = 1/η: margins are η times the Bradley-Terry scores, of which one is 0
+
+        def slope(free):
+            z = np.append(0, free)
+            return ((expit(z[:, None] - z[None, :]) - P) @ policy)[1:]
+
+        return eta * np.append(0, root(slope, np.zeros(len(P) - 1), tol=1e-14).x)
+    return eta * reward
+
+
 def by_formula(P, algorithm, eta, T, init, tau):
     """π_1 … π_T with probabilities and plain products, as the papers write them."""
     policy = auxiliary = init
-    out = [policy]
+    policies = [policy]
     for _ in range(T - 1):
         r = P @ policy
+        grow = np.exp(step_of(P, policy, algorithm, eta, r))
         mixed = normalised(init ** (eta * tau) * policy ** (1 - eta * tau))
-        if algorithm == "onpo":
-            auxiliary = normalised(auxiliary * np.exp(eta * r))
-            policy = normalised(auxiliary * np.exp(eta * r))
-        elif algorithm == "omd":
-            policy = normalised(policy * np.exp(eta * r))
-        elif algorithm == "inpo":
-            inverse = 1 / eta
-            policy = normalised(init ** (tau / inverse) * policy ** (1 - tau / inverse) * np.exp(r / inverse))
-        elif algorithm == "online_ipo":
-            policy = normalised(init * np.exp(eta * r))
-        elif algorithm == "nash_md":
-            policy = normalised(mixed * np.exp(eta * P @ mixed))
-        elif algorithm == "egpo":
-            half = normalised(mixed * np.exp(eta * r))
-            policy = normalised(mixed * np.exp(eta * P @ half))
-        out.append(policy)
-    return np.array(out)
+        match algorithm:
+            case "onpo" | "onpo_direct" | "onpo_from_policy":
+                auxiliary = normalised(auxiliary * grow)
+                policy = normalised(auxiliary * grow)
+            case "omd" | "sppo" | "iterative_dpo":
+                policy = normalised(policy * grow)
+            case "omd_two_fits":
+                policy = normalised(policy * grow * grow)
+            case "inpo":
+                inverse = 1 / eta
+                policy = normalised(init ** (tau / inverse) * policy ** (1 - tau / inverse) * np.exp(r / inverse))
+            case "online_ipo":
+                policy = normalised(init * grow)
+            case "nash_md":
+                policy = normalised(mixed * np.exp(eta * P @ mixed))
+            case "egpo":
+                policy = normalised(mixed * np.exp(eta * P @ normalised(mixed * grow)))
+            case _:
+                raise AssertionError(f"{algorithm} has no formula here")
+        policies.append(policy)
+    return np.array(policies)
 
 
-@pytest.mark.parametrize("algorithm", ["onpo", "omd", "inpo", "online_ipo", "nash_md", "egpo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_traces_equal_the_formulas(algorithm):
     P, init = games(7, 3, seed=4), policies((3, 7), seed=5)
-    trace = run(P, algorithm, 0.4, 60, init, tau=0.2, keep_policies=True)
+    T = 8 if algorithm in ("sppo", "iterative_dpo") else 60  # whose steps are solved for
+    trace = run(P, algorithm, 0.4, T, init, tau=0.2, keep_policies=True)
     for b in range(3):
-        expected = by_formula(P[b], algorithm, 0.4, 60, init[b], 0.2)
-        averages = expected.cumsum(0) / np.arange(1, 61)[:, None]
+        expected = by_formula(P[b], algorithm, 0.4, T, init[b], 0.2)
+        averages = expected.cumsum(0) / np.arange(1, T + 1)[:, None]
         np.testing.assert_allclose(trace.policies[b], expected, atol=1e-12)
         np.testing.assert_allclose(trace.last_gap[b], [duality_gap(P[b], pi) for pi in expected], atol=1e-12)
         np.testing.assert_allclose(trace.average_gap[b], [duality_gap(P[b], pi) for pi in averages], atol=1e-12)
@@ -147,6 +174,77 @@ def test_traces_equal_the_formulas(algorithm):
         np.testing.assert_allclose(trace.average_regularised_gap[b], of_average, atol=1e-12)
         np.testing.assert_allclose(trace.policy[b], expected[-1], atol=1e-12)
         np.testing.assert_allclose(trace.average_policy[b], averages[-1], atol=1e-12)
+
+
+def test_variants_of_one_update_agree():
+    """Two fits of mirror descent are one at twice the step, and ONPO's variants are ONPO where every fit is exact."""
+    P, init = games(6, 3, seed=19), policies((3, 6), seed=20)
+    once = run(P, "omd", 0.6, 40, init, keep_policies=True).policies
+    np.testing.assert_allclose(run(P, "omd_two_fits", 0.3, 40, init, keep_policies=True).policies, once, atol=1e-13)
+    onpo = run(P, "onpo", 0.4, 40, init, keep_policies=True).policies
+    for variant in ("onpo_direct", "onpo_from_policy"):
+        np.testing.assert_allclose(run(P, variant, 0.4, 40, init, keep_policies=True).policies, onpo, atol=1e-13)
+
+
+def test_short_names_play_the_same():
+    P = games(4, 1)[0]
+    for short, name in ALIASES.items():
+        np.testing.assert_array_equal(run(P, short, 0.5, 5).policy, run(P, name, 0.5, 5).policy)
+
+
+class Recorder:
+    """A game that plays nothing, and notes what it is asked for. Policies are numbers."""
+
+    def __init__(self):
+        self.fits = []
+
+    def compare(self, policy, opponent=None):
+        return policy, opponent
+
+    def mixture(self, initial, policy):
+        return f"{initial}~{policy}"
+
+    def fit(self, anchor, compared, *, warm_start=None, into="policy", steps=1):
+        self.fits.append((anchor, compared, warm_start, into, steps))
+        return len(self.fits)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_algorithms_say_how_many_fits_they_take(algorithm):
+    game, chosen = Recorder(), ALGORITHMS[algorithm]
+    assert list(islice(chosen.play(game, 0), 4)) == [0, *(np.arange(1, 4) * chosen.fits)]
+    into = [fit[3] for fit in game.fits]
+    assert into == 3 * (["auxiliary"] * (chosen.fits - 1) + ["policy"])
+    assert chosen.mixes == any("~" in str(fit[0]) for fit in game.fits)
+
+
+def test_variants_of_onpo_differ_in_their_fits():
+    """(anchor, warm start, steps) of the second iteration, whose policies are the results of fits 1 and 2."""
+    fits = {}
+    for name in ("onpo", "onpo_direct", "onpo_from_policy"):
+        game = Recorder()
+        list(islice(ALGORITHMS[name].play(game, 0), 3))
+        assert {fit[1] for fit in game.fits[2:]} == {(2, None)}
+        fits[name] = [(anchor, warm, steps) for anchor, _, warm, _, steps in game.fits[2:]]
+    assert fits["onpo"] == [(1, None, 1), (3, None, 1)]
+    assert fits["onpo_direct"] == [(1, None, 1), (1, 3, 2)]
+    assert fits["onpo_from_policy"] == [(1, 2, 1), (3, 2, 1)]
+
+
+def test_refreshing_starts_again_from_its_own_policy():
+    """COMAL: with the reference refreshed INPO converges to the Nash policy of the game without a pull."""
+    P, T, every = WEIGHTED[None], 5000, 200
+    init = TILTED[None]
+    game = Exact(P, Inpo(2.0, 0.05), 0.5, 0.05)
+    play = ALGORITHMS["inpo"].play
+    plain = [np.exp(policy) for policy in islice(play(game, np.log(init)), T)]
+    refreshed = [np.exp(policy) for policy in islice(refreshing(play, every)(game, np.log(init)), T)]
+    np.testing.assert_array_equal(refreshed[: every + 1], plain[: every + 1])
+    again = next(islice(play(game, np.log(refreshed[every])), 7, None))
+    np.testing.assert_allclose(refreshed[every + 7], np.exp(again), atol=1e-14)
+    assert duality_gap(P, plain[-1]) > 1e-2
+    assert duality_gap(P, refreshed[-1]) < 1e-6
+    np.testing.assert_allclose(refreshed[-1][0], WEIGHTED_NASH, atol=1e-6)
 
 
 def test_optimism_counts_the_last_reward_twice_and_the_one_before_back():
@@ -293,7 +391,7 @@ def exact_step(P, policy):
 
 
 @pytest.mark.parametrize("pairing", ["iid", "all_pairs"])
-@pytest.mark.parametrize("labels", ["soft", "bits"])
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
 def test_sampled_minimisers_converge_to_the_closed_form(pairing, labels):
     P, policy = games(5, 1, seed=15)[0], np.array([0.3, 0.25, 0.2, 0.15, 0.1])
     errors = []
@@ -338,7 +436,14 @@ def test_sampled_runs_follow_the_exact_ones(algorithm):
     np.testing.assert_array_equal(sampled.policy, again.policy)
 
 
-@pytest.mark.parametrize("labels", ["soft", "bits"])
+def test_bits_is_an_old_name_of_sampled_labels():
+    P, options = games(4, 2, seed=17), {"mode": "sampled", "groups": 10}
+    old, new = (run(P, "omd", 0.5, 3, labels=labels, **options).policy for labels in ("bits", "sampled"))
+    np.testing.assert_array_equal(old, new)
+    assert not np.array_equal(new, run(P, "omd", 0.5, 3, **options).policy)
+
+
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
 def test_an_opponents_draws_give_its_rewards(labels):
     """EGPO's second fit: pairs of π against draws of another policy, not against each other."""
     P, policy, other = games(4, 1, seed=18), np.full((1, 4), 0.25), np.array([[0.7, 0.1, 0.1, 0.1]])
@@ -370,6 +475,20 @@ def test_exact_and_sampled_are_one_interface():
     anchor = log_normalised(np.zeros((1, 3)))
     for game in (Exact(P, Omd(0.5), 0.5, 0.0), Sampled(P, Omd(0.5), 0.5, 0.0, 4, 4, "iid", "soft", 0)):
         assert np.exp(game.fit(anchor, game.compare(anchor))).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("objective", [Onpo(0.7), Omd(0.7), Inpo(2.0, 0.5), Ipo(2.0), Dpo(0.5), Sppo(0.7)])
+def test_steps_multiply_the_target(objective):
+    preference = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    more = with_steps(objective, 3)
+    torch.testing.assert_close(more.target(preference), 3 * objective.target(preference))
+    if isinstance(objective, Inpo):
+        assert more.initial_share == pytest.approx(objective.initial_share)
+    elif not isinstance(objective, Sppo):
+        P, anchor = games(4, 1), np.log(policies((1, 4)))
+        game, other = (Sampled(P, one, 1.0, 0.0, 30, 4, "iid", "soft", 0) for one in (objective, more))
+        compared = game.compare(anchor)
+        np.testing.assert_allclose(game.fit(anchor, compared, steps=3), other.fit(anchor, compared), atol=1e-9)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.loss_cases import CASES, Case, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.objectives import Onpo
-from tests.support.loss_cases import CASES, Case, relative_error
 
 WORKSPACES = {"roomy": None, "some blocks": 4 * 97 * 14, "tight": 1}
 

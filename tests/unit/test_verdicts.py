@@ -405,9 +405,9 @@ def test_an_answer_that_was_cut_off() -> None:
 def test_a_long_answer_is_read_at_its_ends() -> None:
     """4 MiB of anything in far less than the seconds that matching it would take, let alone the square of it."""
     for piece in PIECES:
-        start = time.perf_counter()
+        start = time.process_time()
         verdict(piece * (2**22 // len(piece)))
-        assert time.perf_counter() - start < 2, piece
+        assert time.process_time() - start < 2, piece
     long = "B is longer. " * 300_000
     assert verdict(f"<think>{long}") is None
     reading = read_answer(f"<think>{long}</think>\n[[A]]")

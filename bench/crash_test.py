@@ -1,6 +1,6 @@
 """Runs killed -9 at random moments and resumed, and runs with damaged files: all must end with the same bits.
 
-    python -m bench drill [--kills 40] [--errors 24] [--seed 0] [--tokenizer MODEL]
+    python -m bench crash_test [--kills 40] [--errors 24] [--seed 0] [--tokenizer MODEL]
 
 A small random model with a real tokenizer trains once undisturbed; then again and again, killed, or refused by the file
 system, and resumed. Kills come at random moments of a whole run, of its evaluation, and while a judge is being asked: a
@@ -68,12 +68,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
-        drill = Drill(Path(work), options.tokenizer)
-        failures = drill.kill(options.kills // 2, options.seed)
-        failures += drill.kill_in_the_evaluation(options.kills // 4, options.seed)
-        failures += drill.kill_while_judging(options.kills - options.kills // 2 - options.kills // 4, options.seed)
-        failures += drill.kill_after_a_fit() + drill.damage() + drill.damage_checkpoint()
-        failures += drill.fail(options.errors, options.seed) + drill.limit() + drill.fill()
+        test = CrashTest(Path(work), options.tokenizer)
+        failures = test.kill(options.kills // 2, options.seed)
+        failures += test.kill_in_the_evaluation(options.kills // 4, options.seed)
+        failures += test.kill_while_judging(options.kills - options.kills // 2 - options.kills // 4, options.seed)
+        failures += test.kill_after_a_fit() + test.damage() + test.damage_checkpoint()
+        failures += test.fail(options.errors, options.seed) + test.limit() + test.fill()
     print("\n".join(failures) or "every run ended with the same bits")
     return 1 if failures else 0
 
@@ -105,7 +105,7 @@ def small_run(work: Path, name: str) -> Config:
     return Config(model=str(work / "model"), prompts=str(work / "prompts.jsonl"), out=str(work / name), **SMALL)
 
 
-class Drill:
+class CrashTest:
     """An undisturbed run, and what others are held against it."""
 
     def __init__(self, work: Path, tokenizer: str) -> None:

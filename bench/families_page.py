@@ -1,0 +1,129 @@
+"""What is said of model families: a line each for the terminal, the table of docs/models.md."""
+
+from __future__ import annotations
+
+import html
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+
+import onpo_fast
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+NATS = 1e-4  # a summed log-prob of at most 12 tokens may be off by so much
+RELATIVE = 1e-4  # and a gradient, ‖difference‖ / ‖gradient‖ over all parameters
+LENGTHS = ((5, 1, 12), (12, 7, 3), (9, 12, 2))  # tokens of the responses to each of them
+
+
+@dataclass
+class Row:
+    """A family in the table; None where it did not come so far."""
+
+    name: str
+    about: str
+    layout: str | None = None  # of rows: "shared" prompts or "separate"
+    logps: float | None = None  # nats: the largest difference of a response's summed log-prob to plain transformers'
+    gradient: float | None = None  # relative, of the first step of a fit: the larger of two runs
+    sampled: float | None = None  # nats: the largest difference between the sampler's log-probs and the scorer's
+    saved: float | None = None  # nats: the largest difference after saving and loading, here and in plain transformers
+    notes: list[str] = field(default_factory=list)  # how it is done, where that is not as usual
+    verdict: str = ""  # "exact", "refused: why", "absent" or "WRONG: what"
+    seconds: float = 0.0
+
+
+def describe(row: Row) -> str:
+    """A line for the terminal."""
+    numbers = ("logps", "gradient", "sampled", "saved")
+    known = [f"{name} {getattr(row, name):.1e}" for name in numbers if getattr(row, name) is not None]
+    return f"{', '.join([row.name, *([row.layout] if row.layout else []), *known])}: {row.verdict}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many families there are of each verdict."""
+    words = [row.verdict.partition(":")[0] for row in rows]
+    return f"{len(rows)} families: " + ", ".join(
+        f"{words.count(word)} {word}" for word in ("exact", "refused", "WRONG", "absent") if word in words
+    )
+
+
+def make_page(rows: Sequence[Row]) -> str:
+    """docs/models.md."""
+    lines = [
+        PREFACE.format(
+            summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
+        )
+    ]
+    lines += [
+        "",
+        "| family | what is special | layout | log-probs | gradient | sampled | saved | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    told = [row for row in rows if row.verdict != "absent"]
+
+    def said(word: str) -> dict[str, str]:
+        return {row.name: row.verdict.removeprefix(word) for row in told if row.verdict.startswith(word)}
+
+    for row in told:
+        numbers = (row.logps, row.gradient, row.sampled, row.saved)
+        shown = ["" if number is None else f"{number:.0e}" if number else "0" for number in numbers]
+        cells = [row.name, row.about, row.layout or "", *shown, row.verdict.partition(":")[0]]
+        lines.append(f"| {' | '.join(cells)} |")
+    for title, texts in (
+        ("Wrong", said("WRONG: ")),
+        ("Refused, and what is said", said("refused: ")),
+        ("Exact in another way", {row.name: "; ".join(row.notes) for row in told if row.notes}),
+    ):
+        if texts:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- **{name}**: {html.escape(text, quote=False)}" for name, text in texts.items()]
+    if absent := [row.name for row in rows if row.verdict == "absent"]:
+        lines += ["", "## Absent", "", f"This version of transformers does not have: {', '.join(absent)}."]
+    return "\n".join(lines) + "\n"
+
+
+PREFACE = """\
+# Model families
+
+Tiny random models of each family, run here and compared with plain transformers: two to four layers of the real model
+classes, with weights larger than a fresh model's, and with dropout, router jitter and biases that are not 0, so that
+mistakes show. No trained weights and no GPU were used. `python -m bench families` writes this page, `bench/zoo.py` has
+the configurations, and `python -m bench families --only llama` tries one.
+
+{summary}.
+{versions}
+
+- **layout**: how the responses to a prompt go through the model. `shared`: in one row under a mask, with the prompt
+  computed once. `separate`: one row for each response.
+- **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
+  one padded batch, against plain transformers with each prompt and response alone in a row. Largest difference,
+  in nats.
+- **gradient**: of the first step of a fit over nine pairs, by all parameters, against plain autograd on
+  those rows in evaluation mode: ‖difference‖ / ‖gradient‖. Computed twice; the larger is shown, and both must have the
+  same bits, which dropout or router jitter would change.
+- **sampled**: the sampler's log-probs of six responses, in one batch, against the scorer's. Largest difference, in
+  nats. If they disagree, a whole run is started, which must refuse the model or sample in a way that agrees.
+- **saved**: the log-probs after saving the policy and loading it again, here and in plain transformers. Largest
+  difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
+
+`exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: with one line, before
+anything is trained."""
+
+
+def versions() -> str:
+    """Of what made the page."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    commit = (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
+    return (
+        f"onpo_fast {onpo_fast.__version__} (commit {commit}), transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}."
+    )
