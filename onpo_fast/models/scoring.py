@@ -26,9 +26,10 @@ from .heads import head_arguments
 class LabelledPairs:
     """P labelled pairs of the S responses of a packed batch.
 
-    ``forward`` takes this class and ``Packed`` rather than separate tensors, because wrappers change tensor arguments:
-    DDP and FSDP2 move them to the GPU, where reading ``pairs`` would synchronise, and FSDP2's mixed precision casts
-    them, which would round ``ref_logps`` by whole nats.
+    ``forward`` takes this class and ``Packed`` rather than separate tensors: DDP and FSDP2 move tensor arguments to the
+    GPU, where reading ``pairs`` would synchronise, but leave dataclasses as they are. FSDP2's mixed precision casts the
+    tensors of both, which the loss refuses as it would round ``ref_logps`` by whole nats: give the wrapped module
+    ``MixedPrecisionPolicy(…, cast_forward_inputs=False)``.
     """
 
     pairs: Tensor  # (P, 2) int64 on the CPU, where the loss plans its work: (winner, loser) indices of responses

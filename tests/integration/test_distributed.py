@@ -154,11 +154,6 @@ def by_half_precision(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) 
     return fully_shard(wrap(model), mp_policy=policy)
 
 
-def by_casting_inputs(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """FSDP2's default casts tensor arguments: the trainer's are not among them."""
-    return fully_shard(wrap(model), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-
-
 SCENARIOS = [
     (way, head, kind)
     for way, heads in {
@@ -170,14 +165,8 @@ SCENARIOS = [
     for head in heads
     if head != "lora" or PEFT
     for kind in ("pairs", "tokens", "trainer")
-] + [("bf16, inputs cast", "untied", "trainer")]
-WAYS = {
-    "ddp": by_snippet(1),
-    "fsdp": by_snippet(2),
-    "own group": by_own_group,
-    "bf16": by_half_precision,
-    "bf16, inputs cast": by_casting_inputs,
-}
+]
+WAYS = {"ddp": by_snippet(1), "fsdp": by_snippet(2), "own group": by_own_group, "bf16": by_half_precision}
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -199,6 +188,8 @@ def work(rank: int, directory: str) -> None:
         for way, head, kind in SCENARIOS:
             module = WAYS[way](model_of(head), lambda model, kind=kind: with_loss(model, kind))
             seen[way, head, kind] = gradients(module, batch(rank), kind)
+        casting = fully_shard(ScoringModule(tiny(False)), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+        seen["inputs that are cast"] = refusal(lambda: casting(**for_trainer(batch(rank))))
         sharded = tiny(tied=False)
         fully_shard(sharded)
         seen["a sharded head outside"] = refusal(lambda: head_arguments(sharded))
@@ -237,13 +228,19 @@ def test_two_processes_give_the_gradients_of_one(scenario: tuple[str, str, str],
         for name, gradient in want.items():
             error = float((process[scenario][name] - gradient).norm() / gradient.norm())
             # bf16 has 8 bits, and a sum of log-probs that had been rounded to it would be off by far more
-            assert error < (0.05 if way.startswith("bf16") else 1e-5), name
+            assert error < (0.05 if way == "bf16" else 1e-5), name
 
 
 def test_a_loss_outside_the_wrapped_forward_is_refused(seen: list[dict]) -> None:
     for process in seen:
         assert re.search(r"Linear, is sharded here .*inside the forward", process["a sharded head outside"])
         assert re.search("DistributedDataParallel must go around", process["the model alone under DDP"])
+
+
+def test_anchors_log_probs_in_half_precision_are_refused(seen: list[dict]) -> None:
+    """FSDP2 casts the arguments of a forward unless it is told not to."""
+    for process in seen:
+        assert "ref_logps" in process["inputs that are cast"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_ipo_is_on_summed_log_probs(build) -> None:
 def test_soft_labels_through_training_and_evaluation(build) -> None:
     trainer = build(
         eta=5.0,
-        learning_rate=1e-5,
+        learning_rate=1e-4,
         data=dataset(labels=LABELS),
         precompute_ref_log_probs=True,
         trainer={"eval_dataset": dataset(labels=LABELS)},
