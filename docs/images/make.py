@@ -105,7 +105,7 @@ def draw_overview() -> None:
     about = f"bf16, {shape['groups']} pairs of 2×{tokens} tokens, H {features}, V {vocabulary}"
     figure.text(0.70, 0.905, f'{about}; make gpu-check ARGS="--part 2", commit 62adab3', ha="center", fontsize=7.5)
     figure.text(0.19, 0.955, "Algorithm 1, one iteration", ha="center", fontsize=10.5, weight="bold")
-    note = "Not drawn: CCE, 204 ms and no extra memory. Liger Hopper CE: from the run after it."
+    note = "Not drawn: CCE, 204 ms and 2 MB. Liger Hopper CE: from the run after it."
     figure.text(0.70, 0.015, note, ha="center", fontsize=7.5)
     save(figure, "overview.svg")
 
