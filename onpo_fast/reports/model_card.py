@@ -74,8 +74,9 @@ def saved_policies(journal: Journal) -> list[str]:
 
 
 def _write(run: RunData, journal: Journal, folder: str) -> Path:
-    path = run.directory / folder / MODEL_CARD
-    atomic_write_text(path, model_card(run, journal, folder))
+    path, text = run.directory / folder / MODEL_CARD, model_card(run, journal, folder)
+    if not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text):
+        atomic_write_text(path, text)
     return path
 
 
