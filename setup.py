@@ -35,6 +35,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
+        "huggingface_hub",
         "safetensors",
         "filelock",
         "gguf",  # the embedded model is a GGUF file, which

@@ -25,7 +25,7 @@ from .errors import command, printable
 from .evaluate import Evaluator, summary
 from .language_game import LanguageGame
 from .report import write_report
-from .reports.hub import push_policy
+from .reports.hub import check_upload, push_policy
 from .reports.model_card import write_model_cards
 from .run import signals
 from .run.opening import OpenRun, open_run
@@ -45,6 +45,8 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
         UserError: if something does not fit; names the option, file or line.
         Stopped: if a signal asked the run to stop.
     """
+    if config.push_to_hub is not None:
+        check_upload(config.push_to_hub)  # before hours of training
     with open_run(config, resume, force) as run:
         game = LanguageGame(
             run,

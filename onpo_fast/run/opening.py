@@ -31,7 +31,6 @@ from ..models.checkpoint import locate
 from ..models.policy import Policy
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
-from ..reports.hub import check_upload
 from .cache import StageCache
 from .fingerprint import changes, model_fingerprint
 from .journal import Journal
@@ -134,8 +133,6 @@ def _check(config: Config, resume: bool) -> _Checked:
     check_directory(directory, resume)
     oracle = load_oracle(config, directory)
     check_reporter(config.report_to)
-    if config.push_to_hub is not None:
-        check_upload(config.push_to_hub)
     check_backend(config.loss_backend, config.device)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)

@@ -132,6 +132,8 @@ def test_the_run_directory(run_directory: Path) -> None:
         for name in ("auxiliary", "policy"):
             assert (directory / name / "model.safetensors").is_file()
             assert (directory / name / "tokenizer.json").is_file()
+            card = (directory / name / "README.md").read_text(encoding="utf-8")
+            assert ("Win rate against the start policy" in card) == (name == "policy")
     assert not list(run_directory.rglob("*.partial"))
     assert not [p for p in run_directory.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     assert (run_directory / "report.html").is_file()
