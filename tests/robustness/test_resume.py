@@ -835,8 +835,8 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
         ("{}", "KeyError: 'step'"),
         ('{"step": 2}', "it is of step 2, and its entry in the journal of another"),
         ('{"step": 1}', "KeyError: 'param_groups'"),
-        ('{"step": 1, "param_groups": 3}', "is no state of this fit (TypeError: "),
-        ("[]", "is no state of this fit (TypeError: "),
+        ('{"step": 1, "param_groups": 3}', "is not a state of this fit (TypeError: "),
+        ("[]", "is not a state of this fit (TypeError: "),
     ],
 )
 def test_a_state_of_something_else_is_named(tmp_path, document: str, message: str) -> None:
@@ -851,7 +851,7 @@ def test_a_state_of_something_else_is_named(tmp_path, document: str, message: st
     with pytest.raises(UserError) as error:
         checkpoints.restore(model, optimizer)
     assert message in str(error.value)
-    assert str(error.value).startswith(f"{tmp_path}/fit/step_00000001 is no state of this fit (")
+    assert str(error.value).startswith(f"{tmp_path}/fit/step_00000001 is not a state of this fit (")
     for note in ({}, {"step": "x"}, {"step": 0}, {"step": True}):
         journal.record("fit/step_00000001", note)
         with pytest.raises(UserError, match=r"step_00000001: its entry in journal\.jsonl is not what a run notes"):
