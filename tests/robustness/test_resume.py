@@ -833,7 +833,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path) -> None:
     ("document", "message"),
     [
         ("{}", "KeyError: 'step'"),
-        ('{"step": 2}', "it is of step 2, and its entry in the journal of another"),
+        ('{"step": 2}', "it has step 2, and the journal says another"),
         ('{"step": 1}', "KeyError: 'param_groups'"),
         ('{"step": 1, "param_groups": 3}', "is not a state of this fit (TypeError: "),
         ("[]", "is not a state of this fit (TypeError: "),

@@ -282,6 +282,8 @@ class OneState:
         self.calls: list[str] = []
 
     def restore(self, model, optimizer) -> dict | None:
+        if self.state and "rate" in self.state:
+            optimizer.param_groups[0]["lr"] = self.state["rate"]
         return self.state
 
     def due(self, step: int) -> bool:
@@ -289,7 +291,7 @@ class OneState:
 
     def save(self, step: int, model, optimizer, rest: dict) -> None:
         self.calls.append(f"save {step}")
-        self.saved = {"step": step, **rest}
+        self.saved = {"step": step, "rate": optimizer.param_groups[0]["lr"], **rest}
 
     def record_written(self) -> None:
         pass
