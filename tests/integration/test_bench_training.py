@@ -148,7 +148,15 @@ def test_a_run(bench, capsys, tmp_path) -> None:
     (run,) = found["runs"]
     assert run["status"] == "measured", run
     assert run["tokens_per_second"].keys() == {"sample", "score", "fit"}
-    assert run["stage_seconds"].keys() == {"sample", "judge", "score", "fit auxiliary", "fit policy", "evaluate"}
+    assert run["stage_seconds"].keys() == {
+        "sample",
+        "judge",
+        "pair",
+        "score",
+        "fit auxiliary",
+        "fit policy",
+        "evaluate",
+    }
     assert run["peak_bytes"]["fit"] >= run["peak_bytes"]["sample"] > 0
     assert 0 <= run["win_rate"] <= 1
     assert found["environment"]["device"].startswith("cpu: ")

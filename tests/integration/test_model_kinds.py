@@ -19,7 +19,8 @@ from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
 from onpo_fast.fit import fit, plan_steps
-from onpo_fast.models.loading import load, weight_files
+from onpo_fast.models.checkpoint import weight_files
+from onpo_fast.models.loading import load
 from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
 from onpo_fast.run import tracking
@@ -252,7 +253,7 @@ def sampled_and_scored(policy, sampler) -> tuple[torch.Tensor, torch.Tensor]:
 def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(
     build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "said", set())
+    monkeypatch.setattr(tracking, "announced", set())
     config_class, options = KINDS["softcap by another name"]
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build(config_class, **{**SMALL, **options}), config)
@@ -268,7 +269,7 @@ def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(
 def test_one_response_at_a_time_where_a_batch_is_wrong(
     build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "said", set())
+    monkeypatch.setattr(tracking, "announced", set())
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build("RwkvConfig", hidden_size=32, num_hidden_layers=2, context_length=512), config)
     sampler = make_sampler(policy, config)
@@ -611,7 +612,7 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_has_it(build) ->
     tokenizer.save_pretrained(directory)
     policy = load(directory, Config())
     assert policy.renderer.render(MESSAGES[0])
-    with pytest.raises(UserError, match=r"has the token '<image_soft_token>' \(49152\), and .* 49152 rows"):
+    with pytest.raises(UserError, match=r"has the token '<image_soft_token>' \(49152\), but .* 49152 rows"):
         policy.renderer.render([{"role": "user", "content": "What is in <image_soft_token>?"}])
 
 
@@ -679,5 +680,5 @@ def test_a_file_that_is_no_safetensors_is_one_line(build) -> None:
 def test_a_damaged_index_is_one_line(build, content: str) -> None:
     directory = sharded(build, lambda name: name)
     (directory / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"index.json is (damaged|not JSON|no JSON object)"):
+    with pytest.raises(UserError, match=r"index.json is (damaged|not JSON|not a JSON object)"):
         load(directory, Config())

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import cosine_with_warmup, fit, plan_steps
+from onpo_fast.fit import FitFailed, cosine_with_warmup, fit, plan_steps
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import score
 from onpo_fast.objectives import Dpo, Onpo, Sppo
@@ -272,3 +272,75 @@ def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(shallow_model
     norm = sum(float(p.grad.square().sum()) for p in model.parameters())
     assert (error / norm) ** 0.5 < 1e-4
     assert records[0]["logp_loser"] == pytest.approx(float(logp(pairs[-1], 0)) / len(pairs), rel=1e-4)
+
+
+class OneState:
+    """States of a fit with one saved state; remembers what was asked of it."""
+
+    def __init__(self, state: dict | None) -> None:
+        self.state = state
+        self.calls: list[str] = []
+
+    def restore(self, model, optimizer) -> dict | None:
+        if self.state and "rate" in self.state:
+            optimizer.param_groups[0]["lr"] = self.state["rate"]
+        return self.state
+
+    def due(self, step: int) -> bool:
+        return step == 2
+
+    def save(self, step: int, model, optimizer, rest: dict) -> None:
+        self.calls.append(f"save {step}")
+        self.saved = {"step": step, "rate": optimizer.param_groups[0]["lr"], **rest}
+
+    def record_written(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def clear(self) -> None:
+        self.calls.append("clear")
+
+    def describe_error(self, error: Exception) -> str:
+        return f"STATE {type(error).__name__}"
+
+
+def test_a_fit_goes_on_from_a_state(shallow_model) -> None:
+    config = Config(model=str(shallow_model), learning_rate=LEARNING_RATE)
+    steps, saved = [], None
+    states = OneState(None)
+    for _ in range(2):  # the second time, from the schedule and the counters of step 2 alone
+        policy = load(shallow_model, config)
+        groups = make_groups(policy)
+        batches = plan_steps(PAIRS, 2, 6, [0])
+        anchor = score(policy, groups, 1000)
+        records: list[dict] = []
+        fit(policy, groups, batches, anchor, Onpo(eta=2.0), config, records.append, states)
+        steps.append([(record["step"], record["learning_rate"]) for record in records])
+        saved = saved or states.saved
+        states = OneState(saved)
+    assert [step for step, _ in steps[0]] == [1, 2, 3, 4]
+    assert steps[1] == steps[0][2:]
+
+
+def test_a_state_that_does_not_fit_is_named_and_kept(shallow_model) -> None:
+    config = Config(model=str(shallow_model))
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    states = OneState({"step": 1, "skipped": 0})
+    anchor = score(policy, groups, 1000)
+    with pytest.raises(UserError, match="STATE KeyError"):
+        fit(policy, groups, plan_steps(PAIRS, 2, 6, [0]), anchor, Onpo(eta=2.0), config, print, states)
+    assert states.calls == []
+
+
+def test_the_states_of_a_fit_that_fails_are_removed(shallow_model) -> None:
+    config = Config(model=str(shallow_model), max_skipped_steps=0)
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    states = OneState(None)
+    anchor = [torch.full((3,), float("nan"))] * 4
+    with pytest.raises(FitFailed):
+        fit(policy, groups, plan_steps(PAIRS, 2, 6, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None, states)
+    assert states.calls == ["clear"]
