@@ -185,7 +185,7 @@ def test_changed_options_are_named_and_refused(whole: Whole) -> None:
     config, resume = parse_run(["--resume", "--out", out])
     assert resume
     assert config == whole.config
-    with pytest.raises(UserError, match=r"--seed 0 → 3, --learning_rate 0\.001 → 0\.002"):
+    with pytest.raises(UserError, match=r"--learning_rate 0\.001 → 0\.002, --seed 0 → 3"):
         parse_run(["--resume", "--out", out, "--seed", "3", "--learning_rate", "2e-3"])
     config, _ = parse_run(["--resume", "--force", "--out", out, "--iterations", "3"])
     assert config.iterations == 3
@@ -241,7 +241,7 @@ def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, 
     def kill(*arguments) -> None:
         raise Killed
 
-    monkeypatch.setattr(module, "atomic_write_text", kill)  # what writes config.yaml
+    monkeypatch.setattr("onpo_fast.run.opening.atomic_write_text", kill)  # writes config.yaml
     config = replace(whole.config, out=str(tmp_path / "run"))
     with pytest.raises(Killed):
         module.train(config, resume=True)
