@@ -120,9 +120,10 @@ def _options_in_journal(directory: Path) -> dict[str, Any] | None:
 
 def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     """Returns "--option old → new" for every option that has changed. A journal may lack options that are newer."""
-    newer = {field.name: field.default for field in fields(Config) if field.name not in COMPUTED_DEFAULTS}
+    known = (*before, *COMPUTED_DEFAULTS)
+    newer = {field.name: field.default for field in fields(Config) if field.name not in known}
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
-        for name, was in {**newer, **before}.items()
+        for name, was in {**before, **newer}.items()
         if before and name != "out" and (now := getattr(config, name)) != was
     ]

@@ -241,7 +241,7 @@ def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, 
     def kill(*arguments) -> None:
         raise Killed
 
-    monkeypatch.setattr(module, "atomic_write_text", kill)  # what writes config.yaml
+    monkeypatch.setattr("onpo_fast.run.opening.atomic_write_text", kill)  # writes config.yaml
     config = replace(whole.config, out=str(tmp_path / "run"))
     with pytest.raises(Killed):
         module.train(config, resume=True)
