@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +14,6 @@ from onpo_fast import __main__ as console
 from onpo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = "import sys\nfrom onpo_fast.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
-
-
-@pytest.fixture
-def script(tmp_path_factory) -> list[str]:
-    """The command of the script as pip writes it, in a folder of its own."""
-    file = tmp_path_factory.mktemp("bin") / "onpo-fast"
-    file.write_text(SCRIPT)
-    return [sys.executable, str(file)]
 
 
 def test_the_entry_point_is_there() -> None:
@@ -88,25 +77,3 @@ def test_the_benchmark_is_in_a_checkout_only(tmp_path: Path, monkeypatch: pytest
         console.main(["bench", "kernels"])
     assert stopped.value.code == 2
     assert "checkout" in capsys.readouterr().err
-
-
-def test_the_script_imports_nothing_from_the_current_folder(script: list[str], tmp_path: Path) -> None:
-    """Nor does it read a matplotlibrc there, which here would never end. No command is imported for the help."""
-    for name in ("numpy", "torch", "yaml", "report", "bench"):
-        (tmp_path / f"{name}.py").write_text("open('owned', 'w').close()\n")
-    os.mkfifo(tmp_path / "matplotlibrc")
-    for module in (["-m", "onpo_fast"], script[1:]):
-        for line in (["report", "--help"], ["report", "."]):
-            words = [sys.executable, *module, *line]
-            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
-            assert done.returncode == (0 if "--help" in line else 2), done.stderr
-            assert "onpo_fast.report" in done.stdout or done.stderr.startswith("error: . is not a run"), done.stderr
-    assert not (tmp_path / "owned").exists()
-
-
-def test_help_imports_no_command(script: list[str], tmp_path: Path) -> None:
-    code = f"import sys; sys.argv = {script[1:]}; from onpo_fast.__main__ import main; main(['--help']); " + (
-        "print([name for name in ('transformers', 'matplotlib', 'onpo_fast.train') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

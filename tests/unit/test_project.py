@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,20 +97,6 @@ def test_a_configuration_that_is_none(tmp_path) -> None:
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="is not the configuration of a run"):
             read_run(tmp_path)
-
-
-@pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["in the checkout", "elsewhere"])
-def test_the_pypi_package_kernels_stays_importable(cwd: Path) -> None:
-    """The folder has no __init__.py, so that even where it lies on the path, the installed package wins."""
-    code = (
-        "import onpo_fast.kernels.chunked as ours, kernels, importlib.metadata as m;"
-        "assert kernels.__version__ == m.version('kernels');"
-        "print(kernels.__file__); print(ours.__file__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
-    theirs, ours = done.stdout.split()
-    assert "site-packages" in theirs
-    assert Path(ours).resolve() == ROOT / "kernels" / "chunked.py"
 
 
 def test_layers() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import evaluation, metrics, write_lines
+from support.report_runs import evaluation, metrics, write_lines
 
 from onpo_fast.report import write_report
 
