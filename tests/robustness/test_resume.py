@@ -424,7 +424,7 @@ def test_a_journal_that_names_what_is_outside_is_refused(tmp_path, name: str, ea
         (directory / "journal.json").write_text(json.dumps({name: {"checksum": None, "note": {}}}))
     else:
         journal.record(name, file=False)
-    with pytest.raises(UserError, match=rf"journal\.jsonl?: its entry {re.escape(repr(name))} is not a path in the run"):
+    with pytest.raises(UserError, match=rf"journal\.jsonl?: its entry {re.escape(repr(name))} is not a path"):
         Journal(directory)
     assert (tmp_path / "secret").read_text() == "precious"
 
