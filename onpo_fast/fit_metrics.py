@@ -29,13 +29,15 @@ class StepMetrics:
         winner, loser, preference = labelled.winner, labelled.loser, labelled.preference
         ratio = output.logps - output.ref_logps
         margins = output.margins.double()
+        target = self.objective.target(preference)
+        agreement = torch.where(target < 0, -margins, margins)  # SPPO's targets may be negative
         self.tokens += microbatch.packed.input_ids.numel()
         columns = {
             "weight": labelled.weight,
             "loss": self.objective.loss(margins, preference),
             "margin": margins,
-            "target": self.objective.target(preference),
-            "pair_accuracy": (margins.sign() + 1) / 2,  # a tie counts as half
+            "target": target,
+            "pair_accuracy": (agreement.sign() + 1) / 2,  # a tie counts as half
             "logp_winner": output.logps[winner],
             "logp_loser": output.logps[loser],
             "log_ratio_winner": ratio[winner],

@@ -7,6 +7,7 @@ log-prob a response (``--anchor live`` keeps the anchor itself in memory instead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from .data import (
     write_preferences,
     write_scores,
 )
+from .errors import UserError
+from .fit import Batch, plan_steps
 from .models.loading import load
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
@@ -59,15 +62,17 @@ class Comparisons:
     """D_t: responses of a policy, and the pairs of them to learn from.
 
     Attributes:
+        policy: whose responses they are.
         step: what the objective's step is multiplied by: where an opponent takes part, a label is ½ plus half the
             difference of two win rates, so that it stays between 0 and 1, and the step is twice as large.
-        suffix: what tells the files of these comparisons from others of the iteration.
+        suffix: what tells the file of these responses from others of the iteration.
     """
 
     groups: list[Group]
     pairs: list[Pair]
-    step: int = 1
-    suffix: str = ""
+    policy: Source | Mixture
+    step: int
+    suffix: str
 
 
 class LanguageGame:
@@ -91,7 +96,7 @@ class LanguageGame:
     def begin_iteration(self, t: int) -> None:
         """What is compared and fitted from now on belongs to iteration t, counted from 1."""
         self.t = t
-        self.sampled: dict[Source, list[Group]] = {}
+        self.sampled: dict[Source | Mixture, tuple[list[Group], str]] = {}  # with the suffix of their file
         self.comparisons = 0
         self.metrics: dict[str, float | None] = {}
         self.run.cache.begin_iteration(t)
@@ -115,13 +120,13 @@ class LanguageGame:
             for output, note in notes.items()
             if "loss" in note
         )
-        divergences = ", ".join(
-            f"KL to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
+        divergences = "".join(
+            f", KL to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
             for about, value in (("π_1", metrics["kl_to_initial"]), ("the anchor", metrics["kl_to_anchor"]))
             if value is not None
         )
         say(
-            f"iteration {self.t}: {losses} (normalised), {divergences}, "
+            f"iteration {self.t}: {losses} (normalised){divergences}, "
             f"{metrics['response_tokens_mean']:.0f} tokens a response, {total:.0f} s"
         )
         cache.mark_done(folder, {}, file=False)
@@ -132,17 +137,14 @@ class LanguageGame:
         """Responses of a policy to the iteration's prompts, compared with each other, or each with an opponent's."""
         self.comparisons += 1
         suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
-        groups = self._sample(policy, f"responses{suffix}", SAMPLING)
+        if policy not in self.sampled:  # once an iteration
+            self.sampled[policy] = self._sample(policy, f"responses{suffix}", SAMPLING), suffix
+        groups, sampled_as = self.sampled[policy]
         if opponent is None:
-            preferences = self._judge(groups, suffix)
-            return Comparisons(groups, self._pair(groups, preferences, suffix), suffix=suffix)
-        against = self._sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
-        joined = [
-            Group(group.prompt, group.prompt_tokens, [*group.responses, *other.responses])
-            for group, other in zip(groups, against)
-        ]
-        preferences = [stages.against_opponent(matrix) for matrix in self._judge(joined, suffix)]
-        return Comparisons(groups, self._pair(groups, preferences, suffix), step=2, suffix=suffix)
+            preferences, step = self._judge(groups, suffix), 1
+        else:
+            preferences, step = self._judge_against(opponent, groups, suffix), 2
+        return Comparisons(groups, self._pair(groups, preferences, suffix), policy, step, sampled_as)
 
     def fit(
         self,
@@ -154,13 +156,11 @@ class LanguageGame:
         steps: int = 1,
     ) -> Path:
         """One argmin over D_t, measured from the anchor; returns where the fitted policy is."""
-        cache, config, output = self.run.cache, self.run_config, f"{iteration_folder(self.t)}/{into}"
+        output = f"{iteration_folder(self.t)}/{into}"
         start = warm_start if warm_start is not None else anchor
         reference = self._anchor(anchor, compared)
-        states = FitStates(
-            self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
-        )
-        known, last = states.step(), {}
+        states = self._states(output)
+        finished, last = states.step(), {}
 
         def on_step(metrics: dict) -> None:
             self.run.tracker.log("fit", self.t, fit=into, **metrics)
@@ -169,44 +169,62 @@ class LanguageGame:
         def compute() -> Policy:
             policy = self.run.policies(start)
             self.run.policies.drop()  # its weights are about to change
-            stages.fit(
-                policy,
-                compared.groups,
-                compared.pairs,
-                reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
-                with_steps(self.objective, steps * compared.step),
-                self.fitting,
-                epochs=self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy,
-                seed=[config.seed, ORDER, self.t],  # one seed for all fits of an iteration: they see the same order
-                title=f"iteration {self.t}: fit {into}",
-                on_step=on_step,
-                states=states,
-                starts_at_anchor=start == _policy_of(anchor),
-            )
+            try:
+                stages.fit(
+                    policy,
+                    compared.groups,
+                    self._steps(compared.pairs, into, states),
+                    reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
+                    with_steps(self.objective, steps * compared.step),
+                    self.fitting,
+                    title=f"iteration {self.t}: fit {into}",
+                    on_step=on_step,
+                    states=states,
+                    finished=finished,
+                    starts_at_anchor=start == _policy_of(anchor),
+                )
+            except UserError as error:
+                raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
+            finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
+                states.finish()
             return policy
 
-        def write(path: Path, policy: Policy) -> None:
-            policy.save(path)
-            self.run.policies.hold(path, policy)
-
-        cache.cached(
+        self.run.cache.cached(
             output,
             compute,
             lambda path: None,
-            write,
+            self.run.policies.save,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
             note=lambda: {"loss": last["loss_normalised"]},
-            keep=lambda record: record["stage"] == "fit" and record["step"] <= known,
+            keep=lambda record: record["stage"] == "fit" and record["step"] <= finished,
         )
         states.clear()  # also what is left if the run was killed just before
         if last:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
-    def mixture(self, initial: Source, policy: Source) -> Mixture:
-        """π_1^s · π^(1−s), with the weight s of the algorithm's options."""
-        return Mixture(initial, policy, self.algorithm.initial_weight)
+    def _states(self, output: str) -> FitStates:
+        config = self.run_config
+        return FitStates(
+            self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
+        )
+
+    def _steps(self, pairs: Sequence[Pair], into: str, states: FitStates) -> list[Batch]:
+        """The optimizer steps of a fit. All fits of an iteration see the pairs in the same order."""
+        epochs = self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy
+        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        if states.step() >= len(batches):  # after the last step the policy itself is saved
+            raise UserError(
+                f"{states.folder} has a state after step {states.step()} of a fit of {len(batches)} steps: remove it, "
+                "and --resume starts the fit again"
+            )
+        return batches
+
+    def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
+        """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""
+        weight = self.algorithm.initial_weight
+        return initial if weight == 1 else Mixture(initial, policy, weight)
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
 
@@ -215,9 +233,7 @@ class LanguageGame:
         return prompts_of_iteration(self.run.prompts, self.t, config.iterations, config.prompts_per_iteration)
 
     def _sample(self, policy: Source, name: str, stream: int, responses: int | None = None) -> list[Group]:
-        """Responses of a policy to the iteration's prompts, sampled once an iteration."""
-        if stream == SAMPLING and policy in self.sampled:
-            return self.sampled[policy]
+        """Responses of a policy to the iteration's prompts."""
         run, count = self.run, responses or self.algorithm.responses_per_prompt
         seed = [self.run_config.seed, stream, self.t]
         sampler: Sampler | None = None
@@ -244,8 +260,7 @@ class LanguageGame:
         else:
             self.truncation(f"iteration {self.t}", sampler.policy, groups, self.sampling.max_new_tokens)
         if stream == SAMPLING:
-            self.sampled[policy] = groups
-            if policy == run.initial and self.t == 1:
+            if self.t == 1 and _policy_of(policy) == run.initial:
                 self._check_sampled(groups)
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
@@ -264,7 +279,7 @@ class LanguageGame:
     def _check_sampled(self, groups: list[Group]) -> None:
         """Compares what π_1 said of its first responses with what it is scored by; they are scored anyway."""
         scores = self._score(self.run.initial, groups, "")
-        stages.check_sampled(groups, scores, self.run.compute_dtype, f"π_1 (family {self.run.family})")
+        stages.check_sampled(groups, scores, self.run.compute_dtype, f"{self.run.initial} (family {self.run.family})")
 
     def _judge(self, groups: list[Group], suffix: str) -> list[np.ndarray]:
         run = self.run
@@ -286,13 +301,28 @@ class LanguageGame:
         self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
         return preferences
 
+    def _judge_against(self, opponent: Source, groups: list[Group], suffix: str) -> list[np.ndarray]:
+        """Labels of all pairs of a group's responses, from their win rates against a response of the opponent."""
+        opponents = self._sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
+        matches = [
+            Group(group.prompt, group.prompt_tokens, [response, *other.responses])
+            for group, other in zip(groups, opponents)
+            for response in group.responses
+        ]
+        wins = iter([matrix[0, 1] for matrix in self._judge(matches, suffix)])
+        return [stages.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
+
     def _pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
         seed = [self.run_config.seed, PAIRING, self.t]
         identical = 0
 
         def compute() -> list[Pair]:
             nonlocal identical
-            pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed)
+            try:
+                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed)
+            except UserError as error:
+                done = self.run.directory
+                raise UserError(f"iteration {self.t}: {error}. What was done is in {done}") from None
             return pairs
 
         return self.run.cache.cached(
@@ -310,8 +340,10 @@ class LanguageGame:
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
         groups, suffix, first = compared.groups, compared.suffix, self.run.initial
+        sampled_from_policy = _policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
         scores = {first: self._score(first, groups, suffix)}
-        self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
+        if sampled_from_policy:
+            self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
         if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
             return anchor
 
@@ -325,7 +357,8 @@ class LanguageGame:
             reference = [share * initial + (1 - share) * policy for initial, policy in pairs]
         else:
             reference = scored(anchor)
-        self.metrics.setdefault("kl_to_anchor", kl_estimate(groups, reference))
+        if sampled_from_policy:
+            self.metrics.setdefault("kl_to_anchor", kl_estimate(groups, reference))
         return reference
 
     def _score(self, source: Source, groups: list[Group], suffix: str) -> Scores:

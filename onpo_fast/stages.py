@@ -1,7 +1,6 @@
 """The stages of an iteration as plain functions: sample, judge, pair, score, fit, and what is logged of each.
 
-They take what they need and return what they made. That a run can be resumed is the business of ``language_game``,
-which passes them to ``run.cache``.
+They take what they need and return what they made. ``language_game`` makes them resumable, through ``run.cache``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
-from .run.fit_states import FitStates
 from .run.tracking import peak_memory_bytes, progress
 from .sampling import Progress, Sampler
 
@@ -103,13 +101,12 @@ def pair(
     return pairs, len(chosen) - len(pairs)
 
 
-def against_opponent(preferences: np.ndarray) -> np.ndarray:
-    """(K+1, K+1) P(y_i ≻ y_j), the last response the opponent's -> (K, K): ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
+def against_opponent(win_rates: np.ndarray) -> np.ndarray:
+    """(K,) P(y_i ≻ y″), y″ the opponent's -> (K, K) labels ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
 
-    Labels whose target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
+    Their target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
     """
-    against = preferences[:-1, -1]
-    return 0.5 + (against[:, None] - against[None, :]) / 2
+    return 0.5 + (win_rates[:, None] - win_rates[None, :]) / 2
 
 
 def pairing_metrics(
@@ -141,43 +138,28 @@ def scoring_metrics(groups: Sequence[Group], model: str, seconds: float) -> dict
 def fit(
     policy: Policy,
     groups: Sequence[Group],
-    pairs: Sequence[Pair],
+    batches: Sequence[fitting.Batch],
     anchor: fitting.Anchor,
     objective: Objective,
     config: FitConfig,
     *,
-    epochs: int,
-    seed: Sequence[int],
     title: str,
     on_step: Callable[[dict], None],
-    states: FitStates | None = None,
+    states: fitting.States | None = None,
+    finished: int = 0,
     starts_at_anchor: bool = False,
 ) -> None:
     """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
 
     Args:
-        epochs: passes over the pairs.
-        seed: of their order.
-        title: what the progress bar and errors call the fit.
+        title: what the progress bar calls the fit.
+        finished: optimizer steps that ``states`` has already.
     """
-    batches = fitting.plan_steps(pairs, epochs, config.batch_pairs, seed)
-    known = states.step() if states else 0
-    if known >= len(batches):  # after the last step the policy itself is saved
-        raise UserError(
-            f"{states.folder} has a state after step {known} of a fit of {len(batches)} steps: remove it, and --resume "
-            "starts the fit again"
-        )
     with progress(title, len(batches), stoppable=False) as done:
-        done(known)
+        done(finished)
 
         def report(metrics: dict) -> None:
             on_step(metrics)
             done(1)
 
-        try:
-            fitting.fit(policy, groups, batches, anchor, objective, config, report, states, starts_at_anchor)
-        except UserError as error:
-            raise UserError(f"{title.replace(': fit', ', fit')}, {error}") from error
-        finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
-            if states:
-                states.finish()
+        fitting.fit(policy, groups, batches, anchor, objective, config, report, states, starts_at_anchor)

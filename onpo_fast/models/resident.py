@@ -34,6 +34,11 @@ class ResidentPolicy:
         """Makes this policy, whose weights are at ``source``, the resident one."""
         self.source, self.policy = source, policy
 
+    def save(self, folder: Path, policy: Policy) -> None:
+        """Saves a policy to a folder and makes it the resident one, whose weights are there."""
+        policy.save(folder)
+        self.hold(folder, policy)
+
     def drop(self) -> None:
         """Frees the memory, or forgets a policy whose weights are about to change."""
         self.source = self.policy = None

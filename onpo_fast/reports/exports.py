@@ -64,6 +64,10 @@ def _pair_rows(files: dict[int, Path], wanted: Sequence[int], with_tools: bool) 
         for number, pair in enumerate(read_jsonl(files[t]), 1):
             if missing := [name for name in COLUMNS if name not in pair]:
                 raise UserError(f"{files[t]}, line {number}: it lacks {', '.join(missing)}")
+            if pair.get("loser", 0) is None:
+                raise UserError(
+                    f"{files[t]} has no pairs to export: sppo labels each response by itself with its win rate"
+                )
             tools = {"tools": pair.get("tools") or []} if with_tools else {}
             yield {name: pair[name] for name in COLUMNS} | tools | {"iteration": t}
 

@@ -56,14 +56,14 @@ def write_model_cards(directory: Path, journal: Journal | None = None) -> list[P
 def write_model_card(directory: Path, folder: str, journal: Journal | None = None) -> Path:
     """Write the card of one policy; returns its path.
 
-    Call it after the journal has recorded the policy: an evaluation of an earlier policy in this place is then gone.
+    Call it after the journal has recorded the policy, which is not evaluated yet.
 
     Args:
         directory: the run directory.
         folder: the policy's in the run directory, as "iteration_01/policy".
         journal: of the run; read from the directory by default.
     """
-    run = RunData.read(directory, examples=False)
+    run = RunData.read(directory, examples=False, evaluated=False)
     return _write(run, journal or Journal(directory), folder)
 
 
@@ -280,10 +280,8 @@ def _training(run: RunData, journal: Journal, iterations: int) -> Iterator[str]:
         yield f"SHA-256 of the prompts: `{digest}`"
     yield f"Oracle: {_oracle(config)}"
     yield f"Iterations: {iterations} of {_code(config.get('iterations'))}"
-    responses, pairs = (
-        sum(row.get(column) or 0 for t, row in run.iterations(stage).items() if t <= iterations)
-        for stage, column in (("sample", "responses"), ("pair", "pairs"))
-    )
+    responses = run.sum_up_to(iterations, "sample", "responses")
+    pairs = run.sum_up_to(iterations, "pair", "pairs")
     yield f"Sampled responses: {responses:,.0f}; preference pairs: {pairs:,.0f}"
     fits = [fit for fit in run.fits if fit.iteration <= iterations]
     steps, skipped = sum(len(fit.rows) for fit in fits), sum(len(fit.skipped_steps) for fit in fits)

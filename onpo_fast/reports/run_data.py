@@ -71,8 +71,12 @@ class RunData:
     truncated_files: list[str]
 
     @classmethod
-    def read(cls, directory: Path, examples: bool = True) -> RunData:
-        """Read a run directory; ``examples=False`` leaves out prompts and responses.
+    def read(cls, directory: Path, examples: bool = True, evaluated: bool = True) -> RunData:
+        """Read a run directory.
+
+        Args:
+            examples: whether to read prompts and responses.
+            evaluated: whether to read the evaluation.
 
         Raises:
             UserError: if there is no config.yaml, or a file is damaged as a whole.
@@ -81,17 +85,17 @@ class RunData:
         if not config.exists():
             raise UserError(f"{directory} is not a run directory: it has no config.yaml")
         lines = LineReader(directory)
-        evaluation = read_json_object(directory / "evaluation.json", parse_evaluation)
+        evaluation = read_json_object(directory / "evaluation.json", parse_evaluation) if evaluated else {}
         newest, training = read_training_examples(directory, lines) if examples else (0, [])
         records = read_records(lines)
-        evaluated, count = read_evaluation_examples(lines, evaluation.get("policies", [])) if examples else ([], 0)
+        shown, count = read_evaluation_examples(lines, evaluation.get("policies", [])) if examples else ([], 0)
         return cls(
             directory=directory,
             config=read_config(config),
             environment=read_json_object(directory / "environment.json"),
             records=records,
             evaluation=evaluation,
-            evaluation_examples=evaluated,
+            evaluation_examples=shown,
             evaluation_prompt_count=count,
             newest_iteration=newest,
             training_examples=training,
@@ -136,15 +140,23 @@ class RunData:
     # --- Records by stage ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def _last_rows(self) -> dict[str, dict[int, dict[str, Any]]]:
-        rows: dict[str, dict[int, dict[str, Any]]] = {}
+    def _last_rows(self) -> dict[str, dict[int, dict[str, dict[str, Any]]]]:
+        """Stage → iteration → output → its last record: a resumed run may have repeated the stage."""
+        rows: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
         for row in self.records:
-            rows.setdefault(row["stage"], {})[row["iteration"]] = row
+            rows.setdefault(row["stage"], {}).setdefault(row["iteration"], {})[row.get("part") or ""] = row
         return {stage: dict(sorted(by_iteration.items())) for stage, by_iteration in rows.items()}
 
     def iterations(self, stage: str) -> dict[int, dict[str, Any]]:
-        """Iteration → the last record of a stage: a resumed run may have repeated the stage."""
-        return self._last_rows.get(stage, {})
+        """Iteration → the record of a stage; where an algorithm compares twice, that of its own responses."""
+        return {t: next(iter(outputs.values())) for t, outputs in self._last_rows.get(stage, {}).items()}
+
+    def sum_up_to(self, iteration: int, stage: str, name: str) -> float:
+        """The sum of a field over all outputs of a stage, up to an iteration."""
+        rows = (
+            row for t, outputs in self._last_rows.get(stage, {}).items() if t <= iteration for row in outputs.values()
+        )
+        return sum(row.get(name) or 0 for row in rows)
 
     def column(self, stage: str, name: str) -> dict[int, float | None]:
         """Shown iteration → one field of a stage's record."""

@@ -62,25 +62,30 @@ def test_sppo_learns_each_responses_win_rate(work: Path) -> None:
 
 def test_egpo_compares_with_its_half_step(work: Path) -> None:
     """The second fit's labels are differences of win rates against responses of the policy of the first."""
-    config = a_run(work, "egpo labels", iterations=1)
+    config = a_run(work, "egpo labels", iterations=1, batch_pairs=10**6)  # one step a fit
     module.train(config)
     folder = Path(config.out) / "iteration_01"
     opponents = read_groups(folder / "opponents_2.jsonl")
     assert [len(group.responses) for group in opponents] == [1] * len(opponents)
-    against = [matrix[:-1, -1] for matrix in read_preferences(folder / "preferences_2.jsonl")]
+    groups = read_groups(folder / "responses.jsonl")
+    matches = iter(read_preferences(folder / "preferences_2.jsonl"))  # one a response, with the opponent's
+    against = [[next(matches)[0, 1] for _ in group.responses] for group in groups]
     pairs = read_pairs(folder / "pairs_2.jsonl")
     assert pairs
     for pair in pairs:
         difference = against[pair.group][pair.winner] - against[pair.group][pair.loser]
         assert pair.preference == pytest.approx(0.5 + difference / 2)
     assert not (folder / "responses_2.jsonl").exists()  # the policy's responses are those of the first comparison
-    targets = [
+    assert not (folder / "logps_initial_2.jsonl").exists()  # nor are they scored again
+    (target,) = [
         record["target"]
         for record in map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
         if record["stage"] == "fit" and record["fit"] == "policy"
     ]
-    mean = np.mean([pair.preference - 0.5 for pair in pairs])
-    assert np.mean(targets) == pytest.approx(2 * config.eta * mean, rel=0.5)
+    assert target == pytest.approx(2 * config.eta * np.mean([pair.preference - 0.5 for pair in pairs]))
+    card = (folder / "policy" / "README.md").read_text()
+    responses = sum(len(group.responses) for group in [*groups, *opponents])
+    assert f"Sampled responses: {responses}; preference pairs: {2 * len(pairs)}" in card
 
 
 def test_nash_md_samples_from_the_mixture(work: Path) -> None:
@@ -102,6 +107,7 @@ def test_a_refreshed_reference(work: Path) -> None:
     module.train(config)
     plain = a_run(work, "online_ipo plain", tau=0.5)
     module.train(plain)
+    assert run_digest(Path(config.out)) != run_digest(Path(plain.out))
     scored = files(Path(config.out))
     assert "logps_iteration_01_policy.jsonl" in scored
     assert "logps_iteration_01_policy.jsonl" not in files(Path(plain.out))
