@@ -21,8 +21,9 @@ from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
 from .run.fit_states import FitStates
+from .run.progress import Progress
 from .run.tracking import peak_memory_bytes, progress
-from .sampling import Progress, Sampler
+from .sampling import Sampler
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
 

@@ -16,8 +16,8 @@ import numpy as np
 from ..objectives import Omd
 from . import bounds, multiturn
 from .arguments import non_negative, positive, whole_number
-from .fits import Sampled
 from .matrix import GameTrace, run
+from .matrix_games import SampledGame
 from .neural import NeuralGame, NeuralTrace, play
 from .preferences import make, three_cycle
 from .solution import nash
@@ -177,7 +177,7 @@ def fitted_step(
     responses: int = 8,
 ) -> np.ndarray:
     """Return log π_new/π after one fit to pairs sampled from π with η = 1, (n,); its arbitrary constant makes E_π 0."""
-    game = Sampled(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
+    game = SampledGame(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
     anchor = np.log(policy)[None]
     step = (game.fit(anchor, game.compare(anchor)) - anchor)[0]
     return step - policy @ step

@@ -25,7 +25,7 @@ from ..loss import fused_linear_pair_loss, linear_logprobs
 from ..objectives import Dpo, Ipo, Objective, Onpo
 from .stacked import LabelledPositions, mean_logits, with_beta
 
-States = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H), and weight and bias of their head
+HeadInputs = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H), and weight and bias of their head
 
 
 class FusedLinearPairLoss(nn.Module):
@@ -140,8 +140,8 @@ class FusedLinearPairLoss(nn.Module):
         self,
         labelled: LabelledPositions,
         targets: Tensor,
-        policy: States,
-        reference: States | None,
+        policy: HeadInputs,
+        reference: HeadInputs | None,
         preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the fused loss of summed log-probs: loss, log-probs and reference log-probs (2P,), and 0."""
@@ -168,8 +168,8 @@ class FusedLinearPairLoss(nn.Module):
         self,
         labelled: LabelledPositions,
         targets: Tensor,
-        policy: States,
-        reference: States | None,
+        policy: HeadInputs,
+        reference: HeadInputs | None,
         preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the loss from token log-probs: loss, log-probs and reference log-probs (2P,), and the NLL."""

@@ -13,14 +13,14 @@ import torch
 from ..conversations import message_text
 from ..data import Group, Messages
 from ..errors import UserError
+from ..run.progress import Progress
 from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses
-Progress = Callable[[int], None]  # called with the number of groups that are newly done
 
 ASYNC = "it is async; an oracle must return the matrix itself, so call asyncio.run in it"
-TOLERANCE = 1e-3  # of P + Pᵀ = 1, met by sigmoids in half precision
+COMPLEMENT_TOLERANCE = 1e-3  # largest error of P + Pᵀ = 1; sigmoids in half precision meet it
 
 
 class BatchOracle:
@@ -155,7 +155,7 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         (K, K) float64 with P + Pᵀ = 1 to the last bit and ½ on the diagonal.
 
     Raises:
-        UserError: if it is not a K×K matrix of probabilities with P + Pᵀ = 1 within ``TOLERANCE``.
+        UserError: if it is not a K×K matrix of probabilities with P + Pᵀ = 1 within ``COMPLEMENT_TOLERANCE``.
     """
     try:
         is_tensor = isinstance(answer, torch.Tensor)
@@ -174,7 +174,7 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         i, j = np.argwhere(bad)[0]
         raise UserError(f"{where}: P({i} ≻ {j}) is {matrix[i, j]}, not a probability")
     excess = np.abs(matrix + matrix.T - 1)
-    if excess.max(initial=0) > TOLERANCE:
+    if excess.max(initial=0) > COMPLEMENT_TOLERANCE:
         i, j = np.unravel_index(excess.argmax(), excess.shape)
         raise UserError(f"{where}: P({i} ≻ {j}) + P({j} ≻ {i}) is {matrix[i, j] + matrix[j, i]:.6g}, not 1")
     return average_orders(matrix)
