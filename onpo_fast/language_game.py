@@ -156,7 +156,7 @@ class LanguageGame:
         """One argmin over D_t, measured from the anchor; returns where the fitted policy is."""
         cache, config, output = self.run.cache, self.run_config, f"{iteration_folder(self.t)}/{into}"
         start = warm_start if warm_start is not None else anchor
-        reference = self._anchor(anchor, compared)
+        anchor_logps = self._anchor_logps(anchor, compared)
         states = FitStates(
             self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
         )
@@ -173,7 +173,7 @@ class LanguageGame:
                 policy,
                 compared.groups,
                 compared.pairs,
-                reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
+                anchor_logps,
                 with_steps(self.objective, steps * compared.step),
                 self.fitting,
                 epochs=self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy,
@@ -182,6 +182,7 @@ class LanguageGame:
                 on_step=on_step,
                 states=states,
                 starts_at_anchor=start == _policy_of(anchor),
+                live_anchor=load(anchor, self.run.policies.config).frozen() if anchor_logps is None else None,
             )
             return policy
 
@@ -304,8 +305,8 @@ class LanguageGame:
             metrics=lambda pairs, _: stages.pairing_metrics(pairs, identical, groups, self.objective),
         )
 
-    def _anchor(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | Source:
-        """What margins are measured from: log-probs of all responses, cached; or where the live anchor is.
+    def _anchor_logps(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | None:
+        """The anchor's log-probs of all responses, cached; None for a live anchor.
 
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
@@ -313,7 +314,7 @@ class LanguageGame:
         scores = {first: self._score(first, groups, suffix)}
         self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
         if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
-            return anchor
+            return None
 
         def scored(source: Source) -> Scores:
             if source not in scores:

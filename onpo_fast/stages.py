@@ -143,7 +143,7 @@ def fit(
     policy: Policy,
     groups: Sequence[Group],
     pairs: Sequence[Pair],
-    anchor: fitting.Anchor,
+    anchor_logps: fitting.AnchorLogps | None,
     objective: Objective,
     config: FitConfig,
     *,
@@ -153,6 +153,7 @@ def fit(
     on_step: Callable[[dict], None],
     states: FitStates | None = None,
     starts_at_anchor: bool = False,
+    live_anchor: Policy | None = None,
 ) -> None:
     """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
 
@@ -176,7 +177,9 @@ def fit(
             done(1)
 
         try:
-            fitting.fit(policy, groups, batches, anchor, objective, config, report, states, starts_at_anchor)
+            fitting.fit(
+                policy, groups, batches, anchor_logps, objective, config, report, states, starts_at_anchor, live_anchor
+            )
         except UserError as error:
             raise UserError(f"{title.replace(': fit', ', fit')}, {error}") from error
         finally:  # also when the fit has failed: a run that is resumed goes on from the newest state

@@ -34,7 +34,7 @@ from ..algorithms import named
 from ..objectives import Objective, Onpo
 from .arguments import positive, whole_number
 from .matrix_games import check_labels, log_normalised
-from .preferences import PROBABILITY_TOLERANCE, check
+from .preferences import SUM_TOLERANCE, check
 from .solution import gap_of_rewards, rewards
 
 PolicyByTurn = list[np.ndarray]
@@ -352,7 +352,7 @@ def _policy(policy: PolicyByTurn | None, turns: int, actions: int, games: int) -
         batch = (games, *shape)
         if turn.shape not in (shape, batch):
             raise ValueError(f"turn {h} of the policy must be of shape {shape} or {batch}, not {turn.shape}")
-        if not ((turn >= 0).all() and (np.abs(turn.sum(-1) - 1) <= PROBABILITY_TOLERANCE).all()):
+        if not ((turn >= 0).all() and (np.abs(turn.sum(-1) - 1) <= SUM_TOLERANCE).all()):
             raise ValueError(f"turn {h} of the policy must hold distributions: not negative, of sum 1 at every history")
         checked.append(np.broadcast_to(turn, batch))
     return checked

@@ -14,9 +14,7 @@ import numpy as np
 
 MakeGames = Callable[[int, int, np.random.Generator], np.ndarray]
 
-PROBABILITY_TOLERANCE = (
-    1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
-)
+SUM_TOLERANCE = 1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
 MOST_NUMBERS = 10**8  # largest size of a batch of games: 800 MB
 
 
@@ -167,11 +165,7 @@ def check(preferences: np.ndarray) -> np.ndarray:
 
 def tolerance_of(values: np.ndarray) -> float:
     """Return the error that rounding to the array's type may leave in a sum that should be 1."""
-    return (
-        max(PROBABILITY_TOLERANCE, 4 * float(np.finfo(values.dtype).eps))
-        if values.dtype.kind == "f"
-        else PROBABILITY_TOLERANCE
-    )
+    return max(SUM_TOLERANCE, 4 * float(np.finfo(values.dtype).eps)) if values.dtype.kind == "f" else SUM_TOLERANCE
 
 
 def _worst(distance: np.ndarray) -> tuple[int, ...]:
