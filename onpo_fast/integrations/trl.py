@@ -44,8 +44,8 @@ NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps"
 class ONPOConfig(DPOConfig):
     """``DPOConfig`` with ONPO's objective.
 
-    ``beta`` is TRL's: the pull towards the reference, and the unit of the logged rewards. ONPO's step size η is its
-    inverse; give either. At the minimum of ONPO's and IPO's loss, ``rewards/margins`` is ½ (with a label p it is p − ½
+    ``beta`` is TRL's KL coefficient β, which is also the unit of the logged rewards. ONPO's step size is η = 1/β: set
+    eta or beta, not both. At the minimum of ONPO's and IPO's loss, ``rewards/margins`` is ½ (with a label p it is p − ½
     for both). Options of ``DPOConfig``'s own losses must keep their defaults: ``loss_type``, ``loss_weights``,
     ``label_smoothing``, ``ld_alpha``, ``f_divergence_type``, ``use_weighting``.
 
@@ -63,10 +63,10 @@ class ONPOConfig(DPOConfig):
     )
     eta: float | None = field(
         default=None,
-        metadata={"help": "Step size of ONPO; the target is η/2 nats. The inverse of beta; 100 in the paper."},
+        metadata={"help": "Step size η of ONPO, 1/beta. The target margin is η/2 nats. The paper uses 100."},
     )
     beta: float | None = field(
-        default=None, metadata={"help": "Pull towards the reference; default 1/eta, or else 0.1."}
+        default=None, metadata={"help": "KL coefficient β. Default: 1/eta if eta is set, otherwise 0.1."}
     )
 
     def __post_init__(self) -> None:

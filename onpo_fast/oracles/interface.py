@@ -1,4 +1,4 @@
-"""What an oracle is, and how groups are put to one: ``judge`` asks and checks, ``cyclic_triples`` counts cycles."""
+"""The interface of oracles. ``judge`` asks an oracle and checks its answers, ``cyclic_triples`` counts cycles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class BatchOracle:
         """Frees memory and closes connections. The oracle can be asked again afterwards."""
 
     def take_counters(self) -> dict[str, int]:
-        """What was spent since the last call, by name, for metrics.jsonl."""
+        """Returns counters since the last call, by name, for metrics.jsonl, and resets them."""
         return {}
 
 
@@ -88,7 +88,7 @@ def judge_texts(
     progress: Progress = lambda n: None,
     first: int = 0,
 ) -> list[np.ndarray]:
-    """``judge`` for prompts with the texts of their responses; messages begin with ``title``."""
+    """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
@@ -118,7 +118,7 @@ def _judge_together(
 
 
 def _copy(prompt: Messages, texts: list[str]) -> PromptAndResponses:
-    """A copy for the oracle, which may change what it is given."""
+    """Copies a question for the oracle, which may change its arguments."""
     return copy.deepcopy(prompt), list(texts)
 
 
@@ -194,15 +194,20 @@ def average_orders(shown_first: np.ndarray) -> np.ndarray:
 
 
 def drop_duplicates(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different texts in order, and the index of each text among them. Equal texts tie and need not be compared."""
+    """Returns the different texts in order, and the index of each text among them.
+
+    Equal texts tie and need not be compared.
+    """
     places: dict[str, int] = {}
     indices = [places.setdefault(text, len(places)) for text in texts]
     return list(places), indices
 
 
 def expand_duplicates(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    """Undoes ``drop_duplicates``: a matrix over the different texts becomes one over all. Equal texts get the ½ of the
-    diagonal."""
+    """Turns a matrix over the different texts into one over all texts, the inverse of ``drop_duplicates``.
+
+    Equal texts tie: P is ½.
+    """
     return matrix[np.ix_(indices, indices)]
 
 
@@ -235,17 +240,17 @@ class GroupProgress:
 
 
 def holds_model(oracle: Oracle) -> bool:
-    """Whether the oracle loads a model on the policy's device."""
+    """Returns whether the oracle loads a model on the policy's device."""
     return bool(getattr(oracle, "holds_model", False))
 
 
 def keeps_files(oracle: Oracle) -> bool:
-    """Whether the oracle writes into the run directory when it is asked."""
+    """Returns whether the oracle writes into the run directory when it is asked."""
     return bool(getattr(oracle, "keeps_files", False))
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:
-    """What the oracle spent since the last call; {} for an oracle that does not count."""
+    """Returns the oracle's counters since the last call; {} for an oracle that does not count."""
     take = getattr(oracle, "take_counters", None)
     return take() if take else {}
 

@@ -48,7 +48,7 @@ def context(prompt: Messages) -> str:
 
 
 def question(prompt: Messages, first: str, second: str) -> str:
-    """The user message that asks whether the first response or the second is better."""
+    """Returns the user message that asks whether the first response or the second is better."""
     return QUESTION.format(context=context(prompt), response_A=first, response_B=second)
 
 
@@ -96,7 +96,7 @@ class PairModel(ModelOracle):
         return self.encode(self._through_template(question(prompt, first, second)), where)
 
     def prefers_first(self, rows: list[list[int]]) -> Tensor:
-        """P(A) against P(B) as the next token after each row: (len(rows),) float32."""
+        """Returns P(A) against P(B) as the next token after each row: (len(rows),) float32."""
         model = self.loaded()
         batch = self.padded(rows, "left")  # all rows end at the last position, the only one whose logits are computed
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -118,7 +118,7 @@ class PairModel(ModelOracle):
         return text[len(self.bos) :] if text.startswith(self.bos) else text
 
     def _own_bos(self) -> str:
-        """The beginning-of-sequence token, which is removed; "" where it begins every turn, as in ChatML, and stays."""
+        """Returns the beginning-of-sequence token, which is removed; "" if it begins every turn, as in ChatML."""
         bos = self.tokenizer.bos_token or ""
         text = self.render([{"role": "user", "content": PROBE}], generate=True)
         return bos if text.startswith(bos) and text.count(bos) == 1 else ""

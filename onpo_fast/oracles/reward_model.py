@@ -81,7 +81,7 @@ class RewardModel(ModelOracle):
         return self.encode(self.render(messages, generate=False), where)
 
     def scores(self, rows: list[list[int]]) -> Tensor:
-        """The reward of each row as the model gives it to the row alone: (len(rows),) float32.
+        """Returns the reward of each row as the model gives it to the row alone: (len(rows),) float32.
 
         Most models score the last token that is not their padding. A model without a padding token is given one that
         occurs in no row, since it would otherwise score the last token of the padded row.
