@@ -105,7 +105,7 @@ def fused_linear_pair_loss(
 
     Args:
         hidden: hidden states that predict the response tokens, responses back to back.
-        weight: the LM head, in the dtype of ``hidden`` (under autocast, in any).
+        weight: the LM head, in the dtype of ``hidden``. Under autocast the tensors may have other dtypes.
         targets: the response tokens.
         cu_seqlens: response boundaries in N, from 0 to N. Keep ``cu_seqlens`` and ``pairs`` on the CPU, where the work
             is planned; a GPU tensor costs a host synchronisation.
@@ -130,7 +130,7 @@ def fused_linear_pair_loss(
 
     Returns:
         Loss, log-probs and margins in fp32 (float64 for float64 inputs). Gradients flow from the loss to hidden, weight
-        and bias if they require one; they are computed in forward, and ``backward`` scales and returns them.
+        and bias if they require one, in their dtypes; they are computed in forward, and ``backward`` scales them.
 
     Raises:
         ValueError: if the shape, dtype, device or value of an argument is wrong; the message names the argument.
