@@ -25,7 +25,7 @@ from .solution import nash
 Done = Callable[[int], None]
 
 RATES_FROM = 50  # smallest T of a slope: earlier gaps depend on the start more than on the rate
-SMALLEST_GAP = 1e-13  # smaller ones are rounding errors, and left out of slopes
+SMALLEST_SLOPE_GAP = 1e-13  # smaller ones are rounding errors, and left out of slopes
 ROCK_PAPER_SCISSORS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
 TILTED = np.exp([1.0, 0, -1]) / np.exp([1.0, 0, -1]).sum()  # logits (1, 0, −1)
@@ -127,7 +127,7 @@ def slope(T: np.ndarray, gaps: np.ndarray) -> float | None:
     """
     use = RATES_FROM <= T
     gaps = gaps[:, use]
-    gaps = gaps[(gaps > SMALLEST_GAP).all(-1)]
+    gaps = gaps[(gaps > SMALLEST_SLOPE_GAP).all(-1)]
     if use.sum() < 3 or not len(gaps):
         return None
     return float(np.polyfit(np.log(T[use]), np.log(gaps).mean(0), 1)[0])

@@ -35,7 +35,7 @@ from ..models.heads import head_arguments
 from ..objectives import Dpo, Ipo, Objective, Onpo
 from .stacked import LabelledPositions, mean_logits, with_beta
 
-OBJECTIVES = ("onpo", "ipo", "dpo")
+PAIRWISE_OBJECTIVES = ("onpo", "ipo", "dpo")
 IGNORED = -100  # label of tokens outside responses
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "preference")
 
@@ -58,7 +58,7 @@ class ONPOConfig(DPOConfig):
         metadata={
             "help": "Loss of a margin g, nats summed over tokens: 'onpo' (g − η/2)², 'ipo' (g − 1/(2β))² (TRL's own "
             "averages over tokens instead), 'dpo' −log σ(βg).",
-            "choices": list(OBJECTIVES),
+            "choices": list(PAIRWISE_OBJECTIVES),
         },
     )
     eta: float | None = field(
@@ -70,8 +70,8 @@ class ONPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if self.objective not in PAIRWISE_OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(PAIRWISE_OBJECTIVES)}, not {self.objective!r}")
         if self.objective != "onpo" and self.eta is not None:
             raise ValueError(f"eta is ONPO's; objective={self.objective!r} takes beta")
         if self.objective == "onpo":

@@ -29,7 +29,7 @@ from .model_oracle import ModelOracle
 
 QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
 ROLE_SUBSTITUTES = dict.fromkeys(("system", "developer", "tools", "tool"), "user")
-PROBE = QUESTION.format(context="x", response_A="y", response_B="z")
+PROBE_QUESTION = QUESTION.format(context="x", response_A="y", response_B="z")
 
 
 def context(prompt: Messages) -> str:
@@ -120,7 +120,7 @@ class PairModel(ModelOracle):
     def _own_bos(self) -> str:
         """Returns the beginning-of-sequence token, which is removed; "" if it begins every turn, as in ChatML."""
         bos = self.tokenizer.bos_token or ""
-        text = self.render([{"role": "user", "content": PROBE}], generate=True)
+        text = self.render([{"role": "user", "content": PROBE_QUESTION}], generate=True)
         return bos if text.startswith(bos) and text.count(bos) == 1 else ""
 
     def _single_token(self, letter: str) -> int:
@@ -135,12 +135,12 @@ class PairModel(ModelOracle):
         Raises:
             UserError: if the chat template does otherwise.
         """
-        asked = self._through_template(PROBE)
-        if PROBE.strip() not in asked:
+        asked = self._through_template(PROBE_QUESTION)
+        if PROBE_QUESTION.strip() not in asked:
             raise UserError(f"{self.source} cannot be a pair-model: its chat template leaves out the user's message")
         tokens = self.encode(asked, "the probe")
         for letter, verdict in zip("AB", self.verdicts):
-            messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": letter}]
+            messages = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": letter}]
             said = self.render(messages, generate=False).partition(asked)[2]
             read = self.tokenizer.encode(asked + letter, add_special_tokens=False)
             if not said.startswith(letter) or read != [*tokens, verdict]:
