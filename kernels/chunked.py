@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .groups import Group, PairLayout, Rows, split_into_chunks
+from .groups import PairLayout, ResponseGroup, Rows, split_into_chunks
 from .head import Head
 from .problem import (
     Gradients,
@@ -248,6 +248,15 @@ def pair_loss(problem: PairProblem) -> PairResult:
     return _Evaluation(problem).run()
 
 
+def scale_in_place(gradients: Gradients, factor: Tensor) -> None:
+    """Multiply by a scalar. On a CPU, where reading it is free, a factor of 1 saves a pass over a [V, H] tensor."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
+
+
 class _Evaluation:
     """One evaluation of the loss. ``run`` gives the order of the work."""
 
@@ -289,7 +298,7 @@ class _Evaluation:
         layout, device = self.problem.layout, self.hidden.device
         return layout.rows(responses, device), layout.lengths(responses, device)
 
-    def _score(self, groups: list[Group]) -> None:
+    def _score(self, groups: list[ResponseGroup]) -> None:
         """Compute the log-probs of these groups' responses alone."""
         responses = [r for group in groups for r in group.responses]
         rows, lengths = self._rows(responses)
@@ -308,7 +317,7 @@ class _Evaluation:
         derivative = objective.derivative(margins, preference) * share
         return torch.zeros_like(self.logps).index_add_(0, winner, derivative).index_add_(0, loser, -derivative)
 
-    def _add_chunk(self, chunk: list[Group]) -> None:
+    def _add_chunk(self, chunk: list[ResponseGroup]) -> None:
         """Compute a chunk that fits the buffer: its exponentials are still there when the coefficients are known."""
         responses = [r for group in chunk for r in group.responses]
         rows, lengths = self._rows(responses)
@@ -318,7 +327,7 @@ class _Evaluation:
         per_row = coefficients.to(self.gradients.dtype).repeat_interleave(lengths, output_size=len(block.logps))
         self.gradients.add(block, rows, per_row[:, None])
 
-    def _add_group_in_blocks(self, group: Group) -> None:
+    def _add_group_in_blocks(self, group: ResponseGroup) -> None:
         """Compute one group that is larger than the buffer, in blocks of rows."""
         device, dtype = self.hidden.device, self.gradients.dtype
         rows, lengths = self._rows(group.responses)

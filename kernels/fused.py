@@ -35,13 +35,14 @@ from torch import Tensor
 
 from .bias_gradient import add_bias_gradient
 from .exponentials import HeadPass
-from .groups import Group, PairLayout
+from .groups import PairLayout, ResponseGroup
 from .head import BITS, Head
 from .launch import aligned, empty_rows
 from .on_device import capturing
 from .order import grouped_order, response_edges
 from .plan import PairPlan, choose_plan, slice_width
 from .problem import Gradients, LeafDtypes, NeedsGradient, PairProblem, PairResult, TokenProblem
+from .rescale import rescale
 from .row_sums import RowSums, merge, segment_sums, shifts
 from .target_logits import target_logits
 from .weight_gradient import add_weight_gradient, carry_for
@@ -224,6 +225,13 @@ def pair_loss(problem: PairProblem) -> PairResult:
     return _Evaluation(problem).run()
 
 
+def scale_in_place(gradients: Gradients, factor: Tensor) -> None:
+    """Multiply by a scalar, which is compared with 1 on the device: 1 saves a pass over a [V, H] tensor."""
+    for gradient in gradients:
+        if gradient is not None:
+            rescale(gradient, factor)
+
+
 class _Evaluation:
     """One evaluation of the loss. ``run`` gives the order of the work. Everything is in the order of ``self.order``."""
 
@@ -269,7 +277,7 @@ class _Evaluation:
                 self._run_lean(slice(0, rows), sum(len(group.responses) for group in paired))
         return self._result()
 
-    def _plan(self, paired: list[Group]) -> PairPlan:
+    def _plan(self, paired: list[ResponseGroup]) -> PairPlan:
         """Choose mode and chunks. While a CUDA graph is captured, reuse the plan of an earlier call if there is one."""
         problem, plans = self.problem, self.order.plans
         device, shape, dtype = self.hidden.device, tuple(self.head.weight.shape), self.hidden.dtype
@@ -347,7 +355,7 @@ class _Evaluation:
         """Return each row's coefficient, (n,), from those of the responses from ``first`` on."""
         return coefficients[self.order.response_of_row[rows] - first]
 
-    def _run_fast(self, chunks: list[list[Group]]) -> None:
+    def _run_fast(self, chunks: list[list[ResponseGroup]]) -> None:
         capacity = max(sum(group.tokens for group in chunk) for chunk in chunks)
         buffer = empty_rows(capacity, len(self.head.weight), self.hidden.dtype, self.hidden.device)
         weight_grad, carry = self.gradients.weight, None

@@ -17,7 +17,7 @@ Rows = slice | Tensor  # a slice if the rows are contiguous, so that indexing re
 
 
 @dataclass(frozen=True)
-class Group:
+class ResponseGroup:
     """A preference group: responses linked by pairs, whose loss derivatives depend on each other's log-probs."""
 
     responses: list[int]
@@ -31,7 +31,7 @@ class PairLayout:
 
     edges: list[int]  # S + 1 response boundaries
     pairs: Tensor  # (P, 2) int64 on the CPU
-    groups: list[Group]  # ordered by their first response
+    groups: list[ResponseGroup]  # ordered by their first response
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, pairs: Tensor) -> PairLayout:
@@ -60,7 +60,7 @@ class PairLayout:
             members[group].append(response)
         for pair, group in enumerate(label[winners]):
             pair_ids[group].append(pair)
-        groups = [Group(m, p, sum(edges[r + 1] - edges[r] for r in m)) for m, p in zip(members, pair_ids)]
+        groups = [ResponseGroup(m, p, sum(edges[r + 1] - edges[r] for r in m)) for m, p in zip(members, pair_ids)]
         return cls(edges, pairs, sorted(groups, key=lambda group: group.responses[0]))
 
     def rows(self, responses: list[int], device: torch.device) -> Rows:
@@ -78,9 +78,9 @@ class PairLayout:
         return torch.tensor([self.edges[r + 1] - self.edges[r] for r in responses], device=device)
 
 
-def split_into_chunks(groups: list[Group], capacity: int) -> Iterator[list[Group]]:
+def split_into_chunks(groups: list[ResponseGroup], capacity: int) -> Iterator[list[ResponseGroup]]:
     """Yield consecutive groups with at most ``capacity`` tokens together; a larger group is a chunk of its own."""
-    chunk: list[Group] = []
+    chunk: list[ResponseGroup] = []
     tokens = 0
     for group in groups:
         if chunk and tokens + group.tokens > capacity:

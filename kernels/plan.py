@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .groups import Group, split_into_chunks
+from .groups import ResponseGroup, split_into_chunks
 
 FREE_MEMORY_DIVISOR = 4  # fast mode may use a quarter of the free memory: a single chunk needs no sums between chunks
 DEFAULT_WORKSPACE = 2**30  # bytes, if the free memory is unknown
@@ -20,13 +20,13 @@ class PairPlan:
     """How one evaluation of the loss runs."""
 
     mode: str  # "fast" or "lean"
-    chunks: list[list[Group]]  # of the groups that have pairs
+    chunks: list[list[ResponseGroup]]  # of the groups that have pairs
     workspace: int  # bytes beside inputs and gradients, about
     reason: str
 
 
 def choose_plan(
-    groups: list[Group],  # the groups that have pairs
+    groups: list[ResponseGroup],  # the groups that have pairs
     head_shape: tuple[int, int],  # (V, H)
     dtype: torch.dtype,
     carried: bool,  # whether a bf16 gradient of the weight is needed, which takes a carry between chunks

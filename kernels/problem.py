@@ -80,6 +80,9 @@ class Backend(Protocol):
     def response_logps(self, problem: TokenProblem, layout: PairLayout) -> Tensor:
         """Compute the log-probs summed over each response: (S,) float64, nats. An empty response has 0."""
 
+    def scale_in_place(self, gradients: Gradients, factor: Tensor) -> None:
+        """Multiply the gradients of ``pair_loss`` by a scalar, without host synchronisation."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which products of ``dtype`` are summed, which is also that of the results."""

@@ -30,6 +30,13 @@ def pair_loss(problem: PairProblem) -> PairResult:
     return PairResult(loss.detach(), logps.detach(), ref_logps, margins.detach(), gradients)
 
 
+def scale_in_place(gradients: Gradients, factor: Tensor) -> None:
+    """Multiply the gradients of ``pair_loss`` by a scalar."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
+
+
 def token_logps(problem: TokenProblem) -> Tensor:
     """Compute the log-prob of every target: (N,) float64."""
     return log_softmax(problem.hidden, problem.head, problem.targets)

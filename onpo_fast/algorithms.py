@@ -23,26 +23,26 @@ from typing import Any, Protocol
 
 from .objectives import Dpo, Inpo, Ipo, Objective, Omd, Onpo, Sppo
 
-Policy = Any  # the game's own: a folder with weights, a model, or a row of log-probs
-Anchor = Any  # a policy or a mixture of two
-Comparisons = Any
+GamePolicy = Any  # in the form that the game chooses: a folder with weights, a model, or a row of log-probs
+GameAnchor = Any  # a policy or a mixture of two
+GameComparisons = Any  # what ``compare`` returns and ``fit`` takes
 
 
 class Game(Protocol):
     """What an algorithm asks of a game."""
 
-    def compare(self, policy: Policy, opponent: Policy | None = None) -> Comparisons:
+    def compare(self, policy: GamePolicy, opponent: GamePolicy | None = None) -> GameComparisons:
         """Responses of ``policy``, compared with each other, or with the opponent's if there is one."""
 
     def fit(
         self,
-        anchor: Anchor,
-        compared: Comparisons,
+        anchor: GameAnchor,
+        compared: GameComparisons,
         *,
-        warm_start: Policy | None = None,
+        warm_start: GamePolicy | None = None,
         into: str = "policy",
         steps: int = 1,
-    ) -> Policy:
+    ) -> GamePolicy:
         """The policy of least loss, with margins measured from ``anchor``.
 
         Args:
@@ -51,14 +51,14 @@ class Game(Protocol):
             steps: of mirror descent in one fit: the target of a sure pair is ``steps`` times as large.
         """
 
-    def mixture(self, initial: Policy, policy: Policy) -> Anchor:
+    def mixture(self, initial: GamePolicy, policy: GamePolicy) -> GameAnchor:
         """π_1^s · π^(1−s), normalised; s is the game's own."""
 
 
-Play = Callable[[Game, Policy], Iterator[Policy]]
+Play = Callable[[Game, GamePolicy], Iterator[GamePolicy]]
 
 
-def onpo(game: Game, initial: Policy) -> Iterator[Policy]:
+def onpo(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π′_{t+1} ∝ π′_t·exp(η r_t), π_{t+1} ∝ π′_{t+1}·exp(η r_t). arXiv 2502.16852, Algorithm 1."""
     policy = auxiliary = initial  # π_1 = π′_1
     while True:
@@ -68,7 +68,7 @@ def onpo(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(auxiliary, compared)  # π_{t+1}
 
 
-def onpo_direct(game: Game, initial: Policy) -> Iterator[Policy]:
+def onpo_direct(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """``onpo`` with the second fit measured from π′_t, at twice the step, which saves scoring π′_{t+1}.
 
     It goes on from π′_{t+1}. The minimiser over all policies is the same: two steps from π′_t.
@@ -82,7 +82,7 @@ def onpo_direct(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(anchor, compared, warm_start=auxiliary, steps=2)
 
 
-def onpo_from_policy(game: Game, initial: Policy) -> Iterator[Policy]:
+def onpo_from_policy(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """``onpo`` with both fits started from the weights of π_t, not from their anchors'."""
     policy = auxiliary = initial
     while True:
@@ -92,7 +92,7 @@ def onpo_from_policy(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(auxiliary, compared, warm_start=policy)
 
 
-def mirror_descent(game: Game, initial: Policy) -> Iterator[Policy]:
+def mirror_descent(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π_{t+1} ∝ π_t·exp(η r_t). arXiv 2502.16852, section 3.
 
     With SPPO's objective it is argmin_π E_{y∼π_t} (log π(y)/π_t(y) − η(r_t(y) − ½))² (arXiv 2405.00675), whose ½ stands
@@ -105,7 +105,7 @@ def mirror_descent(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(policy, game.compare(policy))
 
 
-def two_fits(game: Game, initial: Policy) -> Iterator[Policy]:
+def two_fits(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """Mirror descent with two fits to the same comparisons, the second measured from the result of the first.
 
     The control for ONPO: as many optimizer steps on as much data, and no optimism.
@@ -118,7 +118,7 @@ def two_fits(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(halfway, compared)
 
 
-def regularised(game: Game, initial: Policy) -> Iterator[Policy]:
+def regularised(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π_{t+1} ∝ m_t·exp(η r_t), with the mixture m_t ∝ π_1^s·π_t^(1−s). arXiv 2407.00617 (INPO)."""
     policy = initial
     while True:
@@ -127,7 +127,7 @@ def regularised(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(game.mixture(initial, policy), compared, warm_start=policy)
 
 
-def from_initial(game: Game, initial: Policy) -> Iterator[Policy]:
+def from_initial(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π_{t+1} ∝ π_1·exp(η r_t): each step is IPO's minimum on pairs from π_t. arXiv 2403.08635 (online IPO)."""
     policy = initial
     while True:
@@ -135,7 +135,7 @@ def from_initial(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(initial, game.compare(policy), warm_start=policy)
 
 
-def nash_md(game: Game, initial: Policy) -> Iterator[Policy]:
+def nash_md(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """m_t ∝ π_1^s·π_t^(1−s), π_{t+1} ∝ m_t·exp(η P m_t): played against the mixture. arXiv 2312.00886 (Nash-MD)."""
     policy = initial
     while True:
@@ -144,7 +144,7 @@ def nash_md(game: Game, initial: Policy) -> Iterator[Policy]:
         policy = game.fit(mixed, game.compare(mixed), warm_start=policy)
 
 
-def egpo(game: Game, initial: Policy) -> Iterator[Policy]:
+def egpo(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π_{t+½} ∝ m_t·exp(η P π_t), π_{t+1} ∝ m_t·exp(η P π_{t+½}), m_t as in Nash-MD. arXiv 2503.08942 (EGPO)."""
     policy = initial
     while True:
@@ -157,7 +157,7 @@ def egpo(game: Game, initial: Policy) -> Iterator[Policy]:
 def refreshing(play: Play, every: int) -> Play:
     """The algorithm that starts anew from its own policy, as π_1, after ``every`` updates. arXiv 2410.23223 (COMAL)."""
 
-    def refreshed(game: Game, initial: Policy) -> Iterator[Policy]:
+    def refreshed(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
         while True:
             policies = play(game, initial)
             for _ in range(every):

@@ -14,7 +14,7 @@ from .models.policy import Policy, token_group
 from .models.scoring import LabelledPairs
 from .packing import Layout, Packed, TokenGroup, microbatches, pack
 
-Anchor = Sequence[Tensor] | Policy  # cached: summed log-probs, a (K,) tensor per group, nats; live: a frozen policy
+AnchorLogps = Sequence[Tensor]  # summed log-probs of all responses under a cached anchor, a (K,) tensor a group, nats
 Batch = dict[int, list[Pair]]  # index of a group -> its pairs
 
 
@@ -83,8 +83,10 @@ class MicroBatch:
     labelled: LabelledPairs
 
     @classmethod
-    def prepare(cls, groups: Sequence[Group], batch: Batch, anchor: Anchor, layout: Layout) -> MicroBatch:
-        """Makes the tensors of a micro-batch on the host.
+    def prepare(
+        cls, groups: Sequence[Group], batch: Batch, anchor_logps: AnchorLogps | None, layout: Layout
+    ) -> MicroBatch:
+        """Makes the tensors of a micro-batch on the host; ``anchor_logps`` is None for a live anchor.
 
         A pair without a loser gets an empty response, whose log-prob is 0, right after its winner: the two are then a
         preference group of their own, and the loss takes groups in chunks without moving rows.
@@ -100,8 +102,8 @@ class MicroBatch:
                 position += 1
                 index[response] = len(edges) - 1
                 edges.append(boundaries[position])
-                if not isinstance(anchor, Policy):
-                    ref_logps.append(float(anchor[g][response]))
+                if anchor_logps is not None:
+                    ref_logps.append(float(anchor_logps[g][response]))
                 if response in alone:
                     empty[response] = len(edges) - 1
                     edges.append(boundaries[position])
@@ -112,7 +114,7 @@ class MicroBatch:
             labels += [pair.preference for pair in own_pairs]
             weights += [pair.weight for pair in own_pairs]
         packed = replace(packed, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
-        cached = None if isinstance(anchor, Policy) else ref_logps
+        cached = None if anchor_logps is None else ref_logps
         return cls(packed, LabelledPairs.make(pairs, labels, weights, cached))
 
     def to(self, device: torch.device) -> MicroBatch:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from .batches import Anchor, Batch, MicroBatch, count, plan_steps, split, total_weight
+from .batches import AnchorLogps, Batch, MicroBatch, count, plan_steps, split, total_weight
 from .config import FitConfig
 from .data import Group
 from .errors import UserError
@@ -25,7 +25,7 @@ from .run import signals
 from .run.fit_states import NO_STATE
 from .run.tracking import peak_memory_bytes
 
-__all__ = ["Anchor", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps"]
+__all__ = ["AnchorLogps", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps"]
 
 
 class FitFailed(UserError):
@@ -56,24 +56,26 @@ def fit(
     policy: Policy,
     groups: Sequence[Group],
     batches: Sequence[Batch],
-    anchor: Anchor,
+    anchor_logps: AnchorLogps | None,
     objective: Objective,
     config: FitConfig,
     on_step: Callable[[dict[str, float | None]], None],
     states: States | None = None,
     starts_at_anchor: bool = False,
+    live_anchor: Policy | None = None,
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
 
     Args:
         groups: the iteration's preference groups.
         batches: the pairs of every optimizer step, from ``plan_steps``.
-        anchor: its cached log-probs of all responses, or the frozen policy itself, which must not be ``policy``.
+        anchor_logps: the anchor's log-probs of all responses; None with ``live_anchor``.
         on_step: called with the metrics of every optimizer step.
         states: saves the state of the fit; if there is one already, training continues from it. If a signal asks the
             run to stop, the state is saved after the step.
         starts_at_anchor: whether ``policy`` equals the anchor now. The log-probs of the first step must then be the
             anchor's.
+        live_anchor: the anchor itself, frozen, in place of its log-probs. It must not be ``policy``.
 
     Raises:
         FitFailed: if they are not, to the tolerance of ``disagreement``; if more than ``config.max_skipped_steps``
@@ -85,12 +87,12 @@ def fit(
     if states:
         training.restore(states)
     loss = PairLossOptions(
-        objective, anchor.scoring if isinstance(anchor, Policy) else None, config.loss_backend, config.loss_mode
+        objective, live_anchor.scoring if live_anchor else None, config.loss_backend, config.loss_mode
     )
     try:
         for step, batch in enumerate(batches[training.step :], training.step + 1):
             start = time.perf_counter()
-            metrics = _backward(policy, groups, batch, anchor, loss, config)
+            metrics = _backward(policy, groups, batch, anchor_logps, loss, config)
             if step == 1 and starts_at_anchor:
                 _check_starts_at_anchor(policy, metrics, len(batches))
             on_step(training.update(batch, metrics, start))
@@ -107,12 +109,17 @@ def fit(
 
 
 def _backward(
-    policy: Policy, groups: Sequence[Group], batch: Batch, anchor: Anchor, loss: PairLossOptions, config: FitConfig
+    policy: Policy,
+    groups: Sequence[Group],
+    batch: Batch,
+    anchor_logps: AnchorLogps | None,
+    loss: PairLossOptions,
+    config: FitConfig,
 ) -> StepMetrics:
     """Adds the gradient of the batch's mean loss to the parameters, a micro-batch at a time."""
     metrics = StepMetrics(loss.objective)
     for part in split(policy, groups, batch, config.tokens_per_microbatch):
-        microbatch = MicroBatch.prepare(groups, part, anchor, policy.layout).to(policy.device)
+        microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
         output = _forward(policy, microbatch, loss)
         # micro-batches differ in size: a mean of their means would not be the mean over pairs
         (output.loss * (total_weight(part) / total_weight(batch))).backward()

@@ -158,7 +158,7 @@ class LanguageGame:
         """One argmin over D_t, measured from the anchor; returns where the fitted policy is."""
         output = f"{iteration_folder(self.t)}/{into}"
         start = warm_start if warm_start is not None else anchor
-        reference = self._anchor(anchor, compared)
+        anchor_logps = self._anchor_logps(anchor, compared)
         states = self._states(output)
         finished, last = states.step(), {}
 
@@ -174,7 +174,7 @@ class LanguageGame:
                     policy,
                     compared.groups,
                     self._steps(compared.pairs, into, states),
-                    reference if isinstance(reference, list) else load(reference, self.run.policies.config).frozen(),
+                    anchor_logps,
                     with_steps(self.objective, steps * compared.step),
                     self.fitting,
                     title=f"iteration {self.t}: fit {into}",
@@ -182,6 +182,7 @@ class LanguageGame:
                     states=states,
                     finished=finished,
                     starts_at_anchor=start == _policy_of(anchor),
+                    live_anchor=self._live(anchor) if anchor_logps is None else None,
                 )
             except UserError as error:
                 raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
@@ -203,6 +204,10 @@ class LanguageGame:
         if last:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
+
+    def _live(self, anchor: Source) -> Policy:
+        """The anchor itself, frozen, beside the resident policy."""
+        return load(anchor, self.run.policies.config).frozen()
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config
@@ -334,8 +339,8 @@ class LanguageGame:
             metrics=lambda pairs, _: stages.pairing_metrics(pairs, identical, groups, self.objective),
         )
 
-    def _anchor(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | Source:
-        """What margins are measured from: log-probs of all responses, cached; or where the live anchor is.
+    def _anchor_logps(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | None:
+        """The anchor's log-probs of all responses, cached; None for a live anchor.
 
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
@@ -345,7 +350,7 @@ class LanguageGame:
         if sampled_from_policy:
             self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
         if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
-            return anchor
+            return None
 
         def scored(source: Source) -> Scores:
             if source not in scores:

@@ -12,8 +12,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,12 +72,9 @@ def linear_logprobs(
     Returns:
         (N,) log-probs in nats, fp32 (float64 for float64 inputs).
     """
-    options = _head_options(logit_scale, softcap, temperature)
-    dtype = check.head(hidden, weight, bias)
+    settings = _Settings.checked(hidden, weight, bias, logit_scale, softcap, temperature, backend, workspace_bytes)
     targets = check.targets(hidden, weight, targets, validate)
-    kernels = _load_backend(choose_backend(backend, hidden.device, dtype))
-    check.workspace(workspace_bytes)
-    return _TokenLogps.apply(hidden, weight, bias, targets, kernels, options, dtype, workspace_bytes)
+    return _TokenLogps.apply(hidden, weight, bias, targets, settings)
 
 
 @torch.compiler.disable
@@ -107,8 +105,7 @@ def fused_linear_pair_loss(
 
     Args:
         hidden: hidden states that predict the response tokens, responses back to back.
-        weight: the LM head, in the dtype of ``hidden``. Under autocast the matrix products are in autocast's dtype, and
-            gradients are in the dtypes of the tensors, without rounding in between.
+        weight: the LM head, in the dtype of ``hidden``. Under autocast the tensors may have other dtypes.
         targets: the response tokens.
         cu_seqlens: response boundaries in N, from 0 to N. Keep ``cu_seqlens`` and ``pairs`` on the CPU, where the work
             is planned; a GPU tensor costs a host synchronisation.
@@ -123,63 +120,37 @@ def fused_linear_pair_loss(
         bias, logit_scale, softcap, temperature: logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature,
             for policy and anchor; no tanh without ``softcap``.
         backend: "triton" (NVIDIA GPUs from Ampere on; float32, bfloat16, float16), "torch" (chunked, any device),
-            "reference" (float64, all logits at once) or "auto" (the fastest that runs here). With "triton", float32
-            products follow ``torch.set_float32_matmul_precision``: three TF32 products ("highest", the default) or one.
-        mode: "fast" computes every logit once and keeps a chunk of exponentials, "lean" computes logits twice and keeps
-            a slice of the vocabulary, "auto" is fast if the largest preference group fits the workspace or if lean
-            would take as much memory. The logger "onpo_fast" reports the choice and its reason at level DEBUG. With
-            "triton", fp16 is always lean. With "torch", the mode sets only the default of ``workspace_bytes``, and a
-            group that does not fit is computed twice.
-        workspace_bytes: approximate memory beside inputs and gradients, in bytes. Default on a GPU: for fast a quarter
-            of the free memory (more with mode="fast" if the largest preference group needs it), for lean about 10·H
-            bytes a token in bf16 (never less than 6·H); on a CPU 144 MiB for fast and 18 MiB for lean. The number of
-            chunks affects rounding: set this for bit-identical results that do not depend on the free memory.
+            "reference" (float64, all logits at once) or "auto" (the fastest that runs here).
+        mode: "fast" computes every logit once, "lean" saves memory and computes logits twice, "auto" chooses by the
+            workspace. See docs/kernels.md, also for defaults of the workspace.
+        workspace_bytes: approximate memory beside inputs and gradients, in bytes. The default depends on the free
+            memory of a GPU, and it affects rounding: set it for bit-identical results.
         validate: also check the values of GPU tensors, which costs a host synchronisation. Without it, a target outside
             the vocabulary makes the loss NaN on a GPU.
 
     Returns:
         Loss, log-probs and margins in fp32 (float64 for float64 inputs). Gradients flow from the loss to hidden, weight
-        and bias if they require one; they are computed in forward, and ``backward`` scales and returns them.
+        and bias if they require one, in their dtypes; they are computed in forward, and ``backward`` scales them.
 
     Raises:
         ValueError: if the shape, dtype, device or value of an argument is wrong; the message names the argument.
     """
-    options = _head_options(logit_scale, softcap, temperature)
-    dtype, device = check.head(hidden, weight, bias), hidden.device
-    kernels = _load_backend(choose_backend(backend, device, dtype))
+    settings = _Settings.checked(hidden, weight, bias, logit_scale, softcap, temperature, backend, workspace_bytes)
     check.one_of("mode", mode, MODES)
-    check.workspace(workspace_bytes)
+    check.objective(objective)
     targets = check.targets(hidden, weight, targets, validate)
     cu_seqlens = check.boundaries(cu_seqlens, len(hidden))
     pairs = check.pairs(pairs, len(cu_seqlens) - 1)
-    check.objective(objective)
-    preference = check.per_pair("preference", preference, len(pairs), device, validate, highest=1.0)
-    pair_weight = check.per_pair("pair_weight", pair_weight, len(pairs), device, validate, highest=math.inf)
-    check.anchor(hidden, weight, dtype, len(cu_seqlens) - 1, ref_logps, ref_hidden, ref_weight, ref_bias)
-
     layout = PairLayout.of(cu_seqlens, pairs)
-    if ref_logps is not None:
-        ref_logps = ref_logps.detach().double()
-    elif ref_weight is None or (_same_memory(ref_weight, weight) and _same_memory(ref_bias, bias)):
-        ref_hidden = ref_hidden.detach().to(dtype)  # goes through the head with the policy's hidden states
-    else:
-        ref_logps = _response_logps(
-            kernels, layout, ref_hidden, ref_weight, ref_bias, targets, options, dtype, workspace_bytes
-        )
-        ref_hidden = None
     call = _PairCall(
-        kernels,
-        options,
-        dtype,
-        ref_logps,
-        ref_hidden,
+        settings=settings,
         targets=targets,
         layout=layout,
         objective=objective,
-        preference=preference,
-        pair_weight=pair_weight,
+        preference=check.per_pair("preference", preference, len(pairs), hidden.device, validate, highest=1.0),
+        pair_weight=check.per_pair("pair_weight", pair_weight, len(pairs), hidden.device, validate, highest=math.inf),
         mode=mode,
-        workspace=workspace_bytes,
+        anchor=_anchor(settings, (hidden, weight, bias), targets, layout, ref_logps, ref_hidden, ref_weight, ref_bias),
     )
     return PairLossOutput(*_PairLoss.apply(hidden, weight, bias, call, torch.is_grad_enabled()))
 
@@ -189,71 +160,119 @@ def fused_linear_pair_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _head_options(logit_scale: float, softcap: float | None, temperature: float) -> Head:
-    """Return a head without weight and bias."""
-    check.logit_options(logit_scale, softcap, temperature)
-    return Head(None, None, float(logit_scale), softcap, float(temperature))
+class _Settings(NamedTuple):
+    """What tokens and pairs have in common: the backend, and how it computes logits."""
+
+    kernels: Backend
+    options: Head  # without weight and bias
+    dtype: torch.dtype  # dtype of the matrix products, which is autocast's under autocast
+    workspace: int | None
+
+    @classmethod
+    def checked(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+        backend: str,
+        workspace_bytes: int | None,
+    ) -> _Settings:
+        """Check these arguments of a public function and load the backend."""
+        check.logit_options(logit_scale, softcap, temperature)
+        check.workspace(workspace_bytes)
+        dtype = check.head(hidden, weight, bias)
+        options = Head(None, None, float(logit_scale), softcap, float(temperature))
+        return cls(_load_backend(choose_backend(backend, hidden.device, dtype)), options, dtype, workspace_bytes)
+
+    def cast(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Head]:
+        """Return hidden states and head in the dtype of the matrix products."""
+        weight, bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        return hidden.to(self.dtype), self.options._replace(weight=weight, bias=bias)
+
+    def token_problem(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        needs_gradient: NeedsGradient = (False, False, False),
+    ) -> TokenProblem:
+        states, head = self.cast(hidden, weight, bias)
+        return TokenProblem(states, head, targets, needs_gradient, _dtypes(hidden, weight, bias), self.workspace)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """Round float64 results to the dtype of the output."""
+        return values.to(accumulation_dtype(self.dtype))
 
 
-def _cast(
-    dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Head
-) -> tuple[Tensor, Head]:
-    """Return hidden states and head in the dtype of the matrix products, which is autocast's under autocast."""
-    return hidden.to(dtype), options._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+class _Anchor(NamedTuple):
+    """What margins are measured from; one of the two is None."""
+
+    logps: Tensor | None  # (S,) float64, nats
+    hidden: Tensor | None  # (N, H), which goes through the head with the policy's hidden states
 
 
-def _token_problem(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def _anchor(
+    settings: _Settings,
+    leaves: tuple[Tensor, Tensor, Tensor | None],  # the policy's hidden states, weight and bias
     targets: Tensor,
-    options: Head,
-    dtype: torch.dtype,
-    workspace: int | None,
-    needs_gradient: NeedsGradient = (False, False, False),
-) -> TokenProblem:
-    states, head = _cast(dtype, hidden, weight, bias, options)
-    return TokenProblem(states, head, targets, needs_gradient, _dtypes(hidden, weight, bias), workspace)
+    layout: PairLayout,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> _Anchor:
+    """Check the anchor. Compute its log-probs if it has a head of its own."""
+    hidden, weight, bias = leaves
+    responses = len(layout.edges) - 1
+    check.anchor(hidden, weight, settings.dtype, responses, ref_logps, ref_hidden, ref_weight, ref_bias)
+    if ref_logps is not None:
+        return _Anchor(ref_logps.detach().double(), None)
+    if ref_weight is None or (_same_memory(ref_weight, weight) and _same_memory(ref_bias, bias)):
+        return _Anchor(None, ref_hidden.detach().to(settings.dtype))
+    with torch.no_grad(), _device_without_autocast(hidden.device):
+        problem = settings.token_problem(ref_hidden, ref_weight, ref_bias, targets)
+        return _Anchor(settings.kernels.response_logps(problem, layout), None)
 
 
-@torch.no_grad()
-def _response_logps(kernels: Backend, layout: PairLayout, hidden: Tensor, *problem: Any) -> Tensor:
-    """Compute the (S,) log-probs of an anchor with a head of its own. Casts of its head are freed on return."""
-    with _device_without_autocast(hidden.device):
-        return kernels.response_logps(_token_problem(hidden, *problem), layout)
-
-
+@dataclass(eq=False)
 class _PairCall:
     """The arguments of one call of the loss, for a second backward pass, without the leaves, which autograd keeps."""
 
-    def __init__(
-        self,
-        kernels: Backend,
-        options: Head,
-        dtype: torch.dtype,  # dtype of the matrix products
-        ref_logps: Tensor | None,
-        ref_hidden: Tensor | None,
-        **fields: Any,  # the other fields of PairProblem
-    ) -> None:
-        self.kernels, self.options, self.dtype, self.fields = kernels, options, dtype, fields
-        self.ref_logps, self.ref_hidden = ref_logps, ref_hidden
+    settings: _Settings
+    targets: Tensor
+    layout: PairLayout
+    objective: Objective
+    preference: Tensor
+    pair_weight: Tensor
+    mode: str
+    anchor: _Anchor
 
     def evaluate(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_gradient: NeedsGradient
     ) -> PairResult:
         with _device_without_autocast(hidden.device):
-            states, head = _cast(self.dtype, hidden, weight, bias, self.options)
+            states, head = self.settings.cast(hidden, weight, bias)
             problem = PairProblem(
-                states,
-                head,
-                ref_logps=self.ref_logps,
-                ref_hidden=self.ref_hidden,
+                hidden=states,
+                head=head,
+                targets=self.targets,
+                layout=self.layout,
+                objective=self.objective,
+                ref_logps=self.anchor.logps,
+                ref_hidden=self.anchor.hidden,
+                preference=self.preference,
+                pair_weight=self.pair_weight,
                 needs_gradient=needs_gradient,
                 leaf_dtypes=_dtypes(hidden, weight, bias),
-                **self.fields,
+                mode=self.mode,
+                workspace=self.settings.workspace,
             )
-            result = self.kernels.pair_loss(problem)
-        self.ref_logps, self.ref_hidden = result.ref_logps, None  # frees the anchor's hidden states
+            result = self.settings.kernels.pair_loss(problem)
+        self.anchor = _Anchor(result.ref_logps, None)  # frees the anchor's hidden states
         return result
 
 
@@ -266,11 +285,6 @@ def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _dtypes(*leaves: Tensor | None) -> LeafDtypes:
     return tuple(None if x is None else x.dtype for x in leaves)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 results to the dtype of the output, given the dtype of the matrix products."""
-    return values.to(accumulation_dtype(dtype))
 
 
 @contextmanager
@@ -297,7 +311,7 @@ class _PairLoss(torch.autograd.Function):
         ctx.call, ctx.needs_gradient, ctx.gradients = call, needs_gradient, result.gradients
         ctx.leaf_dtypes = _dtypes(hidden, weight, bias)
         results = (result.loss, result.logps, result.ref_logps, result.margins)
-        outputs = tuple(_rounded(x, call.dtype) for x in results)
+        outputs = tuple(map(call.settings.rounded, results))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -309,45 +323,34 @@ class _PairLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = ctx.call.evaluate(*ctx.saved_tensors, ctx.needs_gradient).gradients
-        scaled = tuple(g if g is None else _scale_in_place(g, grad_loss) for g in gradients)
-        return *_in_dtypes(scaled, ctx.leaf_dtypes), None, None
+        with _device_without_autocast(grad_loss.device):
+            ctx.call.settings.kernels.scale_in_place(gradients, grad_loss)
+        return *_in_dtypes(gradients, ctx.leaf_dtypes), None, None
 
 
 class _TokenLogps(torch.autograd.Function):
     """Per-token log-probs. Backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, kernels, options, dtype, workspace):
-        ctx.kernels, ctx.settings = kernels, (options, dtype, workspace)
+    def forward(ctx, hidden, weight, bias, targets, settings):
         with _device_without_autocast(hidden.device):
-            logps = kernels.token_logps(_token_problem(hidden, weight, bias, targets, *ctx.settings))
+            logps = settings.kernels.token_logps(settings.token_problem(hidden, weight, bias, targets))
+        ctx.settings = settings
         ctx.save_for_backward(hidden, weight, bias, targets, logps)
-        return _rounded(logps, dtype)
+        return settings.rounded(logps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         *leaves, targets, logps = ctx.saved_tensors
         with _device_without_autocast(upstream.device):
-            problem = _token_problem(*leaves, targets, *ctx.settings, ctx.needs_input_grad[:3])
-            gradients = ctx.kernels.token_gradients(problem, logps, upstream)
-        return *_in_dtypes(gradients, _dtypes(*leaves)), *[None] * 5
+            problem = ctx.settings.token_problem(*leaves, targets, ctx.needs_input_grad[:3])
+            gradients = ctx.settings.kernels.token_gradients(problem, logps, upstream)
+        return *_in_dtypes(gradients, _dtypes(*leaves)), None, None
 
 
 def _in_dtypes(gradients: Gradients, dtypes: LeafDtypes) -> Gradients:
     return tuple(g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes))
-
-
-def _scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by a scalar, unless it is 1: that saves a pass over a [V, H] tensor."""
-    if gradient.device.type == "cpu":
-        return gradient if factor == 1 else gradient.mul_(factor)
-    if gradient.dtype != torch.float64 and _has_triton(gradient.device):  # the kernel multiplies in float32
-        from .kernels.rescale import rescale
-
-        with _device_without_autocast(gradient.device):
-            return rescale(gradient, factor)  # compares the factor on the device, without host synchronisation
-    return gradient.mul_(factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from .errors import UserError
 from .kernels import noise
 from .loss import choose_backend
 from .models.checks import computing
-from .models.policy import TOLERANCE, Policy, pad_token, score
+from .models.policy import LOGP_TOLERANCE, Policy, pad_token, score
+from .run.progress import Progress
 from .run.tracking import say, say_once
 
-Progress = Callable[[int], None]  # called with the number of responses of every batch
 Job = TypeVar("Job")
 
 PROBE_LENGTHS = (3, 9, 22)  # lengths in tokens of the prompts that a sampler is checked with
@@ -144,7 +144,7 @@ class TransformersSampler:
         Raises:
             UserError: if they do not agree; names the family and the difference.
         """
-        family, allowed = self.policy.family, TOLERANCE[torch.float32]
+        family, allowed = self.policy.family, LOGP_TOLERANCE[torch.float32]
         if (padded := self._difference()) <= allowed:
             return
         self.pads, done = False, "prompts of different lengths are sampled one after the other"

@@ -19,8 +19,9 @@ from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
+from .run.progress import Progress
 from .run.tracking import peak_memory_bytes, progress
-from .sampling import Progress, Sampler
+from .sampling import Sampler
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
 
@@ -139,7 +140,7 @@ def fit(
     policy: Policy,
     groups: Sequence[Group],
     batches: Sequence[fitting.Batch],
-    anchor: fitting.Anchor,
+    anchor_logps: fitting.AnchorLogps | None,
     objective: Objective,
     config: FitConfig,
     *,
@@ -148,6 +149,7 @@ def fit(
     states: fitting.States | None = None,
     finished: int = 0,
     starts_at_anchor: bool = False,
+    live_anchor: Policy | None = None,
 ) -> None:
     """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
 
@@ -162,4 +164,6 @@ def fit(
             on_step(metrics)
             done(1)
 
-        fitting.fit(policy, groups, batches, anchor, objective, config, report, states, starts_at_anchor)
+        fitting.fit(
+            policy, groups, batches, anchor_logps, objective, config, report, states, starts_at_anchor, live_anchor
+        )

@@ -1,4 +1,4 @@
-"""The games lab: preference games whose Nash policy is known, and the methods that look for it.
+"""The games lab: preference games whose Nash policy is known, and algorithms that approach it.
 
     python -m onpo_fast.games matrix|neural|multiturn
 

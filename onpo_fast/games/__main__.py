@@ -234,6 +234,7 @@ def _neural_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.name not in ("objective", "eta"):
             of = {"type": float} if field.default is None else {}
             _add(parser, field.name, field.default, about[field.name].replace("``", ""), **of)
+    parser.add_argument("--spread", dest="logit_std", type=float, help=argparse.SUPPRESS)  # an old name
 
 
 def _multiturn_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,13 +25,8 @@ def theorem_1(D: float, T: np.ndarray) -> np.ndarray:
 
 
 def theorem_2(D: float, T: np.ndarray, eta: float = 0.5) -> np.ndarray:
-    """Return (2/T)(D/η + η), the bound for ONPO with η ≤ ½ that the proof of Theorem 2 gives: (4D + 1)/T at η = ½."""
-    return 2 / np.asarray(T) * (D / eta + eta)
+    """Return (2/T)(D/η + η), the bound for ONPO with η ≤ ½ that the proof of Theorem 2 gives: (4D + 1)/T at η = ½.
 
-
-def theorem_2_printed(D: float, T: np.ndarray) -> np.ndarray:
-    """Return 4√D/T, the bound printed in Theorem 2. It is wrong for D > ¼.
-
-    A counterexample: one action that beats nine tied ones, at T = 50.
+    The constant printed in Theorem 2, 4√D/T, is wrong for D > ¼: one action that beats nine tied ones exceeds it.
     """
-    return 4 * np.sqrt(D) / np.asarray(T)
+    return 2 / np.asarray(T) * (D / eta + eta)

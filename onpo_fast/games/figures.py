@@ -31,7 +31,7 @@ ORDER = (
 )
 # colour and line style of a method, the same in every plot
 LOOK = {name: (COLOURS[i % 7], ("-", (0, (4, 1.5)))[i // 7]) for i, name in enumerate(ORDER)}
-SMALLEST_GAP = 1e-14  # smaller ones are rounding errors, and drawn at this height
+SMALLEST_DRAWN_GAP = 1e-14  # smaller ones are rounding errors, and drawn at this height
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -89,7 +89,7 @@ def cycling(results: Results) -> Plot | None:
     figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
     said = []
     for run, style in zip(results["cycling"], 2 * ((0, (1, 1.5)), (0, (4, 1.5)), "-")):
-        gap = np.maximum(run["gap"], SMALLEST_GAP)
+        gap = np.maximum(run["gap"], SMALLEST_DRAWN_GAP)
         name = f"{label(run['algorithm'])}, η = {run['eta']:g}"
         axes.plot(run["t"], gap, color=LOOK[run["algorithm"]][0], linestyle=style, linewidth=1.3, label=name)
         said.append(f"{name}: {run['at_1000']:.2g} at t = 1000")
@@ -125,7 +125,7 @@ def transformer_gap(results: Results) -> Plot | None:
         colour, style = LOOK[name]
         _band(axes, t, run["gap"], color=colour, linestyle=style, label=label(name))
         if run["ideal_gap"]:
-            axes.plot(t, np.maximum(run["ideal_gap"]["median"], SMALLEST_GAP), ":", color=colour, linewidth=1)
+            axes.plot(t, np.maximum(run["ideal_gap"]["median"], SMALLEST_DRAWN_GAP), ":", color=colour, linewidth=1)
         said.append(f"{label(name)}: from {run['gap']['median'][0]:.2g} to {run['gap']['median'][-1]:.2g}")
     axes.plot([], [], ":", color=INK, linewidth=1, label="exact updates")
     _logarithmic(axes, "y")
@@ -211,6 +211,6 @@ def _logarithmic(axes: Axes, which: str) -> None:
 
 def _band(axes: Axes, t: Any, curve: Results, **look: Any) -> None:
     """Draw the median of a curve, and the range between its quartiles."""
-    low, median, high = (np.maximum(curve[name], SMALLEST_GAP) for name in ("low", "median", "high"))
+    low, median, high = (np.maximum(curve[name], SMALLEST_DRAWN_GAP) for name in ("low", "median", "high"))
     axes.plot(t, median, linewidth=1.3, **look)
     axes.fill_between(t, low, high, color=look["color"], alpha=0.12, linewidth=0)

@@ -16,8 +16,8 @@ import numpy as np
 from ..objectives import Omd
 from . import bounds, multiturn
 from .arguments import non_negative, positive, whole_number
-from .fits import Sampled
 from .matrix import GameTrace, run
+from .matrix_games import SampledGame
 from .neural import NeuralGame, NeuralTrace, play
 from .preferences import make, three_cycle
 from .solution import nash
@@ -25,7 +25,7 @@ from .solution import nash
 Done = Callable[[int], None]
 
 RATES_FROM = 50  # smallest T of a slope: earlier gaps depend on the start more than on the rate
-SMALLEST_GAP = 1e-13  # smaller ones are rounding errors, and left out of slopes
+SMALLEST_SLOPE_GAP = 1e-13  # smaller ones are rounding errors, and left out of slopes
 ROCK_PAPER_SCISSORS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
 TILTED = np.exp([1.0, 0, -1]) / np.exp([1.0, 0, -1]).sum()  # logits (1, 0, −1)
@@ -127,7 +127,7 @@ def slope(T: np.ndarray, gaps: np.ndarray) -> float | None:
     """
     use = RATES_FROM <= T
     gaps = gaps[:, use]
-    gaps = gaps[(gaps > SMALLEST_GAP).all(-1)]
+    gaps = gaps[(gaps > SMALLEST_SLOPE_GAP).all(-1)]
     if use.sum() < 3 or not len(gaps):
         return None
     return float(np.polyfit(np.log(T[use]), np.log(gaps).mean(0), 1)[0])
@@ -177,7 +177,7 @@ def fitted_step(
     responses: int = 8,
 ) -> np.ndarray:
     """Return log π_new/π after one fit to pairs sampled from π with η = 1, (n,); its arbitrary constant makes E_π 0."""
-    game = Sampled(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
+    game = SampledGame(P[None], Omd(1.0), 1.0, 0.0, groups, responses, pairing, labels, seed)
     anchor = np.log(policy)[None]
     step = (game.fit(anchor, game.compare(anchor)) - anchor)[0]
     return step - policy @ step

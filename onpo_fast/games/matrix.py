@@ -18,7 +18,7 @@ import numpy as np
 from ..algorithms import Play, named
 from ..objectives import Dpo, Inpo, Ipo, Objective, Omd
 from .arguments import non_negative, positive, whole_number
-from .fits import Exact, MatrixGame, Sampled
+from .matrix_games import ExactGame, MatrixGame, SampledGame
 from .preferences import check, tolerance_of
 from .solution import gap_of_rewards, regularised_gap_of_rewards
 
@@ -66,7 +66,7 @@ def run(
         tau: strength of the pull towards π_1 and of the regularised gap, ≥ 0. INPO, Nash-MD and EGPO need ητ ≤ 1.
         mode: "exact": expectations under the policies. "sampled": in every comparison ``groups`` times ``responses``
             actions are drawn and paired (``onpo_fast.pairing``), and the policy is fitted to these pairs.
-        groups, responses, pairing, labels, seed: how "sampled" draws; see ``fits.Sampled``.
+        groups, responses, pairing, labels, seed: how "sampled" draws; see ``matrix_games.SampledGame``.
         keep_policies: return every π_t as well.
 
     Raises:
@@ -81,12 +81,12 @@ def run(
     initial = _distribution(init, P.shape[:2])
     objective = objective_of(algorithm, eta, tau)
     if mode == "exact":
-        game: Exact | Sampled = Exact(P, objective, eta, tau)
+        game: ExactGame | SampledGame = ExactGame(P, objective, eta, tau)
     elif mode == "sampled":
         if algorithm == "sppo":
             raise ValueError("sppo compares responses with a policy, not in pairs: it has no mode='sampled'")
         groups, responses = whole_number("groups", groups), whole_number("responses", responses, 2)
-        game = Sampled(P, objective, eta, tau, groups, responses, pairing, labels, seed)
+        game = SampledGame(P, objective, eta, tau, groups, responses, pairing, labels, seed)
     else:
         raise ValueError(f"mode must be 'exact' or 'sampled', not {mode!r}")
     trace = _trace(game, play, initial, T, keep_policies)

@@ -2,9 +2,9 @@
 
 At each of H turns one of A actions is chosen. A state is the history of the actions so far, a final state all H of
 them, and the oracle compares final states only. The game is a preference matrix P over the A^H final states in
-lexicographic order (``preferences.check``), (n, n), or a batch (B, n, n): one game a context. A ``Policy`` is a list
-with an array a turn, (A^h, A) or (B, A^h, A) for h = 0 … H − 1: the probabilities of the actions after every history.
-float64 throughout. With one turn this is the game of ``matrix``.
+lexicographic order (``preferences.check``), (n, n), or a batch (B, n, n): one game a context. A ``PolicyByTurn`` is a
+list with an array a turn, (A^h, A) or (B, A^h, A) for h = 0 … H − 1: the probabilities of the actions after every
+history. float64 throughout. With one turn this is the game of ``matrix``.
 
 The algorithms are those of ``onpo_fast.algorithms``. Their step is taken at every state, with
 Q_t(s, y) = E_{π_t}[P(s_{H+1} ≻ π_t) | s, y] in place of r_t(y). This is sufficient (derived here): with r_t = P d_t,
@@ -33,13 +33,13 @@ import torch
 from ..algorithms import named
 from ..objectives import Objective, Onpo
 from .arguments import positive, whole_number
-from .fits import check_labels, log_normalised
-from .preferences import TOLERANCE, check
+from .matrix_games import check_labels, log_normalised
+from .preferences import SUM_TOLERANCE, check
 from .solution import gap_of_rewards, rewards
 
-Policy = list[np.ndarray]
+PolicyByTurn = list[np.ndarray]
 
-ALGORITHMS = ("onpo", "omd")
+MULTITURN_ALGORITHMS = ("onpo", "omd")  # names in ``algorithms.ALGORITHMS``
 TARGETS = ("exact", "sampled", "branches")
 
 
@@ -49,8 +49,8 @@ class MultiTurnTrace:
 
     average_gap: np.ndarray  # (T,) or (B, T): entry t − 1 is the duality gap of the mixture of π_1 … π_t
     last_gap: np.ndarray  # (T,) or (B, T): entry t − 1 is the duality gap of π_t; the first is the initial policy's
-    policy: Policy  # π_T
-    average_policy: Policy  # the policy whose distribution over final states is that of the mixture of π_1 … π_T
+    policy: PolicyByTurn  # π_T
+    average_policy: PolicyByTurn  # the policy whose distribution over final states is that of the mixture of π_1 … π_T
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
     algorithm: str,
     eta: float,
     T: int,
-    init: Policy | None = None,
+    init: PolicyByTurn | None = None,
     *,
     target: str = "exact",
     samples: int = 1000,
@@ -87,8 +87,10 @@ def run(
         ValueError: if an argument is invalid; the message names it.
     """
     games, actions = _games(P, turns)
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"there is no algorithm {algorithm!r} for several turns; there are {', '.join(ALGORITHMS)}")
+    if algorithm not in MULTITURN_ALGORITHMS:
+        raise ValueError(
+            f"there is no algorithm {algorithm!r} for several turns; there are {', '.join(MULTITURN_ALGORITHMS)}"
+        )
     if target not in TARGETS:
         raise ValueError(f"there is no target {target!r}; there are {', '.join(TARGETS)}")
     chosen = named(algorithm)
@@ -121,9 +123,9 @@ class _MultiTurnGame:
     def __init__(self, P: np.ndarray, objective: Objective, target: str, samples: int, labels: str, seed: int) -> None:
         self.P, self.objective, self.target, self.samples, self.labels = P, objective, target, samples, labels
         self.rng = np.random.default_rng(seed)
-        self._last: tuple[Policy | None, tuple] = None, ()
+        self._last: tuple[PolicyByTurn | None, tuple] = None, ()
 
-    def measure(self, log_policy: Policy) -> tuple[Policy, np.ndarray, np.ndarray]:
+    def measure(self, log_policy: PolicyByTurn) -> tuple[PolicyByTurn, np.ndarray, np.ndarray]:
         """Return the probabilities, the distribution over final states (B, n), and the rewards of these (B, n).
 
         The last result is kept: the trace and the algorithm both ask for that of π_t.
@@ -134,7 +136,7 @@ class _MultiTurnGame:
             self._last = log_policy, (policy, final, rewards(self.P, final))
         return self._last[1]
 
-    def compare(self, log_policy: Policy) -> list[np.ndarray]:
+    def compare(self, log_policy: PolicyByTurn) -> list[np.ndarray]:
         """Return the step of every state, (B, A^h, A) a turn, nats."""
         policy, _, reward = self.measure(log_policy)
         if self.target == "exact":
@@ -145,23 +147,23 @@ class _MultiTurnGame:
 
     def fit(
         self,
-        anchor: Policy,
+        anchor: PolicyByTurn,
         compared: list[np.ndarray],
         *,
-        warm_start: Policy | None = None,
+        warm_start: PolicyByTurn | None = None,
         into: str = "policy",
         steps: int = 1,
-    ) -> Policy:
+    ) -> PolicyByTurn:
         """Return anchor·exp(steps·step), normalised at every state."""
         return [log_normalised(turn + steps * step) for turn, step in zip(anchor, compared)]
 
 
-def uniform(turns: int, actions: int) -> Policy:
+def uniform(turns: int, actions: int) -> PolicyByTurn:
     """Return the uniform policy, (A^h, A) a turn."""
     return [np.full((actions**h, actions), 1 / actions) for h in range(turns)]
 
 
-def outcomes(policy: Policy) -> list[np.ndarray]:
+def outcomes(policy: PolicyByTurn) -> list[np.ndarray]:
     """Return P(f | s) for states s after 0 … H turns and the final states f they can reach: (…, A^h, A^(H−h)) each."""
     last = policy[-1]
     below = [np.ones((*last.shape[:-2], last.shape[-2] * last.shape[-1], 1))]
@@ -171,12 +173,12 @@ def outcomes(policy: Policy) -> list[np.ndarray]:
     return below[::-1]
 
 
-def distribution(policy: Policy) -> np.ndarray:
+def distribution(policy: PolicyByTurn) -> np.ndarray:
     """Return d_π, the distribution over final states, (…, A^H)."""
     return outcomes(policy)[0][..., 0, :]
 
 
-def behaviour(final: np.ndarray, turns: int) -> Policy:
+def behaviour(final: np.ndarray, turns: int) -> PolicyByTurn:
     """Return the policy with this distribution over final states, (…, A^turns); uniform at states of probability 0."""
     actions = _actions(final.shape[-1], turns)
     policy = []
@@ -188,7 +190,7 @@ def behaviour(final: np.ndarray, turns: int) -> Policy:
     return policy[::-1]
 
 
-def action_values(reward: np.ndarray, policy: Policy) -> list[np.ndarray]:
+def action_values(reward: np.ndarray, policy: PolicyByTurn) -> list[np.ndarray]:
     """Return Q(s, y) = E_π[reward(f) | s, y], computed from the last turn backwards.
 
     Args:
@@ -205,7 +207,7 @@ def action_values(reward: np.ndarray, policy: Policy) -> list[np.ndarray]:
     return values[::-1]
 
 
-def branch_values(P: np.ndarray, policy: Policy) -> list[np.ndarray]:
+def branch_values(P: np.ndarray, policy: PolicyByTurn) -> list[np.ndarray]:
     """Return E[P(f ≻ f′)] for f reached from (s, y) and f′ from s, both by π, in the shapes of ``action_values``.
 
     This is what Q becomes if the two actions of a pair are compared by P(f ≻ f′) instead of against an opponent that
@@ -224,7 +226,7 @@ def branch_values(P: np.ndarray, policy: Policy) -> list[np.ndarray]:
 
 
 def sampled_steps(
-    P: np.ndarray, policy: Policy, objective: Objective, samples: int, labels: str, rng: np.random.Generator
+    P: np.ndarray, policy: PolicyByTurn, objective: Objective, samples: int, labels: str, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Return the step log π_{t+1} − log anchor of every state, fitted to sampled pairs: shapes of ``action_values``.
 
@@ -286,7 +288,7 @@ def sampling_error(
     P: np.ndarray,
     turns: int,
     samples: Sequence[int],
-    policy: Policy | None = None,
+    policy: PolicyByTurn | None = None,
     *,
     labels: str = "soft",
     seed: int = 0,
@@ -337,7 +339,7 @@ def _actions(final_states: int, turns: int) -> int:
     return actions
 
 
-def _policy(policy: Policy | None, turns: int, actions: int, games: int) -> Policy:
+def _policy(policy: PolicyByTurn | None, turns: int, actions: int, games: int) -> PolicyByTurn:
     """Return the policy as (B, A^h, A) float64 a turn; uniform if None. Raises ``ValueError`` if it is not one."""
     if policy is None:
         policy = uniform(turns, actions)
@@ -350,7 +352,7 @@ def _policy(policy: Policy | None, turns: int, actions: int, games: int) -> Poli
         batch = (games, *shape)
         if turn.shape not in (shape, batch):
             raise ValueError(f"turn {h} of the policy must be of shape {shape} or {batch}, not {turn.shape}")
-        if not ((turn >= 0).all() and (np.abs(turn.sum(-1) - 1) <= TOLERANCE).all()):
+        if not ((turn >= 0).all() and (np.abs(turn.sum(-1) - 1) <= SUM_TOLERANCE).all()):
             raise ValueError(f"turn {h} of the policy must hold distributions: not negative, of sum 1 at every history")
         checked.append(np.broadcast_to(turn, batch))
     return checked

@@ -21,7 +21,7 @@ from ..models.device import device_of
 from ..models.policy import Policy, score
 from ..objectives import Dpo, Objective, Sppo, with_steps
 from ..pairing import drop_identical, pair
-from .fits import Exact, Rewards, log_normalised
+from .matrix_games import ExactGame, Rewards, log_normalised
 from .neural_options import EXPECTED, NeuralGame
 from .solution import rewards
 
@@ -226,11 +226,11 @@ class TransformerGame:
             torch.manual_seed(game.seed)
             model = LlamaForCausalLM(architecture)
         with torch.no_grad():  # hidden states have the norm √width after the last layer norm
-            model.lm_head.weight *= game.spread
+            model.lm_head.weight *= game.logit_std
         return Policy(model.to(self.device), None, self.device, torch.float32, "shared")
 
 
-def closed_form_game(game: NeuralGame, P: np.ndarray) -> Exact | None:
+def closed_form_game(game: NeuralGame, P: np.ndarray) -> ExactGame | None:
     """Return the matrix game between responses whose fits are the exact minimisers of the neural game's losses.
 
     The target of a pair is s·(P(y ≻ y′) − ½), where s is η for ONPO and OMD, 1/η for INPO and 1/τ for IPO. None for
@@ -240,4 +240,4 @@ def closed_form_game(game: NeuralGame, P: np.ndarray) -> Exact | None:
     if isinstance(objective, Dpo):
         return None
     step = 2 * float(objective.target(torch.ones((), dtype=torch.float64)))
-    return Exact(P, objective, step, game.tau)
+    return ExactGame(P, objective, step, game.tau)

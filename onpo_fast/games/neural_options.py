@@ -11,8 +11,8 @@ from ..algorithms import ALGORITHMS, ALIASES, named
 from ..loss import BACKENDS
 from ..objectives import Inpo, Objective
 from ..pairing import PAIRINGS
-from .fits import check_labels
 from .matrix import check_mixture
+from .matrix_games import check_labels
 from .preferences import GAMES, check
 from .solution import nash
 
@@ -64,7 +64,7 @@ class NeuralGame:
     """Hidden size of the transformer."""
     layers: int = 1
     """Layers of the transformer."""
-    spread: float = 1.0
+    logit_std: float = 1.0
     """Standard deviation of a token's logits under the initial policy, in nats."""
 
     # The algorithm
@@ -153,8 +153,8 @@ class NeuralGame:
             value = getattr(self, name)
             if not (value is None and name in ("eta", "tau")) and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
-        if not (math.isfinite(self.spread) and self.spread >= 0):
-            raise ValueError(f"spread must be a finite number, at least 0, not {self.spread!r}")
+        if not (math.isfinite(self.logit_std) and self.logit_std >= 0):
+            raise ValueError(f"logit_std must be a finite number, at least 0, not {self.logit_std!r}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio!r}")
 

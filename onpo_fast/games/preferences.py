@@ -14,7 +14,7 @@ import numpy as np
 
 MakeGames = Callable[[int, int, np.random.Generator], np.ndarray]
 
-TOLERANCE = 1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
+SUM_TOLERANCE = 1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
 MOST_NUMBERS = 10**8  # largest size of a batch of games: 800 MB
 
 
@@ -25,31 +25,31 @@ def random(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def bradley_terry(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """σ(s_i − s_j) with standard normal scores s. Transitive, so the Nash policy is the best action."""
+    """Return P = σ(s_i − s_j) with standard normal scores s. Transitive, so the Nash policy is the best action."""
     return _bradley_terry(rng.standard_normal((count, actions)))
 
 
 def rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Action 0 beats 1, 1 beats 2 and 2 beats 0 with probability 1. The Nash policy is (⅓, ⅓, ⅓)."""
+    """Return games in which 0 always beats 1, 1 beats 2 and 2 beats 0. The Nash policy is (⅓, ⅓, ⅓)."""
     _check_three(actions)
     return np.repeat(three_cycle(1, 1, 1)[None], count, axis=0)
 
 
 def weighted_rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """P01 = 0.9, P12 = 0.6, P20 = 0.7. The Nash policy is (1/7, 2/7, 4/7)."""
+    """Return games with P01 = 0.9, P12 = 0.6, P20 = 0.7. The Nash policy is (1/7, 2/7, 4/7)."""
     _check_three(actions)
     return np.repeat(three_cycle(0.9, 0.6, 0.7)[None], count, axis=0)
 
 
 def one_beats_all(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Action 0 beats every other one with probability 1; the others tie. The Nash policy is action 0."""
+    """Return games in which action 0 always beats the others, which tie. The Nash policy is action 0."""
     upper = np.full((count, actions, actions), 0.5)
     upper[:, 0] = 1
     return _complete(np.triu(upper, 1))
 
 
 def annotator_groups(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Three groups of annotators with different, decided preferences; their mean may have cycles.
+    """Return the mean of three groups of annotators with different, decided preferences; it may have cycles.
 
     A group is Bradley-Terry with normal scores of standard deviation 4. P is the mean over groups, weighted by random
     shares near a third.
@@ -60,7 +60,7 @@ def annotator_groups(actions: int, count: int, rng: np.random.Generator) -> np.n
 
 
 def cyclic(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Rock-paper-scissors of n actions on a circle: each beats the ⌊(n−1)/2⌋ after it, and loses to as many before it.
+    """Return games of n actions on a circle: each beats the ⌊(n−1)/2⌋ after it, and loses to as many before it.
 
     The winning probability of a pair is uniform in [0.6, 1], so that the Nash policy is not uniform. If n is
     even, opposite actions tie.
@@ -165,7 +165,7 @@ def check(preferences: np.ndarray) -> np.ndarray:
 
 def tolerance_of(values: np.ndarray) -> float:
     """Return the error that rounding to the array's type may leave in a sum that should be 1."""
-    return max(TOLERANCE, 4 * float(np.finfo(values.dtype).eps)) if values.dtype.kind == "f" else TOLERANCE
+    return max(SUM_TOLERANCE, 4 * float(np.finfo(values.dtype).eps)) if values.dtype.kind == "f" else SUM_TOLERANCE
 
 
 def _worst(distance: np.ndarray) -> tuple[int, ...]:

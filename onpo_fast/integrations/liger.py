@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import loss_checks as check
 from ..loss import fused_linear_pair_loss, linear_logprobs
 from ..objectives import Dpo, Ipo, Objective, Onpo
 from .stacked import LabelledPositions, mean_logits, with_beta
 
-States = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H), and weight and bias of their head
+HeadInputs = tuple[Tensor, Tensor, Tensor | None]  # hidden states (N, H), and weight and bias of their head
 
 
 class FusedLinearPairLoss(nn.Module):
@@ -140,8 +141,8 @@ class FusedLinearPairLoss(nn.Module):
         self,
         labelled: LabelledPositions,
         targets: Tensor,
-        policy: States,
-        reference: States | None,
+        policy: HeadInputs,
+        reference: HeadInputs | None,
         preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the fused loss of summed log-probs: loss, log-probs and reference log-probs (2P,), and 0."""
@@ -168,8 +169,8 @@ class FusedLinearPairLoss(nn.Module):
         self,
         labelled: LabelledPositions,
         targets: Tensor,
-        policy: States,
-        reference: States | None,
+        policy: HeadInputs,
+        reference: HeadInputs | None,
         preference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the loss from token log-probs: loss, log-probs and reference log-probs (2P,), and the NLL."""
@@ -204,10 +205,12 @@ class FusedLinearPairLoss(nn.Module):
             )
         rows, length, features = _input.shape
         device = _input.device
-        _expect("target", target, (rows, length), target.device)
-        _expect("lin_weight", lin_weight, (None, features), device)
-        _expect("bias", bias, (len(lin_weight),), device)
-        _expect("preference", preference, (rows // 2,), device)
+        check.shape_and_device("target", target, (rows, length), target.device)
+        check.shape_and_device("lin_weight", lin_weight, (None, features), device)
+        if bias is not None:
+            check.shape_and_device("bias", bias, (len(lin_weight),), device)
+        if preference is not None:
+            check.shape_and_device("preference", preference, (rows // 2,), device)
         if preference is not None and device.type == "cpu" and not ((preference >= 0) & (preference <= 1)).all():
             raise ValueError(f"preference must be in [0, 1], not {preference.tolist()[:8]}")
         if not self.use_ref_model:
@@ -217,9 +220,11 @@ class FusedLinearPairLoss(nn.Module):
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias goes with ref_weight; without either, the policy's head is the reference's too")
         own_head = ref_weight is not None
-        _expect("ref_input", ref_input, (rows, length, None if own_head else features), device)
-        _expect("ref_weight", ref_weight, (len(lin_weight), ref_input.shape[2]), device)
-        _expect("ref_bias", ref_bias, (len(lin_weight),), device)
+        check.shape_and_device("ref_input", ref_input, (rows, length, None if own_head else features), device)
+        if ref_weight is not None:
+            check.shape_and_device("ref_weight", ref_weight, (len(lin_weight), ref_input.shape[2]), device)
+        if ref_bias is not None:
+            check.shape_and_device("ref_bias", ref_bias, (len(lin_weight),), device)
 
 
 class FusedLinearONPOLoss(FusedLinearPairLoss):
@@ -227,8 +232,8 @@ class FusedLinearONPOLoss(FusedLinearPairLoss):
 
     Args:
         eta: step size η.
-        beta: 1/η, which weighs the KL to the reference as DPO's β does. Give either; default beta=0.1, as in Liger. At
-            the loss's minimum the rewards of a pair differ by ½.
+        beta: 1/η: the KL coefficient, as DPO's β. Pass eta or beta, not both. Default: beta=0.1, as in Liger. At the
+            loss's minimum the rewards of a pair differ by ½.
         options: arguments of ``FusedLinearPairLoss``. With ``average_log_prob`` the loss is not the paper's, which is
             derived for sums.
     """
@@ -245,7 +250,8 @@ class FusedLinearIPOLoss(FusedLinearPairLoss):
     Liger has neither.
 
     Args:
-        tau, beta: τ, by the paper's name or by TRL's; default 0.1.
+        tau: the KL coefficient τ.
+        beta: TRL's name of tau. Pass tau or beta, not both. Default: 0.1.
         options: arguments of ``FusedLinearPairLoss``.
     """
 
@@ -257,20 +263,12 @@ class FusedLinearIPOLoss(FusedLinearPairLoss):
 class FusedLinearDPOLoss(FusedLinearPairLoss):
     """−log σ(βg), the default of ``LigerFusedLinearDPOLoss``. arXiv 2305.18290, equation 7.
 
-    ``options`` are arguments of ``FusedLinearPairLoss``.
+    Args:
+        beta: the KL coefficient β.
+        options: arguments of ``FusedLinearPairLoss``.
     """
 
     liger_loss_type = "sigmoid"
 
     def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
         super().__init__(Dpo(beta), beta=beta, **options)
-
-
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], device: torch.device | None) -> None:
-    if tensor is None:
-        return
-    if tensor.dim() != len(shape) or any(b not in (None, a) for a, b in zip(tensor.shape, shape)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, _input on {device}")

@@ -71,11 +71,12 @@ def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale
 
 
 def with_beta(name: str, own: float | None, beta: float | None, convert: Callable[[float], float]) -> float:
-    """Returns an objective's parameter, given by its own name or as ``beta``, Liger's and TRL's pull to the reference.
+    """Returns an objective's parameter, by its own name or as ``beta``, the KL coefficient β of Liger and TRL.
 
     Args:
         name: the parameter's own name, for messages.
-        own, beta: the two values; if both are None, beta is 0.1.
+        own: the value by that name.
+        beta: the value as β. If both are None, β is 0.1.
         convert: turns one into the other, in both directions.
 
     Raises:

@@ -35,7 +35,7 @@ from ..models.heads import head_arguments
 from ..objectives import Dpo, Ipo, Objective, Onpo
 from .stacked import LabelledPositions, mean_logits, with_beta
 
-OBJECTIVES = ("onpo", "ipo", "dpo")
+PAIRWISE_OBJECTIVES = ("onpo", "ipo", "dpo")
 IGNORED = -100  # label of tokens outside responses
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "preference")
 
@@ -44,8 +44,8 @@ NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps"
 class ONPOConfig(DPOConfig):
     """``DPOConfig`` with ONPO's objective.
 
-    ``beta`` is TRL's: the pull towards the reference, and the unit of the logged rewards. ONPO's step size η is its
-    inverse; give either. At the minimum of ONPO's and IPO's loss, ``rewards/margins`` is ½ (with a label p it is p − ½
+    ``beta`` is TRL's KL coefficient β, which is also the unit of the logged rewards. ONPO's step size is η = 1/β: set
+    eta or beta, not both. At the minimum of ONPO's and IPO's loss, ``rewards/margins`` is ½ (with a label p it is p − ½
     for both). Options of ``DPOConfig``'s own losses must keep their defaults: ``loss_type``, ``loss_weights``,
     ``label_smoothing``, ``ld_alpha``, ``f_divergence_type``, ``use_weighting``.
 
@@ -58,20 +58,20 @@ class ONPOConfig(DPOConfig):
         metadata={
             "help": "Loss of a margin g, nats summed over tokens: 'onpo' (g − η/2)², 'ipo' (g − 1/(2β))² (TRL's own "
             "averages over tokens instead), 'dpo' −log σ(βg).",
-            "choices": list(OBJECTIVES),
+            "choices": list(PAIRWISE_OBJECTIVES),
         },
     )
     eta: float | None = field(
         default=None,
-        metadata={"help": "Step size of ONPO; the target is η/2 nats. The inverse of beta; 100 in the paper."},
+        metadata={"help": "Step size η of ONPO, 1/beta. The target margin is η/2 nats. The paper uses 100."},
     )
     beta: float | None = field(
-        default=None, metadata={"help": "Pull towards the reference; default 1/eta, or else 0.1."}
+        default=None, metadata={"help": "KL coefficient β. Default: 1/eta if eta is set, otherwise 0.1."}
     )
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if self.objective not in PAIRWISE_OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(PAIRWISE_OBJECTIVES)}, not {self.objective!r}")
         if self.objective != "onpo" and self.eta is not None:
             raise ValueError(f"eta is ONPO's; objective={self.objective!r} takes beta")
         if self.objective == "onpo":

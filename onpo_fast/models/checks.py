@@ -20,7 +20,7 @@ from ..run.signals import Stopped
 from .policy import Policy
 
 # groups of different lengths; tokens are taken modulo the vocabulary
-PROBE: list[TokenGroup] = [
+PROBE_GROUPS: list[TokenGroup] = [
     ([1, 2, 3], [[4, 5, 6], [7, 8, 9, 10]]),
     ([2, 5], [[6, 4], [3, 1]]),
     (list(range(11, 40, 2)), [list(range(12, 30, 3)), [8, 6, 5, 3, 9]]),
@@ -62,9 +62,11 @@ def computing(model: str) -> Iterator[None]:
 
 
 def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """Returns ``PROBE`` in the policy's vocabulary, without groups that exceed its context."""
+    """Returns ``PROBE_GROUPS`` in the policy's vocabulary, without groups that exceed its context."""
     size = policy.head_rows
-    groups = [group for group in PROBE if row_length(group[0], group[1][:1]) <= policy.safe_length] or PROBE[1:2]
+    groups = [
+        group for group in PROBE_GROUPS if row_length(group[0], group[1][:1]) <= policy.safe_length
+    ] or PROBE_GROUPS[1:2]
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 

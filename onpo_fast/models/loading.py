@@ -246,7 +246,7 @@ def _request_dequantised(config: PretrainedConfig, source: str) -> bool:
 
 
 def _make_plain(model: PreTrainedModel, dequantised: bool, source: str) -> None:
-    """Makes a dequantised model one that is saved with plain weights.
+    """Prepares a dequantised model to be saved with plain weights.
 
     Raises:
         UserError: if the model is still quantised.

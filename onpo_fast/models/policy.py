@@ -196,7 +196,7 @@ def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:
 
 # The most by which log-probs of the same responses, computed in two ways, may differ: nats, times the square root of
 # the number of tokens of a response, as rounding errors add up. In bfloat16 a logit of 16 is rounded by 1/16.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+LOGP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 OUTLIERS = 0.01  # share of responses that may differ by more, as a mixture of experts may choose others at a tie
 
 
@@ -212,7 +212,7 @@ def disagreement(ours: Tensor, theirs: Tensor, tokens: Tensor, dtype: torch.dtyp
         None if they agree; otherwise how many differ and by how much, in words.
     """
     differences = (ours - theirs).abs()
-    beyond = ~(differences <= TOLERANCE[dtype] * tokens.clamp(min=1).sqrt())  # also NaN
+    beyond = ~(differences <= LOGP_TOLERANCE[dtype] * tokens.clamp(min=1).sqrt())  # also NaN
     if beyond.double().mean() <= OUTLIERS:
         return None
     worst = (differences / tokens.clamp(min=1)).max()

@@ -199,7 +199,7 @@ class PromptRenderer:
         notices, name = [], "the model's chat template"
 
         def rendered(prompt: Messages, tools: Sequence[dict] | None, **variables: object) -> str | None:
-            """The text of a prompt; None if the template refuses it."""
+            """Returns the text of a prompt; None if the template refuses it."""
             try:
                 return self.apply_template(self._for_template(prompt), tools, tokenize=False, **variables)
             except Exception:  # a template is a program and may raise anything

@@ -12,7 +12,7 @@ Source = str | Path  # where a policy's weights are: a folder, a Hugging Face id
 
 
 class ResidentPolicy:
-    """Loads the policy that is asked for, and lets go of the one before it."""
+    """Loads policies and keeps the last one in memory."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -20,7 +20,7 @@ class ResidentPolicy:
         self.policy: Policy | None = None
 
     def __call__(self, source: Source) -> Policy:
-        """The policy from ``source``, loaded unless it is the resident one.
+        """Returns the policy from ``source``, loaded unless it is the resident one.
 
         Raises:
             UserError: if it cannot be loaded.
@@ -40,5 +40,5 @@ class ResidentPolicy:
         self.hold(folder, policy)
 
     def drop(self) -> None:
-        """Frees the memory, or forgets a policy whose weights are about to change."""
+        """Forgets the policy, to free its memory or because its weights are about to change."""
         self.source = self.policy = None

@@ -141,7 +141,7 @@ class ScoringModule(nn.Module):
 
 
 def _reference(packed: Packed, labelled: LabelledPairs, anchor: ScoringModule | None) -> dict[str, Tensor | None]:
-    """The anchor's arguments of ``fused_linear_pair_loss``: cached log-probs, or hidden states and head."""
+    """Returns the anchor's arguments of ``fused_linear_pair_loss``: cached log-probs, or hidden states and head."""
     if anchor is None:
         return {"ref_logps": labelled.ref_logps}
     with torch.no_grad():

@@ -117,7 +117,7 @@ def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: 
 
 
 def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messages]:
-    """The shortest prompt of each kind of conversation (``kind_of``), shortest first; at most ``MAX_KINDS``.
+    """Returns the shortest prompt of each kind of conversation (``kind_of``), shortest first; at most ``MAX_KINDS``.
 
     A chat template may refuse a role, or one role after another; a short prompt is not refused for its length. A kind
     whose features are all in prompts chosen before it is left out.
@@ -137,7 +137,7 @@ def shortest_by_kind(prompts: Iterable[Messages]) -> dict[frozenset[str], Messag
 
 
 def kind_of(prompt: Messages) -> frozenset[str]:
-    """The features of a conversation that a chat template may refuse: which role follows which, tool calls, tools.
+    """Returns what a chat template may refuse in a conversation: which role follows which, tool calls, tools.
 
     >>> sorted(kind_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]))
     ['start system', 'system user', 'user end']
@@ -152,7 +152,7 @@ def kind_of(prompt: Messages) -> frozenset[str]:
 
 
 def length(prompt: Messages) -> int:
-    """The length of a conversation as JSON, in characters: a proxy for its tokens, in which every turn counts."""
+    """Returns the length of a conversation as JSON, in characters: a proxy for the number of its tokens."""
     return len(json.dumps(prompt))
 
 
@@ -185,7 +185,7 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
 
 
 def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
-    """The members of a panel with their names, or the oracle itself."""
+    """Returns the members of a panel with their names, or the oracle itself."""
     if isinstance(oracle, Panel):
         return [(member, one) for _, member, one in oracle.members]
     return [(terms(name)[0][1], oracle)]

@@ -83,13 +83,13 @@ class ChatJudge(BatchOracle):
         self.cache_path = Path(config.judge_cache or directory / "judge.sqlite")
         self.prompt_record = None if directory is None else directory / "judge_prompt.txt"
         self._check_prompt_record()
-        self.counters: Counter[str] = Counter()  # what came of questions; the client counts requests
+        self.counters: Counter[str] = Counter()  # answer counters (the client counts requests)
 
     def take_counters(self) -> dict[str, int]:
-        """What was spent since the last call.
+        """Returns the counters since the last call, and resets them.
 
-        Requests (retries included), failures, prompt_tokens and completion_tokens; questions answered by the server
-        and by the cache ("cached"); and answers without a verdict ("nonsense").
+        "requests" (retries included), "failures", "prompt_tokens" and "completion_tokens" of the server; "answered" and
+        "cached": answers from the server and from the cache; "nonsense": answers without a verdict.
         """
         taken, self.counters = self.counters, Counter()
         return self.client.take_counters() | {name: taken[name] for name in ("answered", "cached", "nonsense")}
@@ -100,7 +100,7 @@ class ChatJudge(BatchOracle):
         return run_async(JudgeSession(self, groups, progress).run())
 
     def question(self, prompt: Messages, first: str, second: str) -> str:
-        """The judging prompt with its placeholders filled in."""
+        """Returns the judging prompt with its placeholders filled in."""
         conversation = "\n\n".join(f"{role.capitalize()}: {text}" for role, text in in_words(prompt))
         values = dict(zip(PLACEHOLDERS, (conversation, first, second)))
         # In a single pass, because a conversation or a response may itself contain a placeholder.
@@ -109,7 +109,7 @@ class ChatJudge(BatchOracle):
         )
 
     def request(self, question: str) -> dict[str, Any]:
-        """The JSON of a request. A field that --judge_request sets to null is left out."""
+        """Returns the JSON of a request. A field that --judge_request sets to null is left out."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],

@@ -1,4 +1,4 @@
-"""What an oracle is, and how groups are put to one: ``judge`` asks and checks, ``cyclic_triples`` counts cycles."""
+"""The interface of oracles. ``judge`` asks an oracle and checks its answers, ``cyclic_triples`` counts cycles."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from ..conversations import message_text
 from ..data import Group, Messages
 from ..errors import UserError
+from ..run.progress import Progress
 from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses
-Progress = Callable[[int], None]  # called with the number of groups that are newly done
 
 ASYNC = "it is async; an oracle must return the matrix itself, so call asyncio.run in it"
-TOLERANCE = 1e-3  # of P + Pᵀ = 1, met by sigmoids in half precision
+COMPLEMENT_TOLERANCE = 1e-3  # largest error of P + Pᵀ = 1; sigmoids in half precision meet it
 
 
 class BatchOracle:
@@ -52,7 +52,7 @@ class BatchOracle:
         """Frees memory and closes connections. The oracle can be asked again afterwards."""
 
     def take_counters(self) -> dict[str, int]:
-        """What was spent since the last call, by name, for metrics.jsonl."""
+        """Returns counters since the last call, by name, for metrics.jsonl, and resets them."""
         return {}
 
 
@@ -88,7 +88,7 @@ def judge_texts(
     progress: Progress = lambda n: None,
     first: int = 0,
 ) -> list[np.ndarray]:
-    """``judge`` for prompts with the texts of their responses; messages begin with ``title``."""
+    """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
@@ -118,7 +118,7 @@ def _judge_together(
 
 
 def _copy(prompt: Messages, texts: list[str]) -> PromptAndResponses:
-    """A copy for the oracle, which may change what it is given."""
+    """Copies a question for the oracle, which may change its arguments."""
     return copy.deepcopy(prompt), list(texts)
 
 
@@ -155,7 +155,7 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         (K, K) float64 with P + Pᵀ = 1 to the last bit and ½ on the diagonal.
 
     Raises:
-        UserError: if it is not a K×K matrix of probabilities with P + Pᵀ = 1 within ``TOLERANCE``.
+        UserError: if it is not a K×K matrix of probabilities with P + Pᵀ = 1 within ``COMPLEMENT_TOLERANCE``.
     """
     try:
         is_tensor = isinstance(answer, torch.Tensor)
@@ -174,7 +174,7 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         i, j = np.argwhere(bad)[0]
         raise UserError(f"{where}: P({i} ≻ {j}) is {matrix[i, j]}, not a probability")
     excess = np.abs(matrix + matrix.T - 1)
-    if excess.max(initial=0) > TOLERANCE:
+    if excess.max(initial=0) > COMPLEMENT_TOLERANCE:
         i, j = np.unravel_index(excess.argmax(), excess.shape)
         raise UserError(f"{where}: P({i} ≻ {j}) + P({j} ≻ {i}) is {matrix[i, j] + matrix[j, i]:.6g}, not 1")
     return average_orders(matrix)
@@ -194,15 +194,20 @@ def average_orders(shown_first: np.ndarray) -> np.ndarray:
 
 
 def drop_duplicates(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different texts in order, and the index of each text among them. Equal texts tie and need not be compared."""
+    """Returns the different texts in order, and the index of each text among them.
+
+    Equal texts tie and need not be compared.
+    """
     places: dict[str, int] = {}
     indices = [places.setdefault(text, len(places)) for text in texts]
     return list(places), indices
 
 
 def expand_duplicates(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    """Undoes ``drop_duplicates``: a matrix over the different texts becomes one over all. Equal texts get the ½ of the
-    diagonal."""
+    """Turns a matrix over the different texts into one over all texts, the inverse of ``drop_duplicates``.
+
+    Equal texts tie: P is ½.
+    """
     return matrix[np.ix_(indices, indices)]
 
 
@@ -235,17 +240,17 @@ class GroupProgress:
 
 
 def holds_model(oracle: Oracle) -> bool:
-    """Whether the oracle loads a model on the policy's device."""
+    """Returns whether the oracle loads a model on the policy's device."""
     return bool(getattr(oracle, "holds_model", False))
 
 
 def keeps_files(oracle: Oracle) -> bool:
-    """Whether the oracle writes into the run directory when it is asked."""
+    """Returns whether the oracle writes into the run directory when it is asked."""
     return bool(getattr(oracle, "keeps_files", False))
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:
-    """What the oracle spent since the last call; {} for an oracle that does not count."""
+    """Returns the oracle's counters since the last call; {} for an oracle that does not count."""
     take = getattr(oracle, "take_counters", None)
     return take() if take else {}
 

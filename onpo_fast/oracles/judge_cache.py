@@ -63,7 +63,7 @@ class JudgeCache:
             self._create_table("answers")
 
     def get(self, key: str) -> Answer | None:
-        """The answer of this key; None if there is none or its row is damaged."""
+        """Returns the answer of this key; None if there is none or its row is damaged."""
         with self._readable_errors():
             row = self.connection.execute(
                 "SELECT preference, text, prompt_tokens, completion_tokens, checksum FROM answers WHERE key = ?", (key,)
@@ -162,11 +162,14 @@ class JudgeCache:
 
 
 def answer_key(url: str, request: dict[str, Any], parser_version: int) -> str:
-    """The key of an answer: a SHA-256 of all that determines it. Caches of earlier runs are found by the same key."""
+    """Returns the key of an answer: a SHA-256 of all that determines it.
+
+    Do not change how it is computed: answers in existing caches are found by it.
+    """
     determined_by = {"url": url, "request": request, "reading": parser_version}
     return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
 
 
 def row_checksum(*row: object) -> str:
-    """A SHA-256 of a row's values, saved with the row."""
+    """Returns a SHA-256 of a row's values, saved with the row."""
     return hashlib.sha256(repr(row).encode()).hexdigest()

@@ -40,7 +40,7 @@ class NoVerdicts(UserError):
 
 @dataclass(frozen=True)
 class Question:
-    """Is one response of a group, shown first, better than another?"""
+    """A comparison of two responses in one order."""
 
     group: int
     """Index of the group."""
@@ -104,7 +104,7 @@ class JudgeSession:
         ]
 
     def _questions(self) -> Iterator[Question]:
-        """All questions, made as they are asked, since there may be millions.
+        """Yields all questions. They are made as they are asked, since there may be millions.
 
         As many as are asked at a time are claimed at once, which costs a single write to the disk.
         """
@@ -148,7 +148,7 @@ class JudgeSession:
         self.progress()
 
     async def _find_answer(self, question: Question) -> Answer:
-        """The answer from a request in flight, from the cache, from another run that is asking, or from the server."""
+        """Returns the answer from a request in flight, the cache, another run that is asking, or the server."""
         key = question.key
         answer = await self.in_flight[key] if key in self.in_flight else self._cached_answer(question)
         counted_as = "cached"
@@ -177,11 +177,11 @@ class JudgeSession:
         return answer
 
     def _cached_answer(self, question: Question) -> Answer | None:
-        """The answer in the cache; of two, the one with log-probs."""
+        """Returns the answer in the cache; of two, the one with log-probs."""
         return self.cache.get(question.key) or self.cache.get(question.key_without_logprobs)
 
     async def _wait_for_other_run(self, question: Question) -> Answer | None:
-        """The answer that another run with the same cache is asking for; None once this run has to ask."""
+        """Returns the answer that another run with the same cache is asking for; None once this run has to ask."""
         while not self.cache.claim([question.key]):
             await self.workers.sleep(CACHE_POLL_SECONDS)
         return self._cached_answer(question)  # the other run may have saved it just before its claim ended

@@ -137,10 +137,10 @@ class ModelOracle(BatchOracle):
         check_shapes(report, self.source)
 
     def check_value_head(self, weights: Iterable[str]) -> None:
-        """Checks that no weight is of a value head, which no class of transformers reads.
+        """Checks that no weight belongs to a value head, which no class of transformers reads.
 
         Raises:
-            UserError: if one is, in a subclass that scores responses.
+            UserError: if one does, in a subclass that scores responses.
         """
 
     def release(self) -> None:
@@ -242,7 +242,7 @@ class ModelOracle(BatchOracle):
                 yield from zip((slot for slot, _ in batch), values.double().cpu().tolist())
 
     def _try_padding(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> bool:
-        """Whether two questions of different lengths have the same answers in a batch as alone; tried once."""
+        """Returns whether questions of different lengths have the same answers in a batch as alone; tries it once."""
         if self.can_pad is None:
             try:
                 with weights_in_float32(self.loaded()):
@@ -260,7 +260,7 @@ class ModelOracle(BatchOracle):
         return self.can_pad
 
     def _difference_by_padding(self, ask: Callable[[list[list[int]]], torch.Tensor]) -> float:
-        """How far two answers in a batch are from those to each question alone, relative to the largest or 1."""
+        """Returns the largest difference between answers in a batch and alone, relative to the largest answer or 1."""
         rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in PADDED_TEXTS]
         alone = torch.cat([self._ask_batch(ask, [row]) for row in rows]).double()
         return float((self._ask_batch(ask, rows).double() - alone).abs().max() / alone.abs().max().clamp(min=1))

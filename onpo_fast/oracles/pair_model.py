@@ -29,7 +29,7 @@ from .model_oracle import ModelOracle
 
 QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
 ROLE_SUBSTITUTES = dict.fromkeys(("system", "developer", "tools", "tool"), "user")
-PROBE = QUESTION.format(context="x", response_A="y", response_B="z")
+PROBE_QUESTION = QUESTION.format(context="x", response_A="y", response_B="z")
 
 
 def context(prompt: Messages) -> str:
@@ -48,7 +48,7 @@ def context(prompt: Messages) -> str:
 
 
 def question(prompt: Messages, first: str, second: str) -> str:
-    """The user message that asks whether the first response or the second is better."""
+    """Returns the user message that asks whether the first response or the second is better."""
     return QUESTION.format(context=context(prompt), response_A=first, response_B=second)
 
 
@@ -96,7 +96,7 @@ class PairModel(ModelOracle):
         return self.encode(self._through_template(question(prompt, first, second)), where)
 
     def prefers_first(self, rows: list[list[int]]) -> Tensor:
-        """P(A) against P(B) as the next token after each row: (len(rows),) float32."""
+        """Returns P(A) against P(B) as the next token after each row: (len(rows),) float32."""
         model = self.loaded()
         batch = self.padded(rows, "left")  # all rows end at the last position, the only one whose logits are computed
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -118,9 +118,9 @@ class PairModel(ModelOracle):
         return text[len(self.bos) :] if text.startswith(self.bos) else text
 
     def _own_bos(self) -> str:
-        """The beginning-of-sequence token, which is removed; "" where it begins every turn, as in ChatML, and stays."""
+        """Returns the beginning-of-sequence token, which is removed; "" if it begins every turn, as in ChatML."""
         bos = self.tokenizer.bos_token or ""
-        text = self.render([{"role": "user", "content": PROBE}], generate=True)
+        text = self.render([{"role": "user", "content": PROBE_QUESTION}], generate=True)
         return bos if text.startswith(bos) and text.count(bos) == 1 else ""
 
     def _single_token(self, letter: str) -> int:
@@ -135,12 +135,12 @@ class PairModel(ModelOracle):
         Raises:
             UserError: if the chat template does otherwise.
         """
-        asked = self._through_template(PROBE)
-        if PROBE.strip() not in asked:
+        asked = self._through_template(PROBE_QUESTION)
+        if PROBE_QUESTION.strip() not in asked:
             raise UserError(f"{self.source} cannot be a pair-model: its chat template leaves out the user's message")
         tokens = self.encode(asked, "the probe")
         for letter, verdict in zip("AB", self.verdicts):
-            messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": letter}]
+            messages = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": letter}]
             said = self.render(messages, generate=False).partition(asked)[2]
             read = self.tokenizer.encode(asked + letter, add_special_tokens=False)
             if not said.startswith(letter) or read != [*tokens, verdict]:

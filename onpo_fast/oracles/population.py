@@ -16,7 +16,7 @@ from ..conversations import Messages, message_text
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case."""
+    """Return the words of a text in lower case."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
@@ -36,26 +36,26 @@ WARM_WORDS = frozenset(
 
 
 def brevity(prompt: str, response: str) -> float:
-    """−log₂(1 + number of words): half the words is one unit better."""
+    """Return −log₂(1 + number of words): half as many words score one unit more."""
     return -math.log2(1 + len(words(response)))
 
 
 def warmth(prompt: str, response: str) -> float:
-    """Share of words that address or encourage the reader, with "!" and "?" counted as such words; one unit is 10%."""
+    """Return the share of words, "!" and "?" that address or encourage the reader, in units of 10%."""
     said = words(response)
     friendly = sum(word in WARM_WORDS for word in said) + response.count("!") + response.count("?")
     return 10 * friendly / (len(said) + 5)  # + 5, so that a lone "Thanks!" does not have the highest warmth
 
 
 def relevance(prompt: str, response: str) -> float:
-    """Share of the prompt's content words that are in the response; one unit is 25%."""
+    """Return the share of the prompt's content words that are in the response, in units of 25%."""
     asked = set(words(prompt)) - STOP_WORDS
     return 4 * len(asked & set(words(response))) / max(len(asked), 1)
 
 
 @dataclass(frozen=True)
 class Annotators:
-    """A part of the population with one taste. It prefers i to j with probability σ(Σ weight·(taste_i − taste_j))."""
+    """Annotators with the same tastes, who prefer i to j with probability σ(Σ weight·(taste_i − taste_j))."""
 
     name: str
     share: float  # of the population

@@ -69,7 +69,7 @@ class RewardModel(ModelOracle):
             rewards[g][i] = value
             count()
         count.finish()
-        return [expand_duplicates(bradley_terry(r), indices) for r, (_, indices) in zip(rewards, unique)]
+        return [expand_duplicates(preferences_of_rewards(r), indices) for r, (_, indices) in zip(rewards, unique)]
 
     def tokens(self, prompt: Messages, text: str, where: str = "the prompt") -> list[int]:
         """Encodes the conversation with the response by the model's chat template. Tools and their turns become text.
@@ -81,7 +81,7 @@ class RewardModel(ModelOracle):
         return self.encode(self.render(messages, generate=False), where)
 
     def scores(self, rows: list[list[int]]) -> Tensor:
-        """The reward of each row as the model gives it to the row alone: (len(rows),) float32.
+        """Returns the reward of each row as the model gives it to the row alone: (len(rows),) float32.
 
         Most models score the last token that is not their padding. A model without a padding token is given one that
         occurs in no row, since it would otherwise score the last token of the padded row.
@@ -141,7 +141,7 @@ class RewardModel(ModelOracle):
             )
 
 
-def bradley_terry(rewards: np.ndarray) -> np.ndarray:
+def preferences_of_rewards(rewards: np.ndarray) -> np.ndarray:
     """Turns rewards (K,) into preferences (K, K): σ(r_i − r_j)."""
     with np.errstate(invalid="ignore"):  # from infinite rewards, which are reported by their NaN
         difference = np.clip(rewards[:, None] - rewards[None, :], -500, 500)

@@ -1,7 +1,9 @@
 """Model cards: a README.md in every saved policy, in the form that the Hugging Face Hub reads.
 
-A card is computed from the files of the run directory alone and has neither dates nor paths, so that the same run gives
-the same bytes. Text that a config, a dataset or a model brings along is put into code spans, where it is not Markdown.
+A card is computed from the files of the run directory and from the license in the base model's own card, which is read
+from the model's folder (a relative --model: from the working directory) or from the Hub's local cache. It has neither
+dates nor paths: the same files give the same bytes. Text that a config, a dataset or a model brings along is put into
+code spans, where it is not Markdown.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ class _BaseModel:
             self.hub_id = _hub_id(source)
             commit = recorded.get("commit")
             self.revision = commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{7,64}", commit) else None
-        self.name = _code(self.hub_id or public_name(source))
+        self.name = _code(self.hub_id or Path(source).name or source)
         if self.license is None:
             self.license = _read_license(source, self.hub_id, self.revision)
 
@@ -347,13 +349,12 @@ def public_name(source: str) -> str:
 
 
 def _hub_id(source: str) -> str | None:
-    """ORG/NAME if a source looks like one and nothing of that name exists here."""
-    if not HUB_ID.fullmatch(source) or source.endswith(FILES) or source.startswith((".", "~")):
-        return None
-    try:
-        return None if Path(source).exists() else source
-    except OSError:  # a name that is too long
-        return None
+    """The source if it has the form ORG/NAME; None otherwise.
+
+    The file system is not asked: what exists now need not be what the run has read.
+    """
+    is_path = source.endswith(FILES) or source.startswith((".", "~"))
+    return source if HUB_ID.fullmatch(source) and not is_path else None
 
 
 def _code(value: object) -> str:

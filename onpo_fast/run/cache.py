@@ -12,13 +12,13 @@ from ..errors import UserError
 from ..files import is_amount
 from . import signals
 from .journal import Journal, not_made
+from .progress import Progress
 from .resumable import Item, ResumableStage
 from .tracking import Tracker, progress, say
 
 Result = TypeVar("Result")
 Keep = Callable[[dict], bool]  # whether a record of metrics.jsonl, left by an earlier attempt, still holds
 Counters = Callable[[], dict[str, int]]
-Progress = Callable[[int], None]
 
 
 def was_stopped(record: dict) -> bool:

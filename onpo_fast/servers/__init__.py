@@ -1,8 +1,8 @@
 """A client of servers that speak OpenAI's chat API: concurrent requests, retries, time-outs and redacted keys.
 
 ``Endpoint`` says which server is asked and how; ``ChatClient`` sends requests to it and returns ``Reply`` objects;
-``Workers`` runs several coroutines at a time and stops them together. What is asked, and what an answer means, is the
-caller's: nothing here knows of preferences or caches.
+``Workers`` runs several coroutines at a time and stops them together. The caller builds requests and interprets
+replies.
 
 The libraries openai and tenacity are imported by ``ChatClient`` when one is made. They are an extra of the package.
 """

@@ -1,8 +1,8 @@
 """Requests to a chat endpoint.
 
-Retries are tenacity's, and the openai client's own are off: they would not count requests, would not bound the time of
-a reply that trickles in, would not cover replies that are not chat completions, and would go on waiting after another
-request has found the server to be down.
+Retries are tenacity's. Those of the openai client are turned off: they do not count requests, do not limit the time of
+a reply that arrives slowly, do not cover replies that are not chat completions, and keep waiting after another request
+has found the server to be down.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COUNTERS = ("requests", "failures", "prompt_tokens", "completion_tokens")
 
 
 class ChatClient:
-    """Client of one server. It outlives connections: it counts requests, and remembers that log-probs are refused.
+    """A client of one server. It counts the requests of all its connections, and remembers that log-probs are refused.
 
     Args:
         endpoint: the server.
@@ -58,7 +58,7 @@ class ChatClient:
         self._on_logprobs_refused = on_logprobs_refused
 
     def take_counters(self) -> dict[str, int]:
-        """Requests (retries included), failures and tokens since the last call."""
+        """Returns requests (retries included), failures and tokens since the last call, and resets them."""
         taken, self.counters = self.counters, Counter()
         return {name: taken[name] for name in COUNTERS}
 
@@ -69,7 +69,7 @@ class ChatClient:
             self._on_logprobs_refused()
 
     def option_without_logprobs(self) -> str:
-        """The option that leaves log-probs out of requests from the start."""
+        """Returns the option that leaves log-probs out of requests from the start."""
         return request_without(["logprobs", "top_logprobs"], self.endpoint)
 
     @asynccontextmanager
@@ -77,7 +77,7 @@ class ChatClient:
         """Opens a connection pool in the running event loop. Redirects are not followed.
 
         Args:
-            workers: those whose requests it sends; when they are stopped, no request is tried again.
+            workers: the workers that send requests. When they are stopped, no request is tried again.
 
         Raises:
             UserError: if the environment names a proxy that cannot be used.

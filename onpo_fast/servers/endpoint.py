@@ -1,4 +1,4 @@
-"""Which server is asked and how: its URL, its key, and what must not be sent to it or shown of it."""
+"""The address of a server and its API key, which is sent to no other server and shown in no message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Endpoint:
         return f"the {self.role} at {self.url}"
 
     def option(self, name: str) -> str:
-        """The command-line option that sets a property, such as --judge_url."""
+        """Returns the command-line option that sets a property, such as --judge_url."""
         return f"--{self.role}_{name}"
 
     def redact(self, text: str) -> str:
@@ -107,7 +107,7 @@ def authorization_headers(url: str, key: str, omitted: object) -> dict[str, obje
 
 
 def proxy_variable(url: str) -> str | None:
-    """The environment variable of the proxy that requests to a URL go through; None if they go straight."""
+    """Returns the environment variable of the proxy that requests to a URL go through; None if they go straight."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     proxies = urllib.request.getproxies()
@@ -122,5 +122,5 @@ def proxy_variable(url: str) -> str | None:
 
 
 def proxies_in_environment() -> list[str]:
-    """The environment variables that name a proxy, each as "$NAME"."""
+    """Returns the environment variables that name a proxy, each as "$NAME"."""
     return [f"${name}" for name in os.environ if name.lower() in PROXY_VARIABLES and os.environ[name]]

@@ -1,4 +1,4 @@
-"""What can go wrong with a server, and how a message describes it."""
+"""Errors of servers, and the messages that describe them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class MalformedReply(Exception):
 
 
 def is_server_failure(error: BaseException, openai: Any) -> bool:
-    """Whether an exception is a failure of the server or the network, and not an error in this program."""
+    """Returns whether an exception is a failure of the server or the network, and not an error in this program."""
     return isinstance(error, (openai.OpenAIError, asyncio.TimeoutError, MalformedReply))
 
 
 def may_be_temporary(error: BaseException, openai: Any) -> bool:
-    """Whether another try may succeed: for every failure but a request that the server understood and refused."""
+    """Returns whether another try may succeed: not if the server understood the request and refused it."""
     status = getattr(error, "status_code", None)
     refused = isinstance(error, openai.APIStatusError) and status < 500 and status not in (408, 409, 429)
     return is_server_failure(error, openai) and not refused
 
 
 def describe_error(error: BaseException, endpoint: Endpoint, body: dict[str, Any]) -> str:
-    """Says in one line what happened and what the server answered, and what may help.
+    """Describes an error in one line: what happened, what the server answered and what may help.
 
     Args:
         error: a failure of the server.
@@ -72,7 +72,7 @@ def describe_error(error: BaseException, endpoint: Endpoint, body: dict[str, Any
 
 
 def describe_redirect(response: Any) -> str:
-    """Says where a reply redirects to: scheme and host, and on the same host the path. The rest may hold secrets."""
+    """Returns where a reply redirects to: scheme and host, and on the same host the path. The rest may hold secrets."""
     asked = urlsplit(str(response.request.url))
     if "location" not in response.headers:
         return NO_ADDRESS
@@ -86,17 +86,17 @@ def describe_redirect(response: Any) -> str:
 
 
 def named_fields(text: str, body: dict[str, Any]) -> list[str]:
-    """The fields of a request that a refusal names, without those that every request has."""
+    """Returns the fields of a request that a refusal names, without those that every request has."""
     return [name for name in body if name not in ("model", "messages") and re.search(rf"\b{re.escape(name)}\b", text)]
 
 
 def request_without(names: list[str], endpoint: Endpoint) -> str:
-    """The option that leaves fields out of every request: --judge_request '{"seed": null}'."""
+    """Returns the option that leaves fields out of every request: --judge_request '{"seed": null}'."""
     return f"{endpoint.option('request')} '{json.dumps(dict.fromkeys(names))}'"
 
 
 def _hint_on_fields(text: str, body: dict[str, Any], endpoint: Endpoint) -> str:
-    """How to leave out the fields of a request that a refusal names; "" if it names none."""
+    """Returns a hint on how to leave out the fields of a request that a refusal names; "" if it names none."""
     names = named_fields(text, body)
     if any("logprobs" in name for name in names):
         names = ["logprobs", "top_logprobs"]

@@ -25,7 +25,7 @@ class LogprobsRefusal(Enum):
 
 
 def without_logprobs(body: dict[str, Any]) -> dict[str, Any]:
-    """The same request without the fields that ask for log-probs."""
+    """Returns the same request without the fields that ask for log-probs."""
     return {name: value for name, value in body.items() if "logprobs" not in name}
 
 

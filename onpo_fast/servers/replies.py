@@ -1,4 +1,4 @@
-"""Reading a reply, of which nothing is trusted: its size is bounded, its encoding fixed and every field checked."""
+"""Reads replies without trusting them: the size is limited, the encoding fixed and every field checked."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def bound_reply(response: Any) -> None:
 
 
 def _message_text(content: object) -> str:
-    """The text of a message whose content is a string, a list of parts, or absent.
+    """Returns the text of a message whose content is a string, a list of parts, or absent.
 
     Raises:
         TypeError: if it is something else.
@@ -93,6 +93,6 @@ def _message_text(content: object) -> str:
 
 
 def _part_text(part: dict[str, Any]) -> str:
-    """The text of a part; "" for a part of another kind, such as an image or reasoning."""
+    """Returns the text of a part; "" for a part of another kind, such as an image or reasoning."""
     text = part.get("text") if part.get("type", "text") in ("text", "output_text") else None
     return text if isinstance(text, str) else ""

@@ -13,7 +13,7 @@ LONGEST_REQUESTED_WAIT = 120.0  # seconds of a server's Retry-After header that 
 
 
 def longest_wait(tries: int) -> float:
-    """The longest wait after this many tries, in seconds: min(``LONGEST_WAIT``, ``FIRST_WAIT`` · 2^tries)."""
+    """Returns the longest wait after this many tries, in seconds: min(``LONGEST_WAIT``, ``FIRST_WAIT`` · 2^tries)."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2**tries)
 
 
@@ -30,7 +30,7 @@ def wait_before_retry(tries: int, error: BaseException | None) -> float:
 
 
 def parse_retry_after(header: str) -> float:
-    """The wait that a Retry-After header asks for, in seconds. It gives seconds or a date; 0 for anything else."""
+    """Returns the wait that a Retry-After header, a number or a date, asks for, in seconds; 0 for other text."""
     try:
         seconds = float(header)
     except ValueError:

@@ -111,9 +111,9 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tens
 def test_no_wait_and_no_copy_between_forward_and_backward(device: str, live: bool, monkeypatch) -> None:
     monkeypatch.setattr(scoring, "fused_linear_pair_loss", plain_loss)
     policy, objective = plain(device), Onpo(eta=2.0)
-    anchor = plain(device).frozen() if live else CACHED
+    anchor = plain(device).frozen() if live else None
     (batch,) = plan_steps(PAIRS, 1, 100, [0])
-    microbatch = MicroBatch.prepare(GROUPS, batch, anchor, policy.layout).to(policy.device)
+    microbatch = MicroBatch.prepare(GROUPS, batch, None if live else CACHED, policy.layout).to(policy.device)
     loss = scoring.PairLossOptions(objective, anchor.scoring if live else None)
     metrics = StepMetrics(objective)
     with Watch(device) as watch:
@@ -159,7 +159,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_waits_for_its_metrics_alone(live: bool, monkeypatch) -> None:
     """Two micro-batches a step; the first step compiles kernels and is not watched."""
     policy = make_policy("cuda", torch.bfloat16)
-    anchor = make_policy("cuda", torch.bfloat16).frozen() if live else CACHED
+    anchor = make_policy("cuda", torch.bfloat16).frozen() if live else None
+    logps = None if live else CACHED
     forward, summary = fitting._forward, StepMetrics.summary
     records: list[dict] = []
     watched = []
@@ -178,7 +179,8 @@ def test_a_step_on_a_gpu_waits_for_its_metrics_alone(live: bool, monkeypatch) ->
     monkeypatch.setattr(StepMetrics, "summary", read)
     config = Config(device="cuda", tokens_per_microbatch=50)
     try:
-        fit(policy, GROUPS, plan_steps(PAIRS, 2, 100, [0]), anchor, Onpo(eta=2.0), config, records.append)
+        batches = plan_steps(PAIRS, 2, 100, [0])
+        fit(policy, GROUPS, batches, logps, Onpo(eta=2.0), config, records.append, live_anchor=anchor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(records) == 2

@@ -11,7 +11,7 @@ import torch
 
 from onpo_fast.algorithms import ALGORITHMS
 from onpo_fast.data import Pair
-from onpo_fast.games.fits import Rewards
+from onpo_fast.games.matrix_games import Rewards
 from onpo_fast.games.neural import NeuralGame, NeuralTrace, natural_step, play
 from onpo_fast.games.neural_game import TransformerGame, closed_form_game
 from onpo_fast.games.neural_options import resolve, response_preferences
@@ -290,7 +290,7 @@ def test_the_natural_step() -> None:
         ({"width": 6}, "width must be"),
         ({"responses": 1}, "responses must be"),
         ({"seed": -1}, "seed must be"),
-        ({"spread": -1.0}, "spread must be"),
+        ({"logit_std": -1.0}, "logit_std must be"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be"),
         ({"loss_backend": "numpy"}, "loss_backend must be one of"),
     ],

@@ -208,9 +208,10 @@ def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objectiv
     for live in (False, True):
         policy = load(shallow_model, config)
         groups = make_groups(policy)
-        anchor = frozen if live else score(policy, groups, 1000)
+        logps, anchor = (None, frozen) if live else (score(policy, groups, 1000), None)
         seen: list[dict] = []
-        fit(policy, groups, plan_steps(PAIRS, 2, 6, [0]), anchor, objective, config, seen.append)
+        batches = plan_steps(PAIRS, 2, 6, [0])
+        fit(policy, groups, batches, logps, objective, config, seen.append, live_anchor=anchor)
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         records.append(seen)
     for cached, live in zip(*records):
@@ -237,7 +238,7 @@ def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(shallow_model
     anchor = score(frozen, groups, 1000)
     pairs = [Pair(g, i, None, p) for g in range(4) for i, p in enumerate((0.2, 0.65, 0.9))] + [Pair(1, 2, 0, 0.8)]
     records: list[dict] = []
-    reference = frozen.frozen() if live else anchor
+    reference = {"anchor_logps": None, "live_anchor": frozen.frozen()} if live else {"anchor_logps": anchor}
     found: dict[str, torch.Tensor] = {}
 
     def take(optimizer, *_) -> None:
@@ -245,7 +246,8 @@ def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(shallow_model
 
     hook = register_optimizer_step_pre_hook(take)
     try:
-        fit(policy, groups, plan_steps(pairs, 1, 100, [0]), reference, Sppo(eta=3.0), config, records.append)
+        batches = plan_steps(pairs, 1, 100, [0])
+        fit(policy, groups, batches, objective=Sppo(eta=3.0), config=config, on_step=records.append, **reference)
     finally:
         hook.remove()
 

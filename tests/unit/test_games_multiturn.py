@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onpo_fast.games import matrix, preferences
-from onpo_fast.games.fits import LABELS
+from onpo_fast.games.matrix_games import LABELS
 from onpo_fast.games.multiturn import (
     TARGETS,
     action_values,

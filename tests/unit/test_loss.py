@@ -8,6 +8,7 @@ from support.loss_cases import CASES, Case, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
+from onpo_fast.kernels import chunked, reference
 from onpo_fast.objectives import Onpo
 
 WORKSPACES = {"roomy": None, "some blocks": 4 * 97 * 14, "tight": 1}
@@ -294,3 +295,26 @@ def test_bad_input_names_the_argument(change: dict, message: str) -> None:
     fused_linear_pair_loss(**GOOD)
     with pytest.raises(ValueError, match=message):
         fused_linear_pair_loss(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(("backend", "module"), [("torch", chunked), ("reference", reference)])
+def test_gradients_are_scaled_by_the_backend_that_computed_them(backend, module, monkeypatch) -> None:
+    called = []
+    scale = module.scale_in_place
+    monkeypatch.setattr(module, "scale_in_place", lambda *arguments: (called.append(backend), scale(*arguments)))
+    gradients = []
+    for factor in (1.0, -0.25):
+        hidden = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        output = fused_linear_pair_loss(
+            hidden,
+            torch.randn(5, 3, generator=torch.Generator().manual_seed(1)),
+            torch.tensor([0, 1, 2, 3]),
+            torch.tensor([0, 2, 4], dtype=torch.int32),
+            objective=Onpo(eta=2.0),
+            ref_logps=torch.zeros(2),
+            backend=backend,
+        )
+        (factor * output.loss).backward()
+        gradients.append(hidden.grad)
+    assert called == [backend, backend]
+    assert torch.equal(gradients[1], -0.25 * gradients[0])

@@ -180,6 +180,21 @@ def test_a_local_base_model(tmp_path: Path) -> None:
     assert str(tmp_path) not in said.content
 
 
+def test_the_working_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal says whether org/base was a folder or a model of the Hub."""
+    from_hub = make_run(tmp_path / "from_hub", prompts="org/prompts")
+    from_folder = make_run(tmp_path / "from_folder")
+    Journal(from_folder).begin({"model": {"model.safetensors": DIGEST}})
+    before = [card(run).content for run in (from_hub, from_folder)]
+    for folder in ("org/base", "org/prompts"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [card(run).content for run in (from_hub, from_folder)] == before
+    assert card(from_hub).data.base_model == "org/base"
+    assert card(from_folder).data.base_model is None
+    assert "org/base" not in card(from_folder).content
+
+
 def test_bundled_model_and_multimodal_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", model="smollm2")
     (run / "iteration_02/policy/config.json").write_text('{"architectures": ["Gemma3ForConditionalGeneration"]}')

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onpo_fast.kernels.groups import Group, PairLayout
+from onpo_fast.kernels.groups import PairLayout, ResponseGroup
 from onpo_fast.kernels.on_device import PerStream
 from onpo_fast.kernels.order import GroupedOrder
 from onpo_fast.kernels.plan import PairPlan, choose_plan
@@ -46,7 +46,7 @@ class TestPlan:
     def plan(
         pairs: int, length: int, mode: str = "auto", workspace: int | None = None, free: int | None = None
     ) -> PairPlan:
-        groups = [Group([2 * i, 2 * i + 1], [i], 2 * length) for i in range(pairs)]
+        groups = [ResponseGroup([2 * i, 2 * i + 1], [i], 2 * length) for i in range(pairs)]
         return choose_plan(groups, (151936, 4096), torch.bfloat16, True, mode, workspace, free)
 
     def test_a_chunk_for_each_pair_of_2048_tokens(self) -> None:

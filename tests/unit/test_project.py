@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from onpo_fast.config import Config, parse, read_run
 from onpo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "onpo_fast" / "kernels"
 
 PAPER = {  # arXiv 2502.16852, section 5 and appendix
     "objective": "onpo",
@@ -99,14 +101,52 @@ def test_a_configuration_that_is_none(tmp_path) -> None:
             read_run(tmp_path)
 
 
+def modules(*folders: str) -> list[Path]:
+    """Every Python file below these folders; the link onpo_fast/kernels is not followed."""
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if KERNELS not in path.parents]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, by their absolute names."""
+    package = path.relative_to(ROOT).parts[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*parents, *filter(None, [node.module])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
 def test_layers() -> None:
-    """kernels/ imports nothing of onpo_fast, and only loss.py and sampling.py import kernels."""
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert "onpo_fast" not in "".join(
-            line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("import", "from"))
-        )
-    importers = {p.name for p in (ROOT / "onpo_fast").glob("*.py") if ".kernels" in p.read_text(encoding="utf-8")}
-    assert importers == {"loss.py", "sampling.py"}
+    """kernels/ imports nothing of onpo_fast, and only loss.py and, to draw tokens, sampling.py import kernels."""
+    for path in modules("kernels"):
+        assert not [name for name in imported(path) if name.split(".")[0] == "onpo_fast"], path
+    taken = {}
+    for path in modules("onpo_fast"):
+        if names := {name for name in imported(path) if name.startswith("onpo_fast.kernels.")}:
+            taken[str(path.relative_to(ROOT / "onpo_fast"))] = {name.split(".")[2] for name in names}
+    assert taken.keys() == {"loss.py", "sampling.py"}
+    assert taken["sampling.py"] == {"noise", "sampled_tokens"}
+
+
+def test_functions_and_files_are_short() -> None:
+    """At most 60 lines a function, without its docstring, and 500 a file."""
+    too_long = []
+    for path in modules("onpo_fast"):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 500:
+            too_long.append(str(path))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                docstring = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+                lines = node.end_lineno - node.lineno + 1
+                lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+                if lines > 60:
+                    too_long.append(f"{path}: {node.name} has {lines} lines")
+    assert not too_long
 
 
 def test_the_snippets_of_the_readme() -> None:

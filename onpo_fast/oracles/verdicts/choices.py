@@ -44,7 +44,7 @@ class Mark:
 
 
 def mark_of_choice(found: re.Match, start: int, end: int) -> Mark:
-    """The mark of a match of ``CHOICE``, "A" or "A > B", in a stretch of text from ``start`` to ``end``."""
+    """Returns the mark of a match of ``CHOICE``, "A" or "A > B", in a stretch of text from ``start`` to ``end``."""
     one, sign, other = found["one"].upper(), found["sign"], found["other"]
     if sign is None:
         return Mark(start, end, one, start + found.start("one"))

@@ -71,7 +71,7 @@ def _decide_by_brackets(prose: str, brackets: list[Mark], favoured: list[Mark]) 
 
 
 def _agreement(marks: list[Mark]) -> Decision:
-    """The verdict on which all marks agree, and the letter of the first; no decision if they do not."""
+    """Returns the verdict on which all marks agree, and the letter of the first; no decision if they do not."""
     decided = {mark.verdict for mark in marks}
     if len(decided) != 1 or UNCLEAR in decided:
         return NO_DECISION
@@ -79,7 +79,10 @@ def _agreement(marks: list[Mark]) -> Decision:
 
 
 def _final_mark(text: str, marks: list[Mark], sentences: list[Sentence]) -> tuple[Mark | None, int]:
-    """The verdict with which a text ends, and where its sentence begins. ``text`` has spaces in place of tags."""
+    """Returns the verdict with which a text ends, and where its sentence begins.
+
+    ``text`` has spaces in place of tags.
+    """
     for mark in marks[-1:]:
         before = LATEX_COMMAND.sub(" ", _sentence_before(mark, text))
         if not re.search(r"\w", text[mark.end :]) and re.fullmatch(BEFORE_CHOICE, before):
@@ -91,7 +94,7 @@ def _final_mark(text: str, marks: list[Mark], sentences: list[Sentence]) -> tupl
 
 
 def _may_answer_the_prompt(said: str, mark: Mark, letters: Counter[str]) -> bool:
-    """Whether a sentence may give the right option of a multiple-choice prompt instead of a verdict.
+    """Returns whether a sentence may give the right option of a multiple-choice prompt instead of a verdict.
 
     An example is "The best option is B. Response A says so."
 
@@ -105,5 +108,5 @@ def _may_answer_the_prompt(said: str, mark: Mark, letters: Counter[str]) -> bool
 
 
 def _sentence_before(mark: Mark, text: str) -> str:
-    """The part of a mark's sentence that stands before it."""
+    """Returns the part of a mark's sentence that stands before it."""
     return re.split(r"[.!?\n]", text[max(0, mark.start - MAX_SENTENCE_CHARACTERS) : mark.start])[-1]

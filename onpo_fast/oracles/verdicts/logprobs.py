@@ -13,7 +13,7 @@ TopLogprobs = list[tuple[bytes, list[tuple[str, float]]]]
 
 
 def top_logprobs(choice: Any) -> TopLogprobs:
-    """The log-probs in a choice of a chat completion; [] if there are none, or they are malformed."""
+    """Returns the log-probs in a choice of a chat completion; [] if there are none, or they are malformed."""
     try:
         top = [
             (
@@ -28,7 +28,7 @@ def top_logprobs(choice: Any) -> TopLogprobs:
 
 
 def _token_bytes(position: dict[str, Any]) -> bytes:
-    """The bytes of a token. Its text is a placeholder where the token is a part of a character."""
+    """Returns the bytes of a token. Its text is a placeholder where the token is a part of a character."""
     given = position.get("bytes")
     if isinstance(given, list) and given:
         return bytes(given)
@@ -36,7 +36,7 @@ def _token_bytes(position: dict[str, Any]) -> bytes:
 
 
 def likely_tokens_at(said: str, at: int, top: TopLogprobs) -> list[tuple[str, float]]:
-    """The likely tokens in place of the token that holds a character of an answer.
+    """Returns the likely tokens in place of the token that holds a character of an answer.
 
     The tokens, joined, must end with the answer. Before it there may be others, such as reasoning that the server
     removed; after it there may be special tokens.
@@ -68,12 +68,12 @@ def likely_tokens_at(said: str, at: int, top: TopLogprobs) -> list[tuple[str, fl
 
 
 def _without_markers(token: bytes) -> bytes:
-    """A token as text, for servers that send it as the tokenizer's vocabulary spells it."""
+    """Returns a token as text, for servers that send it as the tokenizer's vocabulary spells it."""
     for marker, text in (("▁", " "), ("Ġ", " "), ("Ċ", "\n")):
         token = token.replace(marker.encode(), text.encode())
     return token
 
 
 def letters_of(token: str) -> str:
-    """A token without spaces, punctuation and the markers of vocabularies."""
+    """Returns a token without spaces, punctuation and the markers of vocabularies."""
     return re.sub(r"[\W_▁Ġ]+", "", token)

@@ -53,7 +53,7 @@ def blank_other_tags(text: str) -> str:
 
 
 def bracketed_marks(text: str) -> Iterator[Mark]:
-    """The verdicts in brackets: [[A]], [[A>B]], [[C]] (MT-bench's tie), and Prometheus's [RESULT] A."""
+    """Yields the verdicts in brackets: [[A]], [[A>B]], [[C]] (MT-bench's tie), and Prometheus's [RESULT] A."""
     for found in BRACKETS.finditer(text):
         inside = found[found.lastindex]
         if inside.strip() in ("C", "c"):
@@ -65,7 +65,7 @@ def bracketed_marks(text: str) -> Iterator[Mark]:
 
 
 def labelled_marks(text: str, objects: list[JsonObject]) -> Iterator[Mark]:
-    r"""The verdicts in \boxed{}, tags and JSON objects. They may be quotations from a response."""
+    r"""Yields the verdicts in \boxed{}, tags and JSON objects. They may be quotations from a response."""
     for found in BOXED.finditer(text):
         if mark := _mark_in(blank_out(LATEX_COMMAND, _in_braces(text, found.end())), found.end()):
             yield mark
@@ -78,7 +78,7 @@ def labelled_marks(text: str, objects: list[JsonObject]) -> Iterator[Mark]:
 
 
 def json_objects(text: str) -> Iterator[JsonObject]:
-    """The outermost JSON objects in a text."""
+    """Yields the outermost JSON objects in a text."""
     at = 0
     for _ in range(MAX_OBJECTS):
         at = text.find("{", at)
@@ -94,7 +94,7 @@ def json_objects(text: str) -> Iterator[JsonObject]:
 
 
 def _mark_in(stretch: str, start: int) -> Mark | None:
-    """The verdict of a short stretch that begins at ``start``: a bare choice, or a sentence that favours a response."""
+    """Returns the verdict of a stretch from ``start`` on: a bare choice, or a sentence that favours a response."""
     if len(stretch) > MAX_CHOICE_CHARACTERS:
         return None
     if TIED.fullmatch(stretch):
@@ -107,7 +107,7 @@ def _mark_in(stretch: str, start: int) -> Mark | None:
 
 
 def _in_braces(text: str, start: int) -> str:
-    """The text from ``start`` to the closing brace; "" if there is none within ``MAX_CHOICE_CHARACTERS``."""
+    """Returns the text from ``start`` to the closing brace; "" if there is none within ``MAX_CHOICE_CHARACTERS``."""
     depth = 1
     for index in range(start, min(len(text), start + MAX_CHOICE_CHARACTERS)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
@@ -117,7 +117,7 @@ def _in_braces(text: str, start: int) -> str:
 
 
 def _mark_of_object(text: str, start: int, end: int, pairs: Pairs) -> Mark | None:
-    """The verdict of an object's outermost level that has one; an overall verdict before that of a criterion."""
+    """Returns the verdict at an object's outermost level that has one; an overall verdict before a criterion's."""
     level: list = [pairs]
     while level:
         marks = [

@@ -82,7 +82,7 @@ def read_answer(said: str, ended: bool = True) -> Reading:
 
 
 def preference_of(said: str, reading: Reading, top: TopLogprobs) -> float | None:
-    """P(the response shown first is better).
+    """Returns P(the response shown first is better).
 
     It is P(A) / (P(A) + P(B)) at the token with the verdict's letter where its log-probs are known; else 1 or 0 by the
     letter. It is ½ for a tie and None without a verdict.

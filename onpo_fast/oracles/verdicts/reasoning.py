@@ -77,12 +77,12 @@ def end_of_reasoning(text: str) -> int | None:
 
 
 def _tag(found: re.Match) -> tuple[str, bool]:
-    """The bare name of a tag, and whether it is a closing one."""
+    """Returns the bare name of a tag, and whether it is a closing one."""
     name = (found["tag"] or found["tag2"] or found["tag3"] or found["open"]).lower()
     closes = found["slash"] or found["slash2"] or found["slash3"] or re.search(r"(?:\b|_)end(?:\b|_)", name)
     return re.sub(r"(?:begin|start|end|of)(?=[\W_]|$)|[\W_]", "", name), bool(closes)
 
 
 def _closed(opened: list[str], name: str) -> list[str]:
-    """The open tags that are left when the first of this name, and all within it, are closed."""
+    """Returns the open tags that are left when the first of this name, and all within it, are closed."""
     return opened[: opened.index(name)] if name in opened else opened

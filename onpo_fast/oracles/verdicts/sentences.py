@@ -93,7 +93,7 @@ def read_sentences(text: str, ended: bool) -> Iterator[Sentence]:
 
 
 def _stated_verdict(said: str, start: int, end: int) -> Mark | None:
-    """The verdict that a sentence, or a clause of it, states with its first words: "In all, I choose A"."""
+    """Returns the verdict that a sentence, or a clause of it, states with its first words: "In all, I choose A"."""
     for clause in [0, *(found.end() for found in re.finditer(r"[,:]\s", said))]:
         found = CHOICE.match(said, clause)
         if not found or (clause and not LABEL.search(found["before"])):
@@ -111,7 +111,7 @@ def _stated_verdict(said: str, start: int, end: int) -> Mark | None:
 
 
 def _rest_agrees(rest: str, before: str, one: str) -> bool:
-    """Whether the rest of a sentence says nothing against the choice with which it begins.
+    """Returns whether the rest of a sentence says nothing against the choice with which it begins.
 
     Args:
         rest: the text after the choice.
@@ -130,7 +130,7 @@ def _rest_agrees(rest: str, before: str, one: str) -> bool:
 
 
 def favoured_letter(said: str) -> int | None:
-    """The index of the letter that a sentence favours; None if there is none.
+    """Returns the index of the letter that a sentence favours; None if there is none.
 
     It is the response that the sentence says is better than the other, or the only one that it names, if nothing in it
     speaks against that response.
@@ -148,6 +148,6 @@ def favoured_letter(said: str) -> int | None:
 
 
 def _is_article(text: str, at: int) -> bool:
-    """Whether the letter at an index is the article: an A at the beginning of a sentence, before a word."""
+    """Returns whether the letter at an index is the article: an A at the beginning of a sentence, before a word."""
     begins = re.search(r"(?:^|[^\w\s,])\s*$", text[max(0, at - 10) : at]) is not None
     return text[at] == "A" and begins and AFTER_ARTICLE.match(text, at + 1) is not None

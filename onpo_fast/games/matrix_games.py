@@ -1,8 +1,8 @@
 """Matrix games that ``onpo_fast.algorithms`` can play: with exact expectations, or with sampled pairs.
 
-``Exact`` and ``Sampled`` implement ``algorithms.Game``. A policy is an array (B, n) of log-probs, float64, nats: one
-row for each of B games. ``fit`` returns the policy of least loss over all policies, so ``warm_start`` and ``into``,
-which matter where a model is trained, have no effect here.
+``ExactGame`` and ``SampledGame`` implement ``algorithms.Game``. A policy is an array (B, n) of log-probs, float64,
+nats: one row for each of B games. ``fit`` returns the policy of least loss over all policies, so ``warm_start`` and
+``into``, which matter where a model is trained, have no effect here.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MatrixGame:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exact expectations
+# ExactGame expectations
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +86,7 @@ class Rewards:
     log_policy: np.ndarray  # (B, n): π, nats
 
 
-class Exact(MatrixGame):
+class ExactGame(MatrixGame):
     """A game whose fits are minimisers of the expected loss."""
 
     def compare(self, policy: np.ndarray, opponent: np.ndarray | None = None) -> Rewards:
@@ -178,7 +178,7 @@ def sppo_fit(log_policy: np.ndarray, compared: Rewards, eta: float) -> np.ndarra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampled pairs
+# SampledGame pairs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +192,7 @@ class SampledPairs:
     preference: torch.Tensor  # (M,) float64: label of the winner
 
 
-class Sampled(MatrixGame):
+class SampledGame(MatrixGame):
     """A game whose fits are minimisers over sampled pairs.
 
     In each comparison ``groups`` times ``responses`` actions are drawn from the policy, and paired by the code that
