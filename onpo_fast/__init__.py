@@ -27,6 +27,11 @@ if (_is_module or _is_script) and os.path.lexists("matplotlibrc"):
     finally:
         os.fchdir(_here)
         os.close(_here)
+# OpenMP threads that wait for each other spin for a while (libgomp, which torch's CPU wheels use: 300,000 turns) before
+# they sleep. Beside another busy process that is most of the time of a run. 10,000 turns cost nothing on an idle
+# machine, and change no result. It must be said before torch is imported.
+if (_is_module or _is_script) and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from . import objectives  # noqa: E402
 from .loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs  # noqa: E402

@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the suite asks no hub
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,14 +72,12 @@ def real_policy(model_directory: Path) -> Policy:
     return load(model_directory, Config())
 
 
-@pytest.fixture(scope="module")
-def without_plots() -> Iterator[None]:
-    """Leaves plots empty, which take half of the time of a small run, in a module whose tests are not of reports."""
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves plots empty, which take half of the time of a small run, in tests that are not of plots."""
     from matplotlib.figure import Figure
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))
-        yield
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))
 
 
 @pytest.fixture

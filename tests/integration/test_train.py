@@ -168,7 +168,7 @@ def test_metrics(run_directory: Path) -> None:
     assert abs(one["kl_to_anchor"]) < 1e-3  # π_1 = π′_1
     assert abs(two["kl_to_initial"]) > 1e-2
     assert abs(two["kl_to_anchor"]) > 1e-2  # π_2 is not π′_2
-    assert set(two["stage_seconds"]) == {"sample", "judge", "score", "fit auxiliary", "fit policy"}
+    assert set(two["stage_seconds"]) == {"sample", "judge", "pair", "score", "fit auxiliary", "fit policy"}
     board = EventAccumulator(str(run_directory / "tensorboard"))
     board.Reload()
     assert len(board.Scalars("fit/policy/loss_normalised")) == len(

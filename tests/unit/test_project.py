@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import onpo_fast
 from onpo_fast import files
 from onpo_fast.config import Config, parse, read_run
 from onpo_fast.errors import UserError
@@ -156,9 +160,23 @@ def test_the_snippets_of_the_readme() -> None:
         exec(snippet, {})
 
 
-def test_version() -> None:
-    import onpo_fast
+@pytest.mark.parametrize(
+    ("program", "environment", "spins"),
+    [
+        ("onpo-fast", {}, "10000"),
+        ("onpo-fast", {"GOMP_SPINCOUNT": "5"}, "5"),
+        ("onpo-fast", {"OMP_WAIT_POLICY": "active"}, None),
+        ("mine.py", {}, None),  # the package imported by somebody's program
+    ],
+)
+def test_threads_of_a_command_spin_less(program: str, environment: dict, spins: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(os, "environ", environment)
+    importlib.reload(onpo_fast)
+    assert environment.get("GOMP_SPINCOUNT") == spins
 
+
+def test_version() -> None:
     assert importlib.metadata.version("onpo_fast") == onpo_fast.__version__
 
 

@@ -109,6 +109,7 @@ def test_nothing_comes_from_a_network(finished: Path) -> None:
     assert all(link.startswith("#") for link in links)
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     ("rate", "low", "high", "words"),
     [
@@ -125,6 +126,7 @@ def test_headline_is_honest(finished: Path, rate: float, low: float, high: float
     assert words in Page(write_report(finished)).text
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_text_of_a_model_is_escaped(finished: Path) -> None:
     path = write_report(finished)
     page = Page(path)
@@ -146,6 +148,7 @@ def test_unfinished_run(unfinished: Path) -> None:
     assert "2 (so far) 0.0 0.0 0.0 0.0 0.5 0.0 0.5" in page.text
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_the_newest_responses_of_an_unfinished_run(unfinished: Path) -> None:
     """Of π_2, when iteration 2 has sampled; those of earlier iterations no longer."""
     for t, text in ((1, "Old."), (2, ATTACK)):
@@ -176,6 +179,7 @@ def test_ticks_of_iterations_and_steps_are_whole(unfinished: Path) -> None:
     assert "1e−7" not in page.partition("<h3>What the margin is made of</h3>")[2].partition("</svg>")[0]
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_unfinished_run_says_how_to_go_on(unfinished: Path) -> None:
     directory = unfinished.rename(unfinished.with_name("a run"))
     command = f"python -m onpo_fast.train --resume --out {shlex.quote(str(directory))}"
@@ -213,6 +217,7 @@ def test_skipped_steps_are_named(finished: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_judge_and_prompts_are_counted(finished: Path) -> None:
     counters = {"requests": 1000, "failures": 3, "prompt_tokens": 70_000, "completion_tokens": 900}
     counters |= {"answered": 997, "cached": 5, "nonsense": 2}
@@ -237,6 +242,7 @@ def test_run_that_has_only_started(unfinished: Path) -> None:
     assert "Not recorded: seconds by stage; peak memory; speed by stage." in page.text
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_resumed_run_counts_a_repeated_step_once(unfinished: Path) -> None:
     before = Page(write_report(unfinished)).text
     lines = (unfinished / "metrics.jsonl").read_text().splitlines()
@@ -256,6 +262,7 @@ def test_missing_values_are_passed_over(finished: Path) -> None:
     assert "Not recorded: peak memory." in page.text
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_damaged_records_are_passed_over(finished: Path) -> None:
     """A bit flip, or half a line that a crash left."""
     before = Page(write_report(finished)).text
@@ -266,6 +273,7 @@ def test_damaged_records_are_passed_over(finished: Path) -> None:
     assert Page(write_report(finished)).text == before.replace("Did it work?", said + "Did it work?", 1)
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     "content",
     [
@@ -284,6 +292,7 @@ def test_a_damaged_evaluation_is_named(finished: Path, content: str, capsys: pyt
     assert said.count("\n") == 1
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -309,6 +318,7 @@ def test_damaged_files_are_named(finished: Path, name: str, content: str, messag
     assert said.count("\n") == 1
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_odd_values_are_passed_over(finished: Path) -> None:
     """JSON that is whole, with values that nothing of a run writes."""
     write_report(finished)
@@ -389,6 +399,7 @@ def vast(path: Path) -> None:
     os.truncate(path, 2**40)
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("harm", [fifo, endless, bound, Path.mkdir, vast])
 def test_no_file_of_a_run_is_waited_for(finished: Path, harm: Callable, name: str, capsys, monkeypatch) -> None:
@@ -445,6 +456,7 @@ def test_an_evaluation_is_known_from_what_only_looks_like_one() -> None:
         assert not is_evaluation(document)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_odd_lines_are_counted(finished: Path) -> None:
     before = Page(write_report(finished)).text
     for name in ("metrics.jsonl", "evaluation_responses.jsonl"):
@@ -455,6 +467,7 @@ def test_odd_lines_are_counted(finished: Path) -> None:
     assert Page(write_report(finished)).text == before.replace("Did it work?", said + "Did it work?", 1)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_line_without_an_end_is_not_kept(finished: Path) -> None:
     before = RunData.read(finished)
     os.truncate(finished / "metrics.jsonl", 200 * 2**20)  # zeros, after the last line
@@ -466,6 +479,7 @@ def test_a_line_without_an_end_is_not_kept(finished: Path) -> None:
     assert run.damaged_lines == {"metrics.jsonl": 1}
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     "change",
     [
@@ -530,6 +544,7 @@ def test_a_long_run_is_a_page_of_a_few_mb(finished: Path) -> None:
         assert name in text
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_only_the_pages_own_script_is_allowed(finished: Path) -> None:
     html = write_report(finished).read_text(encoding="utf-8")
     (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
@@ -545,6 +560,7 @@ def test_only_the_pages_own_script_is_allowed(finished: Path) -> None:
     assert "script-src 'none'" in unescape(html)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_what_a_killed_report_has_left_goes(finished: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
