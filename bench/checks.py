@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from . import errors
+from . import accuracy
 from .peers import MATERIALISED, OURS, Method, Result, Task, run
 from .problems import TARGET, TINY, Problem, Shape
 
@@ -22,7 +22,7 @@ SLACK = 2.0  # times the error of PyTorch's materialised form; PyTorch's own ker
 FLOOR = {"logps_nats_max": 1e-2, "hidden_gradient": 1e-6, "weight_gradient": 1e-6}  # errors that are none
 
 # in the order in which they are checked: what matters most is done when the time is up
-SHAPES = (
+CHECKED_SHAPES = (
     TARGET,
     TINY,
     Shape("odd", 3, 3, 37, features=72, vocabulary=1031),
@@ -37,9 +37,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        choices=[shape.name for shape in SHAPES],
+        choices=[shape.name for shape in CHECKED_SHAPES],
         metavar="SHAPE",
-        help=f"of {', '.join(shape.name for shape in SHAPES)}",
+        help=f"of {', '.join(shape.name for shape in CHECKED_SHAPES)}",
     )
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, once: for a sanitizer")
 
@@ -47,16 +47,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     gpu = device.type == "cuda"
-    shapes, runs = ((TINY,), 1) if options.tiny else (SHAPES if gpu else SHAPES[1:3], RUNS)
+    shapes, runs = ((TINY,), 1) if options.tiny else (CHECKED_SHAPES if gpu else CHECKED_SHAPES[1:3], RUNS)
     if options.shapes:
-        shapes = tuple(shape for shape in SHAPES if shape.name in options.shapes)
+        shapes = tuple(shape for shape in CHECKED_SHAPES if shape.name in options.shapes)
     faults = unchecked = 0
     for shape in shapes:
         try:
             if reason := too_large(shape, device):
                 raise NotChecked(reason)
             problem = Problem.make(shape, torch.bfloat16 if gpu else torch.float32, device)
-            exact = errors.Exact.of(problem, {method.objective for method in OURS})
+            exact = accuracy.Exact.of(problem, {method.objective for method in OURS})
         except (NotChecked, torch.OutOfMemoryError) as error:
             unchecked += 1
             print(f"{shape.name}: not checked: {reason_of(error)}", flush=True)
@@ -106,11 +106,11 @@ def bytes_needed(shape: Shape) -> int:
     """
     head = (shape.rows + shape.vocabulary) * shape.features
     inputs, results, materialised = 2 * 2 * head, 2 * 2 * head, (2 + 3 * 4) * shape.rows * shape.vocabulary
-    most = max(errors.bytes_while_made(shape), errors.bytes_kept(shape) + results + materialised)
+    most = max(accuracy.bytes_while_made(shape), accuracy.bytes_kept(shape) + results + materialised)
     return int(ALLOCATOR * (inputs + most))
 
 
-def faults_of(method: Method, task: Task, problem: Problem, exact: errors.Exact, runs: int = RUNS) -> list[str]:
+def faults_of(method: Method, task: Task, problem: Problem, exact: accuracy.Exact, runs: int = RUNS) -> list[str]:
     """What is wrong with a method at a task; nothing, if all is well.
 
     Raises:

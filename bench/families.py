@@ -43,11 +43,11 @@ from onpo_fast.sources import quiet
 from onpo_fast.train import train
 
 from .crash_test import fork
-from .families_page import LENGTHS, NATS, PAGE, RELATIVE, Row, describe, make_page, summary
+from .families_page import LENGTHS, MAX_GRADIENT_ERROR, MAX_LOGP_ERROR, PAGE, FamilyResult, describe, make_page, summary
 from .zoo import FAMILIES, SPECIAL, Family, build
 
-SECONDS = 120.0  # that a family may take
-MEMORY = 4 * 2**30  # bytes that it may allocate
+MAX_SECONDS = 120.0  # that a family may take
+MAX_BYTES = 4 * 2**30  # bytes that it may allocate
 
 CONVERSATIONS = [
     [{"role": "user", "content": text}]
@@ -86,9 +86,9 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any(row.verdict.startswith("WRONG") for row in rows) else 0
 
 
-def check_all(names: Sequence[str], jobs: int) -> list[Row]:
+def check_all(names: Sequence[str], jobs: int) -> list[FamilyResult]:
     """Every family in a process of its own, ``jobs`` at a time; prints a line for each when it is done."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, FamilyResult] = {}
     running: dict[int, tuple[str, float]] = {}  # by process id: family, when it started
     waiting = list(names)
     with tempfile.TemporaryDirectory() as directory:
@@ -96,7 +96,7 @@ def check_all(names: Sequence[str], jobs: int) -> list[Row]:
 
         def start(name: str) -> None:
             def child() -> None:
-                resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+                resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
                 row = check(name, FAMILIES[name], work / name)
                 (work / f"{name}.json").write_text(json.dumps(asdict(row)), encoding="utf-8")
 
@@ -108,7 +108,7 @@ def check_all(names: Sequence[str], jobs: int) -> list[Row]:
             time.sleep(0.02)
             for process, (name, started) in list(running.items()):
                 ended, status = os.waitpid(process, os.WNOHANG)
-                if not ended and time.monotonic() - started < SECONDS:
+                if not ended and time.monotonic() - started < MAX_SECONDS:
                     continue
                 if not ended:
                     os.kill(process, signal.SIGKILL)
@@ -116,17 +116,21 @@ def check_all(names: Sequence[str], jobs: int) -> list[Row]:
                 del running[process]
                 result = work / f"{name}.json"
                 if result.exists():
-                    rows[name] = Row(**json.loads(result.read_text(encoding="utf-8")))
+                    rows[name] = FamilyResult(**json.loads(result.read_text(encoding="utf-8")))
                 else:
-                    why = f"exit status {os.waitstatus_to_exitcode(status)}" if ended else f"more than {SECONDS:g} s"
-                    rows[name] = Row(name, FAMILIES[name].about, verdict=f"WRONG: its process ended with {why}")
+                    why = (
+                        f"exit status {os.waitstatus_to_exitcode(status)}" if ended else f"more than {MAX_SECONDS:g} s"
+                    )
+                    rows[name] = FamilyResult(
+                        name, FAMILIES[name].about, verdict=f"WRONG: its process ended with {why}"
+                    )
                 print(f"{len(rows):3} of {len(names)}: {describe(rows[name])}", flush=True)
     return [rows[name] for name in names]
 
 
-def check(name: str, family: Family, work: Path) -> Row:
+def check(name: str, family: Family, work: Path) -> FamilyResult:
     """Builds a tiny checkpoint in ``work`` and compares all that a run does to it with plain transformers."""
-    row, begin, faults = Row(name, family.about), time.monotonic(), []
+    row, begin, faults = FamilyResult(name, family.about), time.monotonic(), []
     if not family.exists:
         row.verdict = "absent"
         return row
@@ -146,7 +150,7 @@ def check(name: str, family: Family, work: Path) -> Row:
     return row
 
 
-def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]:
+def _faults(row: FamilyResult, family: Family, source: Path, work: Path) -> Iterator[str]:
     """Fills the row; says what is wrong.
 
     Raises:
@@ -174,7 +178,7 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
 
     scores = score(policy, groups, TOKENS)
     row.logps = difference(scores, exact)
-    if not row.logps <= NATS:
+    if not row.logps <= MAX_LOGP_ERROR:
         yield f"log-probs are off by {row.logps:.2g} nats"
 
     gradients = []
@@ -182,18 +186,18 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
         torch.manual_seed(seed)
         gradients.append(first_gradient(policy, groups, scores, config))
     row.gradient = max(relative_error(gradient, exact_gradient) for gradient in gradients)
-    if not row.gradient <= RELATIVE:
+    if not row.gradient <= MAX_GRADIENT_ERROR:
         yield f"the gradient of a fit has a relative error of {row.gradient:.2g}"
     if twice := relative_error(*gradients):
         yield f"two fits from the same weights have different gradients (by {twice:.2g} of their norm)"
 
     drawn = make_sampler(policy, config)(CONVERSATIONS, 2, [0], lambda done: None)
     row.sampled = difference(logps_of(drawn), score(policy, drawn, TOKENS))
-    if not row.sampled <= NATS:  # a run must notice: it refuses, or samples in another way
+    if not row.sampled <= MAX_LOGP_ERROR:  # a run must notice: it refuses, or samples in another way
         alone = row.sampled
         drawn = real_run(source, work)
         row.sampled = difference(logps_of(drawn), plain_logps(plain, drawn))
-        if row.sampled <= NATS:
+        if row.sampled <= MAX_LOGP_ERROR:
             row.notes.append(f"batches of prompts would be off by {alone:.2g} nats, so a run samples in another way")
         else:
             yield f"sampled log-probs are off by {row.sampled:.2g} nats, and a run goes on"
@@ -207,7 +211,7 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
         yield "the saved policy cannot be loaded: " + one_line(str(error)).replace(str(saved), "SAVED")
         return
     row.saved = max(difference(again, scores), difference(plain_logps(load_plain(saved), groups), exact))
-    if not row.saved <= NATS:
+    if not row.saved <= MAX_LOGP_ERROR:
         yield f"log-probs change by {row.saved:.2g} nats when it is saved and loaded"
 
 

@@ -16,13 +16,13 @@ import onpo_fast
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
-NATS = 1e-4  # a summed log-prob of at most 12 tokens may be off by so much
-RELATIVE = 1e-4  # and a gradient, ‖difference‖ / ‖gradient‖ over all parameters
+MAX_LOGP_ERROR = 1e-4  # a summed log-prob of at most 12 tokens may be off by so much
+MAX_GRADIENT_ERROR = 1e-4  # and a gradient, ‖difference‖ / ‖gradient‖ over all parameters
 LENGTHS = ((5, 1, 12), (12, 7, 3), (9, 12, 2))  # tokens of the responses to each of them
 
 
 @dataclass
-class Row:
+class FamilyResult:
     """A family in the table; None where it did not come so far."""
 
     name: str
@@ -37,14 +37,14 @@ class Row:
     seconds: float = 0.0
 
 
-def describe(row: Row) -> str:
+def describe(row: FamilyResult) -> str:
     """A line for the terminal."""
     numbers = ("logps", "gradient", "sampled", "saved")
     known = [f"{name} {getattr(row, name):.1e}" for name in numbers if getattr(row, name) is not None]
     return f"{', '.join([row.name, *([row.layout] if row.layout else []), *known])}: {row.verdict}"
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[FamilyResult]) -> str:
     """How many families there are of each verdict."""
     words = [row.verdict.partition(":")[0] for row in rows]
     return f"{len(rows)} families: " + ", ".join(
@@ -52,11 +52,15 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def make_page(rows: Sequence[Row]) -> str:
+def make_page(rows: Sequence[FamilyResult]) -> str:
     """docs/models.md."""
     lines = [
         PREFACE.format(
-            summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
+            summary=summary(rows),
+            versions=versions(),
+            nats=MAX_LOGP_ERROR,
+            percent=100 * MAX_GRADIENT_ERROR,
+            tokens=max(map(max, LENGTHS)),
         )
     ]
     lines += [

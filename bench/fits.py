@@ -39,7 +39,7 @@ from .timing import Spread
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """A Llama, and the tokens of a prompt and of each of its two responses."""
 
     model: dict[str, int]
@@ -58,8 +58,8 @@ class Shape:
             return LlamaForCausalLM(self.config(layers)).num_parameters()
 
 
-SHAPES = {
-    "llama3-8b": Shape(
+WORKLOADS = {
+    "llama3-8b": Workload(
         {
             "vocab_size": 128256,
             "hidden_size": 4096,
@@ -72,7 +72,7 @@ SHAPES = {
         prompt=64,
         response=1024,
     ),
-    "tiny": Shape(
+    "tiny": Workload(
         {
             "vocab_size": 300,
             "hidden_size": 32,
@@ -99,7 +99,7 @@ def large(loss: str, shape: str, pairs: int, steps: int, device: str, layers: in
 
     ``layers``: of the model; by default all, or as many as the memory is expected to hold.
     """
-    where, form = torch.device(device), SHAPES[shape]
+    where, form = torch.device(device), WORKLOADS[shape]
     if reason := _absent("torch" if loss == "materialised" else loss, where):
         return {"status": "absent", "reason": reason}
     layers = layers or _layers_that_fit(form, where)
@@ -147,7 +147,7 @@ def _absent(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _layers_that_fit(shape: Shape, device: torch.device) -> int:
+def _layers_that_fit(shape: Workload, device: torch.device) -> int:
     if device.type != "cuda":
         return shape.layers
     size = sum(PARAMETER_BYTES.values())
@@ -156,7 +156,7 @@ def _layers_that_fit(shape: Shape, device: torch.device) -> int:
     return max(1, min(shape.layers, int(room // one)))
 
 
-def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
+def _random_policy(shape: Workload, layers: int, device: torch.device) -> Policy:
     """As ``loading.load`` would have it, but in bf16 and made where it is to be."""
     flash = device.type == "cuda" and is_flash_attn_2_available()
     set_seed(0)
@@ -176,7 +176,7 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
 
 
 def _measured_fit(
-    policy: Policy, shape: Shape, pairs: int, steps: int, loss: str, marks: Marks
+    policy: Policy, shape: Workload, pairs: int, steps: int, loss: str, marks: Marks
 ) -> tuple[list[float], float | None]:
     """Seconds of each step after the first, which compiles and makes the moments; the last normalised loss."""
     groups = _random_groups(shape, pairs)
@@ -206,7 +206,7 @@ def _measured_fit(
     return [b - a for a, b in pairwise(ends)], losses[-1]
 
 
-def _random_groups(shape: Shape, count: int) -> list[Group]:
+def _random_groups(shape: Workload, count: int) -> list[Group]:
     draw = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> list[int]:

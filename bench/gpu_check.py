@@ -81,7 +81,7 @@ def bench(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bench", *arguments]
 
 
-INTERPRETED = ["env", "TRITON_INTERPRET=1"]  # before a command whose kernels numpy is to execute
+INTERPRETER_COMMAND = ["env", "TRITON_INTERPRET=1"]  # before a command whose kernels numpy is to execute
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
         f"pythonpath={TESTS}",
         *(["-k", pick] if pick else []),
     ]
-    pytest = [*(INTERPRETED if at.dry else []), *pytest]
+    pytest = [*(INTERPRETER_COMMAND if at.dry else []), *pytest]
     paths = [str(TESTS / file) for file in files]
     PathFinder.invalidate_caches()
     if len(files) > 1 and PathFinder.find_spec("xdist", [str(at.site), *sys.path]):
@@ -158,7 +158,7 @@ def part_1(at: Setting) -> list[tuple[Step, ...]]:
         checks = [bench("checks", "--device", "cpu", "--tiny")]
         compiled = [
             [
-                *INTERPRETED,
+                *INTERPRETER_COMMAND,
                 *bench(
                     "sweep",
                     "--device",
@@ -233,7 +233,7 @@ def part_2(at: Setting) -> list[tuple[Step, ...]]:
             "{budget}",
         )
         sweep = [
-            *INTERPRETED,
+            *INTERPRETER_COMMAND,
             *bench(
                 "sweep",
                 "--device",

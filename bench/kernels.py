@@ -28,14 +28,14 @@ from rich.table import Table
 from onpo_fast.files import atomic_write_text
 from onpo_fast.run.tracking import environment
 
-from . import errors, plots
+from . import accuracy, plots
 from .inputs import Unavailable
 from .memory import gradient_bytes, peak_bytes
 from .peers import MATERIALISED, METHODS, OURS, SLOW, TASKS, TORCH, TRL, Method, Task, run
 from .problems import CPU_SHAPES, GPU_SHAPES, SHAPES, Problem, Shape
 from .runner import GPU_GONE
+from .targets import TARGET_DEVICES, verdicts
 from .timing import Clock, Products, Spread
-from .verdicts import TARGET_DEVICES, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 PEER_PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "datasets")
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> None:
     wanted = [part.lower() for part in options.methods or [""]]
     methods = [method for method in METHODS if any(part in method.name.lower() for part in wanted)]
     report = Report.open(options.out / f"{slug(device)}.json", device, options.resume)
-    bench = Bench(report, device, options.inputs, time.monotonic() + options.budget, options.block)
+    bench = KernelBench(report, device, options.inputs, time.monotonic() + options.budget, options.block)
     for shape in shapes:
         bench.shape(shape, methods, thorough=shape == shapes[0] and device.type == "cuda")
     report.finish()
@@ -97,7 +97,7 @@ def waves(methods: list[Method], thorough: bool, gpu: bool) -> list[list[tuple[M
     return [wave for wave in (first, second, third) if wave]
 
 
-class Bench:
+class KernelBench:
     """Measures shapes into a report until the deadline (seconds of the monotonic clock)."""
 
     def __init__(
@@ -138,7 +138,7 @@ class Bench:
             self.report.save()
 
     def wave(
-        self, plan: list[tuple[Method, Task]], problem: Problem, exact: errors.Exact | None, record: dict[str, Any]
+        self, plan: list[tuple[Method, Task]], problem: Problem, exact: accuracy.Exact | None, record: dict[str, Any]
     ) -> None:
         """Rows in order, then once more in reverse."""
         samples: dict[tuple[Method, Task], list[list[float]]] = {}
@@ -177,14 +177,14 @@ class Bench:
         for row in record["rows"]:
             _over_floor(row, record)
 
-    def exact(self, problem: Problem, objectives: set, record: dict[str, Any]) -> errors.Exact | None:
+    def exact(self, problem: Problem, objectives: set, record: dict[str, Any]) -> accuracy.Exact | None:
         """The float64 reference, if it is had in reasonable time and memory; otherwise the record says why not."""
-        needed = errors.seconds(problem, len(objectives))
+        needed = accuracy.seconds(problem, len(objectives))
         if needed > min(ERROR_SECONDS, self.left() / 3):
             record["no_errors"] = f"float64 would take {needed:.0f} s here"
             return None
         try:
-            exact = errors.Exact.of(problem, objectives)
+            exact = accuracy.Exact.of(problem, objectives)
         except torch.OutOfMemoryError:
             record["no_errors"] = "float64 does not fit the memory"
             exact = None
@@ -194,7 +194,7 @@ class Bench:
         return exact
 
     def first(
-        self, method: Method, task: Task, problem: Problem, exact: errors.Exact | None, row: dict[str, Any]
+        self, method: Method, task: Task, problem: Problem, exact: accuracy.Exact | None, row: dict[str, Any]
     ) -> None:
         """The first call, which compiles: its result against float64. Then one call's memory."""
         start = time.perf_counter()

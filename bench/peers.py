@@ -78,7 +78,7 @@ class Result(NamedTuple):
     weight_gradient: Tensor | None  # (V, H)
 
 
-class Step:
+class Passes:
     """A forward and a backward pass of a method, one after the other."""
 
     def __init__(self, method: Method, task: Task, problem: Problem) -> None:
@@ -102,7 +102,7 @@ class Step:
 
 def run(method: Method, task: Task, problem: Problem, mark: Callable[[], None] = lambda: None) -> Result:
     """``mark`` is called before the forward pass, between the passes and after the backward pass."""
-    step = Step(method, task, problem)
+    step = Passes(method, task, problem)
     mark()
     step.forward()
     mark()

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullLocator
 
 from .peers import FULL, METHODS
-from .verdicts import Measured
+from .targets import Measured
 
 # a method keeps its colour and marker in every panel; ours are the filled ones
 STYLES = {

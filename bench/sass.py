@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
-TARGET = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
+JUMP = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
 
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
@@ -31,7 +31,7 @@ class Listing:
         self.after: list[list[int]] = []
         for i, text in enumerate(self.instructions):
             bare = PREDICATE.sub("", text)
-            jump = TARGET.match(bare)
+            jump = JUMP.match(bare)
             conditional = bare != text or (jump is not None and re.match(r"BRA\S*\s+!?U?P\d", bare) is not None)
             after = []
             if jump and (there := number.get(int(jump[1], 16))) is not None:

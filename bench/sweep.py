@@ -33,7 +33,7 @@ from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels.variants import Variant, using
 
-from .errors import exact_logps, nats_off, product_seconds, relative_error
+from .accuracy import exact_logps, nats_off, product_seconds, relative_error
 from .kernels import DID_NOT_RETURN, reason_of, release_memory, surroundings
 from .problems import ONPO, SHAPES, SMALL_HEAD, TARGET, Problem, Shape
 from .runner import GPU_GONE

@@ -31,7 +31,7 @@ import torch
 from onpo_fast.files import atomic_write_text
 
 from . import crash_test
-from .fits import LOSSES, SHAPES
+from .fits import LOSSES, WORKLOADS
 from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
 from .summary import fit_table, run_table
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop what runs then")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for training.json")
-    parser.add_argument("--shape", choices=SHAPES, default="llama3-8b" if gpu else "tiny", help="of the large model")
+    parser.add_argument("--shape", choices=WORKLOADS, default="llama3-8b" if gpu else "tiny", help="of the large model")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["triton", "materialised"], help="of its fits")
     parser.add_argument("--pairs", type=int, default=4, help="a step of its fits")
     parser.add_argument("--steps", type=int, default=8, help="that are timed")
@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    bench = Bench(options)
+    bench = TrainingBench(options)
     if options.part == "fit":
         bench.fits()
     else:
@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "failed" for row in (*bench.data["fits"], *bench.data["runs"])) else 0
 
 
-class Bench:
+class TrainingBench:
     """Measures into a results file until the time is up."""
 
     def __init__(self, options: argparse.Namespace) -> None:

@@ -75,16 +75,16 @@ def _extra_gib(method: Method) -> Callable[[Measured], float | None]:
     return lambda m: ratio(m.value(method, FULL, "peak_extra_bytes"), GIB)
 
 
-SECONDS = ("seconds", "both", "median")
-NATS = ("error", "logps_nats_rms")
+MEDIAN_SECONDS = ("seconds", "both", "median")
+LOGP_ERROR = ("error", "logps_nats_rms")
 
 TARGETS = (
     Target("fast, policy + reference: time over its four bare products", 1.12, lambda m: m.over_floor(FAST, FULL)),
     Target(
         "fast: time over the fastest peer's",
         0.90,
-        lambda m: m.over(FAST, m.best_peer(*SECONDS), *SECONDS),
-        peer=lambda m: m.best_peer(*SECONDS),
+        lambda m: m.over(FAST, m.best_peer(*MEDIAN_SECONDS), *MEDIAN_SECONDS),
+        peer=lambda m: m.best_peer(*MEDIAN_SECONDS),
     ),
     Target("fast, in one chunk: memory beyond inputs and gradients", 2.8, _extra_gib(FAST), unit="GiB"),
     Target(
@@ -102,8 +102,8 @@ TARGETS = (
     Target(
         "fast: log-prob error over that of the most exact peer",
         1.0,
-        lambda m: m.over(FAST, m.best_peer(*NATS), *NATS),
-        peer=lambda m: m.best_peer(*NATS),
+        lambda m: m.over(FAST, m.best_peer(*LOGP_ERROR), *LOGP_ERROR),
+        peer=lambda m: m.best_peer(*LOGP_ERROR),
     ),
     Target(
         "fast: error of dX over materialised PyTorch's",
