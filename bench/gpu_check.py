@@ -24,6 +24,7 @@ import argparse
 import atexit
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,16 +73,29 @@ CHECK_SHAPES = ((TARGET,), ("groups-3x8x129", "long-pair-1x2x3000"), (TINY, "odd
 
 @dataclass(frozen=True)
 class Setting:
-    wheels: Path
-    site: Path  # where they are installed
-    dry: bool  # on a CPU, with tiny shapes
+    """Folders and kind of a check."""
+
+    wheels: Path  # folder of the wheels
+    site: Path  # folder into which missing wheels are installed
+    dry: bool  # run on a CPU with tiny shapes
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def method(self) -> str:
+        """The method of this package that must have been measured."""
+        return "onpo_fast torch" if self.dry else "onpo_fast fast"
 
 
-def bench(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bench", *arguments]
+def bench(arguments: str) -> list[str]:
+    """A command of the benchmark as a list of words; ``arguments`` is split as a shell splits it."""
+    return [sys.executable, "-m", "bench", *shlex.split(arguments)]
 
 
-INTERPRETER_COMMAND = ["env", "TRITON_INTERPRET=1"]  # before a command whose kernels numpy is to execute
+INTERPRETER_COMMAND = ["env", "TRITON_INTERPRET=1"]  # prefix of a command whose Triton kernels run in the interpreter
+OUTPUT = "--out {out} --budget {budget}"  # Process.start fills in the folder and the seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,23 +104,28 @@ INTERPRETER_COMMAND = ["env", "TRITON_INTERPRET=1"]  # before a command whose ke
 
 
 def preparation(at: Setting) -> list[tuple[Step, ...]]:
-    command = [sys.executable, "-m", "bench.wheels", "install", str(at.wheels), str(at.site)]
-    survey = bench("survey", "--out", "{out}", "--device", "cpu" if at.dry else "cuda")
-    return [
-        (
-            Step(
-                "install",
-                10,
-                40,
-                "measured on an H200: 0 s where no wheel is missing; 10 s for 34 is an estimate",
-                [command],
-                read_last_lines,
-                some_lines,
-                scales=at.dry,
-            ),
-        ),
-        (Step("survey", 6, 40, "measured on an H200: 6 s", [survey], read_json, products_were_tried, scales=at.dry),),
-    ]
+    """Installs missing wheels, then surveys the machine: the first two groups of every part."""
+    install = Step(
+        "install",
+        10,
+        40,
+        "measured on an H200: 0 s where no wheel is missing; 10 s for 34 is an estimate",
+        [[sys.executable, "-m", "bench.wheels", "install", str(at.wheels), str(at.site)]],
+        read_last_lines,
+        some_lines,
+        scales=at.dry,
+    )
+    survey = Step(
+        "survey",
+        6,
+        40,
+        "measured on an H200: 6 s",
+        [bench(f"survey --out {{out}} --device {at.device}")],
+        read_json,
+        products_were_tried,
+        scales=at.dry,
+    )
+    return [(install,), (survey,)]
 
 
 def run_tests(at: Setting, *files: str, pick: str = "") -> Callable[[], list[list[str]]]:
@@ -151,205 +170,151 @@ GPU_TESTS = ("gpu/triton_kernels/test_on_gpu.py", "gpu/test_fit_device.py")
 
 
 def part_1(at: Setting) -> list[tuple[Step, ...]]:
+    """Correctness: kernel tests, checks and compilation side by side, then the tests that need a GPU."""
+    kernel_tests = Step(
+        "kernel tests",
+        74,
+        150,
+        "measured on an H200: 74 s, 304 tests and 10 of the GPU tests, 8 processes",
+        run_tests(at, "gpu/triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs")
+        if at.dry
+        else run_tests(at, *KERNEL_TESTS),
+        read_tests,
+        tests_pass,
+    )
+    gpu_tests = Step(
+        "GPU tests",
+        40,
+        80,
+        "measured on an H200: 40 s, 28 tests in 8 processes",
+        run_tests(at, *GPU_TESTS),
+        read_tests,
+        tests_pass,
+    )
+    return [*preparation(at), (kernel_tests, checks_step(at), compile_step(at)), (gpu_tests,)]
+
+
+def checks_step(at: Setting) -> Step:
     if at.dry:
-        tests = run_tests(
-            at, "gpu/triton_kernels/test_token_logprobs.py", pick="values_and_gradients and float32 and pairs"
-        )
-        checks = [bench("checks", "--device", "cpu", "--tiny")]
-        compiled = [
-            [
-                *INTERPRETER_COMMAND,
-                *bench(
-                    "sweep",
-                    "--device",
-                    "cpu",
-                    "--shape",
-                    TINY,
-                    "--compile",
-                    "--workers",
-                    "1",
-                    "--lines",
-                    "light, 3 GiB",
-                ),
-            ]
-        ]
+        commands = [bench("checks --device cpu --tiny")]
     else:
-        tests = run_tests(at, *KERNEL_TESTS)
-        checks = [bench("checks", "--shapes", *shapes) for shapes in CHECK_SHAPES]
-        compiled = [bench("sweep", "--shape", TARGET, SMALL_HEAD, "--compile", "--workers", "4")]
-    return [
-        *preparation(at),
-        (
-            Step(
-                "kernel tests",
-                74,
-                150,
-                "measured on an H200: 74 s, 304 tests and 10 of the GPU tests, 8 processes",
-                tests,
-                read_tests,
-                tests_pass,
-            ),
-            Step("checks", 35, 150, "measured on an H200: 35 s", checks, read_checks, checks_pass),
-            Step(
-                "compile",
-                80,
-                150,
-                "measured on an H200: 41 s, 19 variants in 4 processes; 35 s more for the small head is an estimate",
-                compiled,
-                read_last_lines,
-                some_lines,
-            ),
-        ),
-        (
-            Step(
-                "GPU tests",
-                40,
-                80,
-                "measured on an H200: 40 s, 28 tests in 8 processes",
-                run_tests(at, *GPU_TESTS),
-                read_tests,
-                tests_pass,
-            ),
-        ),
-    ]
+        commands = [bench(f"checks --shapes {' '.join(shapes)}") for shapes in CHECK_SHAPES]
+    return Step("checks", 35, 150, "measured on an H200: 35 s", commands, read_checks, checks_pass)
+
+
+def compile_step(at: Setting) -> Step:
+    if at.dry:
+        arguments = f"sweep --device cpu --shape {TINY} --compile --workers 1 --lines 'light, 3 GiB'"
+        command = [*INTERPRETER_COMMAND, *bench(arguments)]
+    else:
+        command = bench(f"sweep --shape {TARGET} {SMALL_HEAD} --compile --workers 4")
+    return Step(
+        "compile",
+        80,
+        150,
+        "measured on an H200: 41 s, 19 variants in 4 processes; 35 s more for the small head is an estimate",
+        [command],
+        read_last_lines,
+        some_lines,
+    )
 
 
 def part_2(at: Setting) -> list[tuple[Step, ...]]:
+    """Speed: the headline benchmark, the sweep over variants and a fit of a large model."""
+    return [*preparation(at), (headline_step(at),), (sweep_step(at),), (fit_step(at),)]
+
+
+def headline_step(at: Setting) -> Step:
     if at.dry:
-        headline = bench(
-            "kernels",
-            "--device",
-            "cpu",
-            "--shapes",
-            TINY,
-            "--methods",
-            "onpo_fast torch",
-            "PyTorch",
-            "--block",
-            "0.05",
-            "--out",
-            "{out}",
-            "--budget",
-            "{budget}",
-        )
-        sweep = [
-            *INTERPRETER_COMMAND,
-            *bench(
-                "sweep",
-                "--device",
-                "cpu",
-                "--shape",
-                TINY,
-                "--lines",
-                "masked, 3 GiB",
-                "light, 3 GiB",
-                "persistent, 3 GiB",
-                "--block",
-                "0.05",
-            ),
-        ]
-        fit = ["--device", "cpu", "--shape", "tiny", "--losses", "torch", "materialised", "--pairs", "2"]
+        options = f"--device cpu --shapes {TINY} --methods 'onpo_fast torch' PyTorch --block 0.05"
     else:
-        headline = bench("kernels", "--shapes", TARGET, "--block", "0.35", "--out", "{out}", "--budget", "{budget}")
-        sweep = bench("sweep", "--shape", TARGET, SMALL_HEAD)
-        fit = ["--device", "cuda", "--shape", "llama3-8b", "--losses", "triton", "materialised", "--pairs", "2"]
-    method, loss = ("onpo_fast torch", "torch") if at.dry else ("onpo_fast fast", "triton")
-    return [
-        *preparation(at),
-        (
-            Step(
-                "headline",
-                120,
-                220,
-                "measured on an H200: 93 s, and 25 s more with the two peers that need CUTLASS",
-                [headline],
-                read_json,
-                ours_measured(method),
-                resumes=True,
-            ),
-        ),
-        (
-            Step(
-                "sweep",
-                95,
-                140,
-                "measured on an H200: 55 s at one shape; 40 s for the small head and float64 is an estimate",
-                [[*sweep, "--out", "{out}", "--budget", "{budget}"]],
-                read_json,
-                epilogues_measured,
-                resumes=True,
-            ),
-        ),
-        (
-            Step(
-                "fit",
-                57,
-                120,
-                "measured on an H200: 57 s, 2 losses",
-                [bench("training", "--part", "fit", *fit, "--steps", "4", "--out", "{out}", "--budget", "{budget}")],
-                read_json,
-                fit_measured(loss),
-            ),
-        ),
-    ]
+        options = f"--shapes {TARGET} --block 0.35"
+    return Step(
+        "headline",
+        120,
+        220,
+        "measured on an H200: 93 s, and 25 s more with the two peers that need CUTLASS",
+        [bench(f"kernels {options} {OUTPUT}")],
+        read_json,
+        ours_measured(at.method),
+        resumes=True,
+    )
+
+
+def sweep_step(at: Setting) -> Step:
+    if at.dry:
+        lines = "'masked, 3 GiB' 'light, 3 GiB' 'persistent, 3 GiB'"
+        arguments = f"sweep --device cpu --shape {TINY} --lines {lines} --block 0.05 {OUTPUT}"
+        command = [*INTERPRETER_COMMAND, *bench(arguments)]
+    else:
+        command = bench(f"sweep --shape {TARGET} {SMALL_HEAD} {OUTPUT}")
+    return Step(
+        "sweep",
+        95,
+        140,
+        "measured on an H200: 55 s at one shape; 40 s for the small head and float64 is an estimate",
+        [command],
+        read_json,
+        epilogues_measured,
+        resumes=True,
+    )
+
+
+def fit_step(at: Setting) -> Step:
+    shape, loss = ("tiny", "torch") if at.dry else ("llama3-8b", "triton")
+    options = f"--device {at.device} --shape {shape} --losses {loss} materialised --pairs 2 --steps 4"
+    return Step(
+        "fit",
+        57,
+        120,
+        "measured on an H200: 57 s, 2 losses",
+        [bench(f"training --part fit {options} {OUTPUT}")],
+        read_json,
+        fit_measured(loss),
+    )
 
 
 def part_3(at: Setting) -> list[tuple[Step, ...]]:
+    """A real model: a run of the trainer, and the loss on the model's hidden states."""
+    return [*preparation(at), (trainer_step(at),), (states_step(at),)]
+
+
+def trainer_step(at: Setting) -> Step:
+    train = "--iterations 3 --prompts_per_iteration 128 --max_new_tokens 64 --batch_pairs 128"
+    size = "--tiny" if at.dry else f"'--train={train}'"
+    return Step(
+        "trainer",
+        135,
+        180,
+        "measured on an H200: 132 s, when it was cut as it ended",
+        [bench(f"training --part run --device {at.device} {size} {OUTPUT}")],
+        read_json,
+        run_has_rates,
+    )
+
+
+def states_step(at: Setting) -> Step:
     if at.dry:
-        states = bench(
-            "kernels",
-            "--device",
-            "cpu",
-            "--shapes",
-            TINY,
-            "--methods",
-            "onpo_fast torch",
-            "materialised",
-            "--block",
-            "0.05",
-        )
-        trainer = ["--device", "cpu", "--tiny"]
+        command = bench(f"kernels --device cpu --shapes {TINY} --methods 'onpo_fast torch' materialised --block 0.05")
     else:
-        states = bench(
-            "kernels", "--shapes", TEXT, "--methods", "onpo_fast fast", "lean", "materialised", "TRL", "--block", "0.25"
-        )
+        command = bench(f"kernels --shapes {TEXT} --methods 'onpo_fast fast' lean materialised TRL --block 0.25")
         if (inputs := at.wheels / "smollm2.npz").is_file():
-            states += ["--inputs", str(inputs.resolve())]
-        trainer = [
-            "--device",
-            "cuda",
-            "--train=--iterations 3 --prompts_per_iteration 128 --max_new_tokens 64 --batch_pairs 128",
-        ]
-    return [
-        *preparation(at),
-        (
-            Step(
-                "trainer",
-                135,
-                180,
-                "measured on an H200: 132 s, when it was cut as it ended",
-                [bench("training", "--part", "run", *trainer, "--out", "{out}", "--budget", "{budget}")],
-                read_json,
-                run_has_rates,
-            ),
-        ),
-        (
-            Step(
-                "states",
-                67,
-                100,
-                "measured on an H200: 67 s, with the model on the CPU",
-                [[*states, "--out", "{out}", "--budget", "{budget}"]],
-                read_json,
-                ours_measured("onpo_fast torch" if at.dry else "onpo_fast fast"),
-                resumes=True,
-            ),
-        ),
-    ]
+            command += ["--inputs", str(inputs.resolve())]
+    return Step(
+        "states",
+        67,
+        100,
+        "measured on an H200: 67 s, with the model on the CPU",
+        [[*command, *OUTPUT.split()]],
+        read_json,
+        ours_measured(at.method),
+        resumes=True,
+    )
 
 
 def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
-    # without the allocator's cache, memory out of bounds is memory that nobody has
+    """The kernels under compute-sanitizer's memcheck and racecheck."""
+    # without the caching allocator, an access out of bounds leaves allocated memory and is reported
     command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool"]
     return [
         *preparation(at),
@@ -360,7 +325,7 @@ def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
                     125,
                     200,
                     "one tiny shape once: import 10 s, 30 kernels of 1 s, launches 50 times slower",
-                    [[*command, tool, *bench("checks", "--tiny")]],
+                    [[*command, tool, *bench("checks --tiny")]],
                     read_reports,
                     no_reports,
                 ),
