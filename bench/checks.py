@@ -33,15 +33,22 @@ CHECKED_SHAPES = (
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device on which to run (default: cuda if there is a GPU, otherwise cpu).",
+    )
     parser.add_argument(
         "--shapes",
         nargs="+",
         choices=[shape.name for shape in CHECKED_SHAPES],
         metavar="SHAPE",
-        help=f"of {', '.join(shape.name for shape in CHECKED_SHAPES)}",
+        help="Shapes to check (default: all on a GPU, two small ones on a CPU). Choices: "
+        f"{', '.join(shape.name for shape in CHECKED_SHAPES)}.",
     )
-    parser.add_argument("--tiny", action="store_true", help="one tiny shape, once: for a sanitizer")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Run every method once on one tiny shape, as for compute-sanitizer."
+    )
 
 
 def main(options: argparse.Namespace) -> int:

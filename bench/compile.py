@@ -305,15 +305,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=ARCHITECTURES,
         choices=sorted(SHARED_MEMORY),
-        help="compute capabilities without the point, such as 90",
+        help="Compute capabilities to compile for, without the point, such as 90 (default: all of the choices).",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="leave out the tiles of small problems, and the variants of the benchmark"
+        "--quick",
+        action="store_true",
+        help="Leave out the kernels of small problems and the variants of `bench sweep`.",
     )
     parser.add_argument(
         "--record",
         action="store_true",
-        help=f"write the instruction counts of these architectures to {INSTRUCTIONS.name}; not with --quick",
+        help=f"Write the instruction counts to {INSTRUCTIONS.name}, instead of comparing with it; excludes --quick.",
     )
 
 

@@ -60,10 +60,28 @@ SMALL = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=40, help="in all; a quarter of them while a judge is asked")
-    parser.add_argument("--errors", type=int, default=24, help="calls of a run that fail, a run for each")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--tokenizer", default="smollm2", help="a model whose tokenizer is taken")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=40,
+        help="Number of kills in all: half during a whole run, a quarter during evaluation, a quarter during judging by "
+        "a chat server (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--errors",
+        type=int,
+        default=24,
+        help="Number of file-system errors to inject, one per run (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Random seed for the kill times and the failing calls (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--tokenizer", default="smollm2", help="Model whose tokenizer the test's model uses (default: %(default)s)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:

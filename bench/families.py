@@ -59,15 +59,19 @@ TOKENS = 4096  # of a microbatch: all rows go through the model together
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=FAMILIES, help="these families of bench/zoo.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=FAMILIES, help="Families of bench/zoo.py to check (default: all)."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to which the results are also written.")
     parser.add_argument(
         "--page",
         type=Path,
         metavar="FILE",
-        help="write the table to this page (default: docs/models.md, or nowhere with --only)",
+        help="Markdown page to which the table is written (default: docs/models.md; none with --only).",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at a time (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="Number of families checked at a time (default: one per core)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:

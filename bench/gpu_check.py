@@ -365,11 +365,25 @@ def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, run parts 1 to 3 on a CPU")
-    parser.add_argument("--minutes", type=float, help="limit of the part; by default 4, 6, 5 and 5")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for results and logs")
-    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
+    parser.add_argument("--part", choices=PARTS, help="Part of the check to run; required without --dry-run.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print the plan of every part, then run parts 1 to 3 on a CPU."
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="Time limit of a part in minutes (default: 4, 6, 5 and 5 for parts 1, 2, 3 and sanitizer; four times that "
+        "with --dry-run).",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench/results", help="Folder for results and logs (default: bench/results)."
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=ROOT / "wheels",
+        help="Folder of wheels to install missing packages from (default: wheels).",
+    )
     options = parser.parse_args()
     if bool(options.part) == options.dry_run:
         parser.error("give either --part or --dry-run")

@@ -48,14 +48,48 @@ DID_NOT_RETURN = "did not return"  # the status of a row while it is measured
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--methods", nargs="*", metavar="PART", help="those whose names contain one of these")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
-    parser.add_argument("--block", type=float, default=0.5, metavar="SECONDS", help="of timed calls; two a row")
-    parser.add_argument("--inputs", type=Path, help="text inputs, as `python -m bench inputs FILE` writes them")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results and plots")
-    parser.add_argument("--resume", action="store_true", help="go on with the results in that folder")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device on which to run (default: cuda if there is a GPU, otherwise cpu).",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        choices=SHAPES,
+        metavar="SHAPE",
+        help=f"Shapes to measure (default: those for the device). Choices: {', '.join(SHAPES)}.",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="TEXT",
+        help="Measure only the methods whose names contain one of these texts (default: all).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Start no measurement after this many seconds (default: no limit).",
+    )
+    parser.add_argument(
+        "--block",
+        type=float,
+        default=0.5,
+        metavar="SECONDS",
+        help="Seconds per timing block; two blocks per row (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="Inputs of the text shapes, written by `python -m bench inputs FILE` (default: computed from the model).",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="Folder for results and plots (default: bench/results)."
+    )
+    parser.add_argument("--resume", action="store_true", help="Continue the results file in the --out folder.")
 
 
 def main(options: argparse.Namespace) -> None:

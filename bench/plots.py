@@ -32,7 +32,9 @@ STYLES = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="a JSON file of `python -m bench kernels` or `make gpu-check`")
+    parser.add_argument(
+        "results", type=Path, help="Results file of `python -m bench kernels` or `make gpu-check` (JSON)."
+    )
 
 
 def main(options: argparse.Namespace) -> None:

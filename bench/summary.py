@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="gpu-check-….json")
+    parser.add_argument("results", type=Path, help="Results file of `make gpu-check`: gpu-check-PART.json.")
 
 
 def main(options: argparse.Namespace) -> None:

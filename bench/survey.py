@@ -42,8 +42,8 @@ LENGTHS = (576, 2560, 4096)  # terms of a product's sums: the widths of three mo
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="folder for survey.json")
+    parser.add_argument("--device", default="cuda", help="Device to survey (default: %(default)s).")
+    parser.add_argument("--out", type=Path, help="Folder for survey.json (default: nothing is written).")
 
 
 def main(options: argparse.Namespace) -> int:

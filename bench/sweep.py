@@ -129,22 +129,47 @@ def lines_of(shape: Shape) -> list[Line]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device on which to run (default: cuda if there is a GPU, otherwise cpu).",
+    )
     parser.add_argument(
         "--shape",
         nargs="+",
         choices=SHAPES,
         default=[TARGET.name],
         metavar="SHAPE",
-        help="as of `bench kernels`; measured one after the other",
+        help=f"Shapes to measure, one after the other (default: {TARGET.name}). Choices: {', '.join(SHAPES)}.",
     )
-    parser.add_argument("--lines", nargs="*", metavar="PART", help="those whose names contain one of these")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
-    parser.add_argument("--block", type=float, default=0.3, metavar="SECONDS", help="of timed calls; two a line")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for sweep.json")
-    parser.add_argument("--resume", action="store_true", help="continue the results in that folder")
-    parser.add_argument("--compile", action="store_true", help="compile the variants, measure nothing")
-    parser.add_argument("--workers", type=int, default=4, help="processes that compile")
+    parser.add_argument(
+        "--lines",
+        nargs="*",
+        metavar="TEXT",
+        help="Measure only the variants whose names contain one of these texts (default: all).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Start no measurement after this many seconds (default: no limit).",
+    )
+    parser.add_argument(
+        "--block",
+        type=float,
+        default=0.3,
+        metavar="SECONDS",
+        help="Seconds per timing block; two blocks per variant (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="Folder for sweep.json (default: the current directory)."
+    )
+    parser.add_argument("--resume", action="store_true", help="Continue the sweep.json in the --out folder.")
+    parser.add_argument("--compile", action="store_true", help="Only compile the variants; measure nothing.")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="Number of compiling processes with --compile (default: %(default)s)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -44,16 +44,46 @@ Row = dict[str, Any]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
-    parser.add_argument("--part", choices=("fit", "run"), required=True)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop what runs then")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for training.json")
-    parser.add_argument("--shape", choices=WORKLOADS, default="llama3-8b" if gpu else "tiny", help="of the large model")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["triton", "materialised"], help="of its fits")
-    parser.add_argument("--pairs", type=int, default=4, help="a step of its fits")
-    parser.add_argument("--steps", type=int, default=8, help="that are timed")
-    parser.add_argument("--train", default="", metavar="'OPTIONS'", help="options of the run: of onpo_fast.train")
-    parser.add_argument("--tiny", action="store_true", help="run: with a random model of two layers and ten prompts")
+    parser.add_argument(
+        "--part", choices=("fit", "run"), required=True, help="What to measure: fits of a large model, or a whole run."
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if gpu else "cpu",
+        help="Device on which to train (default: cuda if there is a GPU, otherwise cpu).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Stop the running measurement after this many seconds and start no other (default: no limit).",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder for training.json (default: bench/results).")
+    fit = parser.add_argument_group("options of --part fit")
+    fit.add_argument(
+        "--shape",
+        choices=WORKLOADS,
+        default="llama3-8b" if gpu else "tiny",
+        help="Model and sequence lengths (default: llama3-8b if there is a GPU, otherwise tiny).",
+    )
+    fit.add_argument(
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=["triton", "materialised"],
+        help="Loss implementations to fit with, one fit each (default: triton materialised).",
+    )
+    fit.add_argument("--pairs", type=int, default=4, help="Pairs per optimizer step (default: %(default)s).")
+    fit.add_argument("--steps", type=int, default=8, help="Number of timed steps (default: %(default)s).")
+    run = parser.add_argument_group("options of --part run")
+    run.add_argument(
+        "--train",
+        default="",
+        metavar="'OPTIONS'",
+        help="Options of `python -m onpo_fast.train` for the run, as one word (default: none).",
+    )
+    run.add_argument("--tiny", action="store_true", help="Train a random model of two layers on ten prompts.")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import subprocess
@@ -173,12 +174,20 @@ def installed(wheel: str) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) >= 2 and arguments[0] == "fetch":
-        return fetch(Path(arguments[1]), arguments[2:])
-    if len(arguments) == 3 and arguments[0] == "install":
-        return install(Path(arguments[1]), Path(arguments[2]))
-    print(__doc__)
-    return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("fetch", help="Download the wheels of bench/wheels.txt.", allow_abbrev=False)
+    fetching.add_argument("folder", type=Path, help="Folder into which the wheels are downloaded.")
+    fetching.add_argument("pip_options", nargs=argparse.REMAINDER, help="Further options of `pip download`.")
+    installing = commands.add_parser("install", help="Install the wheels whose packages are missing.")
+    installing.add_argument("folder", type=Path, help="Folder with the wheels.")
+    installing.add_argument("site", type=Path, help="Folder into which the packages are installed.")
+    options = parser.parse_args(arguments)
+    if options.command == "fetch":
+        return fetch(options.folder, options.pip_options)
+    return install(options.folder, options.site)
 
 
 if __name__ == "__main__":
