@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--kills",
         type=int,
         default=40,
-        help="Number of kills in all: half during a whole run, a quarter during evaluation, a quarter during judging by "
+        help="Number of kills: half during a whole run, a quarter during evaluation, a quarter during judging by "
         "a chat server (default: %(default)s).",
     )
     parser.add_argument(

@@ -44,7 +44,8 @@ from onpo_fast.train import train
 
 from .crash_test import fork
 from .families_page import LENGTHS, MAX_GRADIENT_ERROR, MAX_LOGP_ERROR, PAGE, FamilyResult, describe, make_page, summary
-from .zoo import FAMILIES, SPECIAL, Family, build
+from .tiny_checkpoints import SPECIAL, Family, build
+from .zoo import FAMILIES
 
 MAX_SECONDS = 120.0  # that a family may take
 MAX_BYTES = 4 * 2**30  # bytes that it may allocate

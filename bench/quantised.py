@@ -24,8 +24,11 @@ def to_fp8(tensors: dict[str, Tensor], block: int = 128) -> tuple[dict[str, Tens
         quantised[name] = values
         quantised[name + "_scale_inv"] = scales
     return quantised, {
-        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block], "activation_scheme": "dynamic",
-    }  # fmt: skip
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
+    }
 
 
 def to_mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
@@ -42,6 +45,10 @@ def to_mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
         quantised[name + "_scales"] = torch.full(shape, 124, dtype=torch.uint8)  # 2^(124 − 127)
     return quantised, {
         "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
-                                   "lm_head"],
-    }  # fmt: skip
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }

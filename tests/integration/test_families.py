@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from bench import families
 from bench.families import FamilyResult, check, check_all, main
-from bench.zoo import FAMILIES, Family
+from bench.tiny_checkpoints import Family
+from bench.zoo import FAMILIES
 from onpo_fast.data import Group
 from onpo_fast.errors import UserError
 from onpo_fast.models.policy import Policy
