@@ -180,8 +180,8 @@ class TrainingBench:
         directory = work.resolve() / "run"
         train = self.options.train
         if self.options.tiny:
-            crash_test.prepare(work, "smollm2")
-            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **crash_test.SMALL}
+            crash_test.write_small_model(work, "smollm2")
+            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **crash_test.SMALL_RUN_OPTIONS}
             train = " ".join([*(f"--{name} {value}" for name, value in tiny.items()), train])
         command = [
             "onpo_fast.train",
