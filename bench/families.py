@@ -2,10 +2,10 @@
 
     python -m bench families [--only NAME …] [--json FILE] [--page docs/models.md]
 
-A checkpoint of each family in bench/zoo.py is loaded, responses are scored in padded batches, the first gradient of a fit
-is computed, responses are sampled, and the policy is saved and loaded again. The results are compared with plain
-transformers, which is given every prompt and response alone in a row. The verdict on a family is "exact"; "refused" with
-the error line; or "WRONG", which makes the exit status 1. Without --only, the table is written to docs/models.md.
+A checkpoint of each family in bench/zoo.py is loaded, responses are scored in padded batches, the first gradient of a
+fit is computed, responses are sampled, and the policy is saved and loaded again. The results are compared with plain
+transformers, which is given every prompt and response alone in a row. The verdict on a family is "exact", "refused"
+with the error line, or "WRONG", which makes the exit status 1. Without --only, the table is written to docs/models.md.
 """
 
 from __future__ import annotations
@@ -348,8 +348,8 @@ def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[Tensor]
 def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Summed log-probs and the gradient of a fit's first step under plain transformers.
 
-    Returns one (K,) float64 tensor per group, in nats, and the gradient of the mean ONPO loss of ``PAIRS`` at the anchor
-    by parameter name.
+    Returns one (K,) float64 tensor per group, in nats, and the gradient of the mean ONPO loss of ``PAIRS`` at the
+    anchor, by parameter name.
     """
     logps = [torch.stack([row_logps(model, g.prompt_tokens, r.tokens) for r in g.responses]) for g in groups]
     losses = []

