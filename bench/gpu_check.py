@@ -461,7 +461,7 @@ def run_part(part: str, at: Setting, options: argparse.Namespace) -> int:
 
 
 def commit() -> str | None:
-    """Commit of the code: COMMIT in the environment, since a copy of the files may lie in another repository, or git's."""
+    """Commit of the code: COMMIT in the environment (git may find another repository around a copy), or git's."""
     if named := os.environ.get("COMMIT"):
         return named
     try:

@@ -111,7 +111,7 @@ def fit_measured(loss: str) -> Callable[[Any], str | None]:
 
 
 def epilogues_measured(found: Any) -> str | None:
-    """Requires that no epilogue failed with its default tile, and that the light one was measured at the first shape."""
+    """Requires that the light epilogue was measured at the first shape, and that none failed with its default tile."""
     records = (found or {}).get("shapes", [])
     for record in records:
         for row in record["rows"]:

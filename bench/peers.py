@@ -1,8 +1,8 @@
 """Methods that compute the same loss: this package's backends and their peers in other libraries.
 
-A method supports one or more tasks. It is called with the problem, the task, and hidden states and head that require the
-task's gradients; it returns the loss, for ``backward``, and the responses' summed log-probs. For peers that compute only
-per-token log-probs, the pairwise loss is added through autograd, as a user would do.
+A method supports one or more tasks. It is called with the problem, the task, and hidden states and head that require
+the task's gradients; it returns the loss, for ``backward``, and the responses' summed log-probs. For peers that compute
+only per-token log-probs, the pairwise loss is added through autograd, as a user would do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inputs of the benchmark: batches of preference groups for the heads of policy and reference, in real models' shapes."""
+"""Inputs of the benchmark: preference groups for the heads of policy and reference, in the shapes of real models."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ SHAPES = {shape.name: shape for shape in (*GPU_SHAPES, *CPU_SHAPES, TINY)}
 
 @dataclass
 class Problem:
-    """Seeded inputs. The reference is close to the policy, as in training; else the margins would be about 1000 nats."""
+    """Seeded inputs. The reference is close to the policy, as in training; otherwise margins would be 1000 nats."""
 
     shape: Shape
     hidden: Tensor  # (N, H)
@@ -115,7 +115,7 @@ class Problem:
         seed: int = 0,
         inputs: Path | None = None,
     ) -> Problem:
-        """Draws inputs in float32 and rounds them to ``dtype``. ``inputs`` is a file with the inputs of the text shapes.
+        """Draws inputs in float32 and rounds them to ``dtype``. ``inputs`` is a file with those of the text shapes.
 
         Raises:
             Unavailable: if the shape needs the real model, and it cannot be loaded.
@@ -128,7 +128,7 @@ class Problem:
         if shape.text:
             hidden, weight, targets = text_inputs(shape.rows, shape.tokens, device, inputs)
         else:
-            # Hidden states have the scale of a final norm's output; logits have a standard deviation of 2, as in a model.
+            # Hidden states have the scale of a final norm's output; logits have standard deviation 2, as in a model.
             hidden, weight = normal(shape.rows, 1), normal(shape.vocabulary, 2 / shape.features**0.5)
             targets = torch.randint(shape.vocabulary, (shape.rows,), generator=generator, device=device)
         ref_hidden = (hidden + normal(shape.rows, 0.02 * float(hidden.std()))).to(dtype)

@@ -1,12 +1,12 @@
 """Runs a plan of steps within a time limit; a step that fails, hangs or takes too long does not stop the others.
 
-Every step has planned seconds and a maximum. It may use time that earlier steps left over, up to its maximum, but not the
-time planned for later steps. When its time is up, its process group is killed and the next step starts. Results are
-collected from each step's folder and written to one JSON file after every step, and every few seconds in between. If the
-disk is full, the files are lost but the run continues.
+Every step has planned seconds and a maximum. It may use time that earlier steps left over, up to its maximum, but not
+the time planned for later steps. When its time is up, its process group is killed and the next step starts. Results are
+collected from each step's folder and written to one JSON file after every step, and every few seconds in between. If
+the disk is full, the files are lost but the run continues.
 
-No process outlives the run: a signal passed to ``Runner.stop`` ends them all, and if the run itself is killed, a watcher
-process kills them.
+No process outlives the run: a signal passed to ``Runner.stop`` ends them all, and if the run itself is killed, a
+watcher process kills them.
 
 Standard library only: this runs before missing packages are installed.
 """
@@ -60,8 +60,8 @@ class Step:
     seconds: float  # planned
     most: float  # maximum seconds, if earlier steps left time over
     assumption: str  # what the planned seconds are based on
-    # A function is called when the step starts, since commands may depend on the packages installed by then. ``{out}`` in
-    # an argument is replaced by the step's folder, ``{budget}`` by the seconds in which it may start new work.
+    # A function is called when the step starts, since commands may depend on the packages installed by then. In an
+    # argument, ``{out}`` is replaced by the step's folder, ``{budget}`` by the seconds in which it may start new work.
     commands: list[list[str]] | Callable[[], list[list[str]]]
     read: Callable[[str, Path], Any]  # (output, the step's folder) -> results that JSON can hold
     fault: Callable[[Any], str | None]  # returns what is wrong with the results, or None

@@ -1,8 +1,8 @@
-"""Time of the loss under pytest-benchmark: forward, backward and both, at one shape, ours and the peers.
+"""Times the loss and its peers with pytest-benchmark at one shape: forward, backward and both.
 
     pytest bench --benchmark-only [-k "TRL and both"]
 
-``python -m bench kernels`` has the other shapes, memory, errors, ratios to the bare products and the targets.
+``python -m bench kernels`` also measures other shapes, memory and errors, and compares with the bare products.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # tokens 0, 1 and 2: padding, begin, end
-VOCABULARY = 272  # rows of the embedding: 256 bytes, the special tokens, and some that no text uses
-IMAGE_TOKEN = 264  # and the next: placeholders of pictures
+VOCABULARY = 272  # rows of the embedding: 256 bytes, special tokens, and unused tokens
+IMAGE_TOKEN = 264  # the first of the placeholder tokens for images
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -32,21 +32,21 @@ CHATML = (
 class Family:
     """How to make a tiny checkpoint of a model family."""
 
-    config: str  # the name of its configuration class in transformers
-    arguments: dict[str, Any]  # of that class
-    about: str = ""  # what is special about it, for the table
-    model: str = ""  # the name of the model class; default: the one that AutoModelForCausalLM chooses
-    causal: bool = True  # False: no causal language model, so loading it must be refused
+    config: str  # name of the configuration class in transformers
+    arguments: dict[str, Any]  # arguments of the configuration class
+    about: str = ""  # special features, for the table
+    model: str = ""  # name of the model class; default: the choice of AutoModelForCausalLM
+    causal: bool = True  # whether it is a causal language model; if not, loading must be refused
     quantise: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict]] | None = field(default=None, repr=False)
 
     @property
     def exists(self) -> bool:
-        """Whether this version of transformers has it."""
+        """Whether this version of transformers has the family."""
         return hasattr(transformers, self.config) and (not self.model or hasattr(transformers, self.model))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 259 tokens: the special ones and the 256 bytes."""
+    """Makes a tokenizer of 259 tokens: three special tokens and 256 bytes."""
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +58,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(family: Family) -> PreTrainedModel:
-    """The model in float32, with seeded random weights."""
+    """Makes a model in float32 with seeded random weights."""
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(**family.arguments)
     if family.model:
@@ -72,16 +72,16 @@ def make_model(family: Family) -> PreTrainedModel:
             parameter.add_(torch.randn(parameter.shape), alpha=scale)
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0.0  # as where it gets no gradient; some models clear it at loading
+                module.weight[module.padding_idx] = 0.0  # it has no gradient, and some models set it to 0 when loaded
     return model
 
 
 def build(family: Family, directory: Path) -> None:
-    """Writes model and tokenizer, as they are published."""
+    """Writes model and tokenizer as published checkpoints have them, quantised if the family is."""
     model = make_model(family)
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
-    if family.model.endswith("ForConditionalGeneration"):  # of models with pictures: kept beside the policy
+    if family.model.endswith("ForConditionalGeneration"):  # a file that must be kept beside the policy
         (directory / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}\n')
     if family.quantise:
         tensors, description = family.quantise(load_file(directory / "model.safetensors"))

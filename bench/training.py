@@ -1,11 +1,11 @@
-"""python -m bench training: fits of a large model, and a run of the trainer.
+"""python -m bench training: measures fits of a large model, or a run of the trainer.
 
-fit: a Llama-3-8B with random weights, in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
-micro-batch, with the fused loss and with materialised logits: pairs/s, and memory by part. Nothing is downloaded. Where
-the memory is too small for all layers, fewer are taken, and the table says so.
+--part fit: a Llama-3-8B with random weights in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
+micro-batch, with the fused loss and with materialised logits. Reports pairs/s and memory by part. Nothing is
+downloaded. If the memory is too small for all layers, fewer are used, and the table says so.
 
-run: the trainer with its own defaults, or the options of --train: tokens/s, seconds and memory by stage, also of a run
-that the time was too short for.
+--part run: the trainer with its defaults or the options of --train. Reports tokens/s, seconds and memory by stage, also
+if the time ends before the run.
 
 Every fit and run is a process of its own. The results file, training.json, is rewritten after each, and every few
 seconds during a run.
@@ -36,8 +36,8 @@ from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
 from .summary import fit_table, run_table
 
-FEWER_LAYERS = 4  # at a time, should the memory be smaller than computed
-LOOK_SECONDS = 2.0  # between two looks at what a run has written
+FEWER_LAYERS = 4  # number of layers removed after each out-of-memory error
+LOOK_SECONDS = 2.0  # interval at which the files of a run are read
 
 Row = dict[str, Any]
 
@@ -98,7 +98,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 class TrainingBench:
-    """Measures into a results file until the time is up."""
+    """Measures fits and runs into a results file until the time is up."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -123,8 +123,10 @@ class TrainingBench:
     def process(
         self, command: list[str], meanwhile: Callable[[], None] = lambda: None, **environment: str
     ) -> tuple[Row, str]:
-        """How it ended, and what it printed. ``meanwhile`` is called every few seconds; ``environment``: unless it is
-        set already."""
+        """Runs a Python module; returns how it ended, and its output.
+
+        ``meanwhile`` is called every few seconds. ``environment`` has defaults for environment variables.
+        """
         if time.monotonic() >= self.end:
             return {"status": "skipped", "reason": "no time left"}, ""
         start = time.monotonic()
@@ -154,13 +156,13 @@ class TrainingBench:
         return {"status": "out of memory" if "OutOfMemoryError" in said else "failed", "reason": said[:300]}, ""
 
     def job(self, **arguments: Any) -> Row:
-        """One fit in a process of its own: its result, or how it ended without."""
-        # nine tenths of the memory are asked for: what is free must not lie between blocks of fixed sizes
+        """Runs one fit in a process of its own; returns its result, or how it ended."""
+        # expandable segments avoid fragmentation, since a fit uses nine tenths of the memory
         row, output = self.process(["bench.fits", json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
         return json.loads(output.splitlines()[-1]) if output else row
 
     def fits(self) -> None:
-        """Every loss at the same number of layers: as many as the first one can have."""
+        """Measures a fit with each loss, all with the number of layers that fits with the first loss."""
         chosen = self.options
         size = {"shape": chosen.shape, "pairs": chosen.pairs, "steps": chosen.steps}
         layers = None
@@ -212,17 +214,17 @@ class TrainingBench:
 
 
 def measures(run: Path) -> Row:
-    """Of a run, finished or not: by stage, median tokens/s (in fits over steps), seconds in all, peaks of memory."""
+    """Median tokens/s (over steps in fits), total seconds and peak memory of a run by stage; it may be unfinished."""
     rates: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may be half-written
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be incomplete
         record = json.loads(line)
         stage = record["stage"]
         if "tokens_per_second" in record:
             rates.setdefault(stage, []).append(record["tokens_per_second"])
-        if "peak_memory_bytes" in record and record["iteration"] == 1:  # the most so far, so of the stages up to here
+        if "peak_memory_bytes" in record and record["iteration"] == 1:  # the peak up to this stage
             peaks[stage] = max(peaks.get(stage, 0), record["peak_memory_bytes"])
         for name, spent in record.get("stage_seconds", {}).items():
             seconds[name] = seconds.get(name, 0.0) + spent

@@ -8,7 +8,7 @@ from .tiny_checkpoints import IMAGE_TOKEN, VOCABULARY
 
 
 def text(**changes) -> dict[str, Any]:
-    """Arguments that most configurations share; None leaves one out."""
+    """Arguments of most configurations, with ``changes``; an argument that is None is left out."""
     shared = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -25,7 +25,7 @@ def text(**changes) -> dict[str, Any]:
 
 
 def gpt(**changes) -> dict[str, Any]:
-    """Arguments of the configurations that name things as GPT-2's does."""
+    """Arguments of configurations with the names of GPT-2's, with ``changes``."""
     shared = {
         "vocab_size": VOCABULARY,
         "n_embd": 64,
@@ -40,7 +40,7 @@ def gpt(**changes) -> dict[str, Any]:
 
 
 def encoder_decoder(**changes) -> dict[str, Any]:
-    """Arguments of BART's configuration and those like it."""
+    """Arguments of configurations with the names of BART's, with ``changes``."""
     shared = {
         "vocab_size": VOCABULARY,
         "d_model": 64,
@@ -77,7 +77,7 @@ DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
-# With few heads many scores are exactly 0, and which of them is kept depends on the length of the row.
+# 16 heads, since with few heads many scores are exactly 0, and which are kept then depends on the length of the row.
 SPARSE = {**DEEPSEEK, "index_topk": 16, "index_head_dim": 8, "index_n_heads": 16}
 MAMBA2 = {
     "mamba_n_heads": 8,
@@ -87,7 +87,7 @@ MAMBA2 = {
     "mamba_n_groups": 1,
     "mamba_expand": 2,
 }
-DELTA = {  # gated delta rule in every other layer
+DELTA = {  # the gated delta rule in every other layer
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
