@@ -26,7 +26,7 @@ class Exact:
     problem: Problem
     logps: Tensor  # (S,) float64, policy
     ref_logps: Tensor  # (S,) float64, anchor
-    gradients: dict[Objective, tuple[Tensor, Tensor]]  # of hidden (N, H) and weight (V, H), float32
+    gradients: dict[Objective, tuple[Tensor, Tensor]]  # gradients of hidden (N, H) and weight (V, H), float32
 
     @classmethod
     @torch.no_grad()

@@ -316,8 +316,8 @@ def test_targets_are_for_hopper_gpus(device: str, bench: kernels.KernelBench, ca
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_real_models_inputs(policy, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("onpo_fast.models.loading.load", lambda *_: policy)
+def test_the_real_models_inputs(real_policy, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("onpo_fast.models.loading.load", lambda *_: real_policy)
     hidden, weight, targets = inputs.text_inputs(60, 30, "cpu")
     assert (hidden.shape, weight.shape, targets.shape) == ((60, 576), (49152, 576), (60,))
     assert hidden.abs().sum(1).min() > 0
