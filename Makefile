@@ -31,9 +31,9 @@ lint: .venv/.test
 bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)
 
-# On a machine with a GPU: its own Python with its own torch, and perhaps no network. bench/gpu_check.py says what it does.
+# Checks on a machine with a GPU, with that machine's Python and torch and without a network; see bench/gpu_check.py.
 #   make gpu-check ARGS="--part 1"     "--part 2", "--part 3", "--part sanitizer"
-#   make gpu-check ARGS="--dry-run"    anywhere: with .venv, unless PYTHON is given
+#   make gpu-check ARGS="--dry-run"    runs on any machine, with .venv unless PYTHON is given
 ifneq ($(findstring --dry-run,$(ARGS)),)
 ifeq ($(origin PYTHON),file)
 gpu-check: .venv/.test
@@ -45,7 +45,7 @@ CHECK_PYTHON = $(PYTHON)
 gpu-check:
 	$(CHECK_PYTHON) -m bench.gpu_check --wheels $(WHEELS) $(ARGS)
 
-# What that machine may lack, fetched where there is a network, in files of at most 60 MiB:
+# Packages that the GPU machine may lack, downloaded beforehand in files of at most 60 MiB:
 #   make wheels ARGS="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #                     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64"
 wheels:

@@ -1,16 +1,16 @@
 """python -m bench COMMAND [--help]
 
-kernels     time, memory and error of the loss beside its peers: results, tables and plots
-compile     registers, stack and shared memory of every Triton kernel, compiled for GPUs that need not be here
-checks      the same bits from repeated runs, whatever lay in the memory before
-sweep       variants of the kernels, each beside what was predicted for it
-survey      the machine: versions, products with float32 results, bandwidth and TFLOP/s
-plots       draws a results file again
-summary     prints a results file of `make gpu-check` as tables
-crash_test  runs killed and resumed, runs with damaged files: do they end with the same bits?
-families    tiny models of every family, through all that a run does: docs/models.md
-training    a run of the trainer and fits of a Llama-3-8B: tokens/s, pairs/s, memory by part
-inputs      puts the real model's hidden states and head in a file, for machines without the model
+kernels     measure time, memory and error of the loss and of its peers; write results, tables and plots
+compile     compile every Triton kernel for several GPU architectures and report registers, stack and shared memory
+checks      check the loss for races and unwritten outputs: repeated runs must give the same bits
+sweep       measure variants of the kernels and compare their times with predictions
+survey      report the machine: versions, correctness of mixed-precision products, bandwidth and TFLOP/s
+plots       draw the plots of a results file
+summary     print a results file of `make gpu-check` as tables
+crash_test  kill and resume runs, damage their files, and compare the final bits with an undisturbed run
+families    compare tiny models of every family with plain transformers; write docs/models.md
+training    measure a run of the trainer and fits of a Llama-3-8B: tokens/s, pairs/s, memory by part
+inputs      save the real model's hidden states and head to a file, for machines without the model
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import sys
 from importlib import import_module
 
-# each a module with ``arguments(parser)`` and ``main(options)``
+# Each is a module of this package with ``arguments(parser)`` and ``main(options)``.
 COMMANDS = (
     "kernels",
     "compile",
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int | None:
     if not argv or argv[0] not in COMMANDS:
         print(__doc__)
         return 2
-    module = import_module(f"bench.{argv[0]}")  # a command's packages are needed by nobody else
+    module = import_module(f"bench.{argv[0]}")  # imported here because some commands need packages that others do not
     parser = argparse.ArgumentParser(
         prog=f"python -m bench {argv[0]}",
         description=module.__doc__,

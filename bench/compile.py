@@ -1,13 +1,13 @@
-"""What the Triton kernels compile to, for GPUs that need not be there: registers, stack, shared memory, instructions.
+"""Compiles the Triton kernels for GPUs that need not be present: registers, stack, shared memory, instructions.
 
     python -m bench compile [--architectures 90 …] [--quick] [--record]
 
-Fails if a kernel spills in its product, or more than a few values around it; wants more shared memory than there is;
-misses the matrix units; lets each matrix instruction wait for the one before; or has more instructions after its matrix
-product than ``instructions.json`` allows.
+The exit status is 1 if a kernel spills registers in the loop of its matrix product, or more than a few values outside
+it; needs more shared memory than the GPU has; uses no matrix instructions; makes each matrix instruction wait for the
+one before; or has more instructions after its matrix product than ``instructions.json`` allows.
 
-Kernels are compiled as the host code launches them: it runs here on CPU tensors, with a driver in place of the GPU's
-that says which architecture is to be compiled for and launches nothing.
+The host code runs on CPU tensors with a stand-in for the GPU driver, which names the architecture to compile for and
+launches nothing. So kernels are compiled with the same options as in a real launch.
 """
 
 from __future__ import annotations
@@ -48,37 +48,37 @@ from onpo_fast.objectives import Onpo
 
 from .sass import Listing
 
-# bytes of shared memory a block may have (CUDA C++ programming guide, technical specifications per compute capability)
+# Maximum bytes of shared memory per block (CUDA C++ programming guide, technical specifications per compute capability)
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 COUNTED_ON = (90, 100)
-COUNTED = ("exponentials_kernel", "weight_gradient_kernel")  # whose epilogue is on one path, and is the default
-WAITING = 32  # bytes of stack at most that values may wait in while the product's loop runs
-SLACK = 1.1  # times what the table says: compilers differ a little
+COUNTED = ("exponentials_kernel", "weight_gradient_kernel")  # their default epilogue is a single path
+MAX_STACK_OUTSIDE_LOOPS = 32  # bytes of stack allowed for values that are spilled outside the product's loop
+SLACK = 1.1  # allowed instruction count, as a multiple of the recorded one; compilers differ a little
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, compiled for one architecture."""
+    """A kernel compiled for one architecture."""
 
     kernel: str
     architecture: int
-    options: dict[str, object] = field(hash=False)  # its compile-time arguments, and the operands' dtype
+    options: dict[str, object] = field(hash=False)  # compile-time arguments, and the operands' dtype
     warps: int
     stages: int
-    registers: int  # a thread
-    stack: int  # bytes a thread that were spilled
-    shared: int  # bytes a block
+    registers: int  # per thread
+    stack: int  # bytes spilled per thread
+    shared: int  # bytes per block
     matrix_instructions: tuple[str, ...]
-    spills_in_a_product: bool = True  # if there is a stack; a value that waits there for the loop's end costs nothing
-    serialised: bool = False  # each matrix instruction waits for the one before
-    epilogue: float | None = None  # instructions after the product, for an element of the tile
+    spills_in_a_product: bool = True  # only meaningful if ``stack`` is not 0
+    serialised: bool = False  # whether each matrix instruction waits for the one before
+    epilogue: float | None = None  # instructions after the product, per element of the tile
 
     @property
     def name(self) -> str:
-        """Kernel, dtype and what is switched on."""
+        """Kernel, dtype and the options that are on."""
         flags = [name for name, value in self.options.items() if value is True and name != "DESCRIPTORS"]
         return " ".join([self.kernel.removesuffix("_kernel"), str(self.options["dtype"]), *flags])
 
@@ -88,11 +88,12 @@ class Compiled:
 
     @property
     def fault(self) -> str | None:
-        return self.broken or self.heavier
+        """What is wrong with the kernel, or None."""
+        return self.broken or self.too_many_instructions
 
     @property
-    def heavier(self) -> str | None:
-        """Than the table allows."""
+    def too_many_instructions(self) -> str | None:
+        """Whether the count exceeds the recorded limit: the fault, or None."""
         allowed = allowed_instructions().get(str(self.architecture))
         if allowed is None or self.epilogue is None:
             return None
@@ -104,7 +105,8 @@ class Compiled:
 
     @property
     def broken(self) -> str | None:
-        if self.stack > (0 if self.spills_in_a_product else WAITING):
+        """What is wrong with the kernel apart from its instruction count, or None."""
+        if self.stack > (0 if self.spills_in_a_product else MAX_STACK_OUTSIDE_LOOPS):
             return f"spills: {self.stack} bytes of stack"
         if self.shared > SHARED_MEMORY[self.architecture]:
             return f"{self.shared} bytes of shared memory, of {SHARED_MEMORY[self.architecture]}"
@@ -117,12 +119,12 @@ class Compiled:
 
 @cache
 def allowed_instructions() -> dict[str, dict[str, float]]:
-    """By architecture, then by name and tile. Empty where nothing was recorded."""
+    """Recorded instructions per element, by architecture, then by kernel name and tile."""
     return json.loads(INSTRUCTIONS.read_text(encoding="utf-8")) if INSTRUCTIONS.exists() else {}
 
 
 class _Driver:
-    """In place of a GPU: knows an architecture, has no device."""
+    """A stand-in for Triton's GPU driver, which names an architecture and has no device."""
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
@@ -131,7 +133,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # kernels are cached by device
+        return self.target.arch  # Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -139,9 +141,9 @@ class _Driver:
 
 @contextmanager
 def _compiling_for(architecture: int, known: set | None = None) -> Iterator[list[tuple[JITFunction, dict, object]]]:
-    """Launches compile, and are collected: kernel, arguments by name, compiled kernel.
+    """Makes launches compile only, and yields the list of them: kernel, arguments by name, compiled kernel.
 
-    ``known``: of kernels, tiles and options that need not be compiled again for another size of the problem.
+    ``known``: combinations of kernel, tile and options that are not compiled again; extended by each launch.
     """
     launches = []
     run = JITFunction.run
@@ -163,14 +165,14 @@ def _compiling_for(architecture: int, known: set | None = None) -> Iterator[list
         with mock.patch.object(JITFunction, "run", compile_only):
             yield launches
     finally:
-        driver._active = None  # the driver of this machine, found again when it is needed
+        driver._active = None  # Triton looks for this machine's driver at the next use
 
 
 def launch_everything(dtype: torch.dtype) -> None:
-    """The launches that the host code makes for this dtype, on a problem that fills the tiles.
+    """Makes all launches of the host code for a dtype, on a problem that fills the tiles.
 
-    Each option of the kernels is on and off: mode, chunks, bias, softcap, leaves in float32 (as under autocast), a
-    negative scale.
+    Each option of the kernels is tried on and off: mode, chunks, bias, softcap, float32 leaves (as under autocast) and
+    a negative logit scale.
     """
     size = {"vocabulary": 1024, "features": 4096, "length": 64}
     for head in ({}, {"bias": True}, {"bias": True, "softcap": 30.0}):
@@ -183,7 +185,7 @@ def launch_everything(dtype: torch.dtype) -> None:
 
 
 def launch_variants(dtype: torch.dtype) -> None:
-    """The other forms of the logits kernel."""
+    """Launches the other epilogues of the logits kernel."""
     for epilogue in EPILOGUES[1:]:
         with using(Variant(epilogue)):
             _launch(dtype, vocabulary=1024, features=4096, length=64)
@@ -191,7 +193,7 @@ def launch_variants(dtype: torch.dtype) -> None:
 
 
 def launch_small(dtype: torch.dtype) -> None:
-    """The launches on problems that are too small for the whole tile, in any dimension: of 8 responses."""
+    """Launches on problems that are smaller than the tile in some dimension, with 8 responses."""
     for length, vocabulary, features in product((2, 8, 64), (32, 128, 1024), (16, 64, 128, 256)):
         _launch(dtype, vocabulary, features, length)
 
@@ -199,7 +201,7 @@ def launch_small(dtype: torch.dtype) -> None:
 def _launch(
     dtype: torch.dtype, vocabulary: int, features: int, length: int, bias: bool = False, **options: float
 ) -> None:
-    """Every mode of the loss, and per-token log-probs with their gradients, of 8 responses in pairs."""
+    """Runs every mode of the loss, and per-token log-probs with their gradients, on 8 responses in pairs."""
     responses = 8
     rows = length * responses
     hidden, reference = (torch.zeros(rows, features, dtype=dtype) for _ in range(2))
@@ -236,7 +238,7 @@ def _launch(
 
 
 def _workspace_for_chunks(layout: PairLayout, weight: torch.Tensor) -> int:
-    """Bytes of workspace: what mode "fast" needs where each group is a chunk."""
+    """Bytes of workspace with which mode "fast" takes one group per chunk."""
     plan = choose_plan(layout.groups[:1], weight.shape, weight.dtype, True, "fast", None, None)
     return plan.workspace + weight.numel() // 2
 
@@ -247,7 +249,7 @@ LAUNCHES = {"default": launch_everything, "variants": launch_variants, "small": 
 def compile_everything(
     architecture: int, dtypes: Sequence[torch.dtype] = DTYPES, launches: Sequence[str] = ("default",)
 ) -> list[Compiled]:
-    """The kernels of these ``LAUNCHES`` for one architecture."""
+    """Compiles the kernels of these ``LAUNCHES`` for one architecture."""
     found = {}
     for dtype in dtypes:
         known: set = set()
@@ -305,27 +307,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=ARCHITECTURES,
         choices=sorted(SHARED_MEMORY),
-        help="compute capabilities without the point, such as 90",
+        help="Compute capabilities to compile for, without the point, such as 90 (default: all of the choices).",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="leave out the tiles of small problems, and the variants of the benchmark"
+        "--quick",
+        action="store_true",
+        help="Leave out the kernels of small problems and the variants of `bench sweep`.",
     )
     parser.add_argument(
         "--record",
         action="store_true",
-        help=f"write the instruction counts of these architectures to {INSTRUCTIONS.name}; not with --quick",
+        help=f"Write the instruction counts to {INSTRUCTIONS.name}, instead of comparing with it; excludes --quick.",
     )
 
 
 def _launches(architecture: int, quick: bool) -> tuple[str, ...]:
-    """The variants are there to be timed on Hopper; elsewhere nothing is said about them."""
+    """Names of the launches to compile. Variants are measured on Hopper only, so other architectures leave them out."""
     return ("default",) if quick else ("default", "small", *(("variants",) if architecture == 90 else ()))
 
 
 def main(options: argparse.Namespace) -> int:
     """Prints the table; the exit status is 1 if a kernel has a fault."""
     if options.record and options.quick:
-        raise SystemExit("--record takes everything: leave out --quick")
+        raise SystemExit("--record needs all kernels: leave out --quick")
     table = Table(
         "kernel",
         "sm",

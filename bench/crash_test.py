@@ -1,13 +1,18 @@
-"""Runs killed -9 at random moments and resumed, and runs with damaged files: all must end with the same bits.
+"""Kills and resumes runs, and damages their files; every run must end with the same bits as an undisturbed one.
 
     python -m bench crash_test [--kills 40] [--errors 24] [--seed 0] [--tokenizer MODEL]
 
-A small random model with a real tokenizer trains once undisturbed; then again and again, killed, or refused by the file
-system, and resumed. Kills come at random moments of a whole run, of its evaluation, and while a judge is being asked: a
-chat server in a process of its own, whose answers are a function of the question. Errors are those of a full disk and
-of a broken one, at one of all the calls that rename, flush or open a file for writing; and a limit on the size of
-files. A run that meets one must end with one line and exit status 2. Processes start warm: they are forked from one
-that has imported everything and computed nothing (threads do not survive a fork).
+A small random model with a real tokenizer is trained once undisturbed, then many times with disturbances, each followed
+by a resume:
+
+- kill -9 at random times of a whole run, of the evaluation, and of judging by a chat server in another process, whose
+  answers depend on the question alone;
+- a file-system error (full disk or broken disk) in one of the calls that rename, flush or open a file for writing;
+- a limit on the size of files, and a disk that is too small;
+- a damaged file in a finished run.
+
+A run that meets a file-system error must end with one line and exit status 2. Processes are forked from one that has
+imported everything, to save time, and has computed nothing, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ from onpo_fast.run.journal import Journal
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import console
 
-SMALL = {
+SMALL_RUN_OPTIONS = {
     "prompts_per_iteration": 3,
     "responses_per_prompt": 3,
     "max_new_tokens": 6,
@@ -60,10 +65,28 @@ SMALL = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=40, help="in all; a quarter of them while a judge is asked")
-    parser.add_argument("--errors", type=int, default=24, help="calls of a run that fail, a run for each")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--tokenizer", default="smollm2", help="a model whose tokenizer is taken")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=40,
+        help="Number of kills: half during a whole run, a quarter during evaluation, a quarter during judging by "
+        "a chat server (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--errors",
+        type=int,
+        default=24,
+        help="Number of file-system errors to inject, one per run (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Random seed for the kill times and the failing calls (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--tokenizer", default="smollm2", help="Model whose tokenizer the test's model uses (default: %(default)s)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -78,8 +101,8 @@ def main(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def prepare(work: Path, tokenizer: str) -> None:
-    """Writes a Llama of two layers with seeded random weights, the tokenizer of a real model, and ten prompts."""
+def write_small_model(work: Path, tokenizer: str) -> None:
+    """Writes a Llama of two layers with seeded random weights, the tokenizer of another model, and ten prompts."""
     taken = AutoTokenizer.from_pretrained(**locate(tokenizer))
     set_seed(0)
     config = LlamaConfig(
@@ -100,21 +123,23 @@ def prepare(work: Path, tokenizer: str) -> None:
     (work / "prompts.jsonl").write_text(prompts)
 
 
-def small_run(work: Path, name: str) -> Config:
-    """A run in ``work``, after ``prepare``."""
-    return Config(model=str(work / "model"), prompts=str(work / "prompts.jsonl"), out=str(work / name), **SMALL)
+def small_config(work: Path, name: str) -> Config:
+    """Configuration of a run in ``work``, where ``write_small_model`` was called."""
+    return Config(
+        model=str(work / "model"), prompts=str(work / "prompts.jsonl"), out=str(work / name), **SMALL_RUN_OPTIONS
+    )
 
 
 class CrashTest:
-    """An undisturbed run, and what others are held against it."""
+    """Compares disturbed runs with one undisturbed run."""
 
     def __init__(self, work: Path, tokenizer: str) -> None:
         self.work = work
-        ResumableStage.SAMPLING_BATCHES, ResumableStage.GROUPS = 1, 2  # so that even these stages have several parts
-        FitStates.spacing = 0  # so that every step has its state, however short it is
-        prepared = finish(fork(lambda: prepare(work, tokenizer), work / "prepare.log"))
+        ResumableStage.SAMPLING_BATCHES, ResumableStage.GROUPS = 1, 2  # so that these stages have several parts
+        FitStates.spacing = 0  # so that every step saves a state
+        prepared = finish(fork(lambda: write_small_model(work, tokenizer), work / "prepare.log"))
         assert prepared == 0, (work / "prepare.log").read_text()
-        whole = small_run(work, "whole")
+        whole = small_config(work, "whole")
         begin = time.monotonic()
         assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
         self.seconds = time.monotonic() - begin
@@ -122,7 +147,7 @@ class CrashTest:
         print(f"undisturbed: {self.seconds:.1f} s", flush=True)
 
     def start(self, config: Config, resume: bool = True, first: Callable[[], object] = lambda: None) -> int:
-        """A process that does ``first``, and then trains as the command does: bad input is one line and status 2."""
+        """Starts a process that calls ``first`` and then trains as the command line does; returns its id."""
 
         def work(argv: list[str]) -> None:
             first()
@@ -137,7 +162,7 @@ class CrashTest:
         return self.log_file(config).read_text(encoding="utf-8")[-2000:]
 
     def verdict(self, what: str, config: Config, status: int, expected: str | None = None) -> list[str]:
-        """Says how a run ended; a list of one line, or none if it ended as it should: with the ``expected`` bits."""
+        """Prints how a run ended. Returns a list of one failure, or an empty one if the bits are as ``expected``."""
         same = status == 0 and run_digest(Path(config.out)) == (expected or self.bits)
         print(f"{what}: {'the same bits' if same else 'DIFFERENT'}", flush=True)
         failures = [] if same else [f"{what}: exit status {status}\n{self.log(config)}"]
@@ -145,23 +170,23 @@ class CrashTest:
         return failures
 
     def kill(self, kills: int, seed: int = 0) -> list[str]:
-        """Runs killed at random moments until there were so many kills."""
+        """Kills whole runs at random times, ``kills`` times in all."""
         return self._kill(kills, seed, "run", self.seconds, self.bits)
 
     def _kill(
         self, kills: int, seed: int, title: str, seconds: float, expected: str, begin: Path | None = None, **options
     ) -> list[str]:
-        """The same for runs with other ``options``, from a copy of the directory ``begin`` on."""
+        """Kills runs with ``options`` at random times; each starts from a copy of the directory ``begin``, if given."""
         chance, done, runs, failures = random.Random(f"{title} {seed}"), 0, 0, []
         while done < kills:
             runs += 1
-            config = replace(small_run(self.work, f"{title}_{runs}"), **options)
+            config = replace(small_config(self.work, f"{title}_{runs}"), **options)
             if begin:
                 shutil.copytree(begin, config.out)
             moments, status = [], None
             while status is None:
                 child = self.start(config)
-                # short runs between kills, so that all stages have their turn
+                # random times within the length of a run, so that kills hit all stages
                 moment = chance.uniform(0, seconds) if done < kills else float("inf")
                 status = finish(child, moment)
                 if status is None:
@@ -172,7 +197,7 @@ class CrashTest:
         return failures
 
     def kill_in_the_evaluation(self, kills: int, seed: int = 0) -> list[str]:
-        """Runs that have all but their evaluation."""
+        """Kills runs that have finished everything but the evaluation."""
         if not kills:
             return []
         begin = self.work / "unevaluated"
@@ -185,12 +210,12 @@ class CrashTest:
         return self._kill(kills, seed, "evaluation", self.seconds / 2, self.bits, begin)
 
     def kill_while_judging(self, kills: int, seed: int = 0) -> list[str]:
-        """Runs whose oracle is a judge behind a chat endpoint, which takes most of their time."""
+        """Kills runs whose oracle is a chat server, which takes most of their time."""
         if not kills:
             return []
         with judge_server() as url:
             options = {"oracle": "judge", "judge_url": url, "judge_model": "hash", "judge_concurrency": 2}
-            whole = replace(small_run(self.work, "judged"), **options)
+            whole = replace(small_config(self.work, "judged"), **options)
             begin = time.monotonic()
             assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
             seconds = time.monotonic() - begin
@@ -198,8 +223,8 @@ class CrashTest:
             return self._kill(kills, seed, "judged", seconds, run_digest(Path(whole.out)), **options)
 
     def fail(self, errors: int, seed: int = 0) -> list[str]:
-        """Runs in which one call of the file system fails, and which are then resumed."""
-        counted = small_run(self.work, "counted")
+        """Makes one file-system call of a run fail, then resumes the run."""
+        counted = small_config(self.work, "counted")
         assert finish(self.start(counted, first=lambda: fail_at(None, 0, self.work / "calls"))) == 0, self.log(counted)
         shutil.rmtree(counted.out)
         calls = json.loads((self.work / "calls").read_text())
@@ -208,7 +233,7 @@ class CrashTest:
         for number in range(errors):
             name = sorted(calls)[number % len(calls)]
             at, code = chance.randrange(calls[name]), (errno.ENOSPC, errno.EIO)[number // len(calls) % 2]
-            config = small_run(self.work, f"error_{number}")
+            config = small_config(self.work, f"error_{number}")
             what = f"{errno.errorcode[code]} at call {at + 1} of {name} ({number + 1} of {errors})"
             child = self.start(config, first=lambda: fail_at(name, at, code=code))  # noqa: B023
             failures += self.refused(what, config, finish(child))
@@ -216,26 +241,26 @@ class CrashTest:
         return failures
 
     def limit(self) -> list[str]:
-        """Runs with a limit on the size of files, resumed without it."""
+        """Starts runs under a limit on the size of files, then resumes them without it."""
         failures = []
         sizes = sorted({path.stat().st_size for path in (self.work / "whole").rglob("*") if path.is_file()})
-        for size in (4096, 3 * 4096, sizes[-1] // 2, sizes[-1] - 1):  # the log is a file too, of less
-            config, what = small_run(self.work, f"limit_{size}"), f"files of {size} bytes at most"
+        for size in (4096, 3 * 4096, sizes[-1] // 2, sizes[-1] - 1):  # the log, a file too, is smaller
+            config, what = small_config(self.work, f"limit_{size}"), f"files of {size} bytes at most"
             child = self.start(config, first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))  # noqa: B023
             failures += self.refused(what, config, finish(child))
             failures += self.verdict(what, config, finish(self.start(config)))
         return failures
 
     def refused(self, what: str, config: Config, status: int) -> list[str]:
-        """A run that met an error ended with one line, or did not need what failed."""
+        """Returns a failure unless the run ended with one error line and status 2, or succeeded despite the error."""
         said = [line for line in self.log(config).splitlines() if line.startswith("error: ")]
         if status == 0 or (status == 2 and len(said) == 1 and "Traceback" not in self.log(config)):
             return []
         return [f"{what}: exit status {status}\n{self.log(config)}"]
 
     def kill_after_a_fit(self) -> list[str]:
-        """Killed between the record of a fit and the end of its states, which are to go all the same."""
-        config = small_run(self.work, "between")
+        """Kills a run after a fit is recorded and before its states are deleted; the resumed run must delete them."""
+        config = small_config(self.work, "between")
 
         def die(states: FitStates) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -251,7 +276,7 @@ class CrashTest:
         return left + self.verdict("killed between a fit and the end of its states", config, status)
 
     def fill(self) -> list[str]:
-        """Runs on a disk that is too small for them, resumed when there is room."""
+        """Starts runs on a disk that is too small, then resumes them with enough space."""
         disk, failures = self.work / "disk", []
         disk.mkdir()
         size = sum(path.stat().st_size for path in (self.work / "whole").rglob("*") if path.is_file())
@@ -261,7 +286,7 @@ class CrashTest:
                 print("full disks: left out, since no small file system can be mounted here", flush=True)
                 break
             try:
-                config = small_run(self.work, f"disk/room_{room}")
+                config = small_config(self.work, f"disk/room_{room}")
                 assert finish(self.start(config)) == 2, "the disk was not full"
                 assert "no space left" in self.log(config), self.log(config)
                 subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
@@ -271,18 +296,18 @@ class CrashTest:
         return failures
 
     def damage(self) -> list[str]:
-        """A finished run with one file broken, for many files; resumed."""
+        """Damages one file of a finished run and resumes it, for every entry of ``DAMAGES``."""
         failures = []
         for name, harm in DAMAGES:
-            config = small_run(self.work, "damaged")
+            config = small_config(self.work, "damaged")
             shutil.copytree(self.work / "whole", config.out)
             harm(Path(config.out) / name)
             failures += self.verdict(f"{harm.__name__} {name}", config, finish(self.start(config)))
         return failures
 
     def damage_checkpoint(self) -> list[str]:
-        """Killed inside a fit that has two states, the newest of which is then broken: the one before is used."""
-        config = small_run(self.work, "checkpoints")
+        """Kills a fit that has two states and damages the newest; the resumed run must use the older one."""
+        config = small_config(self.work, "checkpoints")
         last, record = "iteration_02/policy", Journal.record
 
         def die_with_two(journal: Journal, *arguments, **options) -> None:
@@ -300,10 +325,10 @@ class CrashTest:
 
 
 def fail_at(name: str | None, at: int, count_in: Path | None = None, code: int = errno.EIO) -> None:
-    """From now on call number ``at`` (from 0) of one of three functions fails, in this process.
+    """Makes call number ``at`` (from 0) of a function fail with the error ``code`` in this process.
 
-    ``name`` is "os.replace", "os.fsync" or "open", the calls of which count where a file is opened for writing. With
-    none of them the calls are counted, and their numbers written at each of them.
+    ``name`` is "os.replace", "os.fsync" or "open"; calls of "open" count only if the file is opened for writing. With
+    None no call fails. ``count_in`` is a file to which the numbers of calls so far are written at each call, as JSON.
     """
     calls = {"os.replace": 0, "os.fsync": 0, "open": 0}
     opened, written = builtins.open, os.open
@@ -331,7 +356,7 @@ def fail_at(name: str | None, at: int, count_in: Path | None = None, code: int =
 
 @contextmanager
 def judge_server() -> Iterator[str]:
-    """A chat endpoint in a process of its own. What it answers is a function of the question, and takes a while."""
+    """Runs a chat server in another process and yields its URL. Answers take 50 ms and depend on the question alone."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -361,7 +386,7 @@ def judge_server() -> Iterator[str]:
         daemon_threads = True
 
         def handle_error(self, request: object, address: object) -> None:
-            pass  # a client that was killed
+            pass  # the client was killed
 
     server = Server(("127.0.0.1", 0), Handler)
     child = os.fork()
@@ -376,30 +401,32 @@ def judge_server() -> Iterator[str]:
 
 
 def states(config: Config, fit: str = "*/*") -> list[Path]:
-    """Of fits, in their folders."""
+    """Folders of the saved states of fits."""
     return sorted(path for path in Path(config.out).glob(f"{fit}.checkpoints/step_*") if not path.suffix)
 
 
+# The names of these four functions are printed as the kind of damage.
+
+
 def cut(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
+    """Removes the second half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def flip(path: Path) -> None:
-    """One bit, in the middle."""
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def remove(path: Path) -> None:
+    """Deletes a file or a folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def append(path: Path) -> None:
-    """Half of a record, as a crash leaves it."""
+    """Appends half of a record, as a crash may leave it."""
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"time": 1')
 
@@ -427,7 +454,7 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
 
 
 def fork(work: Callable[[], object], log: Path) -> int:
-    """A process that does this and nothing else; returns its id. It prints to the log."""
+    """Runs ``work`` in a forked process, whose output goes to the file ``log``. Returns the process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -452,7 +479,7 @@ def fork(work: Callable[[], object], log: Path) -> int:
 
 
 def finish(child: int, seconds: float = float("inf")) -> int | None:
-    """The exit status; None if the time was up before, and the process was killed -9."""
+    """Returns the exit status of a process; kills it with SIGKILL after ``seconds`` and then returns None."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -1,11 +1,11 @@
-"""Model families, each as a tiny checkpoint with random weights: does all that a run does to it give the right numbers?
+"""Compares tiny random models of every family, in all that a run does with a model, with plain transformers.
 
     python -m bench families [--only NAME …] [--json FILE] [--page docs/models.md]
 
-A checkpoint of every family in bench/zoo.py goes through what a run does: it is loaded, responses are scored in padded
-batches, a fit takes its first gradient, responses are sampled, the policy is saved and loaded again. The results are
-compared with plain transformers, which gets every prompt and response alone in a row. A family is exact; or refused, by
-one line that says why; or WRONG, which makes the exit status 1. Without --only, the table goes to docs/models.md.
+A checkpoint of each family in bench/zoo.py is loaded, responses are scored in padded batches, the first gradient of a
+fit is computed, responses are sampled, and the policy is saved and loaded again. The results are compared with plain
+transformers, which is given every prompt and response alone in a row. The verdict on a family is "exact", "refused"
+with the error line, or "WRONG", which makes the exit status 1. Without --only, the table is written to docs/models.md.
 """
 
 from __future__ import annotations
@@ -43,36 +43,41 @@ from onpo_fast.sources import quiet
 from onpo_fast.train import train
 
 from .crash_test import fork
-from .families_page import LENGTHS, NATS, PAGE, RELATIVE, Row, describe, make_page, summary
-from .zoo import FAMILIES, SPECIAL, Family, build
+from .families_page import LENGTHS, MAX_GRADIENT_ERROR, MAX_LOGP_ERROR, PAGE, FamilyResult, describe, make_page, summary
+from .tiny_checkpoints import SPECIAL, Family, build
+from .zoo import FAMILIES
 
-SECONDS = 120.0  # that a family may take
-MEMORY = 4 * 2**30  # bytes that it may allocate
+MAX_SECONDS = 120.0  # time limit of a family
+MAX_BYTES = 4 * 2**30  # memory limit of a family
 
 CONVERSATIONS = [
     [{"role": "user", "content": text}]
     for text in ("Hi", "Name a colour, please", "Tell me about the weather in Paris, and do be brief, please.")
 ]
 PAIRS = [Pair(g, w, lo, p) for g in range(3) for w, lo, p in ((0, 1, 1.0), (2, 0, 0.7), (1, 2, 0.9))]
-ETA = 2.0  # nats; the target of a sure pair is half of it
-TOKENS = 4096  # of a microbatch: all rows go through the model together
+ETA = 2.0  # nats; the target margin of a pair with preference 1 is half of it
+TOKENS = 4096  # tokens per microbatch, enough for all rows at once
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=FAMILIES, help="these families of bench/zoo.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=FAMILIES, help="Families of bench/zoo.py to check (default: all)."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to which the results are also written.")
     parser.add_argument(
         "--page",
         type=Path,
         metavar="FILE",
-        help="write the table to this page (default: docs/models.md, or nowhere with --only)",
+        help="Markdown page to which the table is written (default: docs/models.md; none with --only).",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at a time (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="Number of families checked at a time (default: one per core)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:
     begin, threads = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(1)  # before anything is computed: children are forked
+    torch.set_num_threads(1)  # set before the first computation, since threads do not survive the forks
     try:
         rows = check_all(options.only or list(FAMILIES), max(1, options.jobs))
     finally:
@@ -86,17 +91,17 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any(row.verdict.startswith("WRONG") for row in rows) else 0
 
 
-def check_all(names: Sequence[str], jobs: int) -> list[Row]:
-    """Every family in a process of its own, ``jobs`` at a time; prints a line for each when it is done."""
-    rows: dict[str, Row] = {}
-    running: dict[int, tuple[str, float]] = {}  # by process id: family, when it started
+def check_all(names: Sequence[str], jobs: int) -> list[FamilyResult]:
+    """Checks every family in a process of its own, ``jobs`` at a time; prints a line for each when it is done."""
+    rows: dict[str, FamilyResult] = {}
+    running: dict[int, tuple[str, float]] = {}  # process id -> family, start time
     waiting = list(names)
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
 
         def start(name: str) -> None:
             def child() -> None:
-                resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+                resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
                 row = check(name, FAMILIES[name], work / name)
                 (work / f"{name}.json").write_text(json.dumps(asdict(row)), encoding="utf-8")
 
@@ -108,7 +113,7 @@ def check_all(names: Sequence[str], jobs: int) -> list[Row]:
             time.sleep(0.02)
             for process, (name, started) in list(running.items()):
                 ended, status = os.waitpid(process, os.WNOHANG)
-                if not ended and time.monotonic() - started < SECONDS:
+                if not ended and time.monotonic() - started < MAX_SECONDS:
                     continue
                 if not ended:
                     os.kill(process, signal.SIGKILL)
@@ -116,17 +121,21 @@ def check_all(names: Sequence[str], jobs: int) -> list[Row]:
                 del running[process]
                 result = work / f"{name}.json"
                 if result.exists():
-                    rows[name] = Row(**json.loads(result.read_text(encoding="utf-8")))
+                    rows[name] = FamilyResult(**json.loads(result.read_text(encoding="utf-8")))
                 else:
-                    why = f"exit status {os.waitstatus_to_exitcode(status)}" if ended else f"more than {SECONDS:g} s"
-                    rows[name] = Row(name, FAMILIES[name].about, verdict=f"WRONG: its process ended with {why}")
+                    why = (
+                        f"exit status {os.waitstatus_to_exitcode(status)}" if ended else f"more than {MAX_SECONDS:g} s"
+                    )
+                    rows[name] = FamilyResult(
+                        name, FAMILIES[name].about, verdict=f"WRONG: its process ended with {why}"
+                    )
                 print(f"{len(rows):3} of {len(names)}: {describe(rows[name])}", flush=True)
     return [rows[name] for name in names]
 
 
-def check(name: str, family: Family, work: Path) -> Row:
-    """Builds a tiny checkpoint in ``work`` and compares all that a run does to it with plain transformers."""
-    row, begin, faults = Row(name, family.about), time.monotonic(), []
+def check(name: str, family: Family, work: Path) -> FamilyResult:
+    """Builds a tiny checkpoint in ``work`` and compares what a run does with it to plain transformers."""
+    row, begin, faults = FamilyResult(name, family.about), time.monotonic(), []
     if not family.exists:
         row.verdict = "absent"
         return row
@@ -138,7 +147,7 @@ def check(name: str, family: Family, work: Path) -> Row:
         row.verdict = f"WRONG: {'; '.join(faults)}" if faults else "exact"
     except UserError as error:
         row.verdict = "refused: " + one_line(str(error)).replace(str(source), "MODEL")
-    except Exception as error:  # whatever a family makes of it is a row of the table
+    except Exception as error:  # any failure is a result of the table
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"traceback {type(error).__name__} ({Path(where.filename).name}, line {where.lineno}): {error}"
         row.verdict = f"WRONG: {'; '.join([*faults, one_line(what)[:300]])}"
@@ -146,8 +155,8 @@ def check(name: str, family: Family, work: Path) -> Row:
     return row
 
 
-def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]:
-    """Fills the row; says what is wrong.
+def _faults(row: FamilyResult, family: Family, source: Path, work: Path) -> Iterator[str]:
+    """Fills the row and yields what is wrong.
 
     Raises:
         UserError: if the family is refused.
@@ -174,29 +183,20 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
 
     scores = score(policy, groups, TOKENS)
     row.logps = difference(scores, exact)
-    if not row.logps <= NATS:
+    if not row.logps <= MAX_LOGP_ERROR:
         yield f"log-probs are off by {row.logps:.2g} nats"
 
     gradients = []
-    for seed in (1, 2):  # what is random in a fit shows as two gradients
+    for seed in (1, 2):  # two seeds, so that randomness in a fit shows as two gradients
         torch.manual_seed(seed)
         gradients.append(first_gradient(policy, groups, scores, config))
     row.gradient = max(relative_error(gradient, exact_gradient) for gradient in gradients)
-    if not row.gradient <= RELATIVE:
+    if not row.gradient <= MAX_GRADIENT_ERROR:
         yield f"the gradient of a fit has a relative error of {row.gradient:.2g}"
     if twice := relative_error(*gradients):
         yield f"two fits from the same weights have different gradients (by {twice:.2g} of their norm)"
 
-    drawn = make_sampler(policy, config)(CONVERSATIONS, 2, [0], lambda done: None)
-    row.sampled = difference(logps_of(drawn), score(policy, drawn, TOKENS))
-    if not row.sampled <= NATS:  # a run must notice: it refuses, or samples in another way
-        alone = row.sampled
-        drawn = real_run(source, work)
-        row.sampled = difference(logps_of(drawn), plain_logps(plain, drawn))
-        if row.sampled <= NATS:
-            row.notes.append(f"batches of prompts would be off by {alone:.2g} nats, so a run samples in another way")
-        else:
-            yield f"sampled log-probs are off by {row.sampled:.2g} nats, and a run goes on"
+    yield from _sampling_faults(row, policy, plain, config, work)
 
     saved = work / "saved"
     policy.save(saved)
@@ -207,8 +207,28 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
         yield "the saved policy cannot be loaded: " + one_line(str(error)).replace(str(saved), "SAVED")
         return
     row.saved = max(difference(again, scores), difference(plain_logps(load_plain(saved), groups), exact))
-    if not row.saved <= NATS:
+    if not row.saved <= MAX_LOGP_ERROR:
         yield f"log-probs change by {row.saved:.2g} nats when it is saved and loaded"
+
+
+def _sampling_faults(
+    row: FamilyResult, policy: Policy, plain: PreTrainedModel, config: Config, work: Path
+) -> Iterator[str]:
+    """Compares the sampler's log-probs with the scorer's. If they differ, a run must refuse the model or avoid it.
+
+    Raises:
+        UserError: if the run refuses the model.
+    """
+    drawn = make_sampler(policy, config)(CONVERSATIONS, 2, [0], lambda done: None)
+    row.sampled = difference(logps_of(drawn), score(policy, drawn, TOKENS))
+    if not row.sampled <= MAX_LOGP_ERROR:  # a run must refuse the model, or sample in another way
+        alone = row.sampled
+        drawn = real_run(Path(config.model), work)
+        row.sampled = difference(logps_of(drawn), plain_logps(plain, drawn))
+        if row.sampled <= MAX_LOGP_ERROR:
+            row.notes.append(f"batches of prompts would be off by {alone:.2g} nats, so a run samples in another way")
+        else:
+            yield f"sampled log-probs are off by {row.sampled:.2g} nats, and a run goes on"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +237,7 @@ def _faults(row: Row, family: Family, source: Path, work: Path) -> Iterator[str]
 
 
 def make_groups(policy: Policy) -> list[Group]:
-    """Prompts of three lengths with three seeded random responses each, which end with the end-of-sequence token."""
+    """Makes prompts of three lengths, each with three seeded random responses that end with the EOS token."""
     chance = random.Random(0)
     eos = policy.tokenizer.eos_token_id
     groups = []
@@ -231,10 +251,10 @@ def make_groups(policy: Policy) -> list[Group]:
 def first_gradient(
     policy: Policy, groups: Sequence[Group], anchor: Sequence[Tensor], config: Config
 ) -> dict[str, Tensor]:
-    """The gradient of a fit's one step, as it reaches the optimizer: by parameter name. The weights stay as they are.
+    """Gradient that a one-step fit passes to the optimizer, by parameter name. The weights are not changed.
 
     Raises:
-        UserError: what ``fit`` says.
+        UserError: if ``fit`` refuses the model.
     """
     found: dict[str, Tensor] = {}
 
@@ -253,7 +273,7 @@ def first_gradient(
 
 
 def real_run(source: Path, work: Path) -> list[Group]:
-    """Starts a run of one iteration, with all the checks of ``onpo_fast.train``; returns the responses it trained on.
+    """Runs one iteration of ``onpo_fast.train`` with all its checks; returns the responses it trained on.
 
     Raises:
         UserError: if the run refuses the model.
@@ -285,7 +305,7 @@ def real_run(source: Path, work: Path) -> list[Group]:
 
 
 def logps_of(groups: Sequence[Group]) -> list[Tensor]:
-    """The sampler's summed log-probs: a (K,) float64 tensor a group, nats."""
+    """Summed log-probs from the sampler: one (K,) float64 tensor per group, in nats."""
     return [torch.tensor([r.logp for r in group.responses], dtype=torch.float64) for group in groups]
 
 
@@ -295,7 +315,7 @@ def logps_of(groups: Sequence[Group]) -> list[Tensor]:
 
 
 def load_plain(source: Path) -> PreTrainedModel:
-    """The class that the checkpoint names, in float32.
+    """Loads the model class that the checkpoint names, in float32.
 
     Raises:
         ValueError: if weights are missing, left over or of another shape.
@@ -308,26 +328,29 @@ def load_plain(source: Path) -> PreTrainedModel:
         if keys := sorted(map(str, found[kind])):
             raise ValueError(f"plain transformers has {len(keys)} {kind.replace('_', ' ')}, as {keys[0]}")
     model.config.get_text_config().use_cache = False
-    for parameter in model.parameters():  # transformers 5.17 leaves dequantised ones in bfloat16
+    for parameter in model.parameters():  # transformers 5.17 leaves dequantised parameters in bfloat16
         parameter.data = parameter.data.float()
     return model.eval().requires_grad_(True)
 
 
 def row_logps(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
-    """() float64: the summed log-prob of a response, alone in a row, in nats. Differentiable."""
+    """Summed log-prob of a response that is alone in a row: () float64, in nats. Differentiable."""
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
 
 
 @torch.no_grad()
 def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> list[Tensor]:
-    """Summed log-probs: a (K,) float64 tensor a group, nats."""
+    """Summed log-probs under plain transformers: one (K,) float64 tensor per group, in nats."""
     return [torch.stack([row_logps(model, group.prompt_tokens, r.tokens) for r in group.responses]) for group in groups]
 
 
 def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Summed log-probs, a (K,) float64 tensor a group in nats; and the gradient of the mean ONPO loss of ``PAIRS`` at
-    the anchor, by parameter name."""
+    """Summed log-probs and the gradient of a fit's first step under plain transformers.
+
+    Returns one (K,) float64 tensor per group, in nats, and the gradient of the mean ONPO loss of ``PAIRS`` at the
+    anchor, by parameter name.
+    """
     logps = [torch.stack([row_logps(model, g.prompt_tokens, r.tokens) for r in g.responses]) for g in groups]
     losses = []
     for pair in PAIRS:
@@ -345,14 +368,14 @@ def plain_results(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[list
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest, in nats; NaN if one is."""
+    """Largest absolute difference in nats; NaN if a value is NaN."""
     return float((torch.cat(list(ours)) - torch.cat(list(theirs))).abs().max())
 
 
 def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ over all parameters; one that has no gradient has the gradient 0.
+    """Relative error ‖ours − theirs‖ / ‖theirs‖ over all parameters; a missing gradient counts as 0.
 
-    A model with pictures may be trained without the modules around its language model, under shorter names.
+    A model with a vision tower may be trained as its language model alone, whose parameters have shorter names.
     """
     ours, theirs = (
         {name.replace("language_model.", ""): g.double() for name, g in one.items()} for one in (ours, theirs)
@@ -364,12 +387,12 @@ def relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def compare_files(family: Family, source: Path, saved: Path) -> Iterator[str]:
-    """What the saved policy lacks of its source, or has besides. It has not been trained: its tensors are the same."""
+    """Yields differences between the saved, untrained policy and its source: files, tensor names and values."""
     names = {path.name for path in source.iterdir()} - {path.name for path in saved.iterdir()}
     if lost := sorted(name for name in names if not name.endswith((".safetensors", ".safetensors.index.json"))):
         yield f"files are not saved: {', '.join(lost)}"
     before, after = tensors(source), tensors(saved)
-    if family.quantise:  # saved plain: the scales are gone, and the values are in the log-probs
+    if family.quantise:  # saved without scales; the log-probs compare the values
         before = {name.removesuffix("_blocks"): None for name in before if not name.endswith(("_scales", "_scale_inv"))}
     if before.keys() != after.keys():
         lost, more = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
@@ -387,5 +410,5 @@ def compare_files(family: Family, source: Path, saved: Path) -> Iterator[str]:
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
-    """All those of the safetensors files in a directory."""
+    """All tensors of the safetensors files in a directory, by name."""
     return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}

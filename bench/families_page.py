@@ -1,4 +1,4 @@
-"""What is said of model families: a line each for the terminal, the table of docs/models.md."""
+"""Formats the results of model families: a line each for the terminal, and the table of docs/models.md."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ import onpo_fast
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
-NATS = 1e-4  # a summed log-prob of at most 12 tokens may be off by so much
-RELATIVE = 1e-4  # and a gradient, ‖difference‖ / ‖gradient‖ over all parameters
-LENGTHS = ((5, 1, 12), (12, 7, 3), (9, 12, 2))  # tokens of the responses to each of them
+MAX_LOGP_ERROR = 1e-4  # nats; allowed error of a summed log-prob of at most 12 tokens
+MAX_GRADIENT_ERROR = 1e-4  # allowed ‖difference‖ / ‖gradient‖ over all parameters
+LENGTHS = ((5, 1, 12), (12, 7, 3), (9, 12, 2))  # tokens of the three responses to each prompt
 
 
 @dataclass
-class Row:
-    """A family in the table; None where it did not come so far."""
+class FamilyResult:
+    """Result of a family; None for values that were not computed."""
 
     name: str
     about: str
-    layout: str | None = None  # of rows: "shared" prompts or "separate"
-    logps: float | None = None  # nats: the largest difference of a response's summed log-prob to plain transformers'
-    gradient: float | None = None  # relative, of the first step of a fit: the larger of two runs
-    sampled: float | None = None  # nats: the largest difference between the sampler's log-probs and the scorer's
-    saved: float | None = None  # nats: the largest difference after saving and loading, here and in plain transformers
-    notes: list[str] = field(default_factory=list)  # how it is done, where that is not as usual
+    layout: str | None = None  # "shared" or "separate" prompts
+    logps: float | None = None  # largest error of a summed log-prob against plain transformers, in nats
+    gradient: float | None = None  # relative error of a fit's first gradient, the larger of two runs
+    sampled: float | None = None  # largest difference of the sampler's log-probs to the scorer's, in nats
+    saved: float | None = None  # largest difference after saving and loading, in nats
+    notes: list[str] = field(default_factory=list)  # deviations from the usual way
     verdict: str = ""  # "exact", "refused: why", "absent" or "WRONG: what"
     seconds: float = 0.0
 
 
-def describe(row: Row) -> str:
-    """A line for the terminal."""
+def describe(row: FamilyResult) -> str:
+    """Formats a result as a line for the terminal."""
     numbers = ("logps", "gradient", "sampled", "saved")
     known = [f"{name} {getattr(row, name):.1e}" for name in numbers if getattr(row, name) is not None]
     return f"{', '.join([row.name, *([row.layout] if row.layout else []), *known])}: {row.verdict}"
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """How many families there are of each verdict."""
+def summary(rows: Sequence[FamilyResult]) -> str:
+    """Counts the families of each verdict."""
     words = [row.verdict.partition(":")[0] for row in rows]
     return f"{len(rows)} families: " + ", ".join(
         f"{words.count(word)} {word}" for word in ("exact", "refused", "WRONG", "absent") if word in words
     )
 
 
-def make_page(rows: Sequence[Row]) -> str:
-    """docs/models.md."""
+def make_page(rows: Sequence[FamilyResult]) -> str:
+    """Text of docs/models.md."""
     lines = [
         PREFACE.format(
-            summary=summary(rows), versions=versions(), nats=NATS, percent=100 * RELATIVE, tokens=max(map(max, LENGTHS))
+            summary=summary(rows),
+            versions=versions(),
+            nats=MAX_LOGP_ERROR,
+            percent=100 * MAX_GRADIENT_ERROR,
+            tokens=max(map(max, LENGTHS)),
         )
     ]
     lines += [
@@ -116,7 +120,7 @@ anything is trained."""
 
 
 def versions() -> str:
-    """Of what made the page."""
+    """Versions with which the page was made, as a sentence."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,8 +1,8 @@
-"""One fit of a large random model, which ``python -m bench training`` measures in a process of its own:
+"""Measures one fit of a large random model; ``python -m bench training`` runs it in a process of its own.
 
     python -m bench.fits ARGUMENTS
 
-Arguments are those of ``large`` as a JSON object; what it returns is the last line, as JSON.
+ARGUMENTS is a JSON object with the arguments of ``large``. The last line of the output is its result as JSON.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .timing import Spread
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama, and the tokens of a prompt and of each of its two responses."""
+class Workload:
+    """Configuration of a Llama, and the number of tokens of each prompt and response."""
 
     model: dict[str, int]
     prompt: int
@@ -58,8 +58,8 @@ class Shape:
             return LlamaForCausalLM(self.config(layers)).num_parameters()
 
 
-SHAPES = {
-    "llama3-8b": Shape(
+WORKLOADS = {
+    "llama3-8b": Workload(
         {
             "vocab_size": 128256,
             "hidden_size": 4096,
@@ -72,7 +72,7 @@ SHAPES = {
         prompt=64,
         response=1024,
     ),
-    "tiny": Shape(
+    "tiny": Workload(
         {
             "vocab_size": 300,
             "hidden_size": 32,
@@ -89,17 +89,17 @@ SHAPES = {
 
 LOSSES = ("triton", "torch", "materialised")
 
-# Weights, gradients and moments in bf16: what makes 8B fit 80 GB. Learning so would want float32 weights.
+# Bytes per parameter. All are bf16, so that 8B parameters fit in 80 GB; real training would need float32 weights.
 PARAMETER_BYTES = {"weights": 2, "gradients": 2, "moments": 4}
-USABLE = 0.97  # of the free memory: some is lost between blocks
+USABLE = 0.97  # usable share of the free memory; fragmentation takes the rest
 
 
 def large(loss: str, shape: str, pairs: int, steps: int, device: str, layers: int | None = None) -> dict[str, Any]:
-    """A fit of ``steps`` steps after a first one, of ``pairs`` pairs each in one micro-batch: seconds and bytes.
+    """Measures seconds and bytes of ``steps`` optimizer steps after a first one, with ``pairs`` pairs per micro-batch.
 
-    ``layers``: of the model; by default all, or as many as the memory is expected to hold.
+    ``layers`` is the model's number of layers; by default as many of the workload's as are expected to fit in memory.
     """
-    where, form = torch.device(device), SHAPES[shape]
+    where, form = torch.device(device), WORKLOADS[shape]
     if reason := _absent("torch" if loss == "materialised" else loss, where):
         return {"status": "absent", "reason": reason}
     layers = layers or _layers_that_fit(form, where)
@@ -147,7 +147,7 @@ def _absent(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _layers_that_fit(shape: Shape, device: torch.device) -> int:
+def _layers_that_fit(shape: Workload, device: torch.device) -> int:
     if device.type != "cuda":
         return shape.layers
     size = sum(PARAMETER_BYTES.values())
@@ -156,8 +156,8 @@ def _layers_that_fit(shape: Shape, device: torch.device) -> int:
     return max(1, min(shape.layers, int(room // one)))
 
 
-def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
-    """As ``loading.load`` would have it, but in bf16 and made where it is to be."""
+def _random_policy(shape: Workload, layers: int, device: torch.device) -> Policy:
+    """Makes a policy as ``loading.load`` does, but in bf16 and directly on the device."""
     flash = device.type == "cuda" and is_flash_attn_2_available()
     set_seed(0)
     without_cudnn_attention()
@@ -171,21 +171,23 @@ def _random_policy(shape: Shape, layers: int, device: torch.device) -> Policy:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     apply_liger(model, device, "auto")
-    # its tokenizer is asked by nobody: the tokens are random
+    # no tokenizer is needed, since the tokens are random
     return Policy(model, None, device, torch.bfloat16, "separate" if flash else "shared")
 
 
 def _measured_fit(
-    policy: Policy, shape: Shape, pairs: int, steps: int, loss: str, marks: Marks
+    policy: Policy, shape: Workload, pairs: int, steps: int, loss: str, marks: Marks
 ) -> tuple[list[float], float | None]:
-    """Seconds of each step after the first, which compiles and makes the moments; the last normalised loss."""
+    """Seconds of each step after the first, which compiles and allocates the moments; and the last normalised loss."""
     groups = _random_groups(shape, pairs)
-    tokens = 2 * pairs * (shape.prompt + shape.response)  # more than all that there are
+    tokens = (
+        2 * pairs * (shape.prompt + shape.response)
+    )  # more than all rows together, so that there is one micro-batch
     config = Config(
         batch_pairs=pairs,
         tokens_per_microbatch=tokens,
         gradient_checkpointing=True,
-        learning_rate=5e-7,  # the paper's; most updates are below a spacing of bf16: it is the work that is measured
+        learning_rate=5e-7,  # the paper's; too small for most bf16 weights to change, but the work is the same
         loss_backend="torch" if loss == "materialised" else loss,
     )
     draw = torch.Generator().manual_seed(1)
@@ -195,7 +197,7 @@ def _measured_fit(
     losses: list[float | None] = []
 
     def on_step(metrics: dict[str, float | None]) -> None:
-        if policy.device.type == "cuda":  # the optimizer's step was only launched so far
+        if policy.device.type == "cuda":  # waits for the optimizer's step
             torch.cuda.synchronize(policy.device)
         ends.append(time.perf_counter())
         losses.append(metrics["loss_normalised"])
@@ -206,7 +208,7 @@ def _measured_fit(
     return [b - a for a, b in pairwise(ends)], losses[-1]
 
 
-def _random_groups(shape: Shape, count: int) -> list[Group]:
+def _random_groups(shape: Workload, count: int) -> list[Group]:
     draw = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> list[int]:
@@ -220,7 +222,7 @@ def _random_groups(shape: Shape, count: int) -> list[Group]:
 
 @contextmanager
 def replaced_loss(loss: str) -> Iterator[None]:
-    """For "materialised" the fit calls ``materialised_pair_loss``; all else of it stays as it is, to compare alike."""
+    """Makes ``fit`` call ``materialised_pair_loss`` if ``loss`` is "materialised", and changes nothing else."""
     if loss != "materialised":
         yield
         return
@@ -240,7 +242,7 @@ def materialised_pair_loss(
     preference: Tensor,  # (P,)
     **_: object,
 ) -> PairLossOutput:
-    """The loss as one writes it first: logits in bf16, their log-softmax in float32, the rest through autograd."""
+    """The straightforward loss: logits in bf16, their log-softmax in float32, gradients by autograd."""
     logps = materialised(hidden, weight, targets).double()
     sums = torch.stack([part.sum() for part in logps.split(cu_seqlens.diff().tolist())])
     winner, loser = pairs.to(hidden.device).T
@@ -251,23 +253,23 @@ def materialised_pair_loss(
 
 
 class Marks:
-    """Memory in the phases of a fit's step, in bytes: held at the end of each, and the most during it.
+    """Bytes of memory per phase of an optimizer step: held at its end, and the peak during it.
 
-    It listens to the model and to the optimizer. "rest" is between two steps.
+    Phases are observed through hooks of the model and the optimizer. "rest" is the time between two steps.
     """
 
     PHASES = ("forward", "loss", "backward", "optimizer")
 
     def __init__(self, gauge: Gauge) -> None:
         self.gauge = gauge
-        self.phase = "start"  # what is under way
+        self.phase = "start"  # the current phase
         self.held: dict[str, int] = {}
         self.peak: dict[str, int] = {}
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         def forward_ended(module: nn.Module, arguments: tuple, output: Any) -> None:
-            if torch.is_grad_enabled():  # the fit also asks the model to see whether it is sound
+            if torch.is_grad_enabled():  # the fit also runs the model without gradients, to check it
                 self.end("forward")
                 output.last_hidden_state.register_hook(lambda gradient: self.end("loss"))
 
@@ -285,7 +287,7 @@ class Marks:
                 handle.remove()
 
     def end(self, phase: str, first: bool = False) -> None:
-        """``first``: what was noted so far is of a first step, and is forgotten."""
+        """Records the end of a phase. ``first`` discards what was recorded before, at the end of the first step."""
         if first:
             self.held.clear()
             self.peak.clear()

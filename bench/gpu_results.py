@@ -1,4 +1,4 @@
-"""Results of the steps of the GPU check: functions that read them, and functions that say what is missing."""
+"""Reads the results of the steps of the GPU check, and finds what is missing in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .runner import ROOT
 
 
 def read_json(output: str, folder: Path) -> Any:
-    """The one results file that the step has written so far."""
+    """Reads the results file in the folder of a step; None if there is none yet."""
     files = sorted(folder.glob("*.json"))
     return json.loads(files[0].read_text(encoding="utf-8")) if files else None
 
@@ -31,12 +31,12 @@ TEST_KINDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPE
 
 
 def read_tests(output: str, folder: Path) -> dict[str, Any]:
-    """From ``pytest -v``, also where it was cut: counts, names of failures, and of tests that began and did not end."""
+    """Reads the possibly incomplete output of ``pytest -v``: counts, names of failed tests and of unfinished ones."""
     outcomes: dict[str, str] = {}
     for match in TEST_OUTCOME.finditer(output):
         kind = TEST_KINDS.get(match["first"] or match["last"])
         name = match["a"] or match["b"]
-        if kind and outcomes.get(name) != "failed":  # an error in the teardown comes after PASSED
+        if kind and outcomes.get(name) != "failed":  # an error in teardown is printed after PASSED
             outcomes[name] = kind
     counts = {kind: sum(found == kind for found in outcomes.values()) for kind in ("passed", "failed", "skipped")}
     began = [match[1] for match in TEST_BEGAN.finditer(TEST_OUTCOME.sub("", output))]
@@ -48,7 +48,7 @@ def read_tests(output: str, folder: Path) -> dict[str, Any]:
 
 
 def read_checks(output: str, folder: Path) -> dict[str, Any]:
-    """The lines of ``bench checks``: SHAPE: METHOD, TASK: ok, or what is wrong, or why it was not checked."""
+    """Reads the output of ``bench checks``, with lines "SHAPE: METHOD, TASK: ok", or a fault instead of "ok"."""
     found: dict[str, Any] = {"ok": 0, "faults": [], "not_checked": []}
     for line in output.splitlines():
         if ": not checked: " in line:
@@ -87,7 +87,7 @@ def products_were_tried(found: Any) -> str | None:
 
 
 def ours_measured(method: str) -> Callable[[Any], str | None]:
-    """``method`` must have a measured row and no row of ours may have failed; peers may be absent or fail."""
+    """Requires a measured row of ``method`` and no failed row of this package; peers may be absent or fail."""
 
     def fault(found: Any) -> str | None:
         rows = [row for record in (found or {}).get("shapes", []) for row in record["rows"]]
@@ -101,7 +101,7 @@ def ours_measured(method: str) -> Callable[[Any], str | None]:
 
 
 def fit_measured(loss: str) -> Callable[[Any], str | None]:
-    """The fit with this loss must have been measured; the other one may not fit the memory."""
+    """Requires that the fit with this loss was measured; the other fit may run out of memory."""
 
     def fault(found: Any) -> str | None:
         statuses = [row["status"] for row in (found or {}).get("fits", []) if row["loss"] == loss]
@@ -111,8 +111,7 @@ def fit_measured(loss: str) -> Callable[[Any], str | None]:
 
 
 def epilogues_measured(found: Any) -> str | None:
-    """The light epilogue in its default form must have been measured at the first shape; no epilogue with the table's
-    tile may fail at any."""
+    """Requires that the light epilogue was measured at the first shape, and that none failed with its default tile."""
     records = (found or {}).get("shapes", [])
     for record in records:
         for row in record["rows"]:
@@ -128,7 +127,7 @@ def run_has_rates(found: Any) -> str | None:
 
 
 def read_reports(output: str, folder: Path) -> dict[str, Any]:
-    """Which kernels of ours compute-sanitizer names: libraries' kernels are not ours to judge."""
+    """Finds the kernels of this package that compute-sanitizer reports; those of libraries are ignored."""
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
     kernels = re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", sources)
     reports = [line for line in output.splitlines() if line.startswith("=====")]

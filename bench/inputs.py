@@ -1,9 +1,9 @@
-"""The real small model's hidden states and head, on real text: SmolLM2 reads the bundled prompts, end to end.
+"""Saves hidden states and head of a real model on real text: SmolLM2 on the bundled prompts.
 
     python -m bench inputs FILE
 
-keeps them in a file (47 MB), so that a machine without the model and the packages
-that load it can measure on them: ``python -m bench kernels --inputs FILE``.
+A machine without the model, or without the packages that load it, can then measure on the file (47 MB) with
+``python -m bench kernels --inputs FILE``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROWS, TOKENS = 8192, 1024  # what the text shapes need at most
+ROWS, TOKENS = 8192, 1024  # the most that the text shapes need
 
 
 class Unavailable(RuntimeError):
-    """Inputs that cannot be had here; the message says why."""
+    """The inputs are not available; the message says why."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="NumPy file (.npz) to write, 47 MB.")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -32,25 +32,25 @@ def main(options: argparse.Namespace) -> None:
 
 
 def save(path: Path, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """In bfloat16, compressed: (N, H), (V, H), (N,). High bytes apart from low ones: they alone have a pattern."""
+    """Saves (N, H), (V, H) as bfloat16 and (N,), compressed. High bytes are stored apart, since only they compress."""
     planes = {
         f"{name}_{part}": x.bfloat16().view(torch.uint8)[:, byte::2].numpy()
         for name, x in (("hidden", hidden), ("weight", weight))
         for byte, part in enumerate(("low", "high"))
     }
-    with open(path, "wb") as file:  # given a name, numpy would add to it
+    with open(path, "wb") as file:  # numpy would append .npz to a file name
         np.savez_compressed(file, targets=targets.numpy(), **planes)
 
 
 def text_inputs(
     rows: int, tokens: int, device: str | torch.device, file: Path | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (N, H) and head (V, H), fp32, and the N tokens that follow, of sequences of ``tokens`` tokens.
+    """Hidden states (N, H) and head (V, H), fp32, and target tokens (N,), from sequences of ``tokens`` tokens.
 
-    From ``file`` if given (its sequences are longer, and the first N rows are taken), otherwise from the model itself.
+    Reads the first N rows of ``file`` if it is given (its sequences may be longer), otherwise runs the model.
 
     Raises:
-        Unavailable: if neither can be had.
+        Unavailable: if the file is too small, or the model cannot be loaded.
     """
     if file is None:
         hidden, weight, targets = _from_model(rows, tokens)
@@ -70,7 +70,7 @@ def text_inputs(
 
 @torch.no_grad()
 def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On the CPU in fp32, wherever the benchmark runs: the inputs owe nothing to what is measured."""
+    """Runs the model on the CPU in fp32, so that the inputs do not depend on the device that is measured."""
     try:
         from onpo_fast.config import Config
         from onpo_fast.data import split_prompts
@@ -85,7 +85,7 @@ def _from_model(rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     except (UserError, ImportError) as error:
         raise Unavailable(f"the real model is not here: {error}") from None
     ids: list[int] = []
-    while len(ids) < rows + 1:  # the same prompts again in another order, should they not suffice
+    while len(ids) < rows + 1:  # repeats the prompts in another order if they are too few
         train, held_out = split_prompts(None, None, 0.0, seed=len(ids))
         text = "\n".join(prompt[-1]["content"] for prompt in [*train, *held_out])
         ids += policy.tokenizer(text + "\n")["input_ids"]

@@ -1,10 +1,10 @@
-"""python -m bench kernels: time, memory and error of the loss beside its peers and the bare products.
+"""python -m bench kernels: time, memory and error of the loss, its peers and the bare matrix products.
 
-For each shape: the bare products; then the rows in waves, those that matter most first and methods that compile for
-long last. In a wave every row has a first call, against float64, with its peak of memory and a block of timed calls;
-then a second block of each follows in reverse order, so that a drift of the machine shows in the spread. The results
-file is rewritten after every step, and ``--resume`` goes on where a run stopped: a row of which nothing came back,
-because it took the process with it, is not tried again.
+A row is one method at one task. Rows of a shape are measured in waves: the most important ones first, methods that
+compile for long last. In a wave each row is called once for its error against float64 and its peak memory, then in a
+block of timed calls; then a second timing block of each row follows in reverse order, so that drift of the machine
+widens the spread. The results file is rewritten after every row. ``--resume`` continues a run that stopped; a row that
+ended the process is not tried again.
 """
 
 from __future__ import annotations
@@ -28,34 +28,68 @@ from rich.table import Table
 from onpo_fast.files import atomic_write_text
 from onpo_fast.run.tracking import environment
 
-from . import errors, plots
+from . import accuracy, plots
 from .inputs import Unavailable
 from .memory import gradient_bytes, peak_bytes
 from .peers import MATERIALISED, METHODS, OURS, SLOW, TASKS, TORCH, TRL, Method, Task, run
 from .problems import CPU_SHAPES, GPU_SHAPES, SHAPES, Problem, Shape
 from .runner import GPU_GONE
+from .targets import TARGET_DEVICES, verdicts
 from .timing import Clock, Products, Spread
-from .verdicts import TARGET_DEVICES, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 PEER_PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "datasets")
 PHASES = ("forward", "backward", "both")
 ERRORS = ("logps_nats_max", "hidden_gradient", "weight_gradient")
-LEAST_SECONDS = 15.0  # a shape is not begun with less time left
-ERROR_SECONDS = 60.0  # a float64 reference that would take longer is left out
+LEAST_SECONDS = 15.0  # time that must be left to start a shape
+ERROR_SECONDS = 60.0  # time limit of a float64 reference; errors are left out if it would take longer
 
 DID_NOT_RETURN = "did not return"  # the status of a row while it is measured
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--methods", nargs="*", metavar="PART", help="those whose names contain one of these")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
-    parser.add_argument("--block", type=float, default=0.5, metavar="SECONDS", help="of timed calls; two a row")
-    parser.add_argument("--inputs", type=Path, help="text inputs, as `python -m bench inputs FILE` writes them")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results and plots")
-    parser.add_argument("--resume", action="store_true", help="go on with the results in that folder")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device on which to run (default: cuda if there is a GPU, otherwise cpu).",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        choices=SHAPES,
+        metavar="SHAPE",
+        help=f"Shapes to measure (default: those for the device). Choices: {', '.join(SHAPES)}.",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="TEXT",
+        help="Measure only the methods whose names contain one of these texts (default: all).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Start no measurement after this many seconds (default: no limit).",
+    )
+    parser.add_argument(
+        "--block",
+        type=float,
+        default=0.5,
+        metavar="SECONDS",
+        help="Seconds per timing block; two blocks per row (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="Inputs of the text shapes, written by `python -m bench inputs FILE` (default: computed from the model).",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="Folder for results and plots (default: bench/results)."
+    )
+    parser.add_argument("--resume", action="store_true", help="Continue the results file in the --out folder.")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -65,14 +99,14 @@ def main(options: argparse.Namespace) -> None:
     wanted = [part.lower() for part in options.methods or [""]]
     methods = [method for method in METHODS if any(part in method.name.lower() for part in wanted)]
     report = Report.open(options.out / f"{slug(device)}.json", device, options.resume)
-    bench = Bench(report, device, options.inputs, time.monotonic() + options.budget, options.block)
+    bench = KernelBench(report, device, options.inputs, time.monotonic() + options.budget, options.block)
     for shape in shapes:
         bench.shape(shape, methods, thorough=shape == shapes[0] and device.type == "cuda")
     report.finish()
 
 
 def slug(device: torch.device, command: str = "kernels") -> str:
-    """Of a command's results on a device: the name of their file."""
+    """Name of a command's results file on a device, without the suffix."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return f"{command}-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -83,10 +117,10 @@ def slug(device: torch.device, command: str = "kernels") -> str:
 
 
 def waves(methods: list[Method], thorough: bool, gpu: bool) -> list[list[tuple[Method, Task]]]:
-    """The rows of a shape in the order of measurement, in up to three waves.
+    """Rows of a shape in the order of measurement, in up to three waves.
 
-    1. Our methods at all tasks, then the peers at the first of theirs. 2. Where ``thorough``, two peers at their other
-    tasks. 3. Methods that compile for long, and on a GPU our PyTorch form, which nobody would pick there.
+    1. This package's methods at all tasks, then the peers at their first task. 2. If ``thorough``, two peers at their
+    other tasks. 3. Methods that compile for long, and on a GPU this package's PyTorch backend, which is slow there.
     """
     late = (*SLOW, TORCH) if gpu else SLOW
     ours = [method for method in methods if method in OURS and method not in late]
@@ -97,8 +131,8 @@ def waves(methods: list[Method], thorough: bool, gpu: bool) -> list[list[tuple[M
     return [wave for wave in (first, second, third) if wave]
 
 
-class Bench:
-    """Measures shapes into a report until the deadline (seconds of the monotonic clock)."""
+class KernelBench:
+    """Measures shapes into a report until the deadline, in seconds of the monotonic clock."""
 
     def __init__(
         self, report: Report, device: torch.device, inputs: Path | None, deadline: float, block_seconds: float
@@ -106,11 +140,11 @@ class Bench:
         self.report, self.device, self.inputs, self.deadline = report, device, inputs, deadline
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.clock = Clock(device)
-        self.block = (block_seconds, 3, 30)  # seconds, and rounds at least and at most
-        torch._dynamo.config.recompile_limit = 64  # beyond it a compiled peer would run uncompiled, unsaid
+        self.block = (block_seconds, 3, 30)  # seconds, minimum and maximum number of rounds
+        torch._dynamo.config.recompile_limit = 64  # beyond the limit, a compiled peer would silently run uncompiled
 
     def shape(self, shape: Shape, methods: list[Method], thorough: bool) -> None:
-        """Every method at the first of its tasks, ours at all; ``thorough``: two peers at all of them too."""
+        """Measures the rows of ``waves`` at a shape that are not in the report yet."""
         record = self.report.shape(shape, self.dtype)
         done = {(row["method"], row["task"]) for row in record["rows"]}
         plan = [
@@ -138,9 +172,9 @@ class Bench:
             self.report.save()
 
     def wave(
-        self, plan: list[tuple[Method, Task]], problem: Problem, exact: errors.Exact | None, record: dict[str, Any]
+        self, plan: list[tuple[Method, Task]], problem: Problem, exact: accuracy.Exact | None, record: dict[str, Any]
     ) -> None:
-        """Rows in order, then once more in reverse."""
+        """Measures rows in order, then times them once more in reverse order."""
         samples: dict[tuple[Method, Task], list[list[float]]] = {}
         for method, task in plan:
             row = self.report.begin(record, method, task)
@@ -162,7 +196,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def floor(self, problem: Problem, samples: dict[str, list[float]], record: dict[str, Any]) -> None:
-        """Times each product; over what the record has so far."""
+        """Times each bare product; the record has the median of these and earlier ``samples``."""
         try:
             bare = Products(problem.hidden, problem.weight)
             for laps in self.clock.block(bare.all, *self.block):
@@ -177,14 +211,14 @@ class Bench:
         for row in record["rows"]:
             _over_floor(row, record)
 
-    def exact(self, problem: Problem, objectives: set, record: dict[str, Any]) -> errors.Exact | None:
-        """The float64 reference, if it is had in reasonable time and memory; otherwise the record says why not."""
-        needed = errors.seconds(problem, len(objectives))
+    def exact(self, problem: Problem, objectives: set, record: dict[str, Any]) -> accuracy.Exact | None:
+        """Computes the float64 reference; if it is too slow or too large, notes so in the record and returns None."""
+        needed = accuracy.seconds(problem, len(objectives))
         if needed > min(ERROR_SECONDS, self.left() / 3):
             record["no_errors"] = f"float64 would take {needed:.0f} s here"
             return None
         try:
-            exact = errors.Exact.of(problem, objectives)
+            exact = accuracy.Exact.of(problem, objectives)
         except torch.OutOfMemoryError:
             record["no_errors"] = "float64 does not fit the memory"
             exact = None
@@ -194,9 +228,9 @@ class Bench:
         return exact
 
     def first(
-        self, method: Method, task: Task, problem: Problem, exact: errors.Exact | None, row: dict[str, Any]
+        self, method: Method, task: Task, problem: Problem, exact: accuracy.Exact | None, row: dict[str, Any]
     ) -> None:
-        """The first call, which compiles: its result against float64. Then one call's memory."""
+        """Makes the first call, which compiles, and records its errors; then measures the memory of another call."""
         start = time.perf_counter()
         result = run(method, task, problem)
         finite = bool(torch.isfinite(result.logps).all())  # waits for the device
@@ -219,7 +253,7 @@ class Bench:
         row: dict[str, Any],
         record: dict[str, Any],
     ) -> None:
-        """Adds a block of calls to the samples; the row's figures are over all of them."""
+        """Times a block of calls, adds it to ``samples`` and updates the row with statistics over all of them."""
         samples += self.clock.block(lambda mark: run(method, task, problem, mark), *self.block)
         forward, backward = ([laps[i] for laps in samples] for i in (0, 1))
         both = [sum(laps) for laps in samples]
@@ -229,7 +263,8 @@ class Bench:
         _over_floor(row, record)
 
     def guarded(self, row: dict[str, Any], measure: Callable[[], None]) -> bool:
-        """Whether it went well. What goes wrong is the row's status; a GPU that is lost ends the process."""
+        """Calls ``measure`` and returns whether it succeeded. An error becomes the row's status; a lost GPU ends the
+        process."""
         try:
             measure()
             return True
@@ -242,7 +277,7 @@ class Bench:
         return False
 
     def release(self, row: dict[str, Any] | None = None) -> None:
-        """Gives memory back; ends the process with ``GPU_GONE`` if the GPU no longer answers."""
+        """Frees memory; ends the process with status ``GPU_GONE`` if the GPU no longer answers."""
         if lost := release_memory(self.device):
             if row is not None:
                 row |= {"status": "failed", "reason": lost}
@@ -252,7 +287,7 @@ class Bench:
 
 
 def release_memory(device: torch.device) -> str | None:
-    """Empties the allocator's cache. Returns why the GPU no longer answers, if it does not."""
+    """Empties the allocator's cache. Returns the error if the GPU no longer answers, otherwise None."""
     if device.type != "cuda":
         return None
     gc.collect()
@@ -265,12 +300,12 @@ def release_memory(device: torch.device) -> str | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's text, with its type."""
+    """Type of an error and the first line of its text."""
     return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
 
 
 def _over_floor(row: dict[str, Any], record: dict[str, Any]) -> None:
-    """Time over the bare products of the row's task, nothing recomputed."""
+    """Adds the row's time divided by that of its task's bare products, none of them recomputed."""
     if row["status"] == "measured" and (floor := record.get("floor_seconds")):
         task = next(t for t in TASKS if t.name == row["task"])
         products = task.logits * floor["logits"] + task.hidden * floor["hidden"] + task.weight * floor["weight"]
@@ -283,7 +318,7 @@ def _over_floor(row: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 class Report:
-    """The results file and its tables."""
+    """A results file and its tables."""
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path, self.data = path, data
@@ -303,7 +338,7 @@ class Report:
         )
 
     def shape(self, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-        """The record of a shape: what it has already, or an empty one."""
+        """Returns the record of a shape; adds an empty one if there is none."""
         for record in self.data["shapes"]:
             if record["shape"] == shape.name:
                 return record
@@ -325,7 +360,7 @@ class Report:
         return record
 
     def begin(self, record: dict[str, Any], method: Method, task: Task) -> dict[str, Any]:
-        """A new row, on disk before it is measured."""
+        """Adds a row and saves it before it is measured, in case the process dies."""
         record["rows"].append({"method": method.name, "task": task.name, "status": DID_NOT_RETURN})
         self.save()
         return record["rows"][-1]
@@ -352,12 +387,12 @@ class Report:
         console.print(verdict_table(self.data["verdicts"], remark))
         try:
             print(f"written: {self.path}, {plots.draw(self.path)}")
-        except Exception as error:  # the numbers matter more
+        except Exception as error:  # plots are optional
             print(f"written: {self.path}; no plots: {error}")
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit. COMMIT in the environment wins over git's."""
+    """Device, versions and commit. The environment variable COMMIT overrides git's commit."""
     found = environment(device)
     for package in PEER_PACKAGES:
         try:
@@ -423,7 +458,7 @@ def shape_table(record: dict[str, Any]) -> Table:
 
 
 def absences(shapes: list[dict[str, Any]]) -> Iterator[str]:
-    """One line for each method that was absent, failed or did not fit somewhere, with the reason and the shapes."""
+    """Yields a line for each method and reason that it was absent, failed or ran out of memory, with the shapes."""
     seen: dict[tuple[str, str, str], list[str]] = {}
     for record in shapes:
         for row in record["rows"]:

@@ -1,6 +1,6 @@
-"""Peak memory of one forward and backward pass above its inputs, in bytes.
+"""Measures the peak memory of one forward and backward pass above its inputs, in bytes.
 
-On a GPU, what PyTorch's allocator handed out. On a CPU, the resident set of a process of its own:
+On a GPU it is the memory allocated by PyTorch. On a CPU it is the resident set size of a separate process:
 
     python -m bench.memory METHOD TASK SHAPE
 """
@@ -20,7 +20,7 @@ from .problems import SHAPES, Problem, Shape
 
 
 def peak_bytes(method: Method, task: Task, problem: Problem) -> int:
-    """The gradients included. The method must have run before, so that what only a first call allocates is there."""
+    """Peak bytes including gradients. The method must have run before, so that first-call allocations are excluded."""
     if problem.device.type != "cuda":
         command = [sys.executable, "-m", "bench.memory", method.name, task.name, problem.shape.name]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
@@ -35,13 +35,13 @@ def peak_bytes(method: Method, task: Task, problem: Problem) -> int:
 
 
 def gradient_bytes(task: Task, problem: Problem) -> int:
-    """Of the gradients that the caller asked for."""
+    """Bytes of the gradients that the task computes."""
     wanted = [(task.hidden, problem.hidden), (task.weight, problem.weight)]
     return sum(x.numel() * x.element_size() for want, x in wanted if want)
 
 
 class Gauge:
-    """Bytes in use: handed out by PyTorch's allocator on a GPU, resident in this process on a CPU."""
+    """Bytes in use: allocated by PyTorch on a GPU, resident set size of this process on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,14 +51,14 @@ class Gauge:
         return torch.cuda.memory_allocated(self.device) if self.gpu else _resident("VmRSS")
 
     def peak(self) -> int:
-        """The most since the last reset."""
+        """Peak bytes since the last ``reset``."""
         return torch.cuda.max_memory_allocated(self.device) if self.gpu else _resident("VmHWM")
 
     def reset(self) -> None:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set size
 
 
 def _resident(field: str) -> int:
@@ -71,7 +71,7 @@ def main(method_name: str, task_name: str, shape_name: str) -> None:
     task = next(t for t in TASKS if t.name == task_name)
     warm_up = Problem.make(Shape("warm-up", 1, 2, 8, features=16, vocabulary=64))
     run(method, task, warm_up)
-    # random inputs: loading the real model would leave memory behind that the method could use unseen
+    # random inputs, since memory freed after loading a real model could be reused by the method without being counted
     problem = Problem.make(replace(SHAPES[shape_name], text=False))
     problem.ref_logps = torch.zeros(len(problem.cu_seqlens) - 1, dtype=torch.float64)
     gauge = Gauge(problem.device)

@@ -1,8 +1,8 @@
-"""The same loss, computed in different ways: ours, and what a user would pick instead.
+"""Methods that compute the same loss: this package's backends and their peers in other libraries.
 
-A method knows one or more tasks. It is given the problem, the task, and hidden states and head that ask for the
-gradients of the task; it returns the loss, for ``backward``, and the responses' summed log-probs. Peers that stop at
-per-token log-probs carry the pairwise loss through autograd on top of them, as their users must.
+A method supports one or more tasks. It is called with the problem, the task, and hidden states and head that require
+the task's gradients; it returns the loss, for ``backward``, and the responses' summed log-probs. For peers that compute
+only per-token log-probs, the pairwise loss is added through autograd, as a user would do.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from onpo_fast.objectives import Objective
 
 from .problems import DPO, ONPO, Problem
 
-TRL_CHUNK = 32768  # vocabulary entries in a tile: what TRL's trainers pass
+TRL_CHUNK = 32768  # vocabulary entries per chunk, as in TRL's trainers
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed, and the products through the head that it takes if nothing is computed twice."""
+    """What is computed, and the number of products through the head that it needs if nothing is recomputed."""
 
     name: str
     logits: int  # X Wᵀ
@@ -47,11 +47,13 @@ class Task:
 FULL = Task("policy + reference", 2, 1, 1)
 CACHED = Task("cached reference", 1, 1, 1)
 FROZEN = Task("frozen head", 1, 1, 0)  # with a cached reference
-SCORING = Task("scoring", 1, 0, 0)  # log-probs of responses: the reference half
+SCORING = Task("scoring", 1, 0, 0)  # log-probs of responses without gradients
 TASKS = (FULL, CACHED, FROZEN, SCORING)
 
 
 class Outcome(NamedTuple):
+    """Result of a forward pass."""
+
     loss: Tensor | None  # scalar with a graph; None when scoring
     logps: Tensor  # (S,) nats, under the policy
 
@@ -62,6 +64,8 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (N, H), (V, H), (N,) 
 
 @dataclass(frozen=True)
 class Method:
+    """A way to compute the loss."""
+
     name: str
     forward: Forward
     tasks: tuple[Task, ...] = TASKS
@@ -70,7 +74,7 @@ class Method:
 
 
 class Result(NamedTuple):
-    """One forward and backward pass."""
+    """Result of a forward and a backward pass, without a graph."""
 
     loss: Tensor | None
     logps: Tensor  # (S,)
@@ -78,8 +82,8 @@ class Result(NamedTuple):
     weight_gradient: Tensor | None  # (V, H)
 
 
-class Step:
-    """A forward and a backward pass of a method, one after the other."""
+class Passes:
+    """The forward and the backward pass of a method, to be called one after the other."""
 
     def __init__(self, method: Method, task: Task, problem: Problem) -> None:
         self.method, self.task, self.problem = method, task, problem
@@ -101,8 +105,8 @@ class Step:
 
 
 def run(method: Method, task: Task, problem: Problem, mark: Callable[[], None] = lambda: None) -> Result:
-    """``mark`` is called before the forward pass, between the passes and after the backward pass."""
-    step = Step(method, task, problem)
+    """Runs both passes. ``mark`` is called before the forward pass, between the passes and after the backward pass."""
+    step = Passes(method, task, problem)
     mark()
     step.forward()
     mark()
@@ -112,11 +116,12 @@ def run(method: Method, task: Task, problem: Problem, mark: Callable[[], None] =
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ours
+# This package's methods
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def ours(backend: str, mode: str | None = None) -> Forward:
+    """A backend of this package as a method's forward pass."""
     options = {"backend": backend} if mode is None else {"backend": backend, "mode": mode}
 
     def forward(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
@@ -135,11 +140,13 @@ def ours(backend: str, mode: str | None = None) -> Forward:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Peers that stop at per-token log-probs
+# Peers that compute per-token log-probs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def from_token_logps(token_logps: TokenLogps) -> Forward:
+    """A forward pass with the pairwise loss on top of a peer's per-token log-probs."""
+
     def forward(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
         logps = problem.sums(token_logps(hidden, weight, problem.targets))
         if task is SCORING:
@@ -154,7 +161,7 @@ def from_token_logps(token_logps: TokenLogps) -> Forward:
 
 
 def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """PyTorch as one writes it first: all the logits, in float32 for the softmax as transformers has them."""
+    """Straightforward PyTorch: materialises all logits, in float32 for the softmax as in transformers."""
     return F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
 
 
@@ -164,7 +171,7 @@ def compiled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @cache
 def _compiled() -> TokenLogps:
-    return torch.compile(materialised)  # for the first shape as it is, from the second on for any
+    return torch.compile(materialised)  # static for the first shape, dynamic from the second on
 
 
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ def cce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def cce_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """No gradient is skipped; versions that know the name accumulate in fp32 too."""
+    """CCE that skips no gradient; versions with the implementation "cce_exact" also accumulate in fp32."""
     from cut_cross_entropy import linear_cross_entropy
 
     named = "accum_e_fp32" in inspect.signature(linear_cross_entropy).parameters
@@ -196,18 +203,18 @@ def cce_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Chunked: without options it materialises."""
+    """PyTorch's linear cross-entropy in chunks; without options it materialises the logits."""
     chunked = torch.nn.LinearCrossEntropyOptions()
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=chunked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Peers with a loss of their own
+# Peers with their own loss
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def liger_dpo(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
-    """Pairs only, winners before losers: a response is there once for every pair that it is in. DPO's loss."""
+    """Liger's fused DPO loss. It takes winners before losers, and a response once for every pair it is in."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     order = problem.device_pairs.T.flatten()  # (2P,)
@@ -215,7 +222,7 @@ def liger_dpo(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> O
     def stacked(rows: Tensor) -> Tensor:
         return rows.unflatten(0, (-1, problem.shape.tokens)).index_select(0, order)
 
-    # its default, but a CPU has no use for compiled chunks
+    # compiled chunks are Liger's default, but do not help on a CPU
     loss = LigerFusedLinearDPOLoss(beta=DPO.beta, compiled=hidden.is_cuda)
     value, (chosen, rejected, *_) = loss(
         weight,
@@ -231,7 +238,7 @@ def liger_dpo(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> O
 
 
 def quack(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outcome:
-    """It reduces to one number, so one call a response."""
+    """QuACK's linear cross-entropy. It reduces to one number, so it is called once per response."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     length = problem.shape.tokens
@@ -243,14 +250,14 @@ def quack(problem: Problem, task: Task, hidden: Tensor, weight: Tensor) -> Outco
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The list
+# All methods
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def needs(
     *modules: str, gpu: bool = False, bfloat16: bool = False, capability: tuple[int, int] | None = None
 ) -> Callable[[Problem], str | None]:
-    """Why a method cannot run on a problem: no GPU, another one, another dtype, or a module that cannot be imported."""
+    """Makes a function that returns why a method cannot run on a problem, or None if it can."""
 
     def absent(problem: Problem) -> str | None:
         if gpu and problem.device.type != "cuda":
@@ -269,7 +276,7 @@ def needs(
 def _not_importable(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # a package built for another set of versions fails in any way
+    except Exception as error:  # packages built for other versions raise errors of any type
         return f"import {module}: {type(error).__name__}: {error}".split("\n")[0]
     return None
 
@@ -300,5 +307,14 @@ LINEAR_CE = Method(
 QUACK = Method("QuACK", quack, (SCORING,), needs("quack.linear_cross_entropy", gpu=True, bfloat16=True))
 
 OURS = (FAST, LEAN, TORCH)
-SLOW = (LIGER_HOPPER, QUACK, COMPILED)  # they compile for long
-METHODS = (*OURS, MATERIALISED, TRL, LIGER_DPO, CCE, CCE_EXACT, LINEAR_CE, *SLOW)  # those that the targets name first
+SLOW = (LIGER_HOPPER, QUACK, COMPILED)  # these compile for long
+METHODS = (
+    *OURS,
+    MATERIALISED,
+    TRL,
+    LIGER_DPO,
+    CCE,
+    CCE_EXACT,
+    LINEAR_CE,
+    *SLOW,
+)  # those that the targets name come first

@@ -1,4 +1,4 @@
-"""Results → one SVG beside them: time and memory against tokens, and error against time; policy and reference."""
+"""Draws a results file as an SVG with three panels: time and memory against tokens, and error against time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullLocator
 
 from .peers import FULL, METHODS
-from .verdicts import Measured
+from .targets import Measured
 
-# a method keeps its colour and marker in every panel; ours are the filled ones
+# A method has the same colour and marker in every panel; those of this package's methods are filled.
 STYLES = {
     method.name: {
         "color": f"C{i % 10}",
@@ -32,7 +32,9 @@ STYLES = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="a JSON file of `python -m bench kernels` or `make gpu-check`")
+    parser.add_argument(
+        "results", type=Path, help="Results file of `python -m bench kernels` or `make gpu-check` (JSON)."
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -42,7 +44,7 @@ def main(options: argparse.Namespace) -> None:
 def draw(results: Path) -> Path:
     """Writes the figure beside the results and returns its path."""
     data = json.loads(results.read_text(encoding="utf-8"))
-    if "results" in data:  # of a part of the GPU check: part 2 has the headline shape, part 3 the real model's states
+    if "results" in data:  # results of the GPU check: "headline" is in part 2, "states" in part 3
         data = data["results"].get("headline") or data["results"].get("states") or {"shapes": []}
     shapes = [record for record in data["shapes"] if measured(record)]
     if not shapes:
@@ -65,18 +67,19 @@ def draw(results: Path) -> Path:
     commit = (environment["commit"] or "unknown")[:9]
     figure.suptitle(f"{environment['device']}, torch {environment['torch']}, commit {commit}", fontsize=9)
     path = results.with_suffix(".svg")
-    with matplotlib.rc_context({"svg.hashsalt": "bench"}):  # the same numbers give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "bench"}):  # makes the file reproducible
         figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path
 
 
 def measured(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measured rows of a shape at the task ``FULL``."""
     return [row for row in record["rows"] if row["status"] == "measured" and row["task"] == FULL.name]
 
 
 def sweep_of(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The shapes of pairs of the model that was measured at most numbers of tokens: one a number, ascending."""
+    """Shapes with pairs of the model that has the most numbers of tokens: one per number, in ascending order."""
     pairs = {(r["model"], r["tokens"]): r for r in reversed(shapes) if r["responses"] == 2} or {
         (r["model"], r["tokens"]): r for r in reversed(shapes)
     }

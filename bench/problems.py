@@ -1,4 +1,4 @@
-"""What is measured: a batch of preference groups through the heads of policy and reference, in real models' shapes."""
+"""Inputs of the benchmark: preference groups for the heads of policy and reference, in the shapes of real models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onpo_fast.objectives import Dpo, Objective, Onpo
 from .inputs import text_inputs
 
 ONPO = Onpo(eta=1.0)
-DPO = Dpo(beta=0.1)  # for the peer that has no squared loss
+DPO = Dpo(beta=0.1)  # for the peer that has no ONPO loss
 
 MODELS = {  # H and V of the LM head
     "smollm2": (576, 49152),  # SmolLM2-135M
@@ -29,15 +29,15 @@ MODELS = {  # H and V of the LM head
 
 @dataclass(frozen=True)
 class Shape:
-    """Groups of responses of one length through a head. A group of 2 is a pair; of more, all its pairs count."""
+    """Size of a problem: groups of responses of equal length, and the head. All pairs of a group are in the loss."""
 
     model: str
     groups: int
-    responses: int  # of a group
-    tokens: int  # of a response
+    responses: int  # per group
+    tokens: int  # per response
     features: int  # H
     vocabulary: int  # V
-    text: bool = False  # hidden states and head of the real model on real text; otherwise random ones
+    text: bool = False  # whether hidden states and head are those of the real model on real text, or random
 
     @classmethod
     def of(cls, model: str, groups: int, responses: int, tokens: int, text: bool = False) -> Shape:
@@ -49,16 +49,16 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """N: response tokens in all."""
+        """N, the number of response tokens."""
         return self.groups * self.responses * self.tokens
 
     @property
     def gemm_flops(self) -> int:
-        """FLOP of one product through the head: 2·N·H·V."""
+        """FLOP of one product through the head, 2·N·H·V."""
         return 2 * self.rows * self.features * self.vocabulary
 
     def pairs(self) -> Tensor:
-        """(P, 2) int64: every pair of every group, the earlier response the winner."""
+        """All pairs of all groups, (P, 2) int64; the earlier response is the winner."""
         within = list(combinations(range(self.responses), 2))
         return torch.tensor(
             [(g + w, g + x) for g in range(0, self.groups * self.responses, self.responses) for w, x in within]
@@ -66,10 +66,10 @@ class Shape:
 
 
 TARGET = Shape.of("qwen3-8b", 4, 2, 1024)  # the shape that the targets are about
-SMALL_HEAD = Shape.of("smollm2", 4, 2, 1024)  # short sums and few tiles: the epilogue is most of the time
+SMALL_HEAD = Shape.of("smollm2", 4, 2, 1024)  # with short sums and few tiles, most of the time is the epilogue
 TINY = Shape("tiny", 2, 2, 40, features=64, vocabulary=520)
 
-# In the order in which they are measured: what time does not allow is at the end.
+# In order of importance, in case the time is too short for all.
 GPU_SHAPES = (
     TARGET,
     Shape.of("smollm2", 4, 2, 1024, text=True),
@@ -95,7 +95,7 @@ SHAPES = {shape.name: shape for shape in (*GPU_SHAPES, *CPU_SHAPES, TINY)}
 
 @dataclass
 class Problem:
-    """Seeded inputs. The reference is near the policy, as an anchor is: else the margins are noise of 1000 nats."""
+    """Seeded inputs. The reference is close to the policy, as in training; otherwise margins would be 1000 nats."""
 
     shape: Shape
     hidden: Tensor  # (N, H)
@@ -115,10 +115,10 @@ class Problem:
         seed: int = 0,
         inputs: Path | None = None,
     ) -> Problem:
-        """Draws in float32 and rounds to ``dtype``. ``inputs``: a file with the inputs of the text shapes.
+        """Draws inputs in float32 and rounds them to ``dtype``. ``inputs`` is a file with those of the text shapes.
 
         Raises:
-            Unavailable: if the shape wants the real model, and it is not here.
+            Unavailable: if the shape needs the real model, and it cannot be loaded.
         """
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -128,7 +128,7 @@ class Problem:
         if shape.text:
             hidden, weight, targets = text_inputs(shape.rows, shape.tokens, device, inputs)
         else:
-            # Hidden states have the scale of a final norm's output; logits then spread as a model's do, by 2.
+            # Hidden states have the scale of a final norm's output; logits have standard deviation 2, as in a model.
             hidden, weight = normal(shape.rows, 1), normal(shape.vocabulary, 2 / shape.features**0.5)
             targets = torch.randint(shape.vocabulary, (shape.rows,), generator=generator, device=device)
         ref_hidden = (hidden + normal(shape.rows, 0.02 * float(hidden.std()))).to(dtype)
@@ -144,26 +144,26 @@ class Problem:
 
     @cached_property
     def ref_logps(self) -> Tensor:
-        """(S,) float64: the anchor's summed log-probs, for those who cache them. Overwritten with exact ones."""
+        """Summed log-probs under the anchor, (S,) float64, for tasks that cache them. Callers may assign exact ones."""
         with torch.no_grad():
             return self.sums(linear_logprobs(self.ref_hidden, self.ref_weight, self.targets, backend="torch"))
 
     @cached_property
     def device_pairs(self) -> Tensor:
-        """(P, 2) int64 where the inputs are."""
+        """Pairs on the device of the inputs, (P, 2) int64."""
         return self.pairs.to(self.device)
 
     def sums(self, token_logps: Tensor) -> Tensor:
-        """Over responses: (N,) -> (S,) float64, nats."""
+        """Sums token log-probs over each response: (N,) -> (S,) float64, nats."""
         return token_logps.double().view(-1, self.shape.tokens).sum(1)
 
     def margins(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
-        """(S,), (S,) -> (P,) nats."""
+        """Differences of log-ratios, winner minus loser: (S,), (S,) -> (P,), nats."""
         ratio = logps - ref_logps
         winner, loser = self.device_pairs.T
         return ratio[winner] - ratio[loser]
 
     def loss(self, logps: Tensor, ref_logps: Tensor, objective: Objective = ONPO) -> Tensor:
-        """The mean over pairs, for the peers that stop at log-probs: (S,), (S,) -> scalar."""
+        """Mean loss over pairs, for peers that compute log-probs only: (S,), (S,) -> scalar."""
         margins = self.margins(logps, ref_logps)
         return objective.loss(margins, torch.ones_like(margins)).mean()

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, in the formats they are published in: tensors in, quantised tensors and description out."""
+"""Quantises the tensors of a checkpoint in published formats; returns them with the ``quantization_config``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_fp8(tensors: dict[str, Tensor], block: int = 128) -> tuple[dict[str, Tensor], dict]:
-    """The linear layers in float8 with a scale a block, as DeepSeek-V3's."""
+    """Quantises linear layers to float8 with a scale per block, as in DeepSeek-V3."""
     quantised = {}
     for name, weight in tensors.items():
         if weight.dim() != 2 or name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight")):
@@ -19,17 +19,20 @@ def to_fp8(tensors: dict[str, Tensor], block: int = 128) -> tuple[dict[str, Tens
         for i in range(rows):
             for j in range(columns):
                 part = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
-                scales[i, j] = weight[part].abs().max() / 448  # the largest float8
+                scales[i, j] = weight[part].abs().max() / 448  # 448 is the largest float8 e4m3 number
                 values[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
         quantised[name] = values
         quantised[name + "_scale_inv"] = scales
     return quantised, {
-        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block], "activation_scheme": "dynamic",
-    }  # fmt: skip
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
+    }
 
 
 def to_mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """Random experts in pairs of 4-bit numbers with a scale for every 32, the rest in bfloat16, as gpt-oss's."""
+    """Replaces experts by random MXFP4 numbers with a scale per 32 of them, as in gpt-oss; the rest is bfloat16."""
     quantised = {}
     random = torch.Generator().manual_seed(0)
     for name, weight in tensors.items():
@@ -42,6 +45,10 @@ def to_mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
         quantised[name + "_scales"] = torch.full(shape, 124, dtype=torch.uint8)  # 2^(124 − 127)
     return quantised, {
         "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
-                                   "lm_head"],
-    }  # fmt: skip
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }

@@ -1,12 +1,12 @@
-"""Runs a plan of steps within a time limit; one step that fails, hangs or takes too long does not stop the others.
+"""Runs a plan of steps within a time limit; a step that fails, hangs or takes too long does not stop the others.
 
-Every step has planned seconds and a maximum. It may use what the steps before it left over, up to its maximum, but
-never what is planned for the steps after it. When its time is up its process group is killed and the next step begins.
-Results are collected from each step's own folder and written to one JSON file after every step, and every few seconds
-in between. A disk that is full costs the files, not the run.
+Every step has planned seconds and a maximum. It may use time that earlier steps left over, up to its maximum, but not
+the time planned for later steps. When its time is up, its process group is killed and the next step starts. Results are
+collected from each step's folder and written to one JSON file after every step, and every few seconds in between. If
+the disk is full, the files are lost but the run continues.
 
-No process outlives the run: a signal that is passed to ``Runner.stop`` ends them, and if the run itself is killed, a
-watcher does.
+No process outlives the run: a signal passed to ``Runner.stop`` ends them all, and if the run itself is killed, a
+watcher process kills them.
 
 Standard library only: this runs before missing packages are installed.
 """
@@ -34,11 +34,11 @@ SAVE_SECONDS = 5.0  # between two writes while a step runs
 GPU_GONE = 75  # exit status of a benchmark that lost the GPU: a new process may continue with --resume
 MOST_RESTARTS = 4
 LEAST_RESTART_SECONDS = 20.0
-KEPT_CHARACTERS = 2**20  # of a process's output: so many from its beginning and so many from its end
-LINE_CHARACTERS = 2**16  # of a line; a longer one counts as several
+KEPT_CHARACTERS = 2**20  # number of characters kept from the beginning, and from the end, of a process's output
+LINE_CHARACTERS = 2**16  # longer lines are split
 
-# Reads the ids of process groups that begin, and with a minus of those that have ended; when the writer is gone, kills
-# those that are left.
+# Reads ids of process groups from stdin: positive when a group starts, negative when it has ended. At end of file it
+# kills the groups that are left.
 WATCHER = """
 import os, sys
 groups = set()
@@ -54,17 +54,17 @@ for group in groups:
 
 @dataclass(frozen=True)
 class Step:
-    """One or more processes that start together, and what they leave."""
+    """One or more processes that start together, and how their results are read."""
 
     name: str
     seconds: float  # planned
-    most: float  # seconds at most, if earlier steps left some over
-    assumption: str  # what the planned seconds stand for
-    # A function is asked when the step begins: what runs may depend on what was installed by then.
-    # ``{out}`` in an argument becomes the step's own folder, ``{budget}`` the seconds in which to begin new work
+    most: float  # maximum seconds, if earlier steps left time over
+    assumption: str  # what the planned seconds are based on
+    # A function is called when the step starts, since commands may depend on the packages installed by then. In an
+    # argument, ``{out}`` is replaced by the step's folder, ``{budget}`` by the seconds in which it may start new work.
     commands: list[list[str]] | Callable[[], list[list[str]]]
     read: Callable[[str, Path], Any]  # (output, the step's folder) -> results that JSON can hold
-    fault: Callable[[Any], str | None]  # what is wrong with these results; None where they show what they should
+    fault: Callable[[Any], str | None]  # returns what is wrong with the results, or None
     resumes: bool = False  # restart with --resume after a lost GPU or a crash
     scales: bool = True  # its times follow the limit of the run
 
@@ -72,23 +72,23 @@ class Step:
         return self.commands() if callable(self.commands) else self.commands
 
     def times(self, scale: float) -> tuple[float, float]:
-        """Planned seconds and the maximum, in a run whose times are the plan's times ``scale``."""
+        """Planned and maximum seconds, scaled by ``scale`` if the step's times scale."""
         return (self.seconds * scale, self.most * scale) if self.scales else (self.seconds, self.most)
 
 
 def planned(group: tuple[Step, ...], scale: float = 1.0) -> float:
-    """Seconds of steps that run side by side."""
+    """Planned seconds of a group of steps that run side by side."""
     return max(step.times(scale)[0] for step in group)
 
 
 def say(text: str) -> None:
-    """Prints, where there is still somebody to read it."""
-    with suppress(OSError):  # the terminal is gone, or a pipe's reader
+    """Prints a text; does nothing if stdout is closed."""
+    with suppress(OSError):  # the terminal or the reader of a pipe is gone
         print(text, flush=True)
 
 
 class Output:
-    """The beginning and the end of what a process prints."""
+    """The beginning and the end of a process's output."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
@@ -97,7 +97,7 @@ class Output:
         self.left_out = 0  # characters between them
 
     def add(self, text: str) -> bool:
-        """Whether the text is part of the beginning."""
+        """Adds a text; returns whether it belongs to the beginning."""
         if not self.last and self.sizes[0] + len(text) <= KEPT_CHARACTERS:
             self.first.append(text)
             self.sizes[0] += len(text)
@@ -111,9 +111,9 @@ class Output:
         return False
 
     def end(self) -> str:
-        """What comes after the beginning."""
+        """Text after the beginning."""
         gap = f"\n[{self.left_out} characters left out]\n" if self.left_out else ""
-        return gap + "".join(list(self.last))  # a copy: more may come meanwhile
+        return gap + "".join(list(self.last))  # copied, since the reader thread may append
 
     def text(self) -> str:
         return "".join(self.first) + self.end()
@@ -121,7 +121,7 @@ class Output:
 
 @dataclass
 class Process:
-    """One command of a step: restarted where that is allowed, killed with its group when its time is up."""
+    """A command of a step: restarted if allowed, killed with its process group when its time is up."""
 
     step: Step
     command: list[str]
@@ -129,7 +129,7 @@ class Process:
     end: float  # on the monotonic clock
     environment: dict[str, str]
     log: Callable[[str], None]
-    watch: Callable[[int], None]  # is told the id of a process group that begins, and its negative when it has ended
+    watch: Callable[[int], None]  # called with the id of a started process group, and its negative at its end
     output: Output = field(default_factory=Output)
     child: subprocess.Popen | None = None
     status: int | None = None
@@ -157,7 +157,7 @@ class Process:
                 errors="replace",
                 start_new_session=True,
             )
-        except OSError as error:  # there is no such command
+        except OSError as error:  # the command does not exist
             self.output.add(f"{error}\n")
             self.status = 127
             return
@@ -171,7 +171,7 @@ class Process:
                 self.log(f"[{self.step.name}] {line}")
 
     def running(self) -> bool:
-        """Whether it still runs; ends it if its time is up, restarts it if it lost the GPU."""
+        """Whether the process still runs; kills it if its time is up, restarts it if it lost the GPU."""
         if self.status is not None or self.cut:
             return False
         if self.child.poll() is None:
@@ -180,7 +180,7 @@ class Process:
             self.cut = True
             self.end_group()
             return False
-        self.end_group()  # helpers that it left behind
+        self.end_group()  # kills helpers that are still running
         status = self.child.returncode
         lost = status == GPU_GONE or status < 0
         in_time = self.end - time.monotonic() > LEAST_RESTART_SECONDS
@@ -192,17 +192,17 @@ class Process:
         return False
 
     def kill(self) -> None:
-        """Kills its group, and waits for nothing."""
+        """Kills the process group without waiting."""
         if self.child is not None:
-            with suppress(ProcessLookupError, PermissionError):  # none of the group is left
+            with suppress(ProcessLookupError, PermissionError):  # the group has already ended
                 os.killpg(self.child.pid, signal.SIGKILL)
 
     def end_group(self) -> None:
-        """Kills its group, and has read all that it printed."""
+        """Kills the process group and reads the rest of its output."""
         if self.child is None:
             return
         self.kill()
-        with suppress(subprocess.TimeoutExpired):  # it hangs in a driver: go on without it
+        with suppress(subprocess.TimeoutExpired):  # the process hangs in a driver
             self.child.wait(5)
             self.watch(-self.child.pid)
         self.reader.join(5)
@@ -212,13 +212,13 @@ class Runner:
     """Runs groups of steps in order and keeps everything in ``data``, which is written to ``path``."""
 
     def __init__(self, path: Path, seconds: float, data: dict[str, Any], site: Path | None = None) -> None:
-        """``site``: a folder that is put first on the import path of every step."""
+        """``site`` is put first on the import path of every step."""
         self.path, self.end = path, time.monotonic() + seconds
         self.data: dict[str, Any] = {**data, "limit_seconds": seconds, "steps": [], "results": {}}
         self.log_file = open(path.with_suffix(".log"), "wb", buffering=0)
         self.lock = threading.Lock()
         self.disk_failed = False
-        self.stopped: int | None = None  # by this signal
+        self.stopped: int | None = None  # the signal that stopped the run
         paths = [str(site or ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.environment = {
             **os.environ,
@@ -233,22 +233,24 @@ class Runner:
         )
 
     def stop(self, number: int, frame: object = None) -> None:
-        """A signal handler. It raises nothing, so that however many signals come, the processes are ended once and the
-        results kept: ``run`` sees within a moment that there was one, and raises SystemExit."""
+        """Handles a signal by noting it; ``run`` then ends the processes, saves the results and raises SystemExit.
+
+        Raising nothing here ensures that this happens once, however many signals arrive.
+        """
         self.stopped = number
 
     def watch(self, group: int) -> None:
-        """Tells the watcher of a process group: its id, or the negative of it."""
-        with suppress(OSError):  # somebody killed the watcher
+        """Tells the watcher about a process group: its id at the start, the negative at the end."""
+        with suppress(OSError):  # the watcher was killed
             self.watcher.stdin.write(f"{group}\n")
 
     def left(self) -> float:
-        """Seconds for steps."""
+        """Seconds left for steps."""
         return self.end - CLOSING - time.monotonic()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A file that cannot be written is said once; the next write is tried all the same."""
+        """Reports the first file that cannot be written, and continues."""
         try:
             yield
         except OSError as error:
@@ -269,10 +271,10 @@ class Runner:
     def run(
         self,
         groups: list[tuple[Step, ...]],
-        scale: float = 1.0,  # of the times of steps that scale
-        go_on: Callable[[dict[str, Any]], bool] = lambda results: True,  # asked with all results after every group
+        scale: float = 1.0,  # factor on the times of steps that scale
+        go_on: Callable[[dict[str, Any]], bool] = lambda results: True,  # called with all results after every group
     ) -> None:
-        """The steps of a group run side by side, the groups one after the other."""
+        """Runs groups one after the other; the steps of a group run side by side."""
         waiting = [step for group in groups for step in group]
         try:
             for number, group in enumerate(groups):
@@ -317,9 +319,9 @@ class Runner:
                         self.save()
                         saved = time.monotonic()
                     time.sleep(0.1)
-            except BaseException as error:  # this process is being stopped: leave none behind
+            except BaseException as error:  # the run is being stopped; end all processes
                 left = [process for processes in open_steps.values() for process in processes]
-                for process in left:  # all at once: a second signal may be one that cannot be caught
+                for process in left:  # kill all before waiting, as the next signal may be SIGKILL
                     process.kill()
                 for process in left:
                     process.end_group()
@@ -333,13 +335,13 @@ class Runner:
                 raise
 
     def _collect(self, step: Step, processes: list[Process]) -> Any:
-        """What the step has left so far; in ``data`` too."""
+        """Reads the results of a step so far, and stores them in ``data``."""
         if not processes:
             return None
         output = "".join(process.output.text() for process in processes)
         try:
             results = step.read(output, processes[0].folder)
-        except Exception as error:  # half-written or unexpected: the log has it
+        except Exception as error:  # half-written or unexpected results; the log has the output
             results = {"unreadable": f"{type(error).__name__}: {error}"}
         self.data["results"][step.name] = results
         return results

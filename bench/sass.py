@@ -1,7 +1,7 @@
-"""Machine code of NVIDIA GPUs, as ``cuobjdump -sass`` prints it: what runs after the matrix product, and what waits.
+"""Analyses machine code of NVIDIA GPUs as printed by ``cuobjdump -sass``.
 
-Instructions are counted along the shortest path by way of the tile's store: a branch that few tiles take does not
-count, nor would one that all tiles take.
+Instructions are counted on the shortest path through the tile's store. So no optional branch is counted, whether few
+tiles or all tiles take it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from scipy.sparse.csgraph import connected_components
 
 LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
-TARGET = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
+JUMP = re.compile(r"^BRA\b.*?(0x[0-9a-f]+)")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:UTCHMMA|UTCQMMA|HGMMA|HMMA)[.\w]*")
 
 LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 
 
 class Listing:
-    """A kernel's instructions in order, and which may follow which."""
+    """A kernel's instructions in order, and the possible successors of each."""
 
     def __init__(self, sass: str) -> None:
         found = [match.groups() for match in map(LINE.match, sass.splitlines()) if match]
@@ -31,7 +31,7 @@ class Listing:
         self.after: list[list[int]] = []
         for i, text in enumerate(self.instructions):
             bare = PREDICATE.sub("", text)
-            jump = TARGET.match(bare)
+            jump = JUMP.match(bare)
             conditional = bare != text or (jump is not None and re.match(r"BRA\S*\s+!?U?P\d", bare) is not None)
             after = []
             if jump and (there := number.get(int(jump[1], 16))) is not None:
@@ -42,12 +42,14 @@ class Listing:
 
     @property
     def matrix_instructions(self) -> tuple[str, ...]:
-        """The kinds that there are."""
+        """Names of the matrix instructions in the kernel."""
         return tuple(sorted({kind for text in self.instructions for kind in MATRIX_INSTRUCTION.findall(text)}))
 
     def epilogue(self) -> int | None:
-        """Instructions from the last matrix instruction to the end, by way of a tile's store if there is one; None
-        without a matrix instruction."""
+        """Instructions from the last matrix instruction, through the tile's store if there is one, to the end.
+
+        None if there is no matrix instruction.
+        """
         matrix = [i for i, text in enumerate(self.instructions) if MATRIX_INSTRUCTION.search(text)]
         if not matrix:
             return None
@@ -59,7 +61,7 @@ class Listing:
         return distance[first] + min(ends) if ends else None
 
     def _distances(self, start: int) -> dict[int, int]:
-        """Instructions on the shortest path to each one that can follow."""
+        """Lengths of the shortest paths from ``start`` to every instruction that can follow it."""
         distance, waiting = {start: 0}, deque([start])
         while waiting:
             i = waiting.popleft()
@@ -75,16 +77,18 @@ class Listing:
         return [sorted(loop) for loop in self._innermost(set(range(len(self.instructions))))]
 
     def spills_in_a_product(self) -> bool:
-        """Whether local memory is read or written in the loop of a product."""
+        """Whether the loop of a matrix product reads or writes local memory."""
         return any(LOCAL_MEMORY.search(self.instructions[i]) for loop in self.products for i in loop)
 
     def serialised(self) -> bool:
-        """Whether each of Hopper's matrix instructions waits for the one before, in the loop of a product: it ends a
-        group of its own (gsb0), and a wait for all groups comes before the next one."""
+        """Whether, in the loop of a product, each of Hopper's matrix instructions waits for the one before.
+
+        This is so if each ends its own group (gsb0) and a wait for all groups comes before the next one.
+        """
         return any(re.fullmatch("w?(Mw)+M?", self._waits(loop)) for loop in self.products)
 
     def _waits(self, loop: list[int]) -> str:
-        """m for a matrix instruction, M for one that ends a group, w for a wait for all groups, p for another wait."""
+        """A loop as letters: m matrix instruction, M one that ends a group, w wait for all groups, p other wait."""
         kinds = ""
         for text in (self.instructions[i] for i in loop):
             if "HGMMA" in text:
@@ -94,7 +98,10 @@ class Listing:
         return kinds
 
     def _innermost(self, among: set[int]) -> list[set[int]]:
-        """The innermost loops with a matrix instruction: strongly connected parts that are none without their entry."""
+        """The innermost loops with a matrix instruction.
+
+        They are the strongly connected components that fall apart when their entry is removed.
+        """
         numbers = sorted(among)
         position = {i: n for n, i in enumerate(numbers)}
         sources = [position[i] for i in numbers for j in self.after[i] if j in among]

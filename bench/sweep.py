@@ -1,14 +1,14 @@
-"""python -m bench sweep: variants of the loss's kernels at one or more shapes, beside what was predicted for them.
+"""python -m bench sweep: measures variants of the loss's kernels at one or more shapes, and prints predictions beside.
 
-A line is an epilogue of the logits product, a tile of it, or a size of the workspace. Measured are a forward and
-backward pass with the reference through its own head, over the four bare products of the same run, and, where the line
-is about the logits product, scoring over one of them. Gradients are compared with those of the first line that ran,
-log-probs with float64. A variant that does not compile or does not fit the GPU is a line too. ``--resume`` continues
-after a lost GPU.
+A line is a variant of the logits product (epilogue and tile) with a size of the workspace. A forward and backward pass
+with the reference through its own head is timed and divided by the time of the four bare products of the same run.
+Lines about the logits product also time scoring, divided by one bare product. Gradients are compared with those of the
+first line that ran, log-probs with float64. A variant that does not compile or does not fit the GPU is reported failed.
+``--resume`` continues after a lost GPU.
 
-``--compile`` only compiles: every variant on a small problem, in one chunk and, where a line has a workspace for it, in
-several, by several processes, into Triton's cache. Exit status 1 if an epilogue fails with the tile that it has by
-default: nothing of the kind is expected, while other tiles may ask for more than the GPU has.
+``--compile`` only compiles every variant into Triton's cache, in several processes, on a small problem: in one chunk
+and, for lines with a small workspace, in several. The exit status is 1 if an epilogue fails with its default tile.
+Other tiles may fail, since they may need more than the GPU has.
 """
 
 from __future__ import annotations
@@ -33,51 +33,51 @@ from onpo_fast import fused_linear_pair_loss, linear_logprobs
 from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels.variants import Variant, using
 
-from .errors import exact_logps, nats_off, product_seconds, relative_error
+from .accuracy import exact_logps, nats_off, product_seconds, relative_error
 from .kernels import DID_NOT_RETURN, reason_of, release_memory, surroundings
 from .problems import ONPO, SHAPES, SMALL_HEAD, TARGET, Problem, Shape
 from .runner import GPU_GONE
 from .timing import Clock, Products, Spread
 
 GIB = 2**30
-ONE_CHUNK_GIB = 3  # of workspace: all exponentials of TARGET in bf16
-EXACT_SECONDS = 10.0  # float64 log-probs that would take longer are left out
-MOST_DIFFERENCE = 0.02  # of dX from the first line's, relative; two correct variants in bf16 differ by about 0.003
+ONE_CHUNK_GIB = 3  # workspace that holds all exponentials of TARGET in bf16
+EXACT_SECONDS = 10.0  # time limit of a float64 product; without it, log-probs are not compared
+MOST_DIFFERENCE = 0.02  # allowed relative difference of dX to the first line's; correct ones differ by about 0.003
 
 # Predicted milliseconds at TARGET on an H100, from the machine code of the kernels compiled for sm_90 and a product of
 # 13.7 ms (745 TFLOP/s). The masked epilogue in four chunks: scoring the reference 15.8, the policy's exponentials 16.2,
 # the second launch for rows whose shift moved 0.45, dX by cuBLAS 14.0, dW carried over the chunks 17.3, and small
 # launches: 64.2.
 PRODUCT, FOUR_CHUNKS, LOGITS, SCORING = 13.7, 64.2, 15.8 + 16.2, 15.8
-LIGHT = 0.035 * LOGITS  # saved by the light epilogue: 3 to 4% of a pass over the logits
-LOOPING = 0.4  # saved by moved rows on a looping grid; counted with the light epilogue
-ONE_CHUNK = 3.5  # saved where all exponentials fit at once: nothing is carried
-PERSISTENT = 0.02 * FOUR_CHUNKS  # saved by a persistent grid beyond the light epilogue
+LIGHT = 0.035 * LOGITS  # ms saved by the light epilogue, 3 to 4% of a pass over the logits
+LOOPING = 0.4  # ms saved by a looping grid for rows whose shift moved; counted with the light epilogue
+ONE_CHUNK = 3.5  # ms saved if all exponentials fit at once, so that no partial dW is carried
+PERSISTENT = 0.02 * FOUR_CHUNKS  # ms saved by a persistent grid, beyond the light epilogue
 SAVED = {"masked": 0.0, "light": LIGHT + LOOPING, "persistent": LIGHT + LOOPING + PERSISTENT}
 
 
 def predicted(epilogue: str, gib: int) -> float | None:
-    """Over four bare products, with the table's tile. Workspaces of 1 and 3 GiB are four chunks and one."""
+    """Predicted time over four bare products, default tile; workspaces of 1 and 3 GiB are four chunks and one."""
     if gib == 2:
         return None
     return (FOUR_CHUNKS - SAVED[epilogue] - (ONE_CHUNK if gib == ONE_CHUNK_GIB else 0)) / (4 * PRODUCT)
 
 
 def predicted_scoring(epilogue: str) -> float:
-    """Over one bare product, with the table's tile: the same shares of the one pass over the logits."""
+    """Predicted time of scoring over one bare product, default tile; epilogues save the shares given above."""
     shares = {"masked": 1.0, "light": 1 - 0.035, "persistent": (1 - 0.035) * (1 - 0.02)}
     return shares[epilogue] * SCORING / PRODUCT
 
 
 @dataclass(frozen=True)
 class Line:
-    """One variant in one workspace."""
+    """A variant of the kernels with a size of the workspace."""
 
     variant: Variant
     gib: int = 3
-    predicted: float | None = None  # over four bare products
-    predicted_scoring: float | None = None  # over one
-    scores: bool = True  # scoring is measured too
+    predicted: float | None = None  # predicted time over four bare products
+    predicted_scoring: float | None = None  # predicted time of scoring over one bare product
+    scores: bool = True  # whether scoring is measured too
 
     @property
     def name(self) -> str:
@@ -98,8 +98,8 @@ def epilogue_line(epilogue: str, gib: int) -> Line:
     )
 
 
-# Small enough for two or three programs a multiprocessor, by shared memory and registers as compiled for sm_90: one
-# goes on with its product while another is in its epilogue. Rows, columns, warps, stages
+# Tiles (rows, columns, warps, stages) of which two or three programs fit on a multiprocessor of sm_90, so that one can
+# compute its product while another is in its epilogue.
 SHARING = ((128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3), (64, 256, 4, 2))
 
 LINES = (
@@ -120,8 +120,10 @@ LINES = (
 
 
 def lines_of(shape: Shape) -> list[Line]:
-    """What is measured at a shape: at the small head, only those whose exponentials fit at once. Predictions hold at
-    ``TARGET``."""
+    """Lines to measure at a shape; at the small head, only those with the large workspace.
+
+    Predictions are kept at ``TARGET`` only.
+    """
     if shape == TARGET:
         return list(LINES)
     lines = [line for line in LINES if shape != SMALL_HEAD or line.gib == ONE_CHUNK_GIB]
@@ -129,22 +131,47 @@ def lines_of(shape: Shape) -> list[Line]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device on which to run (default: cuda if there is a GPU, otherwise cpu).",
+    )
     parser.add_argument(
         "--shape",
         nargs="+",
         choices=SHAPES,
         default=[TARGET.name],
         metavar="SHAPE",
-        help="as of `bench kernels`; measured one after the other",
+        help=f"Shapes to measure, one after the other (default: {TARGET.name}). Choices: {', '.join(SHAPES)}.",
     )
-    parser.add_argument("--lines", nargs="*", metavar="PART", help="those whose names contain one of these")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after")
-    parser.add_argument("--block", type=float, default=0.3, metavar="SECONDS", help="of timed calls; two a line")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for sweep.json")
-    parser.add_argument("--resume", action="store_true", help="continue the results in that folder")
-    parser.add_argument("--compile", action="store_true", help="compile the variants, measure nothing")
-    parser.add_argument("--workers", type=int, default=4, help="processes that compile")
+    parser.add_argument(
+        "--lines",
+        nargs="*",
+        metavar="TEXT",
+        help="Measure only the variants whose names contain one of these texts (default: all).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Start no measurement after this many seconds (default: no limit).",
+    )
+    parser.add_argument(
+        "--block",
+        type=float,
+        default=0.3,
+        metavar="SECONDS",
+        help="Seconds per timing block; two blocks per variant (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="Folder for sweep.json (default: the current directory)."
+    )
+    parser.add_argument("--resume", action="store_true", help="Continue the sweep.json in the --out folder.")
+    parser.add_argument("--compile", action="store_true", help="Only compile the variants; measure nothing.")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="Number of compiling processes with --compile (default: %(default)s)."
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -172,7 +199,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
-    """A forward and backward pass: the gradient by hidden (N, H), and the policy's summed log-probs (S,)."""
+    """Runs a forward and a backward pass; returns dX (N, H) and the policy's summed log-probs (S,)."""
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden, problem.weight))
     mark()
     out = fused_linear_pair_loss(
@@ -195,20 +222,23 @@ def train(problem: Problem, workspace: int, mark: Callable[[], None] = lambda: N
 
 @torch.no_grad()
 def score(problem: Problem, mark: Callable[[], None]) -> None:
+    """Computes per-token log-probs under the policy."""
     mark()
     linear_logprobs(problem.hidden, problem.weight, problem.targets, backend="triton")
     mark()
 
 
 class Sweep:
-    """Measures lines at a shape into its record in ``data``, which is rewritten to ``path`` after each, until the
-    deadline (monotonic seconds)."""
+    """Measures lines at a shape until the deadline, in seconds of the monotonic clock.
+
+    Results are added to the shape's record in ``data``, which is rewritten to ``path`` after every line.
+    """
 
     def __init__(
         self, path: Path, data: dict[str, Any], device: torch.device, shape: Shape, deadline: float, block: float
     ) -> None:
         self.path, self.data, self.device, self.shape, self.deadline = path, data, device, shape, deadline
-        self.block = (block, 3, 20)  # seconds, and rounds at least and at most
+        self.block = (block, 3, 20)  # seconds, minimum and maximum number of rounds
         self.exact: Tensor | None = None  # (S,) float64, the policy's log-probs
         records = {record["shape"]: record for record in data["shapes"]}
         self.record = records.get(shape.name, {"shape": shape.name, "rows": []})
@@ -216,7 +246,7 @@ class Sweep:
             data["shapes"].append(self.record)
 
     def run(self, lines: list[Line]) -> None:
-        """Measures the lines that the record does not have yet."""
+        """Measures the lines that are not in the record yet."""
         done = {row["line"] for row in self.record["rows"]}
         if done.issuperset(line.name for line in lines):
             return
@@ -256,7 +286,7 @@ class Sweep:
         self.save()
 
     def floor(self, problem: Problem, clock: Clock) -> None:
-        if "floor_seconds" in self.record:  # what the rows so far were held against
+        if "floor_seconds" in self.record:  # earlier rows were divided by it
             return
         bare = Products(problem.hidden, problem.weight)
         laps = clock.block(bare.all, *self.block)
@@ -264,18 +294,18 @@ class Sweep:
         self.record["floor_seconds"] = {n: Spread.of(list(x)).median for n, x in zip(names, zip(*laps))}
 
     def reference(self, problem: Problem) -> None:
-        """The exact log-probs, if they are had in reasonable time and memory."""
+        """Computes float64 log-probs; if they are too slow or too large, notes so in the record."""
         if product_seconds(problem) > EXACT_SECONDS:
             self.record["no_nats"] = "float64 would take too long here"
             return
         try:
             self.exact = exact_logps(problem)
-        except RuntimeError as error:  # the memory is too small; cuBLAS has an error of its own for that
+        except RuntimeError as error:  # out of memory, for which cuBLAS has its own error type
             self.record["no_nats"] = reason_of(error)
         release_memory(self.device)
 
     def again(self, problem: Problem) -> list[Tensor]:
-        """dX of the line that the rows so far were compared with; empty if there is none, or it fails now."""
+        """Recomputes dX of the line that earlier rows were compared with; empty if there is none or it fails."""
         found: list[Tensor] = []
         for row in self.record["rows"]:
             if row["line"] == self.record.get("compared_with"):
@@ -284,7 +314,7 @@ class Sweep:
         return found
 
     def check(self, line: Line, problem: Problem, first: list[Tensor], row: dict[str, Any]) -> None:
-        """The first call, which compiles what is not in the cache."""
+        """Makes the first call, which may compile, and checks its log-probs and gradients."""
         with using(line.variant):
             gradient, logps = train(problem, line.gib * GIB)
         if self.exact is not None:
@@ -293,13 +323,13 @@ class Sweep:
             first.append(gradient)
             self.record["compared_with"] = line.name
         row["difference"] = relative_error(gradient, first[0])
-        if not row["difference"] <= MOST_DIFFERENCE:  # what is not a number is wrong too
+        if not row["difference"] <= MOST_DIFFERENCE:  # ``not <=``, so that NaN fails too
             raise ArithmeticError(f"dX differs by {row['difference']:.1e} from the first line's")
 
     def time(
         self, line: Line, problem: Problem, clock: Clock, samples: tuple[list[float], list[float]], row: dict[str, Any]
     ) -> None:
-        """Adds a block of calls to the samples; the row's figures are over all of them."""
+        """Times a block of calls, adds it to ``samples`` and updates the row with statistics over all of them."""
         floor = self.record["floor_seconds"]
         with using(line.variant):
             samples[0].extend(
@@ -315,7 +345,7 @@ class Sweep:
         row["status"] = "measured"
 
     def guarded(self, row: dict[str, Any], measure: Callable[[], None]) -> bool:
-        """Whether it went well. An error is the row's status; a lost GPU ends the process with ``GPU_GONE``."""
+        """Calls ``measure``; returns whether it succeeded. A lost GPU ends the process with status ``GPU_GONE``."""
         try:
             measure()
         except Exception as error:
@@ -338,7 +368,7 @@ class Sweep:
 
 
 def compile_lines(lines: dict[Shape, list[Line]], device: str, workers: int) -> int:
-    """Compiles lines by shape. Returns the exit status."""
+    """Compiles the lines of each shape; returns the exit status."""
     in_chunks: dict[tuple[Variant, Shape], bool] = {}  # whether a line has too small a workspace for one chunk
     for shape in lines:
         small = small_problem(shape)
@@ -356,12 +386,12 @@ def compile_lines(lines: dict[Shape, list[Line]], device: str, workers: int) -> 
 
 
 def small_problem(shape: Shape) -> Shape:
-    """Tile, dtype and H decide what is compiled: few rows and a small vocabulary do."""
+    """A smaller shape for which the same kernels are compiled; they depend on tile, dtype and H only."""
     return replace(shape, groups=4, responses=2, tokens=min(256, shape.tokens), vocabulary=min(4096, shape.vocabulary))
 
 
 def compile_variant(compiled: tuple[Variant, Shape], in_chunks: bool, device: str) -> tuple[bool, str]:
-    """Whether it went well, and a line about it."""
+    """Compiles a variant; returns whether it succeeded, and a line about it."""
     start = time.perf_counter()
     variant, shape = compiled
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -377,6 +407,6 @@ def compile_variant(compiled: tuple[Variant, Shape], in_chunks: bool, device: st
 
 
 def chunk_bytes(shape: Shape, itemsize: int) -> int:
-    """A workspace for chunks of one group: E and the scaled states of one and a half, and what is carried for dW."""
+    """Bytes of a workspace for one group per chunk: exponentials and scaled states of 1.5 groups, and partial dW."""
     row = itemsize * shape.vocabulary + (itemsize + 4) * shape.features
     return row * shape.responses * shape.tokens * 3 // 2 + shape.vocabulary * shape.features // 2

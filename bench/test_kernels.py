@@ -1,8 +1,8 @@
-"""Time of the loss under pytest-benchmark: forward, backward and both, at one shape, ours and the peers.
+"""Times the loss and its peers with pytest-benchmark at one shape: forward, backward and both.
 
     pytest bench --benchmark-only [-k "TRL and both"]
 
-``python -m bench kernels`` has the other shapes, memory, errors, ratios to the bare products and the targets.
+``python -m bench kernels`` also measures other shapes, memory and errors, and compares with the bare products.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .peers import METHODS, OURS, TASKS, Method, Step, Task
+from .peers import METHODS, OURS, TASKS, Method, Passes, Task
 from .problems import CPU_SHAPES, TARGET, Problem
 
 ROUNDS = 5
-PHASES = {"forward": [Step.forward], "backward": [Step.backward], "both": [Step.forward, Step.backward]}
+PHASES = {"forward": [Passes.forward], "backward": [Passes.backward], "both": [Passes.forward, Passes.backward]}
 CASES = [
     pytest.param(method, task, phase, id=f"{method.name}-{task.name}-{phase}")
     for task in TASKS
@@ -42,14 +42,14 @@ def test_time(benchmark, problem: Problem, method: Method, task: Task, phase: st
         if problem.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def setup() -> tuple[tuple[Step], dict]:
-        step = Step(method, task, problem)
+    def setup() -> tuple[tuple[Passes], dict]:
+        step = Passes(method, task, problem)
         if phase == "backward":
             step.forward()
         wait()
         return (step,), {}
 
-    def passes(step: Step) -> None:
+    def passes(step: Passes) -> None:
         for one in PHASES[phase]:
             one(step)
         wait()

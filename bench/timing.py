@@ -1,4 +1,4 @@
-"""Seconds of a call between marks that it sets: device events on a GPU, the host's clock on a CPU."""
+"""Times calls between marks that they set, with device events on a GPU and the host's clock on a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLUSH_BYTES = 256 * 2**20  # more than any GPU's cache: no call starts with its inputs at hand
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's cache, so that inputs are not cached
 
-Call = Callable[[Callable[[], None]], object]  # is given mark(), which it calls at least twice
+Call = Callable[[Callable[[], None]], object]  # receives mark(), and calls it at least twice
 
 
 class Clock:
-    """Times calls on one device. Input is read from memory: the cache is overwritten before each."""
+    """Times calls on one device. The cache is overwritten before each call, so that inputs are read from memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,7 +25,7 @@ class Clock:
         self.flush = torch.empty(FLUSH_BYTES if self.gpu else 0, dtype=torch.uint8, device=device)
 
     def laps(self, call: Call) -> list[float]:
-        """One call: the seconds between its marks."""
+        """Makes one call; returns the seconds between its marks."""
         if not self.gpu:
             times: list[float] = []
             call(lambda: times.append(time.perf_counter()))
@@ -37,13 +37,13 @@ class Clock:
             events[-1].record()
 
         torch.cuda.synchronize(self.device)
-        self.flush.zero_()  # also covers for the launch of the first kernel, which would be counted otherwise
+        self.flush.zero_()  # also hides the launch time of the first kernel
         call(mark)
         torch.cuda.synchronize(self.device)
         return [a.elapsed_time(b) / 1000 for a, b in pairwise(events)]
 
     def block(self, call: Call, seconds: float, fewest: int, most: int) -> list[list[float]]:
-        """Laps of consecutive calls, as many as fit ``seconds`` but at least and at most so many; one more warms up."""
+        """Laps of ``fewest`` to ``most`` consecutive calls, as many as fit in ``seconds``, after one warm-up call."""
         start = time.perf_counter()
         self.laps(call)
         once = max(time.perf_counter() - start, 1e-6)
@@ -51,10 +51,10 @@ class Clock:
 
 
 class Spread(NamedTuple):
-    """Of samples in seconds."""
+    """Statistics of samples, in seconds."""
 
     median: float
-    iqr: float  # between the quartiles
+    iqr: float  # interquartile range
     least: float
     rounds: int
 
@@ -65,9 +65,10 @@ class Spread(NamedTuple):
 
 
 class Products:
-    """The bare products through the head, the floor of every method: ``torch.mm`` into memory that is there already.
+    """The bare matrix products through the head, the floor of every method's time: ``torch.mm`` into existing memory.
 
-    In as few pieces of equal size as the memory for one piece of logits allows. The gradients' operands are logits.
+    Rows are split into as few equal pieces as the memory for one piece of logits allows. Instead of the gradient of the
+    logits, the products for dX and dW use the logits themselves.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:  # (N, H), (V, H)

@@ -1,11 +1,11 @@
-"""python -m bench training: fits of a large model, and a run of the trainer.
+"""python -m bench training: measures fits of a large model, or a run of the trainer.
 
-fit: a Llama-3-8B with random weights, in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
-micro-batch, with the fused loss and with materialised logits: pairs/s, and memory by part. Nothing is downloaded. Where
-the memory is too small for all layers, fewer are taken, and the table says so.
+--part fit: a Llama-3-8B with random weights in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
+micro-batch, with the fused loss and with materialised logits. Reports pairs/s and memory by part. Nothing is
+downloaded. If the memory is too small for all layers, fewer are used, and the table says so.
 
-run: the trainer with its own defaults, or the options of --train: tokens/s, seconds and memory by stage, also of a run
-that the time was too short for.
+--part run: the trainer with its defaults or the options of --train. Reports tokens/s, seconds and memory by stage, also
+if the time ends before the run.
 
 Every fit and run is a process of its own. The results file, training.json, is rewritten after each, and every few
 seconds during a run.
@@ -31,33 +31,63 @@ import torch
 from onpo_fast.files import atomic_write_text
 
 from . import crash_test
-from .fits import LOSSES, SHAPES
+from .fits import LOSSES, WORKLOADS
 from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
 from .summary import fit_table, run_table
 
-FEWER_LAYERS = 4  # at a time, should the memory be smaller than computed
-LOOK_SECONDS = 2.0  # between two looks at what a run has written
+FEWER_LAYERS = 4  # number of layers removed after each out-of-memory error
+LOOK_SECONDS = 2.0  # interval at which the files of a run are read
 
 Row = dict[str, Any]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
-    parser.add_argument("--part", choices=("fit", "run"), required=True)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop what runs then")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for training.json")
-    parser.add_argument("--shape", choices=SHAPES, default="llama3-8b" if gpu else "tiny", help="of the large model")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["triton", "materialised"], help="of its fits")
-    parser.add_argument("--pairs", type=int, default=4, help="a step of its fits")
-    parser.add_argument("--steps", type=int, default=8, help="that are timed")
-    parser.add_argument("--train", default="", metavar="'OPTIONS'", help="options of the run: of onpo_fast.train")
-    parser.add_argument("--tiny", action="store_true", help="run: with a random model of two layers and ten prompts")
+    parser.add_argument(
+        "--part", choices=("fit", "run"), required=True, help="What to measure: fits of a large model, or a whole run."
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if gpu else "cpu",
+        help="Device on which to train (default: cuda if there is a GPU, otherwise cpu).",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="Stop the running measurement after this many seconds and start no other (default: no limit).",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder for training.json (default: bench/results).")
+    fit = parser.add_argument_group("options of --part fit")
+    fit.add_argument(
+        "--shape",
+        choices=WORKLOADS,
+        default="llama3-8b" if gpu else "tiny",
+        help="Model and sequence lengths (default: llama3-8b if there is a GPU, otherwise tiny).",
+    )
+    fit.add_argument(
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=["triton", "materialised"],
+        help="Loss implementations to fit with, one fit each (default: triton materialised).",
+    )
+    fit.add_argument("--pairs", type=int, default=4, help="Pairs per optimizer step (default: %(default)s).")
+    fit.add_argument("--steps", type=int, default=8, help="Number of timed steps (default: %(default)s).")
+    run = parser.add_argument_group("options of --part run")
+    run.add_argument(
+        "--train",
+        default="",
+        metavar="'OPTIONS'",
+        help="Options of `python -m onpo_fast.train` for the run, as one word (default: none).",
+    )
+    run.add_argument("--tiny", action="store_true", help="Train a random model of two layers on ten prompts.")
 
 
 def main(options: argparse.Namespace) -> int:
-    bench = Bench(options)
+    bench = TrainingBench(options)
     if options.part == "fit":
         bench.fits()
     else:
@@ -67,8 +97,8 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "failed" for row in (*bench.data["fits"], *bench.data["runs"])) else 0
 
 
-class Bench:
-    """Measures into a results file until the time is up."""
+class TrainingBench:
+    """Measures fits and runs into a results file until the time is up."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -93,8 +123,10 @@ class Bench:
     def process(
         self, command: list[str], meanwhile: Callable[[], None] = lambda: None, **environment: str
     ) -> tuple[Row, str]:
-        """How it ended, and what it printed. ``meanwhile`` is called every few seconds; ``environment``: unless it is
-        set already."""
+        """Runs a Python module; returns how it ended, and its output.
+
+        ``meanwhile`` is called every few seconds. ``environment`` has defaults for environment variables.
+        """
         if time.monotonic() >= self.end:
             return {"status": "skipped", "reason": "no time left"}, ""
         start = time.monotonic()
@@ -124,13 +156,13 @@ class Bench:
         return {"status": "out of memory" if "OutOfMemoryError" in said else "failed", "reason": said[:300]}, ""
 
     def job(self, **arguments: Any) -> Row:
-        """One fit in a process of its own: its result, or how it ended without."""
-        # nine tenths of the memory are asked for: what is free must not lie between blocks of fixed sizes
+        """Runs one fit in a process of its own; returns its result, or how it ended."""
+        # expandable segments avoid fragmentation, since a fit uses nine tenths of the memory
         row, output = self.process(["bench.fits", json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
         return json.loads(output.splitlines()[-1]) if output else row
 
     def fits(self) -> None:
-        """Every loss at the same number of layers: as many as the first one can have."""
+        """Measures a fit with each loss, all with the number of layers that fits with the first loss."""
         chosen = self.options
         size = {"shape": chosen.shape, "pairs": chosen.pairs, "steps": chosen.steps}
         layers = None
@@ -150,8 +182,8 @@ class Bench:
         directory = work.resolve() / "run"
         train = self.options.train
         if self.options.tiny:
-            crash_test.prepare(work, "smollm2")
-            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **crash_test.SMALL}
+            crash_test.write_small_model(work, "smollm2")
+            tiny = {"model": work / "model", "prompts": work / "prompts.jsonl", **crash_test.SMALL_RUN_OPTIONS}
             train = " ".join([*(f"--{name} {value}" for name, value in tiny.items()), train])
         command = [
             "onpo_fast.train",
@@ -182,17 +214,17 @@ class Bench:
 
 
 def measures(run: Path) -> Row:
-    """Of a run, finished or not: by stage, median tokens/s (in fits over steps), seconds in all, peaks of memory."""
+    """Median tokens/s (over steps in fits), total seconds and peak memory of a run by stage; it may be unfinished."""
     rates: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    for line in text[: text.rfind("\n") + 1].splitlines():  # the last one may be half-written
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the last line may be incomplete
         record = json.loads(line)
         stage = record["stage"]
         if "tokens_per_second" in record:
             rates.setdefault(stage, []).append(record["tokens_per_second"])
-        if "peak_memory_bytes" in record and record["iteration"] == 1:  # the most so far, so of the stages up to here
+        if "peak_memory_bytes" in record and record["iteration"] == 1:  # the peak up to this stage
             peaks[stage] = max(peaks.get(stage, 0), record["peak_memory_bytes"])
         for name, spent in record.get("stage_seconds", {}).items():
             seconds[name] = seconds.get(name, 0.0) + spent

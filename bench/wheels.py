@@ -1,14 +1,16 @@
-"""Wheels for a machine without a network: fetched here, split where they are large, joined and installed there.
+"""Fetches wheels for a machine without a network, and installs them there.
 
-    python -m bench.wheels fetch FOLDER [PIP OPTIONS]    pip download of bench/wheels.txt, split, listed (make wheels)
-    python -m bench.wheels install FOLDER SITE           into the folder SITE, what is not installed already
+    python -m bench.wheels fetch FOLDER [PIP OPTIONS]    download the wheels of bench/wheels.txt, split large ones, and
+                                                         list the files (make wheels)
+    python -m bench.wheels install FOLDER SITE           join and install missing packages into the folder SITE
 
-A wheel of more than 60 MiB is cut into NAME.whl.part1of2, NAME.whl.part2of2, …, with its SHA-256 in NAME.whl.sha256.
-Standard library only.
+A wheel of more than 60 MiB is split into NAME.whl.part1of2, NAME.whl.part2of2, …, with its SHA-256 in NAME.whl.sha256.
+Only the standard library is imported.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import subprocess
@@ -18,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 
 LIST = Path(__file__).with_name("wheels.txt")
-MOST_BYTES = 60 * 2**20  # of a piece
-# A folder on PYTHONPATH is no site folder: its .pth files, with which a package may add folders, are read only so. The
-# first sitecustomize hides those of other such folders: it reads their files too.
+MOST_BYTES = 60 * 2**20  # maximum size of a piece
+# Python reads .pth files, with which a package may add folders, only in site folders, not in folders on PYTHONPATH.
+# This sitecustomize.py adds its own folder as a site folder. Only the first sitecustomize.py on the path is run, so it
+# also adds the other site-packages folders on PYTHONPATH.
 READ_PTH_FILES = """\
 import os, site
 own = os.path.dirname(os.path.abspath(__file__))
@@ -45,7 +48,7 @@ def fetch(folder: Path, options: list[str]) -> int:
 
 
 def split(folder: Path, most: int = MOST_BYTES) -> None:
-    """Replaces every wheel of more than ``most`` bytes by its pieces and its checksum."""
+    """Replaces every wheel of more than ``most`` bytes by pieces and a checksum file."""
     for wheel in sorted(folder.glob("*.whl")):
         count = -(-wheel.stat().st_size // most)
         if count < 2:
@@ -64,7 +67,7 @@ def split(folder: Path, most: int = MOST_BYTES) -> None:
 
 
 def listing(folder: Path) -> str:
-    """What has to be brought to the machine: every file with its size, and the sum."""
+    """Lists the files to copy to the machine with their sizes, and the total size."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     sizes = [path.stat().st_size for path in files]
     lines = [f"{size / 2**20:8.1f} MiB  {path.name}" for size, path in zip(sizes, files)]
@@ -72,16 +75,16 @@ def listing(folder: Path) -> str:
 
 
 def split_wheels(folder: Path) -> list[str]:
-    """Names of the wheels that are here in pieces, complete or not."""
+    """Names of the split wheels in a folder, complete or not."""
     found = {match["wheel"] for path in folder.glob("*.whl.part*") if (match := PART.fullmatch(path.name))}
     return sorted(found | {path.name.removesuffix(".sha256") for path in folder.glob("*.whl.sha256")})
 
 
 def join(folder: Path, name: str, destination: Path) -> Path:
-    """Puts the pieces of the wheel ``name`` together in ``destination``.
+    """Joins the pieces of the wheel ``name`` into a file in ``destination``.
 
     Raises:
-        Broken: if a piece or the checksum is missing, or the whole is not what was split.
+        Broken: if a piece or the checksum is missing, or the checksum differs.
     """
     record = folder / f"{name}.sha256"
     if not record.is_file():
@@ -105,9 +108,9 @@ def join(folder: Path, name: str, destination: Path) -> Path:
 
 
 def install(folder: Path, site: Path) -> int:
-    """Installs missing packages into ``site``, a folder to be put on PYTHONPATH. Exit status 1 if one was not.
+    """Installs missing packages into ``site``, a folder for PYTHONPATH; returns 1 if a wheel could not be installed.
 
-    Packages that are installed stay as they are: torch and triton go with the GPU's driver.
+    Installed packages are not replaced, because torch and triton must match the GPU's driver.
     """
     site.mkdir(parents=True, exist_ok=True)
     (site / "sitecustomize.py").write_text(READ_PTH_FILES, encoding="utf-8")
@@ -129,8 +132,10 @@ def install(folder: Path, site: Path) -> int:
 
 
 def pip_install(wheels: list[Path], site: Path) -> list[str]:
-    """Installs wheels; names those that pip refused. pip stops at the first that it cannot use, as one for another
-    machine, before it has installed any, and names it: it is called again with the others."""
+    """Installs wheels; returns the names of those that pip refused.
+
+    pip installs nothing if one wheel does not fit the machine, and names that wheel; it is called again without it.
+    """
     pip = [
         sys.executable,
         "-m",
@@ -157,14 +162,14 @@ def pip_install(wheels: list[Path], site: Path) -> list[str]:
 
 
 def is_named(wheel: Path, said: str) -> bool:
-    """Whether an error of pip's is about this wheel: it has the name of the file or of the package."""
+    """Whether an error message of pip names the file or the package of this wheel."""
     package = re.escape(wheel.name.split("-")[0]).replace("_", "[-_.]")
     about = rf"\b{re.escape(wheel.name)}|['\s]{package}['\s]"
     return any(re.search(about, line, re.IGNORECASE) for line in said.splitlines() if line.startswith("ERROR"))
 
 
 def installed(wheel: str) -> bool:
-    """Whether the package of a wheel of this name is installed, in whatever version."""
+    """Whether the package of the wheel with this file name is installed, in any version."""
     try:
         metadata.version(wheel.split("-")[0])
     except metadata.PackageNotFoundError:
@@ -173,12 +178,20 @@ def installed(wheel: str) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) >= 2 and arguments[0] == "fetch":
-        return fetch(Path(arguments[1]), arguments[2:])
-    if len(arguments) == 3 and arguments[0] == "install":
-        return install(Path(arguments[1]), Path(arguments[2]))
-    print(__doc__)
-    return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("fetch", help="Download the wheels of bench/wheels.txt.", allow_abbrev=False)
+    fetching.add_argument("folder", type=Path, help="Folder into which the wheels are downloaded.")
+    fetching.add_argument("pip_options", nargs=argparse.REMAINDER, help="Further options of `pip download`.")
+    installing = commands.add_parser("install", help="Install the wheels whose packages are missing.")
+    installing.add_argument("folder", type=Path, help="Folder with the wheels.")
+    installing.add_argument("site", type=Path, help="Folder into which the packages are installed.")
+    options = parser.parse_args(arguments)
+    if options.command == "fetch":
+        return fetch(options.folder, options.pip_options)
+    return install(options.folder, options.site)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import checks, errors, inputs, kernels, peers, plots
-from bench.errors import Exact, relative_error
+from bench import accuracy, checks, inputs, kernels, peers, plots
+from bench.accuracy import Exact, relative_error
 from bench.memory import gradient_bytes, peak_bytes
 from bench.peers import (
     CACHED,
@@ -35,8 +35,8 @@ from bench.peers import (
     run,
 )
 from bench.problems import DPO, ONPO, SHAPES, TARGET, Problem, Shape
+from bench.targets import GIB, TARGETS, verdicts
 from bench.timing import Clock, Products, Spread
-from bench.verdicts import GIB, TARGETS, verdicts
 from onpo_fast import fused_linear_pair_loss
 
 PAIRS = Shape("tiny-pairs", 3, 2, 9, features=16, vocabulary=77)
@@ -75,7 +75,7 @@ def test_the_float64_reference_is_the_definition(exact: Exact, objective) -> Non
     torch.testing.assert_close(exact.logps, out.logps)
     torch.testing.assert_close(exact.ref_logps, out.ref_logps)
     torch.testing.assert_close(exact.problem.loss(exact.logps, exact.ref_logps, objective), out.loss.detach())
-    torch.testing.assert_close(errors.exact_logps(problem), out.logps)
+    torch.testing.assert_close(accuracy.exact_logps(problem), out.logps)
     for got, want in zip(exact.gradients[objective], (hidden.grad, weight.grad)):
         assert relative_error(got, want) < 1e-7
 
@@ -168,14 +168,14 @@ NO_LUCK = Method("broken", _broken(RuntimeError("no such kernel\nmore")), (FULL,
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch) -> kernels.Bench:
+def bench(tmp_path, monkeypatch) -> kernels.KernelBench:
     monkeypatch.setattr(kernels, "peak_bytes", lambda *_: 10**6)
     monkeypatch.setitem(plots.STYLES, NO_MEMORY.name, {})
     report = kernels.Report.open(tmp_path / "kernels-cpu.json", CPU, resume=False)
-    return kernels.Bench(report, CPU, None, time.monotonic() + 60, block_seconds=0.0)
+    return kernels.KernelBench(report, CPU, None, time.monotonic() + 60, block_seconds=0.0)
 
 
-def test_a_run(bench: kernels.Bench, capsys) -> None:
+def test_a_run(bench: kernels.KernelBench, capsys) -> None:
     methods = [TORCH, MATERIALISED, TRL, FAST, NO_MEMORY, NO_LUCK]
     bench.shape(PAIRS, methods, thorough=False)
     bench.shape(GROUP, [MATERIALISED], thorough=True)
@@ -210,7 +210,7 @@ def test_a_run(bench: kernels.Bench, capsys) -> None:
     assert "<svg" in bench.report.path.with_suffix(".svg").read_text()
 
 
-def test_a_run_goes_on_where_it_stopped(bench: kernels.Bench) -> None:
+def test_a_run_goes_on_where_it_stopped(bench: kernels.KernelBench) -> None:
     record = bench.report.shape(PAIRS, torch.float32)
     bench.report.begin(record, MATERIALISED, FULL)  # and there the process ended
     again = kernels.Report.open(bench.report.path, CPU, resume=True)
@@ -236,7 +236,7 @@ def test_the_order_of_measurement() -> None:
     assert len(on_cpu) == 2
 
 
-def test_no_time_and_no_inputs_are_said(bench: kernels.Bench, tmp_path, capsys) -> None:
+def test_no_time_and_no_inputs_are_said(bench: kernels.KernelBench, tmp_path, capsys) -> None:
     bench.inputs = tmp_path / "few.npz"
     inputs.save(bench.inputs, torch.randn(4, 576), torch.randn(7, 576), torch.arange(4))
     bench.shape(SHAPES["smollm2-text-4x2x256"], [TORCH], thorough=True)
@@ -305,7 +305,7 @@ def test_verdicts_are_computed() -> None:
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
-def test_targets_are_for_hopper_gpus(device: str, bench: kernels.Bench, capsys) -> None:
+def test_targets_are_for_hopper_gpus(device: str, bench: kernels.KernelBench, capsys) -> None:
     bench.report.data["environment"]["device"] = device
     bench.report.finish()
     assert "they are set for" not in capsys.readouterr().out
@@ -368,10 +368,10 @@ def test_memory_that_does_not_suffice_is_no_fault(monkeypatch, capsys) -> None:
 
 def test_one_slow_sample_does_not_make_float64_slow(monkeypatch) -> None:
     ticks = iter([0.0, 60.0, 100.0, 100.001, 200.0, 205.0])
-    monkeypatch.setattr(errors.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(accuracy.time, "perf_counter", lambda: next(ticks))
     problem = Problem.make(PAIRS)
     product = 2 * 1024 * 1024 * 2048
-    assert errors.seconds(problem, 1) == pytest.approx(0.001 * 5 * problem.shape.gemm_flops / product)
+    assert accuracy.seconds(problem, 1) == pytest.approx(0.001 * 5 * problem.shape.gemm_flops / product)
 
 
 def test_commands() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import fits, training
-from bench.fits import SHAPES, Marks, large, materialised_pair_loss
+from bench.fits import WORKLOADS, Marks, large, materialised_pair_loss
 from bench.problems import ONPO, Problem, Shape
 from onpo_fast import fused_linear_pair_loss
 
@@ -22,17 +22,17 @@ SIZE = {"shape": "tiny", "pairs": 2, "steps": 3, "device": "cpu"}
 def bench(tmp_path, monkeypatch):
     """A benchmark with these options, whose jobs run in this process."""
 
-    def make(**options) -> training.Bench:
+    def make(**options) -> training.TrainingBench:
         parser = argparse.ArgumentParser()
         training.arguments(parser)
         defaults = vars(parser.parse_args(["--part", "fit", "--out", str(tmp_path), "--device", "cpu"]))
-        return training.Bench(argparse.Namespace(**{**defaults, **options}))
+        return training.TrainingBench(argparse.Namespace(**{**defaults, **options}))
 
-    monkeypatch.setattr(training.Bench, "job", lambda self, **arguments: fits.large(**arguments))
+    monkeypatch.setattr(training.TrainingBench, "job", lambda self, **arguments: fits.large(**arguments))
     return make
 
 
-def written(bench: training.Bench) -> dict:
+def written(bench: training.TrainingBench) -> dict:
     return json.loads(bench.path.read_text(encoding="utf-8"))
 
 
@@ -63,7 +63,7 @@ def test_the_materialised_loss_is_the_loss() -> None:
 
 
 def test_llama_3_8b_and_the_layers_that_fit(monkeypatch) -> None:
-    shape = SHAPES["llama3-8b"]
+    shape = WORKLOADS["llama3-8b"]
     assert shape.parameters(32) == 8_030_261_248
     gpu = torch.device("cuda")
     for free, layers in ((84.5e9, 32), (60e9, 28), (10e9, 1)):

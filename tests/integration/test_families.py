@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from bench import families
-from bench.families import Row, check, check_all, main
-from bench.zoo import FAMILIES, Family
+from bench.families import FamilyResult, check, check_all, main
+from bench.tiny_checkpoints import Family
+from bench.zoo import FAMILIES
 from onpo_fast.data import Group
 from onpo_fast.errors import UserError
 from onpo_fast.models.policy import Policy
@@ -53,7 +54,7 @@ EXACT_OR_REFUSED = ("nemotron_h", "phi3-longrope-crossed", "deepseek_v32", "bart
 NOT_CAUSAL = [name for name, family in FAMILIES.items() if not family.causal]
 
 
-def checked(name: str, tmp_path: Path) -> Row:
+def checked(name: str, tmp_path: Path) -> FamilyResult:
     """The row of a family that this version of transformers has."""
     row = check(name, FAMILIES[name], tmp_path)
     if row.verdict == "absent":
@@ -65,8 +66,8 @@ def checked(name: str, tmp_path: Path) -> Row:
 def test_is_exact(name: str, tmp_path: Path) -> None:
     row = checked(name, tmp_path)
     assert row.verdict == "exact"
-    assert max(row.logps, row.sampled, row.saved) <= families.NATS
-    assert row.gradient <= families.RELATIVE
+    assert max(row.logps, row.sampled, row.saved) <= families.MAX_LOGP_ERROR
+    assert row.gradient <= families.MAX_GRADIENT_ERROR
 
 
 @pytest.mark.parametrize("name", EXACT_OR_REFUSED)
@@ -184,18 +185,20 @@ def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys) -
         os._exit(7) if name == "llama" else os.read(os.pipe()[0], 1)
 
     monkeypatch.setattr(families, "check", end)
-    monkeypatch.setattr(families, "SECONDS", 0.5)
+    monkeypatch.setattr(families, "MAX_SECONDS", 0.5)
     died, hung = check_all(["llama", "gpt2"], 2)
     assert died.verdict == "WRONG: its process ended with exit status 7"
     assert hung.verdict == "WRONG: its process ended with more than 0.5 s"
 
 
 ROWS = {
-    "llama": Row("llama", "", "shared", 1e-6, 2e-6, 3e-6, 0.0, [], "exact", 0.1),
-    "rwkv": Row("rwkv", "recurrent", "separate", 1e-6, 2e-6, 3e-6, 0.0, ["one prompt at a time"], "exact", 0.1),
-    "t5": Row("t5", "encoder and decoder", verdict="refused: why"),
-    "gpt2": Row("gpt2", "", "shared", 1.0, verdict="WRONG: log-probs are off by 1 nats"),
-    "xlm": Row("xlm", "", verdict="absent"),
+    "llama": FamilyResult("llama", "", "shared", 1e-6, 2e-6, 3e-6, 0.0, [], "exact", 0.1),
+    "rwkv": FamilyResult(
+        "rwkv", "recurrent", "separate", 1e-6, 2e-6, 3e-6, 0.0, ["one prompt at a time"], "exact", 0.1
+    ),
+    "t5": FamilyResult("t5", "encoder and decoder", verdict="refused: why"),
+    "gpt2": FamilyResult("gpt2", "", "shared", 1.0, verdict="WRONG: log-probs are off by 1 nats"),
+    "xlm": FamilyResult("xlm", "", verdict="absent"),
 }
 
 

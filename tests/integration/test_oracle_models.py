@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.model_files import edit_config, edit_template
+from support.tiny_models import make_family
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bench.zoo import FAMILIES, build
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
@@ -202,7 +202,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
     """Builds a tiny random model of a family, and a reward model on top of its body where there is one."""
 
     def build_one(name: str) -> Path:
-        build(FAMILIES[name], directory := tmp_path_factory.mktemp(name))
+        make_family(name, directory := tmp_path_factory.mktemp(name))
         return directory
 
     return build_one

@@ -20,14 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import checks, errors, gpu_check, plots, problems, summary, survey, sweep, wheels
+from bench import accuracy, checks, gpu_check, plots, problems, summary, survey, sweep, wheels
 from bench import runner as running
 from bench.gpu_check import LIMITS, PARTS, Setting
 from bench.kernels import surroundings
 from bench.peers import METHODS, TASKS
 from bench.problems import Problem
 from bench.runner import CLOSING, GPU_GONE, ROOT, Output, Runner, Step, planned
-from bench.verdicts import TARGETS
+from bench.targets import TARGETS
 from onpo_fast.config import parse
 from onpo_fast.kernels.groups import PairLayout
 from onpo_fast.kernels.plan import choose_plan
@@ -67,10 +67,12 @@ def test_every_command_of_the_plan_is_one(dry: bool, tmp_path: Path) -> None:
 
 
 def test_shapes_have_the_names_that_the_plan_gives_them() -> None:
-    assert gpu_check.TARGET == problems.TARGET.name == checks.SHAPES[0].name
+    assert gpu_check.TARGET == problems.TARGET.name == checks.CHECKED_SHAPES[0].name
     assert {gpu_check.SMALL_HEAD, gpu_check.TEXT, gpu_check.TINY} <= problems.SHAPES.keys()
     assert problems.SHAPES[gpu_check.SMALL_HEAD] is problems.SMALL_HEAD
-    assert sorted(shape for some in gpu_check.CHECK_SHAPES for shape in some) == sorted(s.name for s in checks.SHAPES)
+    assert sorted(shape for some in gpu_check.CHECK_SHAPES for shape in some) == sorted(
+        s.name for s in checks.CHECKED_SHAPES
+    )
 
 
 def test_every_test_of_the_kernels_is_in_the_plan(tmp_path: Path) -> None:
@@ -673,7 +675,7 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 active.pop()
 
         active: list[Variant] = []
-        exact = errors.exact_logps(Problem.make(problems.TINY))
+        exact = accuracy.exact_logps(Problem.make(problems.TINY))
         monkeypatch.setattr(sweep, "train", train)
         monkeypatch.setattr(sweep, "score", lambda problem, mark: (mark(), mark()))
         monkeypatch.setattr(sweep, "using", using)

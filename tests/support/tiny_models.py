@@ -64,7 +64,7 @@ _SHARED = {
     "eos_token_id": 2,
 }
 FAMILIES = {
-    "llama": ("LlamaConfig", {**_SHARED, "num_key_value_heads": 2}),
+    "llama": ("LlamaConfig", {**_SHARED, "num_key_value_heads": 2, "tie_word_embeddings": False}),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
         {
@@ -102,5 +102,8 @@ def make_family(name: str, directory: Path) -> None:
         for parameter in model.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.1
             parameter.add_(torch.randn(parameter.shape), alpha=scale)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # padding embeddings have no gradient, so training keeps 0
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)

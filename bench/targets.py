@@ -1,4 +1,4 @@
-"""The targets, and whether the numbers of a run meet them. The targets are about one shape on a Hopper GPU."""
+"""Performance and accuracy targets for one shape on a Hopper GPU, and whether the results of a run meet them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TARGET_DEVICES = ("H100", "H200")  # one of these is part of the device's name
 
 
 class Measured:
-    """The numbers of one shape; None where one was not measured."""
+    """Results of one shape. Every method returns None where a value was not measured."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         self.floor = record.get("floor_seconds")
         self.rows = {(row["method"], row["task"]): row for row in record["rows"] if row["status"] == "measured"}
 
     def value(self, method: Method, task: Task, *keys: str) -> float | None:
-        """An entry of a row, as deep as the keys lead."""
+        """A value of a row, looked up through nested keys."""
         entry: Any = self.rows.get((method.name, task.name))
         for key in keys:
             entry = None if entry is None else entry.get(key)
@@ -32,20 +32,22 @@ class Measured:
         return self.value(method, task, "seconds", "both", "median")
 
     def products(self, logits: int, hidden: int, weight: int) -> float | None:
-        """Seconds of so many bare products."""
+        """Seconds of these numbers of bare products."""
         if self.floor is None:
             return None
         return logits * self.floor["logits"] + hidden * self.floor["hidden"] + weight * self.floor["weight"]
 
     def over_floor(self, method: Method, task: Task, recomputed: int = 0) -> float | None:
+        """Time divided by that of the task's bare products and ``recomputed`` further products for logits."""
         floor = self.products(task.logits + recomputed, task.hidden, task.weight)
         return ratio(self.seconds(method, task), floor)
 
     def over(self, method: Method, peer: Method | None, *keys: str) -> float | None:
+        """A value of ``method`` divided by that of ``peer``, at ``FULL``."""
         return ratio(self.value(method, FULL, *keys), peer and self.value(peer, FULL, *keys))
 
     def best_peer(self, *keys: str) -> Method | None:
-        """The method of others with the least such value at ``FULL``."""
+        """The peer with the smallest such value at ``FULL``."""
         values = {peer: self.value(peer, FULL, *keys) for peer in METHODS if peer not in OURS}
         found = {peer: value for peer, value in values.items() if value is not None and math.isfinite(value)}
         return min(found, key=found.get, default=None)
@@ -57,15 +59,19 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
+    """A claim that a measured value is at most ``limit``."""
+
     claim: str
     limit: float
     value: Callable[[Measured], float | None]
     unit: str = "×"
-    peer: Callable[[Measured], Method | None] = lambda measured: None  # whom the claim is about, if that is measured
+    peer: Callable[[Measured], Method | None] = lambda measured: (
+        None
+    )  # the peer that the claim compares with, named in the verdict
 
     def verdict(self, measured: Measured) -> dict[str, Any]:
         value = self.value(measured)
-        word = "not measured" if value is None else "met" if value <= self.limit else "missed"  # NaN meets nothing
+        word = "not measured" if value is None else "met" if value <= self.limit else "missed"  # NaN counts as missed
         peer = self.peer(measured)
         claim = self.claim if peer is None else f"{self.claim} ({peer.name})"
         return {"claim": claim, "limit": f"≤ {self.limit:g} {self.unit}", "measured": value, "verdict": word}
@@ -75,16 +81,16 @@ def _extra_gib(method: Method) -> Callable[[Measured], float | None]:
     return lambda m: ratio(m.value(method, FULL, "peak_extra_bytes"), GIB)
 
 
-SECONDS = ("seconds", "both", "median")
-NATS = ("error", "logps_nats_rms")
+MEDIAN_SECONDS = ("seconds", "both", "median")
+LOGP_ERROR = ("error", "logps_nats_rms")
 
 TARGETS = (
     Target("fast, policy + reference: time over its four bare products", 1.12, lambda m: m.over_floor(FAST, FULL)),
     Target(
         "fast: time over the fastest peer's",
         0.90,
-        lambda m: m.over(FAST, m.best_peer(*SECONDS), *SECONDS),
-        peer=lambda m: m.best_peer(*SECONDS),
+        lambda m: m.over(FAST, m.best_peer(*MEDIAN_SECONDS), *MEDIAN_SECONDS),
+        peer=lambda m: m.best_peer(*MEDIAN_SECONDS),
     ),
     Target("fast, in one chunk: memory beyond inputs and gradients", 2.8, _extra_gib(FAST), unit="GiB"),
     Target(
@@ -102,8 +108,8 @@ TARGETS = (
     Target(
         "fast: log-prob error over that of the most exact peer",
         1.0,
-        lambda m: m.over(FAST, m.best_peer(*NATS), *NATS),
-        peer=lambda m: m.best_peer(*NATS),
+        lambda m: m.over(FAST, m.best_peer(*LOGP_ERROR), *LOGP_ERROR),
+        peer=lambda m: m.best_peer(*LOGP_ERROR),
     ),
     Target(
         "fast: error of dX over materialised PyTorch's",
@@ -119,6 +125,6 @@ TARGETS = (
 
 
 def verdicts(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a run's records, by shape."""
+    """Verdicts on all targets, from the records of a run's shapes."""
     record = next((r for r in shapes if r["shape"] == TARGET.name), {"rows": []})
     return [target.verdict(Measured(record)) for target in TARGETS]

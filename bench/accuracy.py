@@ -1,4 +1,4 @@
-"""How far a result is from float64: the same inputs, every operation in double precision, a few rows at a time."""
+"""Errors of a result against a float64 reference, which is computed from the same inputs a few rows at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from onpo_fast.objectives import Objective
 from .peers import Result
 from .problems import Problem, Shape
 
-PIECE_BYTES = 2**29  # of float64 logits
-TOKENS = 1000  # errors of summed log-probs are given for a response of this length
+PIECE_BYTES = 2**29  # size of one piece of float64 logits
+TOKENS = 1000  # response length to which errors of summed log-probs are scaled
 
 
 @dataclass
@@ -26,11 +26,12 @@ class Exact:
     problem: Problem
     logps: Tensor  # (S,) float64, policy
     ref_logps: Tensor  # (S,) float64, anchor
-    gradients: dict[Objective, tuple[Tensor, Tensor]]  # by hidden (N, H) and weight (V, H), rounded to fp32 at the end
+    gradients: dict[Objective, tuple[Tensor, Tensor]]  # gradients of hidden (N, H) and weight (V, H), float32
 
     @classmethod
     @torch.no_grad()
     def of(cls, problem: Problem, objectives: Iterable[Objective]) -> Exact:
+        """Computes log-probs and the gradients of each objective; gradients are accumulated in float64."""
         ref_normalisers = _normalisers(problem.ref_hidden, problem.ref_weight, problem.targets)
         ref_logps = problem.sums(ref_normalisers[1])
         weight = problem.weight.double()
@@ -52,8 +53,11 @@ class Exact:
         return cls(problem, logps, ref_logps, gradients)
 
     def errors(self, result: Result, objective: Objective) -> dict[str, float]:
-        """Nats per response of 1000 tokens (the largest and the root mean square over the responses); gradients
-        relative, in the Frobenius norm."""
+        """Errors of a result by name.
+
+        ``logps_nats_max`` and ``logps_nats_rms`` are the largest error and the root mean square over the responses, in
+        nats per 1000 tokens. ``hidden_gradient`` and ``weight_gradient`` are relative errors in the Frobenius norm.
+        """
         nats = nats_off(result.logps, self.logps, self.problem)
         errors = {"logps_nats_max": float(nats.max()), "logps_nats_rms": float(nats.square().mean().sqrt())}
         got = {"hidden_gradient": result.hidden_gradient, "weight_gradient": result.weight_gradient}
@@ -65,17 +69,17 @@ class Exact:
 
 @torch.no_grad()
 def exact_logps(problem: Problem) -> Tensor:
-    """(S,) float64: the policy's summed log-probs, without the reference and the gradients of ``Exact``."""
+    """Summed log-probs under the policy, (S,) float64, without the rest of ``Exact``."""
     return problem.sums(_normalisers(problem.hidden, problem.weight, problem.targets)[1])
 
 
 def nats_off(logps: Tensor, exact: Tensor, problem: Problem) -> Tensor:
-    """(S,), (S,) -> (S,) float64: how far summed log-probs are off, in nats per response of 1000 tokens."""
+    """Absolute errors of summed log-probs, in nats per 1000 tokens: (S,), (S,) -> (S,) float64."""
     return (logps.double() - exact).abs() * (TOKENS / problem.shape.tokens)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖, in float64 without a float64 copy of either."""
+    """Relative error ‖got − want‖ / ‖want‖ in float64, computed in pieces to save memory."""
     difference = norm = 0.0
     for rows in torch.arange(len(want)).split(max(1, PIECE_BYTES // (8 * want[0].numel()))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -86,16 +90,16 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def seconds(problem: Problem, objectives: int) -> float:
-    """About how long ``Exact.of`` takes here: logits of the policy twice, of the reference once, and the gradients."""
+    """Estimated seconds of ``Exact.of`` on this device: three passes over the logits, and the gradients."""
     return (4 + objectives) * product_seconds(problem)
 
 
 def product_seconds(problem: Problem) -> float:
-    """About how long a float64 product through the head takes here; ``exact_logps`` is little more."""
+    """Estimated seconds of one float64 product through the head on this device; ``exact_logps`` takes little more."""
     a = torch.randn(1024, 2048, dtype=torch.float64, device=problem.device)
-    a @ a.T  # sets the library up
+    a @ a.T  # the first product initialises the BLAS library
     samples = []
-    for _ in range(3):  # the least: other processes may share the device
+    for _ in range(3):  # the minimum is used, since other processes may share the device
         _wait(problem.device)
         start = time.perf_counter()
         a @ a.T
@@ -105,13 +109,15 @@ def product_seconds(problem: Problem) -> float:
 
 
 def bytes_kept(shape: Shape) -> int:
-    """Of gradients by hidden and weight in float32, which ``Exact`` keeps for each objective."""
+    """Bytes of the float32 gradients of hidden and weight that ``Exact`` keeps per objective."""
     return 4 * (shape.rows + shape.vocabulary) * shape.features
 
 
 def bytes_while_made(shape: Shape) -> int:
-    """The most that ``Exact.of`` takes for one objective: head and its gradient in float64, the pieces of logits and
-    their temporaries, and what is kept."""
+    """Peak bytes of ``Exact.of`` for one objective.
+
+    These are the head and its gradient in float64, the pieces of logits with their temporaries, and ``bytes_kept``.
+    """
     return 2 * 8 * shape.vocabulary * shape.features + 4 * PIECE_BYTES + bytes_kept(shape)
 
 
@@ -126,7 +132,7 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _normalisers(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and log-prob of every row: (N, H), (V, H), (N,) -> (N,), (N,) float64."""
+    """Log-sum-exp and log-prob of the target of every row: (N, H), (V, H), (N,) -> (N,), (N,) float64, nats."""
     weight = weight.double()
     normaliser = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
     chosen = torch.empty_like(normaliser)
@@ -139,7 +145,7 @@ def _normalisers(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def _coefficients(problem: Problem, logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tensor:
-    """(N, 1): d loss / d log-prob of every token."""
+    """Derivative of the loss with respect to the log-prob of every token, (N, 1) float64."""
     margins = problem.margins(logps, ref_logps)
     derivative = objective.derivative(margins, torch.ones_like(margins)) / len(margins)
     winner, loser = problem.device_pairs.T
