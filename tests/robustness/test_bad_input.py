@@ -175,7 +175,7 @@ def test_training(here: Path, line: str, message: str, capsys, monkeypatch) -> N
     [
         (evaluate.main, "nothing", "nothing is not a run directory: it has no config.yaml"),
         (evaluate.main, "nothing --out x", "there is no option --out"),
-        (report.main, "", "the following arguments are required: directory"),
+        (report.main, "", "the following arguments are required: DIR"),
         *(
             (main, "--nope", "there is no option --nope (see --help)")
             for main in (evaluate.main, report.main, export.main)
@@ -349,7 +349,7 @@ def configured(directory: Path, **values) -> None:
     (directory / "config.json").write_text(json.dumps({**old, **values}))
 
 
-def narrow(directory: Path, rows: int = 1000) -> None:
+def narrow(directory: Path, rows: int = 200) -> None:
     weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:rows].clone()
@@ -358,7 +358,7 @@ def narrow(directory: Path, rows: int = 1000) -> None:
 
 def small_vocabulary(directory: Path) -> None:
     narrow(directory)
-    configured(directory, vocab_size=1000)
+    configured(directory, vocab_size=200)
 
 
 def endless_token(directory: Path) -> None:
@@ -382,8 +382,8 @@ def own_code(directory: Path) -> None:
         (adapter, "broken is an adapter: merge it into its model first"),
         (truncated, "cannot load the model broken: "),
         (lambda directory: configured(directory, num_hidden_layers=3), "broken lacks 9 of the weights that its config"),
-        (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (1000, 576) where it"),
-        (small_vocabulary, "the tokenizer of broken does not fit its model: it has tokens up to 49151, and the "),
+        (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (200, 32) where it"),
+        (small_vocabulary, "the tokenizer of broken does not fit its model: it has tokens up to 258, and the "),
         (own_code, "cannot load the model broken: it comes with Python code"),
         (
             lambda directory: configured(directory, num_hidden_layers=-1),
@@ -436,7 +436,7 @@ def test_a_prompt_longer_than_the_context(here: Path, shallow_model: Path, capsy
     ]
     (here / "long_only.jsonl").write_text((here / "long.jsonl").read_text().replace('{"prompt": ""}\n', ""))
     said = one_line(train.main, [*arguments, "--prompts", "long_only.jsonl"], capsys)
-    assert "it exceeds the model's context of 8192 tokens" in said
+    assert "it exceeds the model's context of 512 tokens" in said
     assert not (here / "out").exists()
     train.main([*arguments, "--skip_bad_prompts"])
     assert "2 bad prompts skipped, the first: long.jsonl, line 8: a message is empty" in capsys.readouterr().out
@@ -465,7 +465,7 @@ def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys
         ],
         capsys,
     )
-    assert said.startswith("iteration 1 has no pair to learn from")
+    assert said.startswith("iteration 1: no pair to learn from")
     assert (here / "out/iteration_01/responses.jsonl").exists()
     assert not (here / "out/iteration_01/pairs.jsonl").exists()
 
