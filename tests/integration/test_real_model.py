@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,9 @@ import torch
 
 from onpo_fast import data
 from onpo_fast.config import Config, SamplingConfig
-from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import fit, plan_steps
 from onpo_fast.models.loading import load
-from onpo_fast.models.policy import Policy, score
-from onpo_fast.objectives import Onpo
+from onpo_fast.models.policy import Policy
 from onpo_fast.packing import pack
 from onpo_fast.sampling import TransformersSampler
 
@@ -26,26 +26,6 @@ PACKED = [
 
 def user(content: str) -> dict:
     return {"role": "user", "content": content}
-
-
-def make_groups(policy: Policy) -> list[Group]:
-    """Four prompts with three responses each."""
-    texts = ["Yes.", "No, thank you very much!", "Perhaps it will rain.", ""]
-    prompts = [[user(question)] for question in ("Tea?", "Will it rain tomorrow?", "Do fish sleep?", "Why?")]
-    return [
-        Group(
-            prompt,
-            policy.renderer.render(prompt),
-            [
-                Response(text, policy.tokenizer(text)["input_ids"] + policy.eos_tokens[:1] if text else [], "eos", 0.0)
-                for text in (texts[i:] + texts[:i])[:3]
-            ],
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-PAIRS = [Pair(g, w, lo, p) for g in range(4) for w, lo, p in ((0, 1, 1.0), (2, 0, 0.7), (1, 2, 0.9))]
 
 
 def hidden_alone(policy: Policy, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -71,23 +51,6 @@ def test_some_responses_end_by_themselves(real_policy: Policy) -> None:
     sampler = TransformersSampler(real_policy, SamplingConfig(max_new_tokens=24, sampling_batch_size=8))
     reasons = {r.stop_reason for r in sampler(prompt, 12, [0])[0].responses}
     assert "eos" in reasons
-
-
-def test_margins_go_to_the_least_squares_solution(model_directory) -> None:
-    """The labels of every group go in a circle, 1 + 0.8 + 0.4 nats round it, where margins add up to 0."""
-    config = Config(model=str(model_directory), learning_rate=2e-6, warmup_ratio=0.0)
-    policy = load(model_directory, config)
-    groups = make_groups(policy)
-    anchor = score(policy, groups, 1000)
-    records: list[dict] = []
-    fit(policy, groups, plan_steps(PAIRS, 16, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
-    least = (2.2 / 3) ** 2
-    assert records[0]["loss"] - least > 0.05
-    assert records[-1]["loss"] - least < 0.01
-    ratio = [after - before for after, before in zip(score(policy, groups, 1000), anchor)]
-    margins = torch.stack([ratio[p.group][p.winner] - ratio[p.group][p.loser] for p in PAIRS])
-    targets = torch.tensor([2.0 * (p.preference - 0.5) for p in PAIRS])
-    assert (margins - (targets - 2.2 / 3)).abs().max() < 0.15
 
 
 def test_a_prompt_of_megabytes_is_never_tokenised_whole(real_policy, monkeypatch) -> None:
@@ -117,3 +80,22 @@ def test_pieces_do_not_refuse_what_fits(real_policy) -> None:
         count = len(real_policy.tokenizer.encode(sample, add_special_tokens=False))
         assert not real_policy.renderer.has_more_tokens(sample, count)
         assert real_policy.renderer.has_more_tokens(sample, int(0.97 * count) - 300)
+
+
+def test_a_run_of_the_default_model(tmp_path: Path) -> None:
+    """As a user starts it, from the file in the wheel; no library writes to stderr, beside the lines of errors."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {i} plus {i}?"}}\n' for i in range(6)))
+    options = ["--iterations=1", "--prompts_per_iteration=2", "--responses_per_prompt=2", "--max_new_tokens=6"]
+    line = [sys.executable, "-m", "onpo_fast.train", "--prompts=prompts.jsonl", "--out=out", "--eval_samples=1"]
+    done = subprocess.run([*line, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "π_2 wins against π_1 in" in done.stdout
+    records = [json.loads(record) for record in (tmp_path / "out/metrics.jsonl").read_text("utf-8").splitlines()]
+    (iteration,) = [record for record in records if record["stage"] == "iteration"]
+    assert abs(iteration["kl_to_initial"]) < 1e-3
+    first = [record for record in records if record["stage"] == "fit" and record["step"] == 1]
+    assert [record["fit"] for record in first] == ["auxiliary", "policy"]
+    assert all(abs(record["margin"]) < 1e-3 for record in first)
+    assert (tmp_path / "out/report.html").is_file()
+    fitted = load(tmp_path / "out/iteration_01/policy", Config())
+    assert fitted.tokenizer.chat_template

@@ -57,8 +57,8 @@ def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def run_directory(tmp_path_factory, model_directory) -> Path:
-    """A run of the real model on a prompts file with an oracle function, from the command line."""
+def run_directory(tmp_path_factory, tiny_model) -> Path:
+    """A run of the tiny model on a prompts file with an oracle function, from the command line."""
     cwd = tmp_path_factory.mktemp("run")
     (cwd / "prompts.jsonl").write_text(
         "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in PROMPTS), encoding="utf-8"
@@ -66,7 +66,7 @@ def run_directory(tmp_path_factory, model_directory) -> Path:
     (cwd / "taste.py").write_text(ORACLE)
     done = command(
         "--model",
-        model_directory,
+        tiny_model,
         "--prompts",
         "prompts.jsonl",
         "--oracle",
@@ -85,6 +85,8 @@ def run_directory(tmp_path_factory, model_directory) -> Path:
         1,
         "--batch_pairs",
         6,
+        "--learning_rate",
+        1e-3,
         cwd=cwd,
     )
     assert done.returncode == 0, done.stderr
@@ -193,9 +195,9 @@ def test_evaluation(run_directory: Path, monkeypatch, capsys) -> None:
     assert min(result["duality_gap"]) >= 0
 
 
-def test_a_directory_in_use_is_refused(run_directory: Path, model_directory) -> None:
+def test_a_directory_in_use_is_refused(run_directory: Path, tiny_model) -> None:
     before = sorted(run_directory.rglob("*"))
-    done = command("--model", model_directory, "--out", "out", cwd=run_directory.parent)
+    done = command("--model", tiny_model, "--out", "out", cwd=run_directory.parent)
     assert done.returncode == 2
     said = done.stderr.strip().splitlines()[-1]
     assert said == "error: --out out is not empty: give a new directory, or --resume to go on with it"

@@ -1,4 +1,4 @@
-"""One argmin over an iteration's pairs, on a real model."""
+"""One argmin over an iteration's pairs, of the tiny model."""
 
 from __future__ import annotations
 
@@ -72,6 +72,23 @@ def test_a_fit_from_its_anchor_starts_at_margin_zero(fitted) -> None:
     assert first["loss"] == pytest.approx(sum(t * t for t in batch) / 3, rel=1e-4)
     assert first["loss_normalised"] == pytest.approx(first["loss"] / 4, rel=1e-6)
     assert first["target"] == pytest.approx(sum(batch) / 3)
+
+
+def test_margins_go_to_the_least_squares_solution(shallow_model) -> None:
+    """The labels of every group go in a circle, 1 + 0.8 + 0.4 nats round it, where margins add up to 0."""
+    config = Config(model=str(shallow_model), learning_rate=1e-4, warmup_ratio=0.0)
+    policy = load(shallow_model, config)
+    groups = make_groups(policy)
+    anchor = score(policy, groups, 1000)
+    records: list[dict] = []
+    fit(policy, groups, plan_steps(PAIRS, 40, 12, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    least = (2.2 / 3) ** 2
+    assert records[0]["loss"] - least > 0.05
+    assert records[-1]["loss"] - least < 1e-3
+    ratio = [after - before for after, before in zip(score(policy, groups, 1000), anchor)]
+    margins = torch.stack([ratio[p.group][p.winner] - ratio[p.group][p.loser] for p in PAIRS])
+    targets = torch.tensor([2.0 * (p.preference - 0.5) for p in PAIRS])
+    assert (margins - (targets - 2.2 / 3)).abs().max() < 0.05
 
 
 def test_responses_in_no_pair_are_left_out(shallow_model) -> None:
