@@ -258,7 +258,7 @@ def test_dashes_for_underscores(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["--push_to_hub", "--model", "--num_generations"])
 def test_a_flag_without_its_value_says_what_it_takes(flag: str) -> None:
     for line in ([flag], [flag, "--seed", "1"]):
-        with pytest.raises(UserError, match="needs a value: .{20}"):
+        with pytest.raises(UserError, match=r"needs a value: .{20}"):
             parse(line)
     with pytest.raises(UserError, match="ORG/NAME"):
         parse(["--push_to_hub"])
