@@ -1,7 +1,8 @@
 """Algorithm 1 (arXiv 2502.16852) and the methods it is compared with, each in the few lines that it is.
 
-An algorithm plays a *game*: a language model's run (``stages``), a small transformer (``games.neural``) or a matrix
-(``games.matrix``). It is an iterator of policies, π_1, π_2, …, and asks three things of the game:
+An algorithm plays a *game*: a language model (``language_game.LanguageGame``), a small transformer whose responses are
+all scored (``games.neural_game``) or a matrix (``games.matrix_games``). It is an iterator of policies, π_1, π_2, …, and
+asks three things of the game:
 
 - ``compare(policy, opponent=None)``: responses of the policy, compared with each other or with an opponent's;
 - ``fit(anchor, compared, …)``: the policy of least loss on these comparisons, with margins measured from the anchor;

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from ..errors import CommandParser, UserError
 from ..run.journal import Journal
 from .aliases import canonical_options, fold_variants, with_underscores
-from .combined import DEFAULTS_BY_DEVICE, Config
+from .combined import DEFAULTS_BY_DEVICE, NO_RESULT_DEPENDS_ON_THEM, Config
 from .command_line import Parsed, parse, parse_with_sources, print_if_asked
 from .messages import check_values
 from .trust import NEEDS_TRUST, check_trust
@@ -126,5 +126,5 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in {**before, **newer}.items()
-        if before and name != "out" and (now := getattr(config, name)) != was
+        if before and name not in NO_RESULT_DEPENDS_ON_THEM and (now := getattr(config, name)) != was
     ]
