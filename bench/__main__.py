@@ -36,8 +36,11 @@ COMMANDS = (
 
 
 def main(argv: list[str]) -> int | None:
-    if not argv or argv[0] not in COMMANDS:
+    if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"error: there is no command {argv[0]}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module = import_module(f"bench.{argv[0]}")  # imported here because some commands need packages that others do not
     parser = argparse.ArgumentParser(

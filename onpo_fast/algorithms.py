@@ -1,7 +1,8 @@
 """Algorithm 1 (arXiv 2502.16852) and the methods it is compared with, each in the few lines that it is.
 
-An algorithm plays a *game*: a language model's run (``stages``), a small transformer (``games.neural``) or a matrix
-(``games.matrix``). It is an iterator of policies, π_1, π_2, …, and asks three things of the game:
+An algorithm plays a *game*: a language model (``language_game.LanguageGame``), a small transformer whose responses are
+all scored (``games.neural_game``) or a matrix (``games.matrix_games``). It is an iterator of policies, π_1, π_2, …, and
+asks three things of the game:
 
 - ``compare(policy, opponent=None)``: responses of the policy, compared with each other or with an opponent's;
 - ``fit(anchor, compared, …)``: the policy of least loss on these comparisons, with margins measured from the anchor;
@@ -92,6 +93,17 @@ def onpo_from_policy(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
         policy = game.fit(auxiliary, compared, warm_start=policy)
 
 
+def onpo_direct_from_policy(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
+    """``onpo_direct`` with both fits started from the weights of π_t."""
+    policy = auxiliary = initial
+    while True:
+        yield policy
+        compared = game.compare(policy)
+        anchor = auxiliary
+        auxiliary = game.fit(anchor, compared, warm_start=policy, into="auxiliary")
+        policy = game.fit(anchor, compared, warm_start=policy, steps=2)
+
+
 def mirror_descent(game: Game, initial: GamePolicy) -> Iterator[GamePolicy]:
     """π_{t+1} ∝ π_t·exp(η r_t). arXiv 2502.16852, section 3.
 
@@ -178,7 +190,8 @@ class Algorithm:
     @property
     def fits(self) -> int:
         """The number of fits in an iteration."""
-        return 2 if self.play in (onpo, onpo_direct, onpo_from_policy, two_fits, egpo) else 1
+        variants_of_onpo = (onpo, onpo_direct, onpo_from_policy, onpo_direct_from_policy)
+        return 2 if self.play in (*variants_of_onpo, two_fits, egpo) else 1
 
     @property
     def mixes(self) -> bool:
@@ -190,6 +203,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "onpo": Algorithm(onpo, Onpo, "optimistic mirror descent (arXiv 2502.16852, Algorithm 1)"),
     "onpo_direct": Algorithm(onpo_direct, Onpo, "onpo, the second fit measured from π′_t at twice the step"),
     "onpo_from_policy": Algorithm(onpo_from_policy, Onpo, "onpo, both fits started from the weights of π_t"),
+    "onpo_direct_from_policy": Algorithm(
+        onpo_direct_from_policy, Onpo, "onpo_direct, both fits started from the weights of π_t"
+    ),
     "omd": Algorithm(mirror_descent, Omd, "mirror descent, one fit an iteration"),
     "omd_two_fits": Algorithm(two_fits, Omd, "mirror descent with two fits, as many optimizer steps as onpo"),
     "inpo": Algorithm(regularised, Inpo, "mirror descent with a pull towards π_1 (arXiv 2407.00617)"),

@@ -41,6 +41,14 @@ def not_known(argument: str, known: Iterable[str]) -> str:
     return f"there is no option {flag}{nearest(flag, known) or ' (see --help)'}"
 
 
+def program(name: str) -> str:
+    """Returns how a command of the package was started, for its usage: onpo-fast NAME, or python -m onpo_fast.NAME."""
+    started = Path(sys.argv[0])
+    if started.stem == "onpo-fast":
+        return f"onpo-fast {name}"
+    return f"python -m onpo_fast{' ' if started.parts[-2:] == ('onpo_fast', '__main__.py') else '.'}{name}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that raises ``UserError`` for a wrong command line. Its ``--debug`` is handled by ``command``."""
 

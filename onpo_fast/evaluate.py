@@ -37,7 +37,7 @@ from .data import (
     write_preferences,
     write_scores,
 )
-from .errors import CommandParser, UserError, command
+from .errors import CommandParser, UserError, command, program
 from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, write_jsonl
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
@@ -332,7 +332,7 @@ def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        prog="python -m onpo_fast.evaluate",
+        prog=program("evaluate"),
         description="Evaluate the policies of a run.",
         epilog=configuration.TRUST_NOTE,
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import config as configuration
 from .config import ModelConfig, SamplingConfig
-from .errors import CommandParser, UserError, command
+from .errors import CommandParser, UserError, command, program
 from .reports.exports import export_answers, export_pairs, policy_sources
 from .reports.hub import push_policy
 from .run.tracking import say
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m onpo_fast.export",
+        prog=program("export"),
         description="Export the preference pairs of a run, answers of a policy, or a policy.",
         epilog=configuration.TRUST_NOTE,
     )

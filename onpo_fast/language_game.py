@@ -252,6 +252,7 @@ class LanguageGame:
             self._prompts(),
             ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
             lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
+            lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
             lambda file, part: read_groups(file, part, count, run.vocabulary),
             write_groups,
             stage="sample",
@@ -263,7 +264,8 @@ class LanguageGame:
         if sampler is None:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         else:
-            self.truncation(f"iteration {self.t}", sampler.policy, groups, self.sampling.max_new_tokens)
+            source = policy.policy if isinstance(policy, Mixture) else policy
+            self.truncation(f"iteration {self.t}", run.policies(source), groups, self.sampling.max_new_tokens)
         if stream == SAMPLING:
             if self.t == 1 and _policy_of(policy) == run.initial:
                 self._check_sampled(groups)
@@ -293,6 +295,7 @@ class LanguageGame:
             groups,
             ResumableStage.judging_size(len(groups)),
             lambda part, first, done: stages.judge(run.oracle, part, run.oracle_name, done, first),
+            lambda file: read_preferences(file, groups),
             read_preferences,
             write_preferences,
             stage="judge",

@@ -11,8 +11,8 @@ functions:
 Arguments are tensors of one shape and dtype, and so are results. How many fits an iteration has, and from which anchor
 margins are measured, is part of the algorithm (``algorithms``).
 
-To add an objective: write its class and name it in ``OBJECTIVES``. The arguments of its constructor are read from the
-trainer's options of the same names.
+To add an objective: write its class, and name the algorithm that uses it in ``algorithms.ALGORITHMS``. The arguments
+of its constructor are read from the trainer's options of the same names.
 """
 
 from __future__ import annotations
@@ -169,13 +169,3 @@ def with_steps(objective: Objective, steps: int) -> Objective:
         return replace(objective, eta=steps * objective.eta)
     # the parameters of the others are inverse step sizes, and INPO's τ/η must stay
     return replace(objective, **{field.name: getattr(objective, field.name) / steps for field in fields(objective)})
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "onpo": Onpo,
-    "omd": Omd,
-    "inpo": Inpo,
-    "ipo": Ipo,
-    "sppo": Sppo,
-    "dpo": Dpo,
-}

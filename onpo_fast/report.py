@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import CommandParser, command, one_line
+from .errors import CommandParser, command, one_line, program
 from .reports.reading import is_evaluation
 from .reports.run_report import write_picture, write_report
 
@@ -24,7 +24,7 @@ __all__ = ["is_evaluation", "main", "write_picture", "write_report"]
 @command
 def main(argv: list[str]) -> None:
     parser = CommandParser(
-        prog="python -m onpo_fast.report", description="Write the report of a run, DIR/report.html, from its files."
+        prog=program("report"), description="Write the report of a run, DIR/report.html, from its files."
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="run directory, of a finished or unfinished run")
     parser.add_argument(

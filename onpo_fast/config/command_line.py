@@ -11,18 +11,33 @@ from datetime import datetime
 from typing import Any, get_type_hints
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from ..algorithms import ALGORITHMS
-from ..errors import CommandParser, UserError
-from .aliases import EARLIER_NAMES, TRL_NAMES, VARIANTS, canonical_flags, fold_variants, names_in_words
+from ..errors import CommandParser, UserError, program
+from .aliases import (
+    EARLIER_NAMES,
+    TRL_NAMES,
+    VARIANTS,
+    canonical_flags,
+    fold_variants,
+    names_in_words,
+    with_underscores,
+)
 from .combined import Config
-from .messages import TAG_ERRORS, check_flags, explain, explain_tags
+from .messages import (
+    TAG_ERRORS,
+    check_flags,
+    check_flags_have_values,
+    explain,
+    explain_tags,
+    with_written_names,
+)
 from .sections import SECTIONS
 from .trust import TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
-from .yaml_files import hints_with_variants, read_options
+from .yaml_files import OptionsFile, hints_with_variants, read_options
 
-PROGRAM = "python -m onpo_fast.train"
 DESCRIPTION = "Train a language model by self-play with Optimistic Nash Policy Optimization (arXiv 2502.16852)."
 FILE_NOTE = (
     "A file for --config holds options as above, flat (eta: 20) or by section (algorithm: {eta: 20}), where a section "
@@ -39,6 +54,9 @@ SWITCHES = {
 }
 METAVARS = {int: "N", float: "X", str: "TEXT", dict: "JSON"}
 WIDTH_OF_FLAGS = 28  # columns of --help
+
+
+Place = tuple[str, int, str]  # a file, a line, and the name of an option there
 
 
 @dataclass
@@ -81,31 +99,43 @@ def parse_with_sources(argv: list[str], defaults: Mapping[str, Any] | None = Non
     hints = hints_with_variants(get_type_hints(Config))
     file_parser = CommandParser(add_help=False)
     file_parser.add_argument("--config", action="append", default=[])
-    files, flags = file_parser.parse_known_args(argv)  # files first, wherever they stand: flags override them
-    flags = canonical_flags(flags)
+    # files first, wherever they stand: flags override them
+    files, flags = file_parser.parse_known_args(with_underscores(argv))
+    flags, written = canonical_flags(flags)
     check_flags(flags, parser._option_string_actions)
     read = {file: read_options(file, hints) for file in files.config}
     flags = _complete_switches(flags, [name for name, hint in hints.items() if hint is bool])
+    check_flags_have_values(flags, {name: " ".join(about.split()) for name, about in _documented().items()})
     try:  # each file was read once: what is parsed is what was checked
         texts = [f"--config={read[file].text}\n" for file in files.config]
         values = parser.parse_args(texts + flags).as_dict()
         given = parser.parse_args(flags, defaults=False).as_dict()
     except argparse.ArgumentError as error:
-        lines = {file: options.lines for file, options in read.items()}
-        raise UserError(explain_tags(flags, hints) or explain(error, flags, lines, hints)) from None
+        lines = {file: {name: place[1:] for name, place in _places(file, read[file]).items()} for file in files.config}
+        message = explain_tags(flags, hints) or explain(error, flags, lines, hints)
+        raise UserError(with_written_names(message, written, {})) from None
     except (*TAG_ERRORS, OverflowError, RecursionError) as error:  # also for numbers of thousands of digits
         raise UserError(explain_tags(flags, hints) or f"the options cannot be read: {error}") from None
+    places: dict[str, Place | None] = {}
+    for file in files.config:  # a later file overrides an earlier one
+        places |= _places(file, read[file])
+    # a flag such as --judge_request.key adds to the value of a file: then the value is the file's too
+    places |= {name: None for name, value in given.items() if name in hints and values[name] == value}
     switches = {name: values.pop(name) for name in SWITCHES}
     del values["config"]
-    config = Config(**fold_variants(values))
+    layers = [defaults or {}, *(yaml.safe_load(read[file].text) for file in files.config), given]
+    try:
+        config = Config(**fold_variants(values, layers))
+    except UserError as error:
+        raise UserError(with_written_names(str(error), written, places)) from None
     if config.out is None:
         config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    sources: dict[str, tuple[str, int] | None] = {}
-    for file in files.config:  # a later file overrides an earlier one
-        sources |= {name: (file, line) for name, line in read[file].lines.items()}
-    # a flag such as --judge_request.key adds to the value of a file: then the value is the file's too
-    sources |= {name: None for name, value in given.items() if name in hints and values[name] == value}
+    sources = {name: place and place[:2] for name, place in places.items()}
     return Parsed(config, sources, switches["trust_run"], switches["print_config"])
+
+
+def _places(file: str, options: OptionsFile) -> dict[str, Place]:
+    return {name: (file, line, options.written.get(name, name)) for name, line in options.lines.items()}
 
 
 def _complete_switches(argv: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -148,8 +178,8 @@ def _wrap(text: str, width: int, **indents: str) -> list[str]:
 def _parser(defaults: Mapping[str, Any]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [--config FILE] [--out DIR] [--resume] [OPTIONS]",
+        prog=program("train"),
+        usage=f"{program('train')} [--config FILE] [--out DIR] [--resume] [OPTIONS]",
         description=DESCRIPTION,
         epilog=f"{FILE_NOTE}\n\n{TRL_NOTE}\n\n{TRUST_NOTE}",
         exit_on_error=False,
@@ -170,19 +200,24 @@ def _parser(defaults: Mapping[str, Any]) -> ArgumentParser:
         action.metavar = next((METAVARS[kind] for kind in METAVARS if hint in (kind, kind | None)), action.metavar)
     about = "".join(f"\n- {name}: {algorithm.about}" for name, algorithm in ALGORITHMS.items())
     parser._option_string_actions["--objective"].help += about
-    for name, (kind, _, _) in VARIANTS.items():
+    for name, kind in VARIANTS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.set_defaults(dict(defaults))
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Adds options of ``Config``, with its help, and ``--trust_run`` to another command, whose run has their values."""
-    documented = {
+def _documented() -> dict[str, str]:
+    """Returns the description of every option."""
+    return {
         option.arg_name: option.description
         for section in SECTIONS.values()
         for option in docstring_parser.parse_from_object(section).params
     }
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds options of ``Config``, with its help, and ``--trust_run`` to another command, whose run has their values."""
+    documented = _documented()
     for name in names:
         value = {"action": "store_const", "const": "true"} if get_type_hints(Config)[name] is bool else {}
         about = re.sub(r"\s*Default: .*", "", documented[name], flags=re.DOTALL).replace("%", "%%").replace("\n", " ")

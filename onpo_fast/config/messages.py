@@ -53,14 +53,51 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+def check_flags_have_values(argv: Sequence[str], about: Mapping[str, str]) -> None:
+    """Refuses the name of an option at the end of a command line or before another flag, where its value is missing.
+
+    Args:
+        about: what each option that takes a value is for.
+
+    Raises:
+        UserError: names the option and says what it takes.
+    """
+    for argument, following in pairwise([*argv, "--"]):
+        name = argument.removeprefix("--")
+        if argument.startswith("--") and name in about and following.startswith("--"):
+            raise UserError(f"{argument} needs a value: {about[name]}")
+
+
+def with_written_names(
+    message: str, written: Mapping[str, str], sources: Mapping[str, tuple[str, int, str] | None]
+) -> str:
+    """Adds to an error about an option the name that it was given by or, if a file sets it, the file and line.
+
+    Args:
+        message: the first option that it names is the one that is wrong.
+        written: option → its name in the command line, where that is another.
+        sources: option → (file, line, its name there), or None if the command line sets it.
+    """
+    for name in re.findall(r"--(\w+)", message)[:1]:
+        if source := sources.get(name):
+            file, line, there = source
+            return f"{message} ({file}, line {line}: {there})"
+        if name in written:
+            return message.replace(f"--{name}", f"--{written[name]} (--{name})", 1)
+    return message
+
+
 def explain(
-    error: Exception, argv: Sequence[str], files: Mapping[str, Mapping[str, int]], hints: Mapping[str, object]
+    error: Exception,
+    argv: Sequence[str],
+    files: Mapping[str, Mapping[str, tuple[int, str]]],
+    hints: Mapping[str, object],
 ) -> str:
     """Returns an error of jsonargparse about a value in plain words.
 
     Args:
         argv: the command line.
-        files: for every YAML file, the line of each option in it.
+        files: for every YAML file, the line of each option in it and its name there.
         hints: the type of every option.
     """
     text = " ".join(str(error).split())
@@ -73,7 +110,8 @@ def explain(
     given = {"None": "null"}.get(value[1], value[1]) if value else "that"
     where = f"--{name}"
     if f"{where}={given}" not in argv and (where, given) not in pairwise(argv):
-        where = next((f"{path}, line {of[name]}: {name}" for path, of in files.items() if name in of), where)
+        places = ((path, *of[name]) for path, of in files.items() if name in of)
+        where = next((f"{path}, line {line}: {there}" for path, line, there in places), where)
     return f"{where} must be {type_in_words(hints[name])}, not {given or 'empty'}"
 
 

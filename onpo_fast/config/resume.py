@@ -9,8 +9,8 @@ from typing import Any, get_type_hints
 
 from ..errors import CommandParser, UserError
 from ..run.journal import Journal
-from .aliases import canonical_options, fold_variants
-from .combined import DEFAULTS_BY_DEVICE, Config
+from .aliases import canonical_options, fold_variants, with_underscores
+from .combined import DEFAULTS_BY_DEVICE, NO_RESULT_DEPENDS_ON_THEM, Config
 from .command_line import Parsed, parse, parse_with_sources, print_if_asked
 from .messages import check_values
 from .trust import NEEDS_TRUST, check_trust
@@ -32,6 +32,7 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
         UserError: names what is wrong, every option that has changed, or every option that the directory must not set;
             or there is neither a run nor an option.
     """
+    argv = with_underscores(argv)
     if "--resume" not in argv:
         return parse(argv), False
     parser = CommandParser(add_help=False)
@@ -98,7 +99,7 @@ def _check_trust(directory: Path, parsed: Parsed, names: Iterable[str]) -> None:
 def _check_complete(file: Path, options: Mapping[str, Any]) -> None:
     """Refuses a file that lacks options: cut between two lines it is still YAML, and must not stand for defaults."""
     try:
-        _, there = read_options(str(file), hints_with_variants(get_type_hints(Config)))
+        there = read_options(str(file), hints_with_variants(get_type_hints(Config))).lines
     except UserError as error:
         raise UserError(f"{error}: remove it, and --resume writes it again") from None
     if missing := [name for name in options if name not in there]:
@@ -115,7 +116,7 @@ def _options_in_journal(directory: Path) -> dict[str, Any] | None:
     if unknown := sorted(options.keys() - hints.keys()):
         raise UserError(f"{directory} began with options that this version does not have: {', '.join(unknown)}")
     check_values(journal.file, options, hints)
-    return fold_variants(options)
+    return fold_variants(options, [options])
 
 
 def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
@@ -125,5 +126,5 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in {**before, **newer}.items()
-        if before and name != "out" and (now := getattr(config, name)) != was
+        if before and name not in NO_RESULT_DEPENDS_ON_THEM and (now := getattr(config, name)) != was
     ]

@@ -267,7 +267,8 @@ class AlgorithmConfig:
     pairing: str = "all_pairs"
     """Responses of a prompt that are compared. "iid" (disjoint pairs) or "all_pairs", which the theory covers;
     "best_worst" (by mean preference) or "knockout" (first and last of a tournament), which choose two responses by the
-    oracle, as the paper's experiments do. Pairs of identical responses are left out: their gradient is zero."""
+    oracle, as the paper's experiments do. Pairs of identical responses are left out: their gradient is zero. sppo does
+    not use this option: it takes each response by itself."""
     labels: Literal["soft", "sampled"] = "soft"
     """Label of a pair. "soft": the oracle's probability, which has the same minimiser with less variance. "sampled": a
     winner drawn with that probability, as in Algorithm 1."""

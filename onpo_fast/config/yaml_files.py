@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import UserError, nearest
 from ..files import read_regular
-from .aliases import INSTEAD, OTHER_VALUES, VARIANTS, canonical_name
+from .aliases import OTHER_VALUES, VARIANTS, canonical_name, instead_of
 from .messages import TAG_ERRORS, type_in_words
 from .sections import SECTIONS
 
@@ -27,6 +27,7 @@ class OptionsFile(NamedTuple):
 
     text: str  # flat YAML with the canonical names
     lines: dict[str, int]  # option → its line in the file
+    written: dict[str, str]  # option → its name in the file, where that is another
 
 
 def read_yaml(path: str | Path) -> tuple[yaml.Node | None, object]:
@@ -84,6 +85,7 @@ def read_options(path: str, hints: Mapping[str, object]) -> OptionsFile:
             twice, or null for an option that needs a value; names the line.
     """
     root, _ = read_yaml(path)
+    written: dict[str, str] = {}
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f'{path} must hold options as "name: value"')
     entries: list[tuple[yaml.Node, yaml.Node]] = []
@@ -95,14 +97,16 @@ def read_options(path: str, hints: Mapping[str, object]) -> OptionsFile:
             also = f"{key.value} is " if key.value == name else f"{key.value} is another name of {name}, which is "
             raise UserError(f"{path}, line {line}: {also}there twice, first in line {lines[name]}")
         if value.tag == "tag:yaml.org,2002:null" and NoneType not in get_args(hints[name]):
-            raise UserError(f"{path}, line {line}: {name} must be {type_in_words(hints[name])}, not null")
+            raise UserError(f"{path}, line {line}: {key.value} must be {type_in_words(hints[name])}, not null")
         if isinstance(value, yaml.ScalarNode):
             value.value = OTHER_VALUES.get(name, {}).get(value.value, value.value)
+        if key.value != name:
+            written[name] = str(key.value)
         key.value, lines[name] = name, line
         entries.append((key, value))
     try:
         flat = yaml.MappingNode(root.tag, entries, flow_style=False)
-        return OptionsFile(yaml.serialize(flat, Dumper=yaml.SafeDumper, allow_unicode=True), lines)
+        return OptionsFile(yaml.serialize(flat, Dumper=yaml.SafeDumper, allow_unicode=True), lines, written)
     except RecursionError:
         raise UserError(f"{path}: not YAML (nested too deeply)") from None
 
@@ -120,8 +124,8 @@ def _known_name(where: str, written: str, section: str | None, hints: Mapping[st
     """Returns the option of this name; ``UserError`` if there is none, or it belongs to another section."""
     name = canonical_name(written)
     if name not in hints:
-        if written in INSTEAD:
-            raise UserError(f"{where}: there is no option {written}: {INSTEAD[written]}")
+        if hint := instead_of(written):
+            raise UserError(f"{where}: there is no option {written}: {hint}")
         if written in SECTIONS:
             raise UserError(
                 f"{where}: {written} is a section: its options come below it, as in {written}: {{name: value}}"
@@ -136,4 +140,4 @@ def _known_name(where: str, written: str, section: str | None, hints: Mapping[st
 
 def hints_with_variants(hints: Mapping[str, object]) -> dict[str, object]:
     """Returns the types of options together with those of ``VARIANTS``."""
-    return {**hints, **{name: kind for name, (kind, _, _) in VARIANTS.items()}}
+    return {**hints, **VARIANTS}

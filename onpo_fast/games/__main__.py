@@ -26,7 +26,7 @@ from docstring_parser import parse_from_object
 from rich.table import Table
 
 from ..algorithms import ALGORITHMS, ALIASES
-from ..errors import CommandParser, UserError, command, nearest
+from ..errors import CommandParser, UserError, command, nearest, program
 from ..files import atomic_write_text
 from ..reports.page import Plot, page_style, render
 from ..run.tracking import console, environment, progress, say
@@ -186,7 +186,7 @@ def _plain(value: object) -> object:
 
 
 def _parser(experiment: str) -> CommandParser:
-    parser = CommandParser(prog=f"python -m onpo_fast.games {experiment}", description=ABOUT[experiment])
+    parser = CommandParser(prog=f"{program('games')} {experiment}", description=ABOUT[experiment])
     ARGUMENTS[experiment](parser)
     _add_out(parser)
     return parser
@@ -206,7 +206,7 @@ def _add(parser: argparse.ArgumentParser, name: str, default: object, about: str
 
 
 def _add_names(parser: argparse.ArgumentParser, name: str, default: Sequence[str]) -> None:
-    about = f"algorithms to play, of {', '.join(NAMES)}"
+    about = f"algorithms to play, of {', '.join(ALGORITHMS)}"
     _add(parser, name, list(default), about, nargs="+", choices=NAMES, metavar="NAME")
 
 
@@ -227,7 +227,13 @@ def _neural_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         parser, "seeds", 2, "number of seeds, from --seed on; a seed determines the game, the initial policy and draws"
     )
-    _add(parser, "eta", None, "step size of mirror descent, for all (default: natural_step of the game)", type=float)
+    _add(
+        parser,
+        "eta",
+        None,
+        "step size of mirror descent, for all (default: that with which ONPO converges fastest)",
+        type=float,
+    )
     for field in fields(NeuralGame):
         if field.name == "game":
             _add(parser, "game", field.default, GAME)
@@ -273,7 +279,7 @@ def main(argv: list[str]) -> None:
 
 def _all(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
-        prog="python -m onpo_fast.games [matrix|neural|multiturn]",
+        prog=f"{program('games')} [matrix|neural|multiturn]",
         description="Run the games lab: all three experiments with their defaults, or one with its own options.",
         epilog=" ".join(f"{name}: {about}" for name, about in ABOUT.items()) + " Each of them has its own --help.",
     )

@@ -28,9 +28,10 @@ ORDER = (
     "onpo_direct",
     "onpo_from_policy",
     "omd_two_fits",
+    "onpo_direct_from_policy",
 )
 # colour and line style of a method, the same in every plot
-LOOK = {name: (COLOURS[i % 7], ("-", (0, (4, 1.5)))[i // 7]) for i, name in enumerate(ORDER)}
+LOOK = {name: (COLOURS[i % 7], ("-", (0, (4, 1.5)), (0, (1, 1.5)))[i // 7]) for i, name in enumerate(ORDER)}
 SMALLEST_DRAWN_GAP = 1e-14  # smaller ones are rounding errors, and drawn at this height
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -40,6 +41,7 @@ def label(name: str) -> str:
     known = {
         "onpo_direct": "ONPO, direct",
         "onpo_from_policy": "ONPO, from π_t",
+        "onpo_direct_from_policy": "ONPO, direct, from π_t",
         "omd_two_fits": "OMD, two fits",
         "nash_md": "Nash-MD",
         "online_ipo": "online IPO",

@@ -29,7 +29,7 @@ SMALLEST_SLOPE_GAP = 1e-13  # smaller ones are rounding errors, and left out of 
 ROCK_PAPER_SCISSORS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
 TILTED = np.exp([1.0, 0, -1]) / np.exp([1.0, 0, -1]).sum()  # logits (1, 0, −1)
-# in the exact game onpo_direct and onpo_from_policy are onpo, and omd_two_fits is omd at twice the step
+# in the exact game the variants of onpo are onpo, and omd_two_fits is omd at twice the step
 COMPARED = ("onpo", "omd", "inpo", "online_ipo", "nash_md", "egpo", "sppo", "iterative_dpo")
 CYCLING = (("onpo", 1 / 8), ("onpo", 1 / 2), ("onpo", 1.0), ("omd", 1 / 8), ("omd", 1 / 2), ("omd", 1.0))
 BIAS_GROUPS, BIAS_SEEDS = 1500, 4

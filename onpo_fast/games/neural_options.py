@@ -46,8 +46,8 @@ class NeuralGame:
     # The game
 
     game: str = "rock_paper_scissors"
-    """Preference game between classes of responses: a name in ``preferences.GAMES``, drawn anew for every context, or
-    "given" for an array that is passed to ``play``."""
+    """Preference game between classes of responses, a name that ``preferences.GAMES`` has: drawn anew for every
+    context. Or "given" for an array that is passed to ``play``."""
     actions: int = 3
     """Number of classes, m. In each context the responses are divided among them at random, as evenly as possible."""
     contexts: int = 2
@@ -70,12 +70,13 @@ class NeuralGame:
     # The algorithm
 
     objective: str = "onpo"
-    """Algorithm: a name in ``ALGORITHMS``, as the trainer's --objective."""
+    """Algorithm, as the trainer's --objective."""
     eta: float | None = None
-    """Step size of mirror descent; for INPO its inverse. Default: ``natural_step`` of the game, or its inverse."""
+    """Step size of mirror descent; for INPO its inverse. Default: the step with which ONPO converges fastest
+    (``natural_step``), or its inverse."""
     tau: float | None = None
     """Strength of the pull towards the initial policy. Default: it has a weight of 1/10 in INPO's, Nash-MD's and EGPO's
-    mixtures, and for IPO the inverse of the natural step."""
+    mixtures; for IPO it is the inverse of the default step."""
     beta: float = 1.0
     """DPO's inverse temperature."""
 
@@ -85,8 +86,9 @@ class NeuralGame:
     """Policy updates."""
     pairing: str = "expected"
     """Pairs of an iteration. "expected": all pairs of responses, weighted by the probability that two independent draws
-    from the policy are this pair, so that a fit has no sampling error. A name in ``PAIRINGS``: pairs of drawn
-    responses; "iid" and "all_pairs" agree with "expected" on average, the others do not."""
+    from the policy are this pair, so that a fit has no sampling error. "iid", "all_pairs", "best_worst" or "knockout":
+    pairs of drawn responses, as the trainer's --pairing; the first two agree with "expected" on average, the others do
+    not."""
     groups: int = 384
     """Groups of responses drawn for every context, if pairs are drawn."""
     responses: int = 16
@@ -113,7 +115,7 @@ class NeuralGame:
     device: str = "cpu"
     """Device of the model. On a CPU one thread is used: at this size more of them are slower."""
     loss_backend: str = "auto"
-    """Backend of fused_linear_pair_loss: "auto", "triton", "torch" or "reference"."""
+    """Implementation of the loss: "auto", "triton", "torch" or "reference"."""
 
     def __post_init__(self) -> None:
         self._check_choices()

@@ -97,7 +97,8 @@ class StageCache:
         items: Sequence[Item],
         size: int,
         compute: Callable[[Sequence[Item], int, Progress], list[Result]],
-        read: Callable[[Path, Sequence[Item]], list[Result]],
+        read: Callable[[Path], list[Result]],
+        read_part: Callable[[Path, Sequence[Item]], list[Result]],
         write: Callable[[Path, Iterable[Result]], None],
         *,
         stage: str,
@@ -111,8 +112,9 @@ class StageCache:
         """``cached`` for a long stage, which is computed in parts: a run that is killed loses one part at most.
 
         Args:
-            items, size, read, write, take_counters: as for ``ResumableStage.make``. ``read`` and ``write`` are those
-                of the whole, too.
+            items, size, take_counters: as for ``ResumableStage.make``.
+            read: reads the whole, as for ``cached``.
+            read_part, write: as for ``ResumableStage.make``; ``write`` also writes the whole.
             compute: given the items of a part, the index of the first, and what is to be told the ticks that are done.
             title: of the progress bar.
             ticks: of the progress bar for an item.
@@ -128,7 +130,7 @@ class StageCache:
                     items,
                     size,
                     lambda part, first: compute(part, first, done),
-                    read,
+                    read_part,
                     write,
                     lambda known: done(known * ticks),
                     stage,
@@ -141,7 +143,7 @@ class StageCache:
         results = self.cached(
             name,
             make,
-            lambda path: read(path, items),
+            read,
             write,
             stage=stage,
             prepare=prepare,

@@ -16,6 +16,7 @@ import torch
 from .. import config as configuration
 from .. import oracles
 from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
+from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
 from ..data import (
     Messages,
     Skipped,
@@ -191,8 +192,8 @@ def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
 
 
 def config_key(config: Config, model: dict[str, str] | None) -> object:
-    """What every result of a run depends on: the options, but for where it is, and the model's fingerprint."""
-    return {name: value for name, value in asdict(config).items() if name != "out"}, model
+    """What every result of a run depends on: its options and the model's fingerprint."""
+    return {name: value for name, value in asdict(config).items() if name not in NO_RESULT_DEPENDS_ON_THEM}, model
 
 
 def check_directory(directory: Path, resume: bool) -> None:

@@ -149,7 +149,17 @@ def test_fits_land_on_the_closed_form(objective, pairing, tolerance) -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["onpo_direct", "onpo_from_policy", "omd_two_fits", "online_ipo", "sppo", "nash_md", "egpo"]
+    "algorithm",
+    [
+        "onpo_direct",
+        "onpo_from_policy",
+        "onpo_direct_from_policy",
+        "omd_two_fits",
+        "online_ipo",
+        "sppo",
+        "nash_md",
+        "egpo",
+    ],
 )
 def test_every_other_algorithm_lands_on_its_closed_form(algorithm) -> None:
     """As above, in a smaller game; and two iterations end where two exact ones do."""

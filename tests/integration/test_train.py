@@ -213,6 +213,7 @@ def test_a_directory_in_use_is_refused(run_directory: Path, tiny_model) -> None:
             {"objective": "onpo_from_policy", "pairing": "knockout", "labels": "sampled"},
             ["auxiliary", "policy"],
         ),
+        ({"objective": "onpo_direct_from_policy"}, ["auxiliary", "policy"]),
         ({"objective": "omd", "pairing": "iid"}, ["policy"]),
         ({"objective": "inpo", "eta": 0.5, "tau": 0.1}, ["policy"]),
         ({"objective": "ipo", "pairing": "best_worst"}, ["policy"]),
@@ -230,7 +231,7 @@ def test_the_same_loop_runs_every_objective(
     scored = [(r["iteration"], r["model"]) for r in metrics(tmp_path / "out", "score")]
     assert [s for s in scored if s[1] == "initial"] == [(1, "initial"), (2, "initial")]
     if options["objective"].startswith("onpo"):
-        chained = options["objective"] != "onpo_direct"
+        chained = "direct" not in options["objective"]
         expected = [(1, "auxiliary")] * chained + [(2, "auxiliary")] * (1 + chained)
     else:
         expected = [] if options["objective"] == "ipo" else [(2, "policy")]

@@ -92,7 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--xyzzy 1", "there is no option --xyzzy (see --help)"),
         ("--iterations 0", "--iterations must be at least 1, not 0"),
         ("--iterations 2.5", "--iterations must be a whole number, not 2.5"),
-        ("--iterations", "argument --iterations: expected one argument (see --help)"),
+        ("--iterations", "--iterations needs a value"),
         ("--responses_per_prompt 1", "--responses_per_prompt must be at least 2, not 1"),
         ("--eta -1", "--objective onpo: eta must be a positive, finite number, not -1.0"),
         ("--eta 0", "--objective onpo: eta must be a positive, finite number, not 0.0"),

@@ -152,7 +152,7 @@ def test_a_part_of_other_items_is_made_again(tmp_path) -> None:
         return list(read_jsonl(file))
 
     def make(items: list[int], size: int) -> list[int]:
-        results, spent = parts.make(items, size, double, write_jsonl, read_lines, known.append, lambda: {"asked": 1})
+        results, spent = parts.make(items, size, double, read_lines, write_jsonl, known.append, lambda: {"asked": 1})
         assert spent.pop("seconds") > 0
         assert spent == {"asked": -(-len(items) // size)}  # also what earlier calls were asked
         return [result["twice"] for result in results]
@@ -488,7 +488,7 @@ FIRST = "iteration_01"
         ),
         ("pairs", lambda lines: [], "pairs.jsonl has no lines"),
         ("pairs", lambda lines: [re.sub(r'"winner": \d+', '"winner": 99', lines[0])], "pairs.jsonl, line 1: it comp"),
-        ("pairs", lambda lines: [re.sub(r'"group": \d+', '"group": 99', lines[0])], "pairs.jsonl, line 1: it is of gr"),
+        ("pairs", lambda lines: [re.sub(r'"group": \d+', '"group": 99', lines[0])], "pairs.jsonl, line 1: it names gr"),
     ],
 )
 def test_files_that_do_not_fit_each_other_are_named(

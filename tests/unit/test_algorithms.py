@@ -69,6 +69,17 @@ class Recorder:
                 "fit D(π2) against aux3 from π2",
             ],
         ),
+        (
+            "onpo_direct_from_policy",
+            [
+                "compare π0",
+                "fit D(π0) against π0 from π0",
+                "fit D(π0) against π0 from π0, 2 steps",
+                "compare π2",
+                "fit D(π2) against aux1 from π2",
+                "fit D(π2) against aux1 from π2, 2 steps",
+            ],
+        ),
         ("omd", ["compare π0", "fit D(π0) against π0", "compare π1", "fit D(π1) against π1"]),
         (
             "omd_two_fits",

@@ -26,7 +26,7 @@ from onpo_fast.config import (
     parse_run,
     read_run,
 )
-from onpo_fast.config.aliases import INSTEAD, OTHER_NAMES, TRL_NAMES, VARIANTS
+from onpo_fast.config.aliases import INSTEAD, INSTEAD_OF_ALL, OTHER_NAMES, TRL_NAMES, VARIANTS
 from onpo_fast.errors import UserError
 from onpo_fast.run.journal import Journal
 
@@ -208,9 +208,65 @@ def test_what_trl_has_and_this_has_not_comes_with_a_hint(name: str, write) -> No
     assert name not in (*Config.__dataclass_fields__, *OTHER_NAMES)
 
 
+@pytest.mark.parametrize("name", ["lora_alpha", "lora_dropout", "ddp_timeout", "fsdp_config"])
+def test_families_of_options_of_trl_have_one_hint(name: str, write) -> None:
+    for line in ([f"--{name}", "1"], ["--config", write(f"{name}: 1\n")]):
+        with pytest.raises(UserError, match=f"there is no option .*{name}: .* (LoRA|device)"):
+            parse(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("", "--num_generations 1", "--num_generations (--responses_per_prompt) must be at least 2, not 1"),
+        ("", "--num_generations few", "--num_generations (--responses_per_prompt) must be a whole number, not few"),
+        ("", "--algorithm onp", "--algorithm (--objective) must be one of"),
+        ("seed: 1\nnum_generations: 1", "", "must be at least 2, not 1 (FILE, line 2: num_generations)"),
+        ("seed: 1\nnum_generations: few", "", "FILE, line 2: num_generations must be a whole number, not few"),
+        ("seed: 1\nnum_generations:", "", "FILE, line 2: num_generations must be a whole number, not null"),
+        ("judge_max_nonsense: 2", "", "must be in [0, 1], not 2.0 (FILE, line 1: judge_max_nonsense)"),
+        ("num_generations: 1", "--responses_per_prompt 0", "--responses_per_prompt must be at least 2, not 0"),
+    ],
+)
+def test_errors_name_what_was_written(text: str, flags: str, message: str, write) -> None:
+    path = write(text + "\n")
+    line = ["--config", path, *flags.split()] if text else flags.split()
+    with pytest.raises(UserError) as raised:
+        parse(line)
+    assert message.replace("FILE", path) in str(raised.value)
+
+
+def test_two_names_of_one_option(capsys) -> None:
+    with pytest.raises(UserError, match="--model and --model_name_or_path are names of one option"):
+        parse(["--model", "a", "--model_name_or_path", "b"])
+    with pytest.raises(UserError, match="--output_dir and --out "):
+        parse(["--output_dir=a", "--out", "b"])
+    assert parse(["--model", "a", "--model_name_or_path=a"]).model == "a"
+    assert parse(["--model", "a", "--model", "b"]).model == "b"  # as in other programs, the last one counts
+
+
+def test_dashes_for_underscores(tmp_path: Path) -> None:
+    line = ["--learning-rate", "1e-4", "--num-generations=3", "--judge-request.reasoning-effort", "low"]
+    config = parse(line)
+    assert (config.learning_rate, config.responses_per_prompt) == (1e-4, 3)
+    assert config.judge_request == {"reasoning-effort": "low"}
+    assert parse_run([*line, "--resume", "--output-dir", str(tmp_path / "run"), "--trust-run"])[1]
+    with pytest.raises(UserError, match="--num_train_epochs"):
+        parse(["--num-train-epochs", "1"])
+
+
+@pytest.mark.parametrize("flag", ["--push_to_hub", "--model", "--num_generations"])
+def test_a_flag_without_its_value_says_what_it_takes(flag: str) -> None:
+    for line in ([flag], [flag, "--seed", "1"]):
+        with pytest.raises(UserError, match=r"needs a value: .{20}"):
+            parse(line)
+    with pytest.raises(UserError, match="ORG/NAME"):
+        parse(["--push_to_hub"])
+
+
 def test_hints_name_options_that_there_are() -> None:
     known = {*Config.__dataclass_fields__, "resume"}
-    for hint in INSTEAD.values():
+    for hint in (*INSTEAD.values(), *INSTEAD_OF_ALL.values()):
         assert {flag for flag in re.findall(r"--(\w+)", hint)} <= known, hint
 
 
@@ -270,6 +326,13 @@ def test_the_reference_is_refreshed_only_where_there_is_one() -> None:
         ("--objective onpo_direct --second_fit=direct", "onpo_direct"),
         ("--second_fit chained --fit_start anchor", "onpo"),
         ("--objective inpo --second_fit chained --fit_start anchor", "inpo"),
+        ("--second_fit direct --fit_start policy", "onpo_direct_from_policy"),
+        ("--objective onpo_from_policy --second_fit direct", "onpo_direct_from_policy"),
+        ("--objective omd --second_fit direct", "omd"),
+        ("--objective sppo --fit_start policy", "sppo"),
+        ("--objective onpo_direct --second_fit chained", "onpo"),
+        ("--objective onpo_direct --fit_start anchor", "onpo_direct"),
+        ("--objective onpo_direct_from_policy --fit_start anchor", "onpo_direct"),
     ],
 )
 def test_variants_by_the_options_of_earlier_versions(line: str, objective: str, write) -> None:
@@ -278,18 +341,27 @@ def test_variants_by_the_options_of_earlier_versions(line: str, objective: str, 
     assert parse(["--config", write("".join(f"{name}: {value}\n" for name, value in pairs))]).objective == objective
 
 
+def test_a_value_that_no_variant_has_is_refused() -> None:
+    with pytest.raises(UserError, match="--fit_start must be one of anchor, policy, not somewhere"):
+        parse(["--fit_start", "somewhere"])
+
+
 @pytest.mark.parametrize(
-    ("line", "named"),
+    ("file", "flags", "objective"),
     [
-        ("--second_fit direct --fit_start policy", "--second_fit direct and --fit_start policy"),
-        ("--objective omd --second_fit direct", "--second_fit direct"),
-        ("--algorithm onpo_direct --fit_start policy", "--fit_start policy"),
-        ("--fit_start somewhere", "--fit_start must be one of anchor, policy, not somewhere"),
+        ("second_fit: direct", "--objective omd", "omd"),
+        ("second_fit: direct", "--objective onpo", "onpo_direct"),
+        ("second_fit: chained\nfit_start: anchor", "--objective onpo_direct", "onpo_direct"),
+        ("second_fit: direct", "--objective onpo_from_policy", "onpo_from_policy"),
+        ("objective: omd\nsecond_fit: direct", "--objective onpo", "onpo_direct"),
+        ("second_fit: direct", "--fit_start policy", "onpo_direct_from_policy"),
+        ("second_fit: direct", "--second_fit chained", "onpo"),
+        ("objective: onpo_direct", "--second_fit chained", "onpo"),
+        ("objective: onpo_direct", "--objective onpo", "onpo"),
     ],
 )
-def test_variants_that_contradict_each_other(line: str, named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        parse(line.split())
+def test_flags_override_the_variants_of_a_file(file: str, flags: str, objective: str, write) -> None:
+    assert parse(["--config", write(file + "\n"), *flags.split()]).objective == objective
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +394,12 @@ def earlier_run(directory: Path, journal: bool, **changes: object) -> dict:
             {"fit_start": "policy", "judge_max_nonsense": 0.25},
             {"objective": "onpo_from_policy", "judge_max_invalid_rate": 0.25},
         ),
+        ({"second_fit": "direct", "fit_start": "policy"}, {"objective": "onpo_direct_from_policy"}),
+        ({"objective": "omd", "fit_start": "policy"}, {"objective": "omd"}),
+        (
+            {"objective": "inpo", "second_fit": "direct", "eta": 0.05, "tau": 0.01},
+            {"objective": "inpo", "eta": 0.05, "tau": 0.01},
+        ),
     ],
 )
 def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path, journal: bool, before: dict, now: dict) -> None:
@@ -338,6 +416,27 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path: Path, journal: bool,
     Journal(tmp_path / "run").begin({"options": vars(expected)})
     (tmp_path / "run/config.yaml").write_text(expected.to_yaml(), encoding="utf-8")
     assert parse_run([*line, *given]) == (expected, True)
+
+
+@pytest.mark.parametrize("journal", [True, False])
+@pytest.mark.parametrize(
+    ("before", "flags", "changed"),
+    [
+        ({"second_fit": "direct"}, ["--second_fit", "chained"], "'onpo_direct' → 'onpo'"),
+        ({"fit_start": "policy"}, ["--fit_start=anchor"], "'onpo_from_policy' → 'onpo'"),
+        ({}, ["--second_fit", "direct"], "'onpo' → 'onpo_direct'"),
+        ({"second_fit": "direct"}, ["--objective", "onpo_from_policy"], "'onpo_direct' → 'onpo_from_policy'"),
+    ],
+)
+def test_another_variant_is_a_change(tmp_path: Path, journal: bool, before: dict, flags: list, changed: str) -> None:
+    out = tmp_path / "run"
+    earlier_run(out, journal, **before)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"--objective {changed}"):
+            parse_run(["--resume", "--out", str(out), *flags])
+        now = read_run(out)  # the run has written its files again
+        Journal(out).begin({"options": vars(now)})
+        (out / "config.yaml").write_text(now.to_yaml(), encoding="utf-8")
 
 
 def test_what_changed_since_an_earlier_version_is_named(tmp_path: Path) -> None:

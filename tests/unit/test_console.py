@@ -11,6 +11,7 @@ import pytest
 
 import onpo_fast
 from onpo_fast import __main__ as console
+from onpo_fast.config import parse
 from onpo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,21 @@ def test_help_and_version(capsys) -> None:
     assert capsys.readouterr().out.strip() == onpo_fast.__version__
 
 
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [
+        ("/usr/bin/onpo-fast", "onpo-fast train"),
+        ("/src/onpo_fast/__main__.py", "python -m onpo_fast train"),
+        ("/src/onpo_fast/train.py", "python -m onpo_fast.train"),
+    ],
+)
+def test_the_usage_is_what_was_typed(started: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {shown} [--config FILE]")
+
+
 def test_an_unknown_command(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         console.main(["trian"])
@@ -77,3 +93,16 @@ def test_the_benchmark_is_in_a_checkout_only(tmp_path: Path, monkeypatch: pytest
         console.main(["bench", "kernels"])
     assert stopped.value.code == 2
     assert "checkout" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_benchmark(capsys) -> None:
+    bench = console._import_bench()
+    assert bench.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{name} " in listed for name in bench.COMMANDS)
+    assert bench.main(["kernel"]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "kernel;" in line
+    assert all(name in line for name in bench.COMMANDS)
+    assert not said.out

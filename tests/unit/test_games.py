@@ -137,7 +137,7 @@ def by_formula(P, algorithm, eta, T, init, tau):
         grow = np.exp(step_of(P, policy, algorithm, eta, r))
         mixed = normalised(init ** (eta * tau) * policy ** (1 - eta * tau))
         match algorithm:
-            case "onpo" | "onpo_direct" | "onpo_from_policy":
+            case "onpo" | "onpo_direct" | "onpo_from_policy" | "onpo_direct_from_policy":
                 auxiliary = normalised(auxiliary * grow)
                 policy = normalised(auxiliary * grow)
             case "omd" | "sppo" | "iterative_dpo":
@@ -182,7 +182,7 @@ def test_variants_of_one_update_agree():
     once = run(P, "omd", 0.6, 40, init, keep_policies=True).policies
     np.testing.assert_allclose(run(P, "omd_two_fits", 0.3, 40, init, keep_policies=True).policies, once, atol=1e-13)
     onpo = run(P, "onpo", 0.4, 40, init, keep_policies=True).policies
-    for variant in ("onpo_direct", "onpo_from_policy"):
+    for variant in ("onpo_direct", "onpo_from_policy", "onpo_direct_from_policy"):
         np.testing.assert_allclose(run(P, variant, 0.4, 40, init, keep_policies=True).policies, onpo, atol=1e-13)
 
 
@@ -221,7 +221,7 @@ def test_algorithms_say_how_many_fits_they_take(algorithm):
 def test_variants_of_onpo_differ_in_their_fits():
     """(anchor, warm start, steps) of the second iteration, whose policies are the results of fits 1 and 2."""
     fits = {}
-    for name in ("onpo", "onpo_direct", "onpo_from_policy"):
+    for name in ("onpo", "onpo_direct", "onpo_from_policy", "onpo_direct_from_policy"):
         game = Recorder()
         list(islice(ALGORITHMS[name].play(game, 0), 3))
         assert {fit[1] for fit in game.fits[2:]} == {(2, None)}
@@ -229,6 +229,7 @@ def test_variants_of_onpo_differ_in_their_fits():
     assert fits["onpo"] == [(1, None, 1), (3, None, 1)]
     assert fits["onpo_direct"] == [(1, None, 1), (1, 3, 2)]
     assert fits["onpo_from_policy"] == [(1, 2, 1), (3, 2, 1)]
+    assert fits["onpo_direct_from_policy"] == [(1, 2, 1), (1, 2, 2)]
 
 
 def test_refreshing_starts_again_from_its_own_policy():

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from onpo_fast.objectives import OBJECTIVES, Dpo, Inpo, Ipo, Omd, Onpo, Sppo
+from onpo_fast.algorithms import ALGORITHMS
+from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo
 
 EXAMPLES = [Onpo(eta=2.0), Omd(eta=0.5), Inpo(eta=0.4, tau=0.1), Ipo(tau=0.25), Sppo(eta=0.5), Dpo(beta=0.3)]
 
 
 def test_every_objective_has_an_example() -> None:
-    assert {type(o) for o in EXAMPLES} == set(OBJECTIVES.values())
+    assert {type(o) for o in EXAMPLES} == {algorithm.objective for algorithm in ALGORITHMS.values()}
 
 
 @pytest.mark.parametrize(
