@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from onpo_fast.models.policy import Policy
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take more than 15 seconds come first: at the end, one of two processes would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with random weights and a tokenizer of bytes with a ChatML template, as a directory."""

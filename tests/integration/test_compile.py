@@ -21,6 +21,7 @@ def faults(compiled: list[Compiled]) -> list[tuple[str, str, str]]:
     return [(c.name, c.tile, c.fault) for c in compiled if c.fault]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_launch_compiles(architecture: int) -> None:
     variants = ("variants",) if architecture == 90 else ()
@@ -43,6 +44,7 @@ def test_every_launch_compiles(architecture: int) -> None:
         assert counted["weight_gradient bfloat16 ADD CARRY_IN CARRY_OUT 128×256×64"] <= 9.0
 
 
+@pytest.mark.long
 def test_tiles_of_small_problems_compile() -> None:
     compiled = compile_everything(90, [torch.bfloat16], ["small"])
     assert faults(compiled) == []

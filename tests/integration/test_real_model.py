@@ -82,6 +82,7 @@ def test_pieces_do_not_refuse_what_fits(real_policy) -> None:
         assert real_policy.renderer.has_more_tokens(sample, int(0.97 * count) - 300)
 
 
+@pytest.mark.long
 def test_a_run_of_the_default_model(tmp_path: Path) -> None:
     """As a user starts it, from the file in the wheel; no library writes to stderr, beside the lines of errors."""
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {i} plus {i}?"}}\n' for i in range(6)))

@@ -997,6 +997,7 @@ def test_wheels_that_pip_refuses_are_named_and_the_others_installed(pieces: Path
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_dry_run(tmp_path: Path) -> None:
     """The whole order of three parts on a CPU: two to three minutes."""
     done = command("--dry-run", "--out", str(tmp_path), "--wheels", str(tmp_path))

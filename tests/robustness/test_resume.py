@@ -75,6 +75,7 @@ def command(whole: Whole, out: Path, *arguments: str) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_the_crash_test(tiny_model) -> None:
     """Kills at random moments, every kind of damaged file, a damaged state inside a fit."""
     line = [sys.executable, "-m", "bench", "crash_test", "--kills", "6", "--errors", "3"]
