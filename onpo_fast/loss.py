@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -105,32 +104,25 @@ def fused_linear_pair_loss(
 
     Args:
         hidden: hidden states that predict the response tokens, responses back to back.
-        weight: the LM head, in the dtype of ``hidden``. Under autocast the tensors may have other dtypes.
+        weight, bias: the LM head, in the dtype of ``hidden``. Under autocast the tensors may have other dtypes.
         targets: the response tokens.
-        cu_seqlens: response boundaries in N, from 0 to N. Keep ``cu_seqlens`` and ``pairs`` on the CPU, where the work
-            is planned; a GPU tensor costs a host synchronisation.
+        cu_seqlens: response boundaries in N, from 0 to N; best on the CPU, like ``pairs``: reading them synchronises.
         pairs: (winner, loser) indices into the S responses; default (0, 1), (2, 3), …
-        objective: an objective such as ``objectives.Onpo(eta=…)``.
-        ref_logps: summed log-probs of the anchor, float32 or float64, best from the same backend, because rounding
-            errors then cancel. Give either these or ``ref_hidden``.
-        ref_hidden: hidden states of the anchor. No gradient flows to the anchor.
-        ref_weight, ref_bias: the anchor's LM head; default the policy's.
+        ref_logps: summed log-probs of the anchor, float32 or float64, best from the same backend; or else
+        ref_hidden, ref_weight, ref_bias: the anchor's hidden states and, unless it is the policy's, its LM head.
         preference: P(winner ≻ loser) in [0, 1] for soft labels; default 1.
         pair_weight: non-negative weights w; the loss is Σ w·ℓ / Σ w. Default 1.
-        bias, logit_scale, softcap, temperature: logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature,
-            for policy and anchor; no tanh without ``softcap``.
-        backend: "triton" (NVIDIA GPUs from Ampere on; float32, bfloat16, float16), "torch" (chunked, any device),
-            "reference" (float64, all logits at once) or "auto" (the fastest that runs here).
-        mode: "fast" computes every logit once, "lean" saves memory and computes logits twice, "auto" chooses by the
-            workspace. See docs/kernels.md, also for defaults of the workspace.
-        workspace_bytes: approximate memory beside inputs and gradients, in bytes. The default depends on the free
-            memory of a GPU, and it affects rounding: set it for bit-identical results.
-        validate: also check the values of GPU tensors, which costs a host synchronisation. Without it, a target outside
-            the vocabulary makes the loss NaN on a GPU.
+        logit_scale, softcap, temperature: logit = softcap·tanh(logit_scale·(h·w + b)/softcap) / temperature, for policy
+            and anchor; no tanh without ``softcap``.
+        backend: "triton" (NVIDIA GPUs from Ampere on), "torch" (chunked), "reference" (float64, all logits) or "auto".
+        mode: "fast" computes every logit once, "lean" saves memory; "auto" chooses by the workspace (docs/kernels.md).
+        workspace_bytes: about the memory beside inputs and gradients. The default depends on a GPU's free memory and
+            affects rounding: set it for bit-identical results.
+        validate: also check the values of GPU tensors, which synchronises. Otherwise a wrong target gives a NaN loss.
 
     Returns:
         Loss, log-probs and margins in fp32 (float64 for float64 inputs). Gradients flow from the loss to hidden, weight
-        and bias if they require one, in their dtypes; they are computed in forward, and ``backward`` scales them.
+        and bias if they require one, not to the anchor; forward computes them, ``backward`` scales them.
 
     Raises:
         ValueError: if the shape, dtype, device or value of an argument is wrong; the message names the argument.
@@ -139,19 +131,10 @@ def fused_linear_pair_loss(
     check.one_of("mode", mode, MODES)
     check.objective(objective)
     targets = check.targets(hidden, weight, targets, validate)
-    cu_seqlens = check.boundaries(cu_seqlens, len(hidden))
-    pairs = check.pairs(pairs, len(cu_seqlens) - 1)
-    layout = PairLayout.of(cu_seqlens, pairs)
-    call = _PairCall(
-        settings=settings,
-        targets=targets,
-        layout=layout,
-        objective=objective,
-        preference=check.per_pair("preference", preference, len(pairs), hidden.device, validate, highest=1.0),
-        pair_weight=check.per_pair("pair_weight", pair_weight, len(pairs), hidden.device, validate, highest=math.inf),
-        mode=mode,
-        anchor=_anchor(settings, (hidden, weight, bias), targets, layout, ref_logps, ref_hidden, ref_weight, ref_bias),
-    )
+    layout = _layout(cu_seqlens, pairs, len(hidden))
+    labels = check.labels(preference, pair_weight, len(layout.pairs), hidden.device, validate)
+    anchor = _anchor(settings, (hidden, weight, bias), targets, layout, ref_logps, ref_hidden, ref_weight, ref_bias)
+    call = _PairCall(settings, targets, layout, objective, *labels, mode, anchor)
     return PairLossOutput(*_PairLoss.apply(hidden, weight, bias, call, torch.is_grad_enabled()))
 
 
@@ -206,6 +189,12 @@ class _Settings(NamedTuple):
     def rounded(self, values: Tensor) -> Tensor:
         """Round float64 results to the dtype of the output."""
         return values.to(accumulation_dtype(self.dtype))
+
+
+def _layout(cu_seqlens: Tensor, pairs: Tensor | None, tokens: int) -> PairLayout:
+    """Check the responses and their pairs, and plan by them on the CPU."""
+    boundaries = check.boundaries(cu_seqlens, tokens)
+    return PairLayout.of(boundaries, check.pairs(pairs, len(boundaries) - 1))
 
 
 class _Anchor(NamedTuple):

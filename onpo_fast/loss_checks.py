@@ -155,6 +155,16 @@ def pairs(pairs: Tensor | None, responses: int) -> Tensor:
     return pairs
 
 
+def labels(
+    preference: Tensor | None, pair_weight: Tensor | None, pairs: int, device: torch.device, validate: bool
+) -> tuple[Tensor, Tensor]:
+    """Check the labels and weights of the pairs; return them as (P,) float64, ones by default."""
+    return (
+        per_pair("preference", preference, pairs, device, validate, highest=1.0),
+        per_pair("pair_weight", pair_weight, pairs, device, validate, highest=math.inf),
+    )
+
+
 def per_pair(
     name: str, values: Tensor | None, pairs: int, device: torch.device, validate: bool, highest: float
 ) -> Tensor:
