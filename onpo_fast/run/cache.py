@@ -112,12 +112,10 @@ class StageCache:
         """``cached`` for a long stage, which is computed in parts: a run that is killed loses one part at most.
 
         Args:
-            items, size, take_counters: as for ``ResumableStage.make``.
-            read: reads the whole, as for ``cached``.
-            read_part, write: as for ``ResumableStage.make``; ``write`` also writes the whole.
+            read: reads the whole, as for ``cached``; ``write`` writes parts and the whole.
+            items, size, read_part, take_counters: as for ``ResumableStage.make``.
             compute: given the items of a part, the index of the first, and what is to be told the ticks that are done.
-            title: of the progress bar.
-            ticks: of the progress bar for an item.
+            title, ticks: title of the progress bar, and how far an item moves it.
             metrics: given the results and their cost ("seconds" and the counters), the fields of a record.
             config_key: what results depend on beside the items and the run's own key.
         """

@@ -202,7 +202,7 @@ raise SystemExit({GPU_GONE} if len(tries) < 2 else 0)
 
 
 def test_results_are_written_while_a_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.runner.SAVE_SECONDS", 0.2)
+    monkeypatch.setattr(running, "SAVE_SECONDS", 0.2)
     path = tmp_path / "check.json"
     code = f"""
 import json, time
