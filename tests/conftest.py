@@ -35,12 +35,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shallow_model(tiny_model: Path) -> Path:
-    """The tiny model, by the name that tests had for a small one."""
-    return tiny_model
-
-
-@pytest.fixture(scope="session")
 def policy(tiny_model: Path) -> Policy:
     """The tiny model, loaded. Shared: a test that trains it loads its own."""
     from onpo_fast.config import Config

@@ -27,13 +27,13 @@ def snippets(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("title", [title for title, text in SECTIONS.items() if snippets(text) and title[0] != "#"])
-def test_your_trainer(title: str, shallow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_trainer(title: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if title == "TRL":
         pytest.importorskip("trl", reason="TRL 1.16 wants Python 3.11")
     monkeypatch.chdir(tmp_path)  # where the trainers write
     torch.manual_seed(0)
     (preamble,) = snippets(PAGE.partition("\n## ")[0])
-    preamble, replaced = re.subn(r'^MODEL = ".*"$', f"MODEL = {str(shallow_model)!r}", preamble, flags=re.MULTILINE)
+    preamble, replaced = re.subn(r'^MODEL = ".*"$', f"MODEL = {str(tiny_model)!r}", preamble, flags=re.MULTILINE)
     assert replaced == 1
     (snippet,) = snippets(SECTIONS[title])
     names: dict = {"__name__": "__main__"}

@@ -25,15 +25,15 @@ PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 
 @pytest.fixture
-def run(tmp_path: Path, shallow_model: Path) -> Path:
-    """A run of two iterations: its pairs, and the shallow model as every policy."""
+def run(tmp_path: Path, tiny_model: Path) -> Path:
+    """A run of two iterations: its pairs, and the tiny model as every policy."""
     directory = tmp_path / "run"
     groups = [Group(PROMPT, [1], [Response(text, [5], "eos", 0.0) for text in ("yes", "no\u2028", "")])]
     for t, pairs in ((1, [Pair(0, 0, 1, 0.75), Pair(0, 0, 2, 1.0)]), (2, [Pair(0, 2, 1, 0.5)])):
         data.write_pairs(directory / f"iteration_{t:02d}/pairs.jsonl", pairs, groups)
-        shutil.copytree(shallow_model, directory / f"iteration_{t:02d}/policy", copy_function=os.link)
+        shutil.copytree(tiny_model, directory / f"iteration_{t:02d}/policy", copy_function=os.link)
         Journal(directory).record(f"iteration_{t:02d}/policy")
-    config = Config(model=str(shallow_model), max_new_tokens=3, out=str(directory))
+    config = Config(model=str(tiny_model), max_new_tokens=3, out=str(directory))
     (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return directory
 

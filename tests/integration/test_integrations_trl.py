@@ -43,8 +43,8 @@ def dataset(rows: list[dict] = ROWS, labels: list[float] | None = None) -> datas
 
 
 @pytest.fixture
-def build(shallow_model, tmp_path):
-    """A trainer on the shallow model; options of the config by name, ``trainer=`` for those of the trainer."""
+def build(tiny_model, tmp_path):
+    """A trainer on the tiny model; options of the config by name, ``trainer=`` for those of the trainer."""
 
     def build(kind: type = ONPOTrainer, data=None, trainer: dict | None = None, **options) -> DPOTrainer:
         config = ONPOConfig if kind is ONPOTrainer else DPOConfig
@@ -61,7 +61,7 @@ def build(shallow_model, tmp_path):
             **CPU,
         }
         return kind(
-            model=str(shallow_model),
+            model=str(tiny_model),
             args=config(**{**defaults, **options}),
             train_dataset=dataset() if data is None else data,
             **trainer or {},
@@ -241,11 +241,11 @@ def test_a_wrapper_that_casts_a_calls_tensors_does_not_reach_the_log_probs(build
     torch.testing.assert_close(reference, trainer.compute_ref_log_probs(trainer.model, inputs), rtol=0, atol=0)
 
 
-def test_without_a_tail_the_model_is_what_it_was(build, shallow_model) -> None:
+def test_without_a_tail_the_model_is_what_it_was(build, tiny_model) -> None:
     trainer = build()
-    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     call = tokenizer("Name a colour.", return_tensors="pt")
-    plain = AutoModelForCausalLM.from_pretrained(shallow_model, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     trainer.model.eval()
     for labels in (None, call["input_ids"]):
         got, want = trainer.model(**call, labels=labels), plain(**call, labels=labels)
@@ -310,9 +310,9 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
         ONPOConfig(**CPU, **options)
 
 
-def test_what_the_trainer_refuses(build, shallow_model) -> None:
+def test_what_the_trainer_refuses(build, tiny_model) -> None:
     with pytest.raises(ValueError, match="args must be an ONPOConfig, not DPOConfig"):
-        ONPOTrainer(str(shallow_model), args=DPOConfig(**CPU), train_dataset=dataset())
+        ONPOTrainer(str(tiny_model), args=DPOConfig(**CPU), train_dataset=dataset())
     for labels, value in (([0.5] * 5 + [1.5], "1.5"), ([0.5] * 5 + [None], "None")):
         with pytest.raises(ValueError, match=rf"preference must be in \[0, 1\] for every pair, not {value}"):
             batch(build(data=dataset(labels=labels), per_device_train_batch_size=6))

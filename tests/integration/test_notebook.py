@@ -20,13 +20,13 @@ def test_outputs_are_stripped() -> None:
 
 
 def test_the_cells_run(
-    shallow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """On the model cut to two layers: the cells are plain Python and need no kernel."""
     monkeypatch.chdir(tmp_path)
     sources = ["".join(cell["source"]) for cell in CODE]
     assert 'MODEL = "smollm2"' in sources[0]
-    sources[0] = sources[0].replace('"smollm2"', repr(str(shallow_model)))
+    sources[0] = sources[0].replace('"smollm2"', repr(str(tiny_model)))
     names: dict = {"__name__": "__main__"}
     for source in sources:
         exec(source, names)

@@ -163,20 +163,20 @@ def test_the_memory_comes_back(pair_model: PairModel) -> None:
         ("{{ 1 // 0 }}", "refuses the conversation: integer division or modulo by zero"),
     ],
 )
-def test_models_that_cannot_be_asked(shallow_model, tmp_path, template: str, message: str) -> None:
-    shutil.copytree(shallow_model, tmp_path / "model")
+def test_models_that_cannot_be_asked(tiny_model, tmp_path, template: str, message: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
     edit_template(tmp_path / "model", template)
     with pytest.raises(UserError, match=message):
         make(PairModel, tmp_path / "model")
 
 
-def test_models_that_cannot_be_had(shallow_model, tmp_path) -> None:
+def test_models_that_cannot_be_had(tiny_model, tmp_path) -> None:
     with pytest.raises(UserError, match="--oracle pair-model needs --oracle_model"):
         oracles.load("pair-model")
     with pytest.raises(UserError, match="cannot load the model no/such"):
         oracles.load("reward-model=no/such")
     pickled = tmp_path / "pickled"
-    shutil.copytree(shallow_model, pickled)
+    shutil.copytree(tiny_model, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load the model /tmp/none: there is no such directory"):
@@ -185,10 +185,10 @@ def test_models_that_cannot_be_had(shallow_model, tmp_path) -> None:
         oracles.load("pair-model", Config(oracle_model=str(pickled)))
 
 
-def test_a_models_own_code_is_not_run(shallow_model, tmp_path) -> None:
+def test_a_models_own_code_is_not_run(tiny_model, tmp_path) -> None:
     """Unless asked for with --trust_remote_code."""
     directory = tmp_path / "model"
-    shutil.copytree(shallow_model, directory)
+    shutil.copytree(tiny_model, directory)
     auto_map = {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.M"}
     edit_config(directory, model_type="theirs", auto_map=auto_map)
     (directory / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
@@ -264,13 +264,13 @@ def test_a_reward_model_that_padding_disturbs_is_asked_one_at_a_time(reward_dire
 
 
 @pytest.fixture(scope="module")
-def reward_directory(shallow_model, tmp_path_factory) -> Path:
+def reward_directory(tiny_model, tmp_path_factory) -> Path:
     """The small model's body with a head of random weights for one score."""
     directory = tmp_path_factory.mktemp("reward") / "model"
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(shallow_model, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(shallow_model).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
     return directory
 
 
@@ -321,11 +321,11 @@ def test_a_reward_is_that_of_one_unpadded_pass(reward_directory, tmp_path, named
     np.testing.assert_allclose(oracle.many(GROUPS)[0], 1 / (1 + np.exp(-difference)), atol=1e-5)
 
 
-def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_path, capfd) -> None:
+def test_models_that_are_no_reward_models(tiny_model, reward_directory, tmp_path, capfd) -> None:
     with pytest.raises(UserError, match=r"its config\.json names LlamaForCausalLM, a language model"):
-        oracles.load(f"reward-model={shallow_model}")
+        oracles.load(f"reward-model={tiny_model}")
     headless = tmp_path / "headless"
-    shutil.copytree(shallow_model, headless)
+    shutil.copytree(tiny_model, headless)
     edit_config(headless, num_labels=1)
     with pytest.raises(UserError, match=r"is not a reward-model: it lacks the weights score\.weight"):
         oracles.load(f"reward-model={headless}")(PROMPT, ["a", "b"])
@@ -338,7 +338,7 @@ def test_models_that_are_no_reward_models(shallow_model, reward_directory, tmp_p
         oracles.load(f"reward-model={tmp_path}")
 
 
-def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:
+def test_a_run_under_models(tiny_model, reward_directory, tmp_path, monkeypatch, write_lines) -> None:
     """A panel of both kinds: the policy makes room for each, and the options are those of the run."""
     policies: list[ResidentPolicy] = []
     in_memory: list[bool] = []
@@ -361,11 +361,11 @@ def test_a_run_under_models(shallow_model, reward_directory, tmp_path, monkeypat
         "batch_pairs": 2,
     }
     config = Config(
-        model=str(shallow_model),
+        model=str(tiny_model),
         prompts=str(prompts),
         out=str(tmp_path / "out"),
         oracle=oracle,
-        oracle_model=str(shallow_model),
+        oracle_model=str(tiny_model),
         **sizes,
     )
     result = module.train(config)

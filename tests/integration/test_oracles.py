@@ -270,14 +270,14 @@ prefer = Counting()
 """
 
 
-def test_what_was_asked_is_counted_however_it_ended(oracle_module, shallow_model, tmp_path, monkeypatch) -> None:
+def test_what_was_asked_is_counted_however_it_ended(oracle_module, tiny_model, tmp_path, monkeypatch) -> None:
     """An oracle that dies halfway, in a run and in an evaluation; one that is asked again by hand."""
     monkeypatch.chdir(tmp_path)
     name = oracle_module(COUNTING)
     prompts = "".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in range(5))
     Path("prompts.jsonl").write_text(prompts)
     options = Config(
-        model=str(shallow_model),
+        model=str(tiny_model),
         prompts="prompts.jsonl",
         eval_fraction=0.4,
         oracle=name,
@@ -341,10 +341,10 @@ def prompts(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_function_is_tried_once_before_anything_is_sampled(oracle_module, prompts, shallow_model) -> None:
+def test_a_function_is_tried_once_before_anything_is_sampled(oracle_module, prompts, tiny_model) -> None:
     """On the shortest prompt, also when a run goes on, unless nothing is left to judge; and by an evaluation."""
     name = oracle_module(LISTENING.format("pass"))
-    config = Config(model=str(shallow_model), oracle=name, **RUN)
+    config = Config(model=str(tiny_model), oracle=name, **RUN)
     train.train(config)
     asked = sys.modules[name.partition(":")[0]].asked
     assert asked[0] == ([{"role": "user", "content": "Count to 3."}], list(oracles.PROBE_TEXTS))
@@ -374,10 +374,10 @@ def test_a_function_of_no_use_leaves_nothing_behind(oracle_module, prompts, pane
     assert not Path("run").exists()
 
 
-def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, shallow_model, capsys) -> None:
+def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, tiny_model, capsys) -> None:
     """Nothing is mixed then: it goes on. One that is of no use stops it before anything is sampled."""
     name = oracle_module(LISTENING.format("pass  # a module of its own"))
-    train.train(Config(model=str(shallow_model), oracle=name, **RUN))
+    train.train(Config(model=str(tiny_model), oracle=name, **RUN))
     file = Path(name.partition(":")[0] + ".py")
     evaluate.main(["run", "--trust_run"])
     assert "is not what" not in capsys.readouterr().out

@@ -99,12 +99,12 @@ def metrics(directory: Path, stage: str) -> list[dict]:
     return [record for record in records if record["stage"] == stage]
 
 
-def test_a_live_anchor(shallow_model, tmp_path) -> None:
+def test_a_live_anchor(tiny_model, tmp_path) -> None:
     """The whole loop with the anchor in memory: the losses of the loop with cached log-probs."""
     losses = []
     for anchor in ("cached", "live"):
         out = tmp_path / anchor
-        module.train(Config(model=str(shallow_model), out=str(out), anchor=anchor, iterations=1, **TINY))
+        module.train(Config(model=str(tiny_model), out=str(out), anchor=anchor, iterations=1, **TINY))
         losses.append([record["loss"] for record in metrics(out, "fit")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     with pytest.raises(UserError, match="--anchor live"):
@@ -220,11 +220,9 @@ def test_a_directory_in_use_is_refused(run_directory: Path, tiny_model) -> None:
         ({"objective": "dpo", "labels": "sampled"}, ["policy"]),
     ],
 )
-def test_the_same_loop_runs_every_objective(
-    tmp_path, shallow_model, write_lines, options: dict, fits: list[str]
-) -> None:
+def test_the_same_loop_runs_every_objective(tmp_path, tiny_model, write_lines, options: dict, fits: list[str]) -> None:
     prompts = write_lines("prompts.jsonl", *PROMPTS[:6])
-    config = Config(model=str(shallow_model), prompts=str(prompts), out=str(tmp_path / "out"), **{**TINY, **options})
+    config = Config(model=str(tiny_model), prompts=str(prompts), out=str(tmp_path / "out"), **{**TINY, **options})
     module.train(config)
     seen = [(r["iteration"], r["fit"]) for r in metrics(tmp_path / "out", "fit")]
     assert sorted(set(seen)) == [(t, name) for t in (1, 2) for name in fits]
@@ -238,12 +236,12 @@ def test_the_same_loop_runs_every_objective(
     assert [s for s in scored if s[1] != "initial"] == expected
 
 
-def test_the_same_seed_ends_with_the_same_bits(tmp_path, shallow_model, write_lines) -> None:
+def test_the_same_seed_ends_with_the_same_bits(tmp_path, tiny_model, write_lines) -> None:
     prompts = write_lines("prompts.jsonl", *PROMPTS[:6])
     weights = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         out = tmp_path / name
-        module.train(Config(model=str(shallow_model), prompts=str(prompts), out=str(out), seed=seed, **TINY))
+        module.train(Config(model=str(tiny_model), prompts=str(prompts), out=str(out), seed=seed, **TINY))
         weights.append(load_file(out / "iteration_02/policy/model.safetensors"))
     a, b, c = weights
     assert all(torch.equal(a[k], b[k]) for k in a)

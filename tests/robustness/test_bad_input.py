@@ -407,8 +407,8 @@ def own_code(directory: Path) -> None:
         "eos",
     ],
 )
-def test_model_directories(here: Path, shallow_model: Path, change: Callable, message: str, capsys) -> None:
-    shutil.copytree(shallow_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))
+def test_model_directories(here: Path, tiny_model: Path, change: Callable, message: str, capsys) -> None:
+    shutil.copytree(tiny_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))
     change(here / "broken")
     before = sorted(here.rglob("*"))
     said = one_line(train.main, ["--model", "broken", "--out", "out"], capsys)
@@ -416,11 +416,11 @@ def test_model_directories(here: Path, shallow_model: Path, change: Callable, me
     assert sorted(here.rglob("*")) == before
 
 
-def test_a_prompt_longer_than_the_context(here: Path, shallow_model: Path, capsys) -> None:
+def test_a_prompt_longer_than_the_context(here: Path, tiny_model: Path, capsys) -> None:
     (here / "long.jsonl").write_text(GOOD + json.dumps({"prompt": "long " * 9000}) + "\n" + '{"prompt": ""}\n')
     arguments = [
         "--model",
-        str(shallow_model),
+        str(tiny_model),
         "--prompts",
         "long.jsonl",
         "--out",
@@ -445,13 +445,13 @@ def test_a_prompt_longer_than_the_context(here: Path, shallow_model: Path, capsy
     assert (prompts["train"] + prompts["held_out"], prompts["skipped"]) == (6, 2)
 
 
-def test_responses_that_are_all_the_same(here: Path, shallow_model: Path, capsys) -> None:
+def test_responses_that_are_all_the_same(here: Path, tiny_model: Path, capsys) -> None:
     """A policy that says one thing leaves nothing to compare: a clean stop, with the responses there to look at."""
     said = one_line(
         train.main,
         [
             "--model",
-            str(shallow_model),
+            str(tiny_model),
             "--prompts",
             "good.jsonl",
             "--out",

@@ -108,8 +108,8 @@ def huge(tensors: dict) -> None:
     ],
     ids=["nan", "overflow", "misnamed", "shard", "t5", "eos"],
 )
-def test_models(here: Path, shallow_model: Path, change: Callable, message: str, unsaid: str) -> None:
-    shutil.copytree(shallow_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))
+def test_models(here: Path, tiny_model: Path, change: Callable, message: str, unsaid: str) -> None:
+    shutil.copytree(tiny_model, "broken", copy_function=lambda source, target: Path(target).symlink_to(source))
     change(here / "broken")
     with pytest.raises(UserError) as error:
         load("broken", Config())
@@ -118,8 +118,8 @@ def test_models(here: Path, shallow_model: Path, change: Callable, message: str,
 
 
 @pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ messages[0].content + 1 }}", "{% for"])
-def test_templates(here: Path, shallow_model: Path, template: str, capsys) -> None:
-    shutil.copytree(shallow_model, "broken")
+def test_templates(here: Path, tiny_model: Path, template: str, capsys) -> None:
+    shutil.copytree(tiny_model, "broken")
     text("chat_template.jinja", template)(here / "broken")
     (here / "p.jsonl").write_text('{"prompt": "x"}\n')
     said = one_line(["--model", "broken", "--prompts", "p.jsonl", "--out", "out"], capsys)
@@ -151,11 +151,11 @@ def test_targets_beyond_numbers(here: Path, eta: str, capsys) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_diverged_run_can_go_on_slower(here: Path, shallow_model: Path, capsys) -> None:
+def test_a_diverged_run_can_go_on_slower(here: Path, tiny_model: Path, capsys) -> None:
     """To the bits of a run that had it from the start."""
     options = [
         "--model",
-        str(shallow_model),
+        str(tiny_model),
         "--prompts_per_iteration",
         "2",
         "--iterations",

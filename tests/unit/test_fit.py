@@ -50,8 +50,8 @@ def run(model, **options):
 
 
 @pytest.fixture(scope="module")
-def fitted(shallow_model):
-    return run(shallow_model, epochs_policy=2)
+def fitted(tiny_model):
+    return run(tiny_model, epochs_policy=2)
 
 
 def test_a_plan_takes_whole_groups_until_a_step_has_its_pairs() -> None:
@@ -74,10 +74,10 @@ def test_a_fit_from_its_anchor_starts_at_margin_zero(fitted) -> None:
     assert first["target"] == pytest.approx(sum(batch) / 3)
 
 
-def test_margins_go_to_the_least_squares_solution(shallow_model) -> None:
+def test_margins_go_to_the_least_squares_solution(tiny_model) -> None:
     """The labels of every group go in a circle, 1 + 0.8 + 0.4 nats round it, where margins add up to 0."""
-    config = Config(model=str(shallow_model), learning_rate=1e-4, warmup_ratio=0.0)
-    policy = load(shallow_model, config)
+    config = Config(model=str(tiny_model), learning_rate=1e-4, warmup_ratio=0.0)
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     records: list[dict] = []
@@ -91,12 +91,12 @@ def test_margins_go_to_the_least_squares_solution(shallow_model) -> None:
     assert (margins - (targets - 2.2 / 3)).abs().max() < 0.05
 
 
-def test_responses_in_no_pair_are_left_out(shallow_model) -> None:
+def test_responses_in_no_pair_are_left_out(tiny_model) -> None:
     """The gradient is that of the compared responses alone, and so are the tokens."""
     seen = []
     for width in (4, 2):  # responses a group; the pairs name the first and the last of them, or both
-        config = Config(model=str(shallow_model), learning_rate=LEARNING_RATE)
-        policy = load(shallow_model, config)
+        config = Config(model=str(tiny_model), learning_rate=LEARNING_RATE)
+        policy = load(tiny_model, config)
         groups = [
             Group(g.prompt, g.prompt_tokens, [g.responses[0], *g.responses[1:-1][: width - 2], g.responses[-1]])
             for g in make_groups(policy, 4)
@@ -126,9 +126,9 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert cosine_with_warmup(torch.optim.AdamW([parameter], lr=1.0), 0, 1).get_last_lr() == [1.0]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
-    config = Config(model=str(shallow_model), max_skipped_steps=2)
-    policy = load(shallow_model, config)
+def test_a_gradient_that_is_not_finite_stops_the_fit(tiny_model) -> None:
+    config = Config(model=str(tiny_model), max_skipped_steps=2)
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     anchor[0][0] = float("nan")
@@ -141,18 +141,18 @@ def test_a_gradient_that_is_not_finite_stops_the_fit(shallow_model) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_fit_without_any_finite_step_is_no_fit(shallow_model) -> None:
-    config = Config(model=str(shallow_model), max_skipped_steps=5)
-    policy = load(shallow_model, config)
+def test_a_fit_without_any_finite_step_is_no_fit(tiny_model) -> None:
+    config = Config(model=str(tiny_model), max_skipped_steps=5)
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     anchor = [torch.full((3,), float("nan"))] * 4
     with pytest.raises(UserError, match="step 2 of 2: no finite loss and gradient in any step; lower --learning_rate"):
         fit(policy, groups, plan_steps(PAIRS, 2, 12, [0]), anchor, Onpo(eta=2.0), config, lambda metrics: None)
 
 
-def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> None:
-    config = Config(model=str(shallow_model))
-    policy = load(shallow_model, config)
+def test_a_policy_that_is_not_finite_in_the_end_is_no_result(tiny_model) -> None:
+    config = Config(model=str(tiny_model))
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
 
@@ -165,9 +165,9 @@ def test_a_policy_that_is_not_finite_in_the_end_is_no_result(shallow_model) -> N
         fit(policy, groups, plan_steps(PAIRS, 1, 12, [0]), anchor, Onpo(eta=2.0), config, overflow)
 
 
-def test_a_step_that_is_not_finite_is_left_out(shallow_model) -> None:
-    config = Config(model=str(shallow_model))
-    policy = load(shallow_model, config)
+def test_a_step_that_is_not_finite_is_left_out(tiny_model) -> None:
+    config = Config(model=str(tiny_model))
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     anchor = score(policy, groups, 1000)
     anchor[0][0] = float("nan")  # in one step of four
@@ -187,10 +187,10 @@ def test_metrics_are_complete(fitted) -> None:
 
 
 @pytest.mark.parametrize("options", [{"tokens_per_microbatch": 1}, {"gradient_checkpointing": True}])
-def test_memory_options_change_only_rounding(shallow_model, options: dict) -> None:
+def test_memory_options_change_only_rounding(tiny_model, options: dict) -> None:
     """Accumulation weighs pairs, not micro-batches, so the split does not show."""
-    plain, *_, a = run(shallow_model)
-    other, *_, b = run(shallow_model, **options)
+    plain, *_, a = run(tiny_model)
+    other, *_, b = run(tiny_model, **options)
     for x, y in zip(a, b):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
         assert x["gradient_norm"] == pytest.approx(y["gradient_norm"], rel=1e-3)
@@ -200,30 +200,30 @@ def test_memory_options_change_only_rounding(shallow_model, options: dict) -> No
     )  # Adam's sign flips of vanishing gradients
 
 
-def test_separate_rows_give_the_same_gradient(shallow_model) -> None:
-    _, groups, anchor, a = run(shallow_model)
-    config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
-    again = dataclasses.replace(load(shallow_model, config), layout="separate")
+def test_separate_rows_give_the_same_gradient(tiny_model) -> None:
+    _, groups, anchor, a = run(tiny_model)
+    config = Config(model=str(tiny_model), batch_pairs=6, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
+    again = dataclasses.replace(load(tiny_model, config), layout="separate")
     b: list[dict] = []
     fit(again, groups, plan_steps(PAIRS, 1, 6, [0]), anchor, Onpo(eta=2.0), config, b.append)
     assert a[0]["gradient_norm"] == pytest.approx(b[0]["gradient_norm"], rel=1e-4)
 
 
-def test_bfloat16_compute_keeps_float32_weights(shallow_model) -> None:
-    *_, exact = run(shallow_model)
-    policy, *_, rounded = run(shallow_model, dtype="bfloat16")
+def test_bfloat16_compute_keeps_float32_weights(tiny_model) -> None:
+    *_, exact = run(tiny_model)
+    policy, *_, rounded = run(tiny_model, dtype="bfloat16")
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     assert rounded[0]["gradient_norm"] == pytest.approx(exact[0]["gradient_norm"], rel=0.1)
     assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01)
 
 
 @pytest.mark.parametrize("objective", [Onpo(eta=2.0), Dpo(beta=0.5)], ids=["onpo", "dpo"])
-def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objective) -> None:
-    config = Config(model=str(shallow_model), batch_pairs=6, learning_rate=LEARNING_RATE)
-    frozen = load(shallow_model, config).frozen()
+def test_a_live_anchor_gives_the_weights_of_a_cached_one(tiny_model, objective) -> None:
+    config = Config(model=str(tiny_model), batch_pairs=6, learning_rate=LEARNING_RATE)
+    frozen = load(tiny_model, config).frozen()
     weights, records = [], []
     for live in (False, True):
-        policy = load(shallow_model, config)
+        policy = load(tiny_model, config)
         groups = make_groups(policy)
         logps, anchor = (None, frozen) if live else (score(policy, groups, 1000), None)
         seen: list[dict] = []
@@ -244,12 +244,12 @@ def test_a_live_anchor_gives_the_weights_of_a_cached_one(shallow_model, objectiv
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 @pytest.mark.parametrize("live", [False, True], ids=["cached", "live"])
-def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(shallow_model, layout: str, live: bool) -> None:
+def test_responses_without_a_loser_have_the_gradient_of_sppos_loss(tiny_model, layout: str, live: bool) -> None:
     """Against float64 autograd on each row alone: mean of (log π(y)/π_t(y) − η(p − ½))²; mixed with a plain pair."""
-    config = Config(model=str(shallow_model), learning_rate=1e-12, max_grad_norm=1e9)
-    policy = dataclasses.replace(load(shallow_model, config), layout=layout)
+    config = Config(model=str(tiny_model), learning_rate=1e-12, max_grad_norm=1e9)
+    policy = dataclasses.replace(load(tiny_model, config), layout=layout)
     groups = make_groups(policy)
-    frozen = load(shallow_model, config)
+    frozen = load(tiny_model, config)
     for parameter in frozen.model.parameters():
         parameter.data *= 1.01
     anchor = score(frozen, groups, 1000)
@@ -325,12 +325,12 @@ class OneState:
         return f"STATE {type(error).__name__}"
 
 
-def test_a_fit_goes_on_from_a_state(shallow_model) -> None:
-    config = Config(model=str(shallow_model), learning_rate=LEARNING_RATE)
+def test_a_fit_goes_on_from_a_state(tiny_model) -> None:
+    config = Config(model=str(tiny_model), learning_rate=LEARNING_RATE)
     steps, saved = [], None
     states = OneState(None)
     for _ in range(2):  # the second time, from the schedule and the counters of step 2 alone
-        policy = load(shallow_model, config)
+        policy = load(tiny_model, config)
         groups = make_groups(policy)
         batches = plan_steps(PAIRS, 2, 6, [0])
         anchor = score(policy, groups, 1000)
@@ -343,9 +343,9 @@ def test_a_fit_goes_on_from_a_state(shallow_model) -> None:
     assert steps[1] == steps[0][2:]
 
 
-def test_a_state_that_does_not_fit_is_named_and_kept(shallow_model) -> None:
-    config = Config(model=str(shallow_model))
-    policy = load(shallow_model, config)
+def test_a_state_that_does_not_fit_is_named_and_kept(tiny_model) -> None:
+    config = Config(model=str(tiny_model))
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     states = OneState({"step": 1, "skipped": 0})
     anchor = score(policy, groups, 1000)
@@ -354,9 +354,9 @@ def test_a_state_that_does_not_fit_is_named_and_kept(shallow_model) -> None:
     assert states.calls == []
 
 
-def test_the_states_of_a_fit_that_fails_are_removed(shallow_model) -> None:
-    config = Config(model=str(shallow_model), max_skipped_steps=0)
-    policy = load(shallow_model, config)
+def test_the_states_of_a_fit_that_fails_are_removed(tiny_model) -> None:
+    config = Config(model=str(tiny_model), max_skipped_steps=0)
+    policy = load(tiny_model, config)
     groups = make_groups(policy)
     states = OneState(None)
     anchor = [torch.full((3,), float("nan"))] * 4

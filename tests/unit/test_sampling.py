@@ -46,8 +46,8 @@ def test_the_batch_size_changes_nothing(policy: Policy, groups, batch_size: int)
     assert [[r.tokens for r in g.responses] for g in again] == [[r.tokens for r in g.responses] for g in groups]
 
 
-def test_many_rows_a_batch(shallow_model) -> None:
-    policy = load(shallow_model, Config())
+def test_many_rows_a_batch(tiny_model) -> None:
+    policy = load(tiny_model, Config())
     one, seven, many = (
         [[r.tokens for r in g.responses] for g in sampler(policy, size, max_new_tokens=3)(PROMPTS, 24, [3])]
         for size in (1, 7, 64)
@@ -88,10 +88,10 @@ def test_a_prompt_beyond_the_context_is_refused(policy: Policy) -> None:
         sampler(policy)(long, 2, [0])
 
 
-def test_a_models_own_generation_settings_do_not_bend_the_policy(shallow_model, tmp_path) -> None:
+def test_a_models_own_generation_settings_do_not_bend_the_policy(tiny_model, tmp_path) -> None:
     """Nor do settings that transformers would refuse to save stop a fit from being saved."""
     directory = tmp_path / "model"
-    shutil.copytree(shallow_model, directory)
+    shutil.copytree(tiny_model, directory)
     settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "temperature": 0.6, "eos_token_id": [2, 0]}
     (directory / "generation_config.json").write_text(json.dumps(settings))
     bent = load(directory, Config())
