@@ -1,8 +1,9 @@
 """Runs whose final weights are known bit for bit: a tiny random model, a fixed seed, one thread.
 
-``cd tests && python -m support.fixed_runs`` prints the SHA-256 of the final weights of every run in ``RUNS``. The
-committed table, ``fixed_runs.json``, was printed by the code of commit 5d1b279. Each run is a process of its own, with
-the instructions that every x86-64 processor has, so that Intel and AMD machines compute the same bits.
+``cd tests && python -m support.fixed_runs [NAME …]`` prints the SHA-256 of the final weights of these runs, or of all
+in ``RUNS``. The committed table, ``fixed_runs.json``, was printed by the code of commit 5d1b279. Runs use the
+instructions that every x86-64 processor has, so that Intel and AMD machines compute the same bits. Each is a process of
+its own, forked from one that has imported everything, which takes longer than the run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from .tiny_models import make_model
@@ -63,25 +65,57 @@ def weights_digest(policy: Path) -> str:
     return digest.hexdigest()
 
 
-def run(name: str, folder: Path) -> str:
-    """Trains the run of this name in a process of its own; returns the digest of its final weights."""
-    model, prompts, out = folder / "model", folder / "prompts.jsonl", folder / name.replace(" ", "_")
-    if not model.exists():
+def digests(*names: str) -> dict:
+    """Trains these runs, or all, under ``ENVIRONMENT``; returns a table as ``fixed_runs.json`` has it."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    line = [sys.executable, "-m", "support.fixed_runs", *names]
+    done = subprocess.run(line, cwd=tests, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def _fork(arguments: list[str]) -> int:
+    """Trains in a forked process, whose output goes to stderr; returns its exit status."""
+    from onpo_fast import train
+
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        os.dup2(2, 1)
+        train.main(arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def main(names: list[str]) -> None:
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        print(json.dumps(digests(*names), indent=1))
+        return
+
+    import torch
+
+    table = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, prompts = Path(folder, "model"), Path(folder, "prompts.jsonl")
         make_model(model)
         lines = (json.dumps({"prompt": f"Say {i} words about {i * i}."}) + "\n" for i in range(16))
         prompts.write_text("".join(lines))
-    command = [sys.executable, "-m", "onpo_fast.train", f"--model={model}", f"--prompts={prompts}", f"--out={out}"]
-    subprocess.run([*command, *OPTIONS, *RUNS[name]], env=os.environ | ENVIRONMENT, check=True, capture_output=True)
-    return weights_digest(out / "iteration_02" / "policy")
-
-
-def main() -> None:
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        table = {name: run(name, Path(folder)) for name in RUNS}
+        for name in names or RUNS:
+            out = Path(folder, name.replace(" ", "_"))
+            arguments = [f"--model={model}", f"--prompts={prompts}", f"--out={out}", *OPTIONS, *RUNS[name]]
+            if status := _fork(arguments):
+                sys.exit(f"the run {name} ended with exit status {status}")
+            table[name] = weights_digest(out / "iteration_02" / "policy")
     print(json.dumps({"torch": torch.__version__.partition("+")[0], "sha256": table}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
