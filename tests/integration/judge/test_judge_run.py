@@ -21,7 +21,24 @@ from onpo_fast.servers import RequestRefused, retries
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
-def test_a_run_with_a_judge(tiny_model, tmp_path, monkeypatch, write_lines) -> None:
+@pytest.fixture
+def small(tiny_model, tmp_path, write_lines) -> dict[str, object]:
+    """Options of a run of one iteration in "out", on five prompts."""
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
+    return {
+        "model": str(tiny_model),
+        "prompts": str(prompts),
+        "out": str(tmp_path / "out"),
+        "iterations": 1,
+        "prompts_per_iteration": 2,
+        "responses_per_prompt": 2,
+        "max_new_tokens": 4,
+        "eval_samples": 1,
+        "batch_pairs": 2,
+    }
+
+
+def test_a_run_with_a_judge(small, tmp_path, monkeypatch) -> None:
     """Its counters are in the metrics, and the key is sent, and nowhere in the run directory though said back."""
     monkeypatch.setenv("MY_KEY", "sk-do-not-tell\n")
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.002)
@@ -32,24 +49,7 @@ def test_a_run_with_a_judge(tiny_model, tmp_path, monkeypatch, write_lines) -> N
             return shorter(body)
         return next(faults, f"{shorter(body)}. Your key is sk-do-not-tell")
 
-    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
-    sizes = {
-        "iterations": 1,
-        "prompts_per_iteration": 2,
-        "responses_per_prompt": 2,
-        "max_new_tokens": 4,
-        "eval_samples": 1,
-        "batch_pairs": 2,
-    }
-    config = {
-        "model": str(tiny_model),
-        "prompts": str(prompts),
-        "out": str(tmp_path / "out"),
-        "oracle": "judge",
-        "judge_model": "m",
-        "judge_key_variable": "MY_KEY",
-        **sizes,
-    }
+    config = small | {"oracle": "judge", "judge_model": "m", "judge_key_variable": "MY_KEY"}
     with serving(reply) as server:
         module.train(Config(judge_url=server.url, **config))
         assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-do-not-tell"}
@@ -66,26 +66,9 @@ def test_a_run_with_a_judge(tiny_model, tmp_path, monkeypatch, write_lines) -> N
         assert path.is_dir() or b"sk-do-not-tell" not in path.read_bytes(), path
 
 
-def test_a_judge_of_no_use_stops_the_run_before_anything_is_sampled(tiny_model, tmp_path, write_lines) -> None:
+def test_a_judge_of_no_use_stops_the_run_before_anything_is_sampled(small, tmp_path) -> None:
     """One question in both orders; mended, the run goes on with it, and asks it no more."""
-    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5)))
-    sizes = {
-        "iterations": 1,
-        "prompts_per_iteration": 2,
-        "responses_per_prompt": 2,
-        "max_new_tokens": 4,
-        "eval_samples": 1,
-        "batch_pairs": 2,
-    }
-    config = {
-        "model": str(tiny_model),
-        "prompts": str(prompts),
-        "out": str(tmp_path / "out"),
-        "judge_model": "m",
-        "oracle": "population + judge",
-        "judge_concurrency": 1,
-        **sizes,
-    }
+    config = small | {"judge_model": "m", "oracle": "population + judge", "judge_concurrency": 1}
     replies = [(Error(404), RequestRefused, "404", 1), ("Let me think", NoVerdicts, "2 of 2", 4)]
     with serving(shorter) as server:
         for reply, kind, message, requests in replies:
