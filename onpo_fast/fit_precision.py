@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, MicroBatch, split
+from .config import FitConfig
 from .data import Group
 from .models.policy import Policy
 from .models.precision import round_to_bfloat16
-from .models.scoring import sum_by_response
+from .models.scoring import PairLossOptions
 
 IN_FORWARD, IN_SAVED = "margins_kept_in_forward", "margins_kept_in_saved"  # metrics of a fit's last step
 LEAST = 0.9  # share of the margins, below which there is a warning
@@ -30,14 +31,15 @@ class KeptMargins:
     the run if that is another, and one for what is saved if that is rounded; nothing if all three are float32.
     """
 
-    def __init__(self, policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_microbatch: int) -> None:
+    def __init__(self, policy: Policy, groups: Sequence[Group], batch: Batch, config: FitConfig) -> None:
         self.policy = policy
         self.computes_less = policy.compute_dtype != torch.float32
         self.saves_less = policy.saves_rounded
         if not (self.computes_less or self.saves_less):
             return
-        part = next(split(policy, groups, batch, tokens_per_microbatch))
+        part = next(split(policy, groups, batch, config.tokens_per_microbatch))
         self.microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+        self.loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
         self.exact = self._margins_in_float32()
         self.computed = self._margins() if self.computes_less else None
 
@@ -66,9 +68,8 @@ class KeptMargins:
         """Returns log π(winner) − log π(loser) of every pair, (P,) float64 on the CPU, nats."""
         packed, labelled = self.microbatch.packed, self.microbatch.labelled
         with self.policy.autocast():
-            logps = self.policy.scoring(packed)
-        sums = torch.stack(sum_by_response(logps, packed.cu_seqlens))
-        return (sums[labelled.winner] - sums[labelled.loser]).cpu()
+            logps = self.policy.scoring(packed, labelled, self.loss).double()
+        return (logps[labelled.winner] - logps[labelled.loser]).cpu()
 
 
 def _share(movement: Tensor, exact: Tensor) -> float | None:
