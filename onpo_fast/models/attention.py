@@ -1,6 +1,6 @@
 """What each token of a packed batch sees, as arguments of a model's forward.
 
-A token sees itself and earlier tokens of its own sequence that are of the prompt or of its own response; in a layer with
+A token sees itself and earlier tokens of its sequence that are of the prompt or of its own response; in a layer with
 a sliding window, only those that are less than the window away. The window counts positions, not indices of the row,
 because other responses lie between a response and its prompt.
 """
