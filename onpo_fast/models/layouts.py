@@ -16,12 +16,11 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..errors import UserError
 from ..packing import Layout
-from .attention import FLEX, is_flash, limits_unknown_here, window_of
+from .attention import FLEX, is_flash, limits_unknown_here
 from .checks import ROUNDING, probe_batch, probe_log_probs
 from .policy import Policy
 
 PROBE_WINDOW = 5  # positions: shorter than most rows of the probe
-UNLIMITED = 1 << 30  # positions
 # how much further from float32 a GPU's kernel may be than plain attention is in the same dtype
 ERROR_RATIO = 4
 DESCRIPTIONS = {
@@ -78,9 +77,7 @@ def _why_not(policy: Policy, attention: str, layout: Layout) -> str | None:
         return f"{family} limits what a token sees in a way that is not supported there ({', '.join(limits)})"
     try:
         agrees = _agrees(policy, attention, layout)
-        if agrees and window:  # the probe is shorter than the windows of most models
-            if window_of(config) and not _window_counts(policy):
-                return f"{family} has a window that its sliding_window does not set"
+        if agrees and window:  # most windows are longer than the probe, and masks are made from the configuration
             with _window(config, min(window, PROBE_WINDOW)):
                 agrees = _agrees(policy, attention, layout)
     except Exception as error:  # families without such masks fail in their own ways
@@ -134,19 +131,9 @@ def _embedding_gradient(policy: Policy, layout: Layout) -> Tensor:
     return total
 
 
-def _window_counts(policy: Policy) -> bool:
-    """Returns whether the window in the configuration changes the log-probs of a row for each response."""
-    config = policy.model.config.get_text_config()
-    found = []
-    for window in (min(config.sliding_window, PROBE_WINDOW), UNLIMITED):
-        with policy.in_float32(), _window(config, window):
-            found.append(probe_log_probs(policy, "separate"))
-    return bool((found[0] - found[1]).abs().max() > ROUNDING)
-
-
 @contextmanager
 def _window(config: PretrainedConfig, window: int) -> Iterator[None]:
-    """Gives layers with a sliding window another window within the block; masks are made from the configuration."""
+    """Gives layers with a sliding window another window within the block."""
     before = config.sliding_window
     config.sliding_window = window
     try:
