@@ -15,8 +15,9 @@ left out.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -57,35 +58,38 @@ class Packed:
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rows:
-    """Rows that are being filled with sequences, the longest first."""
+    """Where sequences are in the rows of a batch."""
 
-    layout: Layout
-    used: list[int] = field(default_factory=list)  # tokens in each row
+    places: list[tuple[int, int]]  # row and first index in it, for each sequence
+    count: int
+    length: int  # tokens of each row, padding included
 
-    def place(self, length: int) -> tuple[int, int]:
-        """Finds room for a sequence of so many tokens: returns the row and where it begins there."""
-        row = len(self.used)  # a new one
-        if self.layout.endswith("_row"):
-            row = 0
-        elif self.layout == "shared":  # the first row is the longest sequence, and full
-            row = next((r for r, used in enumerate(self.used) if used + length <= self.used[0]), row)
-        if row == len(self.used):
-            self.used.append(0)
-        self.used[row] += length
-        return row, self.used[row] - length
-
-    @property
-    def length(self) -> int:
-        """The tokens of each row, padding included."""
-        longest = max(self.used, default=0)
-        return -(-longest // FLEX_BLOCK) * FLEX_BLOCK if self.layout == "shared_row" else longest
+    @classmethod
+    def of(cls, sizes: Sequence[int], layout: Layout) -> _Rows:
+        """Places sequences with so many tokens each."""
+        longest = max(sizes, default=0)
+        if layout == "separate":
+            return cls([(row, 0) for row in range(len(sizes))], len(sizes), longest)
+        if layout != "shared":
+            edges = [0, *accumulate(sizes)]
+            block = FLEX_BLOCK if layout == "shared_row" else 1
+            return cls([(0, edge) for edge in edges[:-1]], min(len(sizes), 1), -(-edges[-1] // block) * block)
+        places, free = [(0, 0)] * len(sizes), []  # free: tokens left in each row, and the row; the fullest first
+        count = 0
+        for index in sorted(range(len(sizes)), key=lambda s: -sizes[s]):
+            fits = bisect_left(free, (sizes[index], 0))
+            left, row = free.pop(fits) if fits < len(free) else (longest, count)
+            count = max(count, row + 1)
+            places[index] = row, longest - left
+            insort(free, (left - sizes[index], row))
+        return cls(places, count, longest)
 
     @property
     def tokens(self) -> int:
         """The tokens of all rows, padding included."""
-        return len(self.used) * self.length
+        return self.count * self.length
 
 
 def _sequences(group: TokenGroup, layout: Layout) -> list[TokenGroup]:
@@ -105,10 +109,8 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
     """
     sequences = [one for group in groups for one in _sequences(group, layout)]
     sizes = [row_length(*one) for one in sequences]
-    placed = _Rows(layout)
-    in_order = sorted(range(len(sizes)), key=lambda s: -sizes[s]) if layout == "shared" else range(len(sizes))
-    places = {s: placed.place(sizes[s]) for s in in_order}
-    shape = len(placed.used), placed.length
+    placed = _Rows.of(sizes, layout)
+    shape = placed.count, placed.length
     input_ids = torch.full(shape, pad)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     sequence = torch.full(shape, -1, dtype=torch.int32)
@@ -117,7 +119,7 @@ def pack(groups: Sequence[TokenGroup], layout: Layout = "shared", pad: int = 0) 
     targets: list[int] = []
     lengths = [0]
     for s, (prompt, responses) in enumerate(sequences):
-        b, start = places[s]
+        b, start = placed.places[s]
         first = b * placed.length + start  # index into B·L
         sequence[b, start : start + sizes[s]] = s
         cursor = start + len(prompt)
@@ -157,7 +159,7 @@ def row_length(prompt: list[int], responses: list[list[int]]) -> int:
 def microbatches(
     groups: Sequence[TokenGroup], layout: Layout, tokens: int, boundary: int | None = None
 ) -> Iterator[list[int]]:
-    """Yields the indices of the groups of every micro-batch: the longest first, with others of similar lengths.
+    """Yields the indices of the groups of every micro-batch, with groups of similar lengths together.
 
     Args:
         tokens: the most packed tokens of a micro-batch: rows × row length. A larger group is a micro-batch of its own.
@@ -170,17 +172,13 @@ def microbatches(
         return boundary is not None and len(groups[index][0]) > boundary
 
     current: list[int] = []
-    rows = _Rows(layout)
-    for index in sorted(range(len(groups)), key=lambda i: (is_long(i), -max(sizes[i], default=0))):
-        more = replace(rows, used=list(rows.used))
-        for size in sizes[index]:
-            more.place(size)
+    current_sizes: list[int] = []
+    for index in sorted(range(len(groups)), key=lambda i: (is_long(i), max(sizes[i], default=0))):
+        more = _Rows.of(current_sizes + sizes[index], layout)
         if current and (more.tokens > tokens or is_long(current[0]) != is_long(index)):
             yield current
-            current, more = [], _Rows(layout)
-            for size in sizes[index]:
-                more.place(size)
+            current, current_sizes = [], []
         current.append(index)
-        rows = more
+        current_sizes += sizes[index]
     if current:
         yield current
