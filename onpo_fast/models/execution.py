@@ -1,4 +1,4 @@
-"""How a model's layers execute: attention kernels, Liger's kernels, gradient checkpointing."""
+"""How a model's layers execute: Liger's kernels, cuDNN's, gradient checkpointing."""
 
 from __future__ import annotations
 
