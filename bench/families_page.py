@@ -122,8 +122,8 @@ anything is trained.
 
 A model that takes a mask of all pairs of tokens shares prompts. Sliding windows are counted in positions, so that a
 response sees as much of its prompt as in a row of its own, and each type of layer has its mask. When a model is loaded,
-its log-probs in shared rows are compared with those in separate rows; a window longer than that comparison's rows is made
-shorter for it. Where they differ, or a layer limits what it sees in another way (chunks, recurrence, linear attention), each
+its log-probs in shared rows are compared with those in separate rows, also with its window made shorter than these
+rows. Where they differ, or a layer limits what it sees in another way (chunks, recurrence, linear attention), each
 response is a row of its own, and one line says why.
 
 On a GPU `--attention auto` tries, in this order, and takes the first that agrees with plain attention, in log-probs
