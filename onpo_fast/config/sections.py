@@ -92,9 +92,10 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward passes; weights and optimizer state are always float32. "auto": bfloat16 on a
     GPU, float32 on a CPU."""
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """Attention implementation of the model. "auto": flash_attention_2 on a GPU where it is installed and the model
-    supports it, else the one that transformers prefers for the model."""
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
+    """Attention implementation of the model. "auto": on a GPU flex_attention, which shares prompts, or else
+    flash_attention_2, if the model supports it and its log-probs are right; otherwise the one that transformers prefers
+    for the model."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger kernels for the layers of the model. "auto": on a GPU where liger-kernel is installed and supports the
     model."""
