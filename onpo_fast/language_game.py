@@ -115,7 +115,7 @@ class LanguageGame:
         names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
         metrics = {name: self.metrics.get(name) for name in names}
         total = sum(seconds.values())
-        self.run.tracker.log("iteration", self.t, seconds=total, stage_seconds=seconds, **metrics)
+        cache.log("iteration", seconds=total, stage_seconds=seconds, **metrics)
         losses = ", ".join(
             f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
             for output, note in notes.items()
@@ -164,7 +164,7 @@ class LanguageGame:
         finished, last = states.step(), {}
 
         def on_step(metrics: dict) -> None:
-            self.run.tracker.log("fit", self.t, fit=into, **metrics)
+            self.run.cache.log("fit", fit=into, **metrics)
             last.update(metrics)
 
         def compute() -> Policy:
@@ -202,7 +202,7 @@ class LanguageGame:
             keep=lambda record: record["stage"] == "fit" and record["step"] <= finished,
         )
         states.clear()  # also what is left if the run was killed just before
-        if last:  # it was fitted just now
+        if last and self.run.world.is_main:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
@@ -310,6 +310,7 @@ class LanguageGame:
             metrics=stages.judging_metrics,
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
+            shared=oracles.is_shared(run.oracle),
         )
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
