@@ -37,19 +37,20 @@ class KeptMargins:
         self.saves_less = policy.saves_rounded
         if not (self.computes_less or self.saves_less):
             return
-        part = next(split(policy, groups, batch, config.tokens_per_microbatch))
+        part = split(policy, groups, batch, config.tokens_per_microbatch)[0]
         self.microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
         self.loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
         self.exact = self._margins_in_float32()
         self.computed = self._margins() if self.computes_less else None
 
-    def end(self, seed: Sequence[int]) -> dict[str, float | None]:
+    def end(self, policy: Policy, seed: Sequence[int]) -> dict[str, float | None]:
         """Rounds the weights as they will be saved, and returns the shares, by metric; those below full precision.
 
         Args:
+            policy: the fitted policy.
             seed: of stochastic rounding.
         """
-        policy, shares = self.policy, {}
+        self.policy, shares = policy, {}
         if self.computes_less:
             moved = self._margins_in_float32() - self.exact
             shares[IN_FORWARD] = _share(self._margins() - self.computed, moved)

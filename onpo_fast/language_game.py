@@ -31,7 +31,7 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
-from .models.loading import load
+from .models.loading import check_saved, load
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective, with_steps
@@ -167,11 +167,11 @@ class LanguageGame:
             self.run.cache.log("fit", fit=into, **metrics)
             last.update(metrics)
 
-        def compute() -> Policy:
+        def compute() -> Policy | None:
             policy = self.run.policies(start)
             self.run.policies.drop()  # its weights are about to change
             try:
-                stages.fit(
+                fitted = stages.fit(
                     policy,
                     compared.groups,
                     self._steps(compared.pairs, into, states),
@@ -185,20 +185,29 @@ class LanguageGame:
                     starts_at_anchor=start == _policy_of(anchor),
                     live_anchor=self._live(anchor) if anchor_logps is None else None,
                     seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
+                    world=self.run.world,
                 )
-            except UserError as error:
-                raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
-            finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
-                states.finish()
+            except BaseException as error:
+                if self.run.world.size == 1:  # other ranks may not have failed, and would not answer
+                    states.finish()  # a run that is resumed goes on from the newest state
+                if isinstance(error, UserError):
+                    raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
+                raise
+            states.finish()
             if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
                 say(f"iteration {self.t}, fit {into}: {lost}")
-            return policy
+            return fitted
+
+        def write(path: Path, fitted: Policy) -> None:
+            self.run.policies.save(path, fitted)
+            if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
+                check_saved(path, fitted, self.run.policies.config)
 
         self.run.cache.cached(
             output,
             compute,
             lambda path: None,
-            self.run.policies.save,
+            write,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
             note=lambda: {"loss": last["loss_normalised"]},
@@ -216,7 +225,11 @@ class LanguageGame:
     def _states(self, output: str) -> FitStates:
         config = self.run_config
         return FitStates(
-            self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
+            self.run.journal,
+            f"{output}.checkpoints",
+            config.checkpoint_steps,
+            60 * config.checkpoint_minutes,
+            self.run.world,
         )
 
     def _steps(self, pairs: Sequence[Pair], into: str, states: FitStates) -> list[Batch]:
@@ -387,7 +400,7 @@ class LanguageGame:
         def compute() -> Scores:
             with progress(f"iteration {self.t}: score {model}", len(groups)) as done:
                 epoch = self._plan(compared.pairs, 1)
-                return stages.score(run.policies(source), groups, self.fitting, done, epoch)
+                return stages.score(run.policies(source), groups, self.fitting, done, epoch, run.world)
 
         return run.cache.cached(
             f"{iteration_folder(self.t)}/logps_{file}{compared.suffix}.jsonl",

@@ -72,6 +72,21 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     return policy
 
 
+def check_saved(directory: Path, policy: Policy, config: ModelConfig) -> None:
+    """Reads a saved policy back.
+
+    Raises:
+        UserError: if its weights are not those in memory, bit for bit.
+    """
+    saved, _, _ = _read_model(str(directory), locate(str(directory)), config)
+    there = dict(saved.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        if not torch.equal(there[name], parameter.detach().cpu()):
+            raise UserError(
+                f"{directory} was not saved as it is in memory ({name}): its files may be damaged, --resume"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import config as configuration
@@ -36,6 +37,8 @@ from ..models.policy import Policy
 from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
+from ..objectives import Sppo
+from ..pairing import PAIRINGS
 from .cache import StageCache
 from .fingerprint import changes, model_fingerprint
 from .journal import Journal, JournalElsewhere
@@ -187,6 +190,7 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
     check_optimizer(config.weights, config.optimizer, ranks)
+    check_ranks(config, ranks)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
@@ -237,6 +241,22 @@ def _begin(
         device=policy.device,
         compute_dtype=policy.compute_dtype,
     )
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raises ``UserError`` if a step of a fit has fewer prompts than there are ranks: one would never have any."""
+    responses = config.responses_per_prompt
+    undecided = np.full((responses, responses), 0.5)
+    pairs = len(PAIRINGS[config.pairing](undecided, np.random.default_rng(0)))
+    if isinstance(config.make_objective(), Sppo):
+        pairs = responses
+    prompts = min(-(-config.batch_pairs // pairs), config.prompts_per_iteration)
+    if prompts < ranks:
+        raise UserError(
+            f"--batch_pairs {config.batch_pairs} with {pairs} pairs a prompt and --prompts_per_iteration "
+            f"{config.prompts_per_iteration} make steps of {prompts} prompts, fewer than the {ranks} ranks: raise "
+            "them, or start fewer ranks"
+        )
 
 
 def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
