@@ -42,11 +42,12 @@ class World:
         rank: number of this process, from 0.
         size: number of processes.
         how_to_go_on: what a message says when a rank has died.
+        minutes: the longest that a rank waits for another one.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.how_to_go_on = "start again with --resume"
+        self.how_to_go_on, self.minutes = "start again with --resume", float(JOIN_MINUTES)
         self.control: dist.ProcessGroup | None = None  # gloo: objects and numbers on the host
         self.mesh: DeviceMesh | None = None  # of the ranks' devices: what the weights of a fit are sharded over
 
@@ -68,7 +69,7 @@ class World:
         if self.size == 1:
             return
         kind = rank_device(device, int(os.environ["LOCAL_RANK"]))
-        timeout = timedelta(minutes=minutes)
+        self.minutes, timeout = minutes, timedelta(minutes=minutes)
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         backend = "nccl" if kind == "cuda" else "gloo"
         self.mesh = DeviceMesh.from_group(dist.new_group(backend=backend, timeout=timeout), kind)
@@ -152,6 +153,9 @@ def joined() -> Iterator[World]:
         yield world
     except BaseException as error:
         watch.end(error)  # returns if this rank is the one to say it
+        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # gloo has no type of its own for it
+            waited = f"rank {rank} has waited for another for {world.minutes:g} minutes (--rank_timeout)"
+            raise UserError(f"{waited}; {world.how_to_go_on}") from error
         raise
     watch.leave()
     dist.destroy_process_group()
@@ -187,7 +191,7 @@ class _Watch(threading.Thread):
                 return int(self.store.get("ended"))
             for rank, process in self.neighbours.items():
                 if not _is_alive(process) and not self.store.check([f"left {rank}"]):
-                    message = f"rank {rank} (process {process}) has died: {self.world.how_to_go_on}"
+                    message = f"rank {rank} (process {process}) has died; {self.world.how_to_go_on}"
                     if self.claim(1):
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -41,7 +42,7 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     name, device, location = str(source), device_of(config.device), locate(str(source))
     is_gguf = "gguf_file" in location
     tokenizer = _read_tokenizer(name, location, config)
-    model, model_config, dequantised = _read_model(name, location, config)
+    model, model_config, dequantised = _read_model(name, location, config, device)
     own_generation = {} if is_gguf else generation_settings(name)
     _prepare_tokens(model, tokenizer, name, is_gguf)
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
@@ -78,7 +79,7 @@ def check_saved(directory: Path, policy: Policy, config: ModelConfig) -> None:
     Raises:
         UserError: if its weights are not those in memory, bit for bit.
     """
-    saved, _, _ = _read_model(str(directory), locate(str(directory)), config)
+    saved, _, _ = _read_model(str(directory), locate(str(directory)), config, torch.device("cpu"))
     there = dict(saved.named_parameters())
     for name, parameter in policy.model.named_parameters():
         if not torch.equal(there[name], parameter.detach().cpu()):
@@ -170,9 +171,9 @@ def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
 
 
 def _read_model(
-    name: str, location: dict[str, str], config: ModelConfig
+    name: str, location: dict[str, str], config: ModelConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PretrainedConfig, bool]:
-    """Loads the model on the CPU.
+    """Loads the model on the CPU; where several ranks do, on the GPU of each, past the host's memory.
 
     Returns:
         The model with weights in the dtype of --weights, its configuration, and whether the weights were quantised on
@@ -197,6 +198,7 @@ def _read_model(
             **({} if is_gguf else {"config": model_config}),
             dtype=weights_dtype(config.weights),
             attn_implementation=attention,
+            device_map=device if dist.is_initialized() and device.type == "cuda" and not is_gguf else None,
             use_safetensors=None if is_gguf else True,  # reading a pickle may run code
             ignore_mismatched_sizes=True,  # so that _check_complete names them
             output_loading_info=True,

@@ -28,7 +28,8 @@ class Job:
 
     Attributes:
         ranks: number of ranks; 1 for a process without torchrun.
-        at: (rank, step, event), where the event is the name of a signal that the rank sends itself, or "error".
+        at: (rank, step, event), where the event is the name of a signal that the rank sends itself, "error" or
+            "hang".
         begun: run directory that it goes on with, in a copy.
     """
 
@@ -155,6 +156,8 @@ def _befall(at_step: int, event: str) -> None:
         if training.step + 1 == at_step:
             if event == "error":
                 raise UserError("--this_rank has an error")
+            if event == "hang":
+                time.sleep(SECONDS)
             os.kill(os.getpid(), signal.Signals[event])
         return update(training, *arguments)
 
