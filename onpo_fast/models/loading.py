@@ -185,6 +185,7 @@ def _read_model(
         UserError: if it, or a part of it, cannot be read.
     """
     is_gguf, trust = "gguf_file" in location, {"trust_remote_code": config.trust_remote_code}
+    shares_host = dist.is_initialized() and not is_gguf  # with other ranks, which load too
     attention = config.attention
     if attention == "auto":
         attention = "sdpa" if is_gguf else None  # None: what the model prefers
@@ -200,7 +201,7 @@ def _read_model(
             **({} if is_gguf else {"config": model_config}),
             dtype=weights_dtype(config.weights),
             attn_implementation=attention,
-            device_map=device if dist.is_initialized() and device.type == "cuda" and not is_gguf else None,
+            device_map=torch.cuda.current_device() if shares_host and device.type == "cuda" else None,
             use_safetensors=None if is_gguf else True,  # reading a pickle may run code
             ignore_mismatched_sizes=True,  # so that _check_complete names them
             output_loading_info=True,

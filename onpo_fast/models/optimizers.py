@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -61,7 +60,6 @@ def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
     return kind(parameters, **options, bf16_stochastic_round=rounds)
 
 
-@cache
 def _torchao_class(optimizer: str, option: str) -> type[Optimizer]:
     """Returns torchao's class for a value of --optimizer; ``option`` is what an error says needs it."""
     try:
