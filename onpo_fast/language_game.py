@@ -171,43 +171,34 @@ class LanguageGame:
             policy = self.run.policies(start)
             self.run.policies.drop()  # its weights are about to change
             try:
-                fitted = stages.fit(
-                    policy,
-                    compared.groups,
-                    self._steps(compared.pairs, into, states),
-                    anchor_logps,
-                    with_steps(self.objective, steps * compared.step),
-                    self.fitting,
-                    title=f"iteration {self.t}: fit {into}",
-                    on_step=on_step,
-                    states=states,
-                    finished=finished,
-                    starts_at_anchor=start == _policy_of(anchor),
-                    live_anchor=self._live(anchor) if anchor_logps is None else None,
-                    seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
-                    world=self.run.world,
-                )
-            except BaseException as error:
-                if self.run.world.size == 1:  # other ranks may not have failed, and would not answer
-                    states.finish()  # a run that is resumed goes on from the newest state
-                if isinstance(error, UserError):
-                    raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
-                raise
-            states.finish()
+                with states.finishing():
+                    fitted = stages.fit(
+                        policy,
+                        compared.groups,
+                        self._steps(compared.pairs, into, states),
+                        anchor_logps,
+                        with_steps(self.objective, steps * compared.step),
+                        self.fitting,
+                        title=f"iteration {self.t}: fit {into}",
+                        on_step=on_step,
+                        states=states,
+                        finished=finished,
+                        starts_at_anchor=start == _policy_of(anchor),
+                        live_anchor=self._live(anchor) if anchor_logps is None else None,
+                        seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
+                        world=self.run.world,
+                    )
+            except UserError as error:
+                raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
             if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
                 say(f"iteration {self.t}, fit {into}: {lost}")
             return fitted
-
-        def write(path: Path, fitted: Policy) -> None:
-            self.run.policies.save(path, fitted)
-            if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
-                check_saved(path, fitted, self.run.policies.config)
 
         self.run.cache.cached(
             output,
             compute,
             lambda path: None,
-            write,
+            self._save,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
             note=lambda: {"loss": last["loss_normalised"]},
@@ -217,6 +208,11 @@ class LanguageGame:
         if last and self.run.world.is_main:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
+
+    def _save(self, folder: Path, policy: Policy) -> None:
+        self.run.policies.save(folder, policy)
+        if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
+            check_saved(folder, policy, self.run.policies.config)
 
     def _live(self, anchor: Source) -> Policy:
         """The anchor itself, frozen, beside the resident policy."""

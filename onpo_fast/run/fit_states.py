@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,20 @@ class FitStates:
         parts = self.world.gather(written.checksums)
         self.ended = written.at
         self.world.from_main(self._record, parts)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Does ``finish`` at the end of the block, also if it fails: a resumed run goes on from that state.
+
+        Of several ranks, one that fails leaves it, since the others may not have failed and would not answer.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.world.size == 1:
+                self.finish()
+            raise
+        self.finish()
 
     def _record(self, parts: list[dict[str, str]]) -> None:
         """Records the last state, of which these are the checksums of the ranks' files, and removes older ones."""
