@@ -22,6 +22,7 @@ from .aliases import OTHER_VALUES
 LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
 LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
 LARGEST_ITERATIONS = 10**6
+LARGEST_MINUTES = 10**6  # two years
 VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
@@ -421,6 +422,9 @@ class RunConfig:
     spaced so that saving takes at most about 5% of the time. Ctrl-C and SIGTERM always save one."""
     checkpoint_minutes: float = 10.0
     """Also save a state of a fit after this many minutes, within the same limit of about 5% of the time."""
+    rank_timeout: float = 30.0
+    """Under torchrun: end the run when a rank has waited for another this many minutes. Raise it where one rank works
+    alone for longer, as a slow judge does for 512 prompts. A rank that dies is noticed within seconds."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics are reported beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, configured
     through WANDB_* environment variables (WANDB_API_KEY or WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME); keys are
@@ -432,6 +436,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_values(self, RunConfig)
         _check_at_least(self, 0, "seed", "checkpoint_minutes")
+        _check_positive(self, "rank_timeout")
+        _check_at_most(self, LARGEST_MINUTES, "rank_timeout")
         _check_at_least(self, 1, "eval_samples", "checkpoint_steps")
         _check_at_most(self, LARGEST_COUNT, "eval_samples")
 

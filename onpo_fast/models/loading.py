@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -45,7 +46,7 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         raise UserError(f"--attention {FLEX} needs a GPU: it has no backward pass on the device {device}")
     is_gguf = "gguf_file" in location
     tokenizer = _read_tokenizer(name, location, config)
-    model, model_config, dequantised = _read_model(name, location, config)
+    model, model_config, dequantised = _read_model(name, location, config, device)
     own_generation = {} if is_gguf else generation_settings(name)
     _prepare_tokens(model, tokenizer, name, is_gguf)
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
@@ -72,6 +73,21 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         check_log_probs(policy, name)
     choose_layout(policy, config.attention, name)
     return policy
+
+
+def check_saved(directory: Path, policy: Policy, config: ModelConfig) -> None:
+    """Reads a saved policy back.
+
+    Raises:
+        UserError: if its weights are not those in memory, bit for bit.
+    """
+    saved, _, _ = _read_model(str(directory), locate(str(directory)), config, torch.device("cpu"))
+    there = dict(saved.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        if not torch.equal(there[name], parameter.detach().cpu()):
+            raise UserError(
+                f"{directory} was not saved as it is in memory ({name}): its files may be damaged, --resume"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,9 +173,9 @@ def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
 
 
 def _read_model(
-    name: str, location: dict[str, str], config: ModelConfig
+    name: str, location: dict[str, str], config: ModelConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PretrainedConfig, bool]:
-    """Loads the model on the CPU.
+    """Loads the model on the CPU; where several ranks do, on the GPU of each, past the host's memory.
 
     Returns:
         The model with weights in the dtype of --weights, its configuration, and whether the weights were quantised on
@@ -169,6 +185,7 @@ def _read_model(
         UserError: if it, or a part of it, cannot be read.
     """
     is_gguf, trust = "gguf_file" in location, {"trust_remote_code": config.trust_remote_code}
+    shares_host = dist.is_initialized() and not is_gguf  # with other ranks, which load too
     attention = config.attention
     if attention == "auto":
         attention = "sdpa" if is_gguf else None  # None: what the model prefers
@@ -184,6 +201,7 @@ def _read_model(
             **({} if is_gguf else {"config": model_config}),
             dtype=weights_dtype(config.weights),
             attn_implementation=attention,
+            device_map=torch.cuda.current_device() if shares_host and device.type == "cuda" else None,
             use_safetensors=None if is_gguf else True,  # reading a pickle may run code
             ignore_mismatched_sizes=True,  # so that _check_complete names them
             output_loading_info=True,
