@@ -148,7 +148,7 @@ class _Training:
         self.policy, self.config, self.steps = policy, config, steps
         policy.begin_fit()
         self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
+            [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=policy.device.type == "cuda",  # fused AdamW avoids temporaries the size of the gradients

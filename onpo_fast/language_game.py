@@ -31,7 +31,6 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
-from .models.loading import load
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective, with_steps
@@ -45,7 +44,7 @@ from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated,
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT = 0, 2, 3, 5
+SAMPLING, PAIRING, ORDER, OPPONENT, ADAPTER = 0, 2, 3, 5, 6
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,7 @@ class LanguageGame:
             last.update(metrics)
 
         def compute() -> Policy:
-            policy = self.run.policies(start)
-            self.run.policies.drop()  # its weights are about to change
+            policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             try:
                 stages.fit(
                     policy,
@@ -182,7 +180,7 @@ class LanguageGame:
                     states=states,
                     finished=finished,
                     starts_at_anchor=start == _policy_of(anchor),
-                    live_anchor=self._live(anchor) if anchor_logps is None else None,
+                    live_anchor=self.run.policies.beside(anchor) if anchor_logps is None else None,
                 )
             except UserError as error:
                 raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
@@ -204,10 +202,6 @@ class LanguageGame:
         if last:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
-
-    def _live(self, anchor: Source) -> Policy:
-        """The anchor itself, frozen, beside the resident policy."""
-        return load(anchor, self.run.policies.config).frozen()
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config
@@ -278,7 +272,7 @@ class LanguageGame:
             return make_sampler(self.run.policies(policy), self.sampling)
         if policy.initial == policy.policy:
             return make_sampler(self.run.policies(policy.policy), self.sampling)
-        initial = load(policy.initial, self.run.policies.config).frozen()  # two models are in memory
+        initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()
         return sampler

@@ -22,6 +22,7 @@ from .aliases import OTHER_VALUES
 LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
 LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
 LARGEST_ITERATIONS = 10**6
+LARGEST_RANK = 2**16  # of adapters: no layer is as wide
 VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
@@ -101,6 +102,14 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time. Set it
     when training runs out of memory."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank over the frozen model, so that gradients, optimizer state and saved policies are
+    small (docs/tuning.md); a larger --learning_rate suits them, such as 1e-4. Default: all weights are trained."""
+    lora_alpha: float | None = None
+    """Scale of the adapters: what they add is multiplied by lora_alpha / lora_rank. Default: twice --lora_rank."""
+    lora_targets: str = "all-linear"
+    """Layers with adapters: "all-linear" (all linear layers but the LM head), or names of linear layers with commas
+    between them, as in q_proj,v_proj."""
 
     def __post_init__(self) -> None:
         _check_values(self, ModelConfig)
@@ -110,6 +119,17 @@ class ModelConfig:
                 f"--chat_template_kwargs must leave {', '.join(map(str, taken))} alone: it is for variables of the "
                 "model's own template"
             )
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("lora_targets", "all-linear")):
+                if getattr(self, name) != default:
+                    raise UserError(f"--{name} needs --lora_rank: without it all weights are trained")
+            return
+        _check_at_least(self, 1, "lora_rank")
+        _check_at_most(self, LARGEST_RANK, "lora_rank")
+        if self.lora_alpha is not None:
+            _check_positive(self, "lora_alpha")
+        if not all(name.strip() for name in self.lora_targets.split(",")):
+            raise UserError(f"--lora_targets must be all-linear or names with commas between, not {self.lora_targets}")
 
 
 @dataclass

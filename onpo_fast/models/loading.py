@@ -21,7 +21,16 @@ from transformers import (
 
 from ..config import ModelConfig
 from ..errors import UserError
-from .checkpoint import generation_settings, loading_errors, locate, processor_files, tensor_names, weight_files
+from .adapters import merge_into_base
+from .checkpoint import (
+    base_of,
+    generation_settings,
+    loading_errors,
+    locate,
+    processor_files,
+    tensor_names,
+    weight_files,
+)
 from .checks import check_log_probs, computing, has_window, shared_or_separate
 from .device import device_of
 from .execution import apply_liger, checkpoint_layers, is_flash, prefer_flash_attention, without_cudnn_attention
@@ -29,7 +38,7 @@ from .policy import Policy, pad_token
 
 
 def load(source: str | Path, config: ModelConfig) -> Policy:
-    """Loads a policy.
+    """Loads a policy. An adapter's directory is loaded as its base with the adapter merged into it.
 
     Args:
         source: a directory, a Hugging Face id or "smollm2"; ``config.model`` is not read.
@@ -37,11 +46,20 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     Raises:
         UserError: if there is no model, or one that cannot be trained here; names it.
     """
-    name, device, location = str(source), device_of(config.device), locate(str(source))
+    name, device, base = str(source), device_of(config.device), base_of(str(source))
+    location, is_adapter = locate(base), base != name
     is_gguf = "gguf_file" in location
-    tokenizer = _read_tokenizer(name, location, config)
-    model, model_config, dequantised = _read_model(name, location, config)
-    own_generation = {} if is_gguf else generation_settings(name)
+    if is_adapter and config.trust_remote_code:
+        raise UserError(
+            f"{name} is an adapter, and --trust_remote_code would also run the code of any base model that it names: "
+            "merge it into its base first"
+        )
+    own_tokenizer = is_adapter and (Path(name) / "tokenizer_config.json").is_file()
+    tokenizer = _read_tokenizer(name, {"pretrained_model_name_or_path": name} if own_tokenizer else location, config)
+    model, model_config, dequantised = _read_model(base, location, config)
+    if is_adapter:
+        merge_into_base(model, name)
+    own_generation = {} if is_gguf else generation_settings(base)
     _prepare_tokens(model, tokenizer, name, is_gguf)
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
@@ -53,10 +71,11 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         device,
         dtype or getattr(torch, config.dtype),
         "separate",
-        converted=dequantised,
+        converted=dequantised or is_adapter,
         generation_config=own_generation,
-        processor_files={} if is_gguf else processor_files(name),
-        notes=[] if is_gguf else _left_out(model, model_config, name),
+        processor_files={} if is_gguf else processor_files(base),
+        notes=([f"{name} is an adapter: merged into its base model {base}"] if is_adapter else [])
+        + ([] if is_gguf else _left_out(model, model_config, base)),
         template_variables=config.chat_template_kwargs or {},
     )
     _check_template(policy, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data import Group
 from ..files import atomic_write_directory
 from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
+from .adapters import Adapter
 from .execution import checkpointed_layers, is_flash
 from .heads import head_arguments
 from .rendering import PromptRenderer
@@ -39,6 +40,7 @@ class Policy:
     processor_files: dict[str, bytes] = field(default_factory=dict)  # by name, of a model that takes images or sound
     notes: list[str] = field(default_factory=list)  # messages for the user on how the model was loaded
     template_variables: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    adapter: Adapter | None = None  # the LoRA layers of the model, if the policy is an adapter over a frozen base
 
     @cached_property
     def scoring(self) -> ScoringModule:
@@ -138,12 +140,20 @@ class Policy:
         return self
 
     def save(self, directory: Path) -> None:
-        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically."""
+        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically.
+
+        Of an adapter that is on, its own weights and settings; the base's files are not repeated.
+        """
+        only_adapter = self.adapter is not None and self.adapter.on
 
         def fill(partial: Path) -> None:
             with quiet():
-                self.model.save_pretrained(partial)
                 self.tokenizer.save_pretrained(partial)
+                if only_adapter:
+                    self.adapter.save(partial)
+                    return
+                with self.adapter.removed() if self.adapter else nullcontext():
+                    self.model.save_pretrained(partial)
             if self.generation_config:  # save_pretrained wrote only the tokens, which training needs
                 settings = {**self.generation_config, "eos_token_id": self.eos_tokens}
                 text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # as transformers writes it

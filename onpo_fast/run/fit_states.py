@@ -48,6 +48,8 @@ def not_a_state(directory: Path, error: Exception) -> str:
 class FitStates:
     """Saves and restores the states of a fit bit for bit, without pickle. The newest two are kept.
 
+    Weights that are not trained, as those under LoRA, are no part of a state.
+
     ``save`` copies the state to host memory: 12 bytes a parameter, for float32 weights and two moments. A thread writes
     the copy while training goes on. Only the calling thread uses the journal: a state counts once ``record_written`` or
     ``finish`` has recorded it. A state that was not recorded, because the run was killed, is never restored; both
@@ -103,8 +105,9 @@ class FitStates:
         self.finish()
         self.began, self.ended = time.monotonic(), None
         state = optimizer.state_dict()
-        names = [name for name, _ in model.named_parameters()]
-        tensors = {f"model.{name}": _copy(parameter) for name, parameter in model.named_parameters()}
+        trained = _trained(model)
+        names = list(trained)
+        tensors = {f"model.{name}": _copy(parameter) for name, parameter in trained.items()}
         for index, values in state["state"].items():
             tensors |= {f"{key}.{names[index]}": _copy(value) for key, value in values.items()}
         document = json.dumps({"step": step, "param_groups": state["param_groups"], **rest})
@@ -188,7 +191,7 @@ class FitStates:
             kind, parameter_name = key.split(".", 1)
             by_parameter.setdefault(parameter_name, {})[kind] = tensor
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (parameter_name, parameter) in enumerate(model.named_parameters()):
+        for index, (parameter_name, parameter) in enumerate(_trained(model).items()):
             own = by_parameter[parameter_name]
             with torch.no_grad():
                 parameter.copy_(own.pop("model"))
@@ -211,6 +214,11 @@ class FitStates:
             self.finish()
         finally:
             self.journal.forget_folder(self.name)
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Returns the parameters that the optimizer has, in its order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..data import (
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
-from ..models.checkpoint import locate
+from ..models.checkpoint import base_of, locate
 from ..models.policy import Policy
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
@@ -230,7 +230,7 @@ def _read_prompts(
     def usable(prompts: list[Messages]) -> list[Messages]:
         kinds = oracles.shortest_by_kind(prompts) if oracle is not None else {}
         if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
-            locate(config.model)  # a typo is found before minutes of loading
+            locate(base_of(config.model))  # a typo is found before minutes of loading
             if oracles.holds_model(oracle):
                 policies.drop()
             oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
@@ -292,7 +292,7 @@ def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, 
 
 
 def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal: Journal) -> Source:
-    """Where π_1 is. One that was dequantised is saved in the run, so that the run has the weights it began with."""
+    """Where π_1 is. One that was dequantised or merged is saved in the run, which so has the weights it began with."""
     if not policy.converted:
         journal.forget_records(INITIAL)  # of another model that the run began with
         return model
@@ -300,7 +300,7 @@ def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal:
     if journal.note(INITIAL) is None:
         policy.save(kept)
         journal.record(INITIAL)
-    policies.hold(kept, policy)
+    policies.keep_initial(kept, policy)
     return kept
 
 
