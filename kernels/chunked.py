@@ -193,13 +193,44 @@ def token_gradients(problem: TokenProblem, logps: Tensor, upstream: Tensor) -> G
 
 
 def response_logps(problem: TokenProblem, layout: PairLayout) -> Tensor:
-    """Compute the log-probs summed over each response: (S,) float64."""
-    return _all_response_sums(token_logps(problem), layout)
+    """Compute the log-probs summed over each response: (S,) float64.
+
+    Rows go through the head in the blocks of ``pair_loss``, so that equal weights give equal bits.
+    """
+    hidden, head, targets = problem.hidden, problem.head, problem.targets
+    workspace = problem.workspace or default_workspace(hidden.device, problem.mode)
+    buffer = _buffer(len(hidden), head, accumulation_dtype(hidden.dtype), workspace)
+    sums = torch.zeros(len(layout.edges) - 1, dtype=torch.float64, device=hidden.device)
+    unpaired, paired = _by_pairs(layout)
+    for chunk in (*split_into_chunks(unpaired, len(buffer)), *split_into_chunks(paired, len(buffer))):
+        responses = [r for group in chunk for r in group.responses]
+        rows, lengths = layout.rows(responses, hidden.device), layout.lengths(responses, hidden.device)
+        own_hidden, own_targets = hidden[rows], targets[rows]
+        blocks = [
+            _Block(own_hidden[block], head, own_targets[block], buffer, gradients=False).logps
+            for block in _blocks(chunk, len(buffer), hidden.shape[1])
+        ]
+        sums[responses] = _response_sums(torch.cat(blocks), lengths)
+    return sums
 
 
-def _all_response_sums(logps: Tensor, layout: PairLayout) -> Tensor:
-    """(N,) -> (S,) float64, over all responses of the layout."""
-    return _response_sums(logps, layout.lengths(list(range(len(layout.edges) - 1)), logps.device))
+def _blocks(chunk: list[ResponseGroup], capacity: int, features: int) -> list[slice]:
+    """Return the blocks in which a chunk's rows go through the head: one, if it fits a buffer of ``capacity`` rows."""
+    rows = sum(group.tokens for group in chunk)
+    size = capacity
+    if rows > capacity and _leaves_room(chunk[0], capacity, features):
+        size -= features
+    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
+
+
+def _leaves_room(group: ResponseGroup, capacity: int, features: int) -> bool:
+    """Return whether the blocks of a group leave the last H rows of the buffer to its unscaled dW."""
+    return len(group.pairs) == 1 and capacity - features >= max(1, capacity // 4)
+
+
+def _by_pairs(layout: PairLayout) -> tuple[list[ResponseGroup], list[ResponseGroup]]:
+    """Return the groups without pairs and those with pairs."""
+    return [g for g in layout.groups if not g.pairs], [g for g in layout.groups if g.pairs]
 
 
 def _response_sums(logps: Tensor, lengths: Tensor) -> Tensor:
@@ -269,16 +300,15 @@ class _Evaluation:
         self.pairs = problem.layout.pairs.to(device)
         self.ref_logps = problem.ref_logps
         if self.ref_logps is None:
-            token_logps = _token_logps(problem.ref_hidden, self.head, self.targets, self.workspace)
-            self.ref_logps = _all_response_sums(token_logps, problem.layout)
+            anchor = TokenProblem(problem.ref_hidden, self.head, self.targets, workspace=self.workspace)
+            self.ref_logps = response_logps(anchor, problem.layout)
         self.gradients = _GradientSums(self.hidden, self.head, problem.needs_gradient)
         self.logps = torch.zeros(len(problem.layout.edges) - 1, dtype=torch.float64, device=device)
         self.margins = torch.zeros(len(self.pairs), dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def run(self) -> PairResult:
-        unpaired = [group for group in self.problem.layout.groups if not group.pairs]
-        paired = [group for group in self.problem.layout.groups if group.pairs]
+        unpaired, paired = _by_pairs(self.problem.layout)
         if unpaired:
             self._score(unpaired)
         if any(self.problem.needs_gradient):
@@ -337,17 +367,15 @@ class _Evaluation:
         # A single pair has one unknown scalar, so its dW can be summed unscaled. It has as many elements as H rows of
         # logits and is kept in the buffer's last H rows.
         unscaled_head_grads = None
-        size = len(self.buffer)
         features = hidden.shape[1]
-        if needs_weight and len(group.pairs) == 1 and size - features >= max(1, size // 4):
-            size -= features
-            unscaled_weight_grad = self.buffer[size:].view(self.head.weight.shape).zero_()
+        if needs_weight and _leaves_room(group, len(self.buffer), features):
+            unscaled_weight_grad = self.buffer[-features:].view(self.head.weight.shape).zero_()
             unscaled_head_grads = _GradientSums(hidden[:0], self.head, (False, False, needs_bias))
             unscaled_head_grads.weight = unscaled_weight_grad
             winner = int(self.problem.layout.pairs[group.pairs[0], 0])
             signs = torch.tensor([1.0 if r == winner else -1.0 for r in group.responses], dtype=dtype, device=device)
             signs = signs.repeat_interleave(lengths, output_size=len(hidden))[:, None]
-        blocks = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        blocks = _blocks([group], len(self.buffer), features)
 
         def block_of(block_rows: slice) -> _Block:
             return _Block(hidden[block_rows], self.head, targets[block_rows], self.buffer, gradients=True)

@@ -30,6 +30,7 @@ class TokenProblem:
     needs_gradient: NeedsGradient = (False, False, False)
     leaf_dtypes: LeafDtypes = (None, None, None)  # dtypes of the tensors that autograd asks gradients for
     workspace: int | None = None  # bytes beside inputs and gradients; None for the backend's default
+    mode: str = "auto"  # as in ``PairProblem``, for log-probs that are to be those of a loss in this mode
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,10 @@ Batch = dict[int, list[Pair]]  # index of a group -> its pairs
 
 
 def plan_steps(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Sequence[int]) -> list[Batch]:
-    """Returns the batch of every optimizer step: whole groups in a new order each epoch, until there are enough pairs.
+    """Returns the batch of every optimizer step: whole groups in a random order, until there are enough pairs.
+
+    Later epochs have the batches of the first in other orders, so that a micro-batch is the same in all of them: in
+    half precision a response's log-prob depends on what it is computed with.
 
     Args:
         batch_pairs: pairs of a step; its last group may exceed it, and the last step of an epoch may have fewer.
@@ -28,19 +31,18 @@ def plan_steps(pairs: Sequence[Pair], epochs: int, batch_pairs: int, seed: Seque
     pairs_of: Batch = {}
     for pair in pairs:
         pairs_of.setdefault(pair.group, []).append(pair)
+    order = sorted(pairs_of)
+    random.Random(f"{list(seed)} epoch 0").shuffle(order)
     batches: list[Batch] = []
-    for epoch in range(epochs):
-        order = sorted(pairs_of)
-        random.Random(f"{list(seed)} epoch {epoch}").shuffle(order)
-        batch: Batch = {}
-        for group in order:
-            batch[group] = pairs_of[group]
-            if count(batch) >= batch_pairs:
-                batches.append(batch)
-                batch = {}
-        if batch:
-            batches.append(batch)
-    return batches
+    for group in order:
+        if not batches or count(batches[-1]) >= batch_pairs:
+            batches.append({})
+        batches[-1][group] = pairs_of[group]
+    steps = list(batches)
+    for epoch in range(1, epochs):
+        random.Random(f"{list(seed)} epoch {epoch}").shuffle(batches)
+        steps += batches
+    return steps
 
 
 def count(batch: Batch) -> int:
@@ -61,14 +63,14 @@ def split(policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_micr
         yield {members[m]: batch[members[m]] for m in chosen}
 
 
-def _compared(pairs: Sequence[Pair]) -> list[int]:
+def compared(pairs: Sequence[Pair]) -> list[int]:
     """Returns the responses of a group that are in a pair; the others need no forward pass."""
     return sorted({response for pair in pairs for response in (pair.winner, pair.loser) if response is not None})
 
 
 def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
     prompt, responses = token_group(group)
-    return prompt, [responses[r] for r in _compared(pairs)]
+    return prompt, [responses[r] for r in compared(pairs)]
 
 
 @dataclass(frozen=True)
@@ -81,42 +83,45 @@ class MicroBatch:
 
     packed: Packed
     labelled: LabelledPairs
+    responses: list[tuple[int, int] | None]  # group and index of each of the S responses; None for an empty one
 
     @classmethod
     def prepare(
         cls, groups: Sequence[Group], batch: Batch, anchor_logps: AnchorLogps | None, layout: Layout
     ) -> MicroBatch:
-        """Makes the tensors of a micro-batch on the host; ``anchor_logps`` is None for a live anchor.
+        """Makes the tensors of a micro-batch on the host; ``anchor_logps`` is None for a live anchor, or for scoring.
 
         A pair without a loser gets an empty response, whose log-prob is 0, right after its winner: the two are then a
         preference group of their own, and the loss takes groups in chunks without moving rows.
         """
         packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
         boundaries, edges = packed.cu_seqlens.tolist(), [0]
-        pairs, labels, weights, ref_logps = [], [], [], []
+        pairs, labels, weights = [], [], []
+        responses: list[tuple[int, int] | None] = []
         position = 0  # of the next response in the packed batch
         for g, own_pairs in batch.items():
             index, empty = {}, {}  # of the responses, and of the empty ones after them, in the micro-batch
             alone = {pair.winner for pair in own_pairs if pair.loser is None}
-            for response in _compared(own_pairs):
+            for response in compared(own_pairs):
                 position += 1
                 index[response] = len(edges) - 1
                 edges.append(boundaries[position])
-                if anchor_logps is not None:
-                    ref_logps.append(float(anchor_logps[g][response]))
+                responses.append((g, response))
                 if response in alone:
                     empty[response] = len(edges) - 1
                     edges.append(boundaries[position])
-                    ref_logps.append(0.0)
+                    responses.append(None)
             for pair in own_pairs:
                 loser = empty[pair.winner] if pair.loser is None else index[pair.loser]
                 pairs.append((index[pair.winner], loser))
             labels += [pair.preference for pair in own_pairs]
             weights += [pair.weight for pair in own_pairs]
         packed = replace(packed, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
-        cached = None if anchor_logps is None else ref_logps
-        return cls(packed, LabelledPairs.make(pairs, labels, weights, cached))
+        cached = None
+        if anchor_logps is not None:
+            cached = [0.0 if one is None else float(anchor_logps[one[0]][one[1]]) for one in responses]
+        return cls(packed, LabelledPairs.make(pairs, labels, weights, cached), responses)
 
     def to(self, device: torch.device) -> MicroBatch:
         """Returns a copy on the device, except for the boundaries and pairs that the loss reads on the CPU."""
-        return MicroBatch(self.packed.to(device), self.labelled.to(device))
+        return replace(self, packed=self.packed.to(device), labelled=self.labelled.to(device))

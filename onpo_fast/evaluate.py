@@ -214,7 +214,7 @@ class Evaluator:
                 policy = self.policies(initial)
                 folder = self.cache.resumable(f"{PARTS}/responses_{index:02d}").folder
                 check_tokens(part, policy.vocabulary, folder)
-                return stages.score(policy, part, self.fitting.tokens_per_microbatch, done)
+                return stages.score(policy, part, self.fitting, done)
 
             with progress(f"evaluate: score π_{index + 1}", len(groups)) as done:
                 scores, cost = self.cache.in_parts(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from .batches import AnchorLogps, Batch, MicroBatch, count, plan_steps, split, total_weight
+from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_weight
 from .config import FitConfig
 from .data import Group
 from .errors import UserError
@@ -19,13 +20,14 @@ from .loss import PairLossOutput, choose_backend
 from .models.checks import probe
 from .models.device import device_of
 from .models.policy import Policy
+from .models.policy import score as score_groups
 from .models.scoring import PairLossOptions
 from .objectives import Objective
 from .run import signals
 from .run.fit_states import NO_STATE
 from .run.tracking import peak_memory_bytes
 
-__all__ = ["AnchorLogps", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps"]
+__all__ = ["AnchorLogps", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps", "score"]
 
 
 class FitFailed(UserError):
@@ -108,6 +110,57 @@ def fit(
         raise
 
 
+@torch.no_grad()
+def score(
+    policy: Policy,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    config: FitConfig,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Tensor]:
+    """Returns the summed log-probs of every response, those in a pair as a fit on these batches computes them.
+
+    They go through the model in the fit's own micro-batches and through the head as in its loss. In half precision a
+    response's log-prob depends on both, by whole nats for a long response (docs/tuning.md), and margins would begin at
+    that difference. Responses in no pair follow in micro-batches of their own.
+
+    Args:
+        batches: the steps of one epoch, in which each group occurs once.
+        progress: called with the number of groups of every micro-batch.
+
+    Returns:
+        A (K,) float64 CPU tensor a group, nats.
+    """
+    scores = [torch.zeros(len(group.responses), dtype=torch.float64) for group in groups]
+    found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
+    loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
+    policy.model.eval()
+    for batch in batches:
+        for part in split(policy, groups, batch, config.tokens_per_microbatch):
+            microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+            found.append((microbatch.responses, _forward(policy, microbatch, loss)))
+            progress(len(part))
+    for responses, logps in found:
+        for one, logp in zip(responses, logps.cpu()):
+            if one is not None:
+                scores[one[0]][one[1]] = logp
+    for g, rest, logps in _score_rest(policy, groups, batches, config):
+        scores[g][rest] = logps
+    progress(len(groups) - sum(map(len, batches)))
+    return scores
+
+
+def _score_rest(
+    policy: Policy, groups: Sequence[Group], batches: Sequence[Batch], config: FitConfig
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yields each group with the responses that are in no pair: its index, theirs, and their log-probs."""
+    in_pairs = {g: compared(pairs) for batch in batches for g, pairs in batch.items()}
+    rest = {g: sorted({*range(len(group.responses))} - {*in_pairs.get(g, ())}) for g, group in enumerate(groups)}
+    rest = {g: responses for g, responses in rest.items() if responses}
+    left = [replace(groups[g], responses=[groups[g].responses[r] for r in chosen]) for g, chosen in rest.items()]
+    yield from zip(rest, rest.values(), score_groups(policy, left, config.tokens_per_microbatch))
+
+
 def _backward(
     policy: Policy,
     groups: Sequence[Group],
@@ -127,8 +180,8 @@ def _backward(
     return metrics
 
 
-def _forward(policy: Policy, microbatch: MicroBatch, loss: PairLossOptions) -> PairLossOutput:
-    """Computes the loss of a micro-batch."""
+def _forward(policy: Policy, microbatch: MicroBatch, loss: PairLossOptions) -> PairLossOutput | Tensor:
+    """Computes the loss of a micro-batch, or its responses' log-probs."""
     with policy.autocast():
         return policy.scoring(microbatch.packed, microbatch.labelled, loss)
 

@@ -45,6 +45,7 @@ from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
 SAMPLING, PAIRING, ORDER, OPPONENT, ADAPTER = 0, 2, 3, 5, 6
+CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,16 @@ class LanguageGame:
     def _steps(self, pairs: Sequence[Pair], into: str, states: FitStates) -> list[Batch]:
         """The optimizer steps of a fit. All fits of an iteration see the pairs in the same order."""
         epochs = self.fitting.epochs_auxiliary if into == "auxiliary" else self.fitting.epochs_policy
-        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        batches = self._plan(pairs, epochs)
         if states.step() >= len(batches):  # after the last step the policy itself is saved
             raise UserError(
                 f"{states.folder} has a state after step {states.step()} of a fit of {len(batches)} steps: remove it, "
                 "and --resume starts the fit again"
             )
         return batches
+
+    def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
+        return plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""
@@ -260,9 +264,9 @@ class LanguageGame:
         else:
             source = policy.policy if isinstance(policy, Mixture) else policy
             self.truncation(f"iteration {self.t}", run.policies(source), groups, self.sampling.max_new_tokens)
+            if self.t == 1 and stream == SAMPLING and _policy_of(policy) == run.initial:
+                self._check_sampled(groups[:CHECKED_GROUPS])
         if stream == SAMPLING:
-            if self.t == 1 and _policy_of(policy) == run.initial:
-                self._check_sampled(groups)
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
         return groups
@@ -278,9 +282,11 @@ class LanguageGame:
         return sampler
 
     def _check_sampled(self, groups: list[Group]) -> None:
-        """Compares what π_1 said of its first responses with what it is scored by; they are scored anyway."""
-        scores = self._score(self.run.initial, groups, "")
-        stages.check_sampled(groups, scores, self.run.compute_dtype, f"{self.run.initial} (family {self.run.family})")
+        """Compares what π_1 said of its first responses with what it is scored by, before a judge is paid for them."""
+        run = self.run
+        with progress(f"iteration {self.t}: check the log-probs", len(groups)) as done:
+            scores = stages.score(run.policies(run.initial), groups, self.fitting, done)
+        stages.check_sampled(groups, scores, run.compute_dtype, f"{run.initial} (family {run.family})")
 
     def _judge(self, groups: list[Group], suffix: str) -> list[np.ndarray]:
         run = self.run
@@ -341,9 +347,9 @@ class LanguageGame:
 
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
-        groups, suffix, first = compared.groups, compared.suffix, self.run.initial
+        groups, first = compared.groups, self.run.initial
         sampled_from_policy = _policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
-        scores = {first: self._score(first, groups, suffix)}
+        scores = {first: self._score(first, compared)}
         if sampled_from_policy:
             self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
         if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
@@ -351,7 +357,7 @@ class LanguageGame:
 
         def scored(source: Source) -> Scores:
             if source not in scores:
-                scores[source] = self._score(source, groups, suffix)
+                scores[source] = self._score(source, compared)
             return scores[source]
 
         if isinstance(anchor, Mixture):
@@ -363,17 +369,18 @@ class LanguageGame:
             self.metrics.setdefault("kl_to_anchor", kl_estimate(groups, reference))
         return reference
 
-    def _score(self, source: Source, groups: list[Group], suffix: str) -> Scores:
-        run, is_initial = self.run, source == self.run.initial
+    def _score(self, source: Source, compared: Comparisons) -> Scores:
+        run, groups, is_initial = self.run, compared.groups, source == self.run.initial
         model = "initial" if is_initial else Path(source).name  # or auxiliary, or policy
         file = model if is_initial else f"{Path(source).parent.name}_{model}"
 
         def compute() -> Scores:
             with progress(f"iteration {self.t}: score {model}", len(groups)) as done:
-                return stages.score(run.policies(source), groups, self.fitting.tokens_per_microbatch, done)
+                epoch = self._plan(compared.pairs, 1)
+                return stages.score(run.policies(source), groups, self.fitting, done, epoch)
 
         return run.cache.cached(
-            f"{iteration_folder(self.t)}/logps_{file}{suffix}.jsonl",
+            f"{iteration_folder(self.t)}/logps_{file}{compared.suffix}.jsonl",
             compute,
             lambda path: read_scores(path, groups),
             write_scores,

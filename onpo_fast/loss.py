@@ -1,8 +1,9 @@
 """The public functions of the loss, which never forms a [tokens, vocabulary] tensor.
 
 ``fused_linear_pair_loss`` computes the pairwise loss of a batch of preference groups from hidden states and LM head,
-``linear_logprobs`` the per-token log-probs of which other losses can be made. This module checks their arguments
-(``loss_checks.py``), chooses the backend and does autograd; ``kernels/`` computes.
+``linear_logprobs`` the per-token log-probs of which other losses can be made, ``linear_response_logprobs`` the sums
+that a cached anchor consists of. This module checks their arguments (``loss_checks.py``), chooses the backend and does
+autograd; ``kernels/`` computes.
 """
 
 from __future__ import annotations
@@ -74,6 +75,41 @@ def linear_logprobs(
     settings = _Settings.checked(hidden, weight, bias, logit_scale, softcap, temperature, backend, workspace_bytes)
     targets = check.targets(hidden, weight, targets, validate)
     return _TokenLogps.apply(hidden, weight, bias, targets, settings)
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def linear_response_logprobs(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    cu_seqlens: Tensor,  # (S+1,) int32
+    pairs: Tensor | None = None,  # (P, 2) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    mode: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """Compute the summed log-probs of responses as ``fused_linear_pair_loss`` computes them from the same arguments.
+
+    They are the ``ref_logps`` of a cached anchor: a policy with the anchor's weights then has margins of 0, up to the
+    order of sums in the head. See ``fused_linear_pair_loss`` for the arguments and the errors raised.
+
+    Returns:
+        (S,) float64, nats, without a gradient.
+    """
+    settings = _Settings.checked(hidden, weight, bias, logit_scale, softcap, temperature, backend, workspace_bytes)
+    check.one_of("mode", mode, MODES)
+    targets = check.targets(hidden, weight, targets, validate)
+    layout = _layout(cu_seqlens, pairs, len(hidden))
+    with _device_without_autocast(hidden.device):
+        problem = settings.token_problem(hidden, weight, bias, targets, mode=mode)
+        return settings.kernels.response_logps(problem, layout)
 
 
 @torch.compiler.disable
@@ -182,9 +218,10 @@ class _Settings(NamedTuple):
         bias: Tensor | None,
         targets: Tensor,
         needs_gradient: NeedsGradient = (False, False, False),
+        mode: str = "auto",
     ) -> TokenProblem:
         states, head = self.cast(hidden, weight, bias)
-        return TokenProblem(states, head, targets, needs_gradient, _dtypes(hidden, weight, bias), self.workspace)
+        return TokenProblem(states, head, targets, needs_gradient, _dtypes(hidden, weight, bias), self.workspace, mode)
 
     def rounded(self, values: Tensor) -> Tensor:
         """Round float64 results to the dtype of the output."""

@@ -125,9 +125,17 @@ def pairing_metrics(
     }
 
 
-def score(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, done: Progress) -> Scores:
-    """Summed log-probs of every response under the policy."""
-    return score_policy(policy, groups, tokens_per_microbatch, done)
+def score(
+    policy: Policy,
+    groups: Sequence[Group],
+    config: FitConfig,
+    done: Progress,
+    batches: Sequence[fitting.Batch] | None = None,
+) -> Scores:
+    """Summed log-probs of every response under the policy; with ``batches``, as a fit on them computes them."""
+    if batches is None:
+        return score_policy(policy, groups, config.tokens_per_microbatch, done)
+    return fitting.score(policy, groups, batches, config, done)
 
 
 def scoring_metrics(groups: Sequence[Group], model: str, seconds: float) -> dict[str, object]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ..loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs
+from ..loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs, linear_response_logprobs
 from ..objectives import Objective
 from ..packing import Packed
 from .device import to_device
@@ -69,11 +69,12 @@ class LabelledPairs:
 class PairLossOptions:
     """How the loss of labelled pairs is computed; one for a whole fit.
 
-    ``anchor`` is a live anchor: a frozen model whose hidden states and head go through the loss with the policy's. It
-    must be whole on this device, not sharded.
+    Without an ``objective`` only the responses' log-probs are computed, as the loss would compute them. ``anchor`` is a
+    live anchor: a frozen model whose hidden states and head go through the loss with the policy's. It must be whole on
+    this device, not sharded.
     """
 
-    objective: Objective
+    objective: Objective | None
     anchor: ScoringModule | None = None
     backend: str = "auto"
     mode: str = "auto"
@@ -105,26 +106,32 @@ class ScoringModule(nn.Module):
 
         Returns:
             Without ``labelled``: (N,) float32 log-probs of the response tokens, nats, differentiable. With it: the
-            results of ``fused_linear_pair_loss``, of which only the loss is differentiable.
+            results of ``fused_linear_pair_loss``, of which only the loss is differentiable; without an objective,
+            those of ``linear_response_logprobs``, (S,) float64 log-probs of the responses, nats.
         """
         head = self.model.get_output_embeddings()
         if isinstance(head, FSDPModule):  # sharded in a group of its own, which its own forward would gather
             head.unshard()
         if labelled is None:
             return linear_logprobs(self.hidden_states(packed), targets=packed.targets, **head_arguments(self.model))
+        common = {
+            "targets": packed.targets,
+            "cu_seqlens": packed.cu_seqlens,
+            "pairs": labelled.pairs,
+            "backend": loss.backend,
+            "mode": loss.mode,
+            **head_arguments(self.model),
+        }
+        if loss.objective is None:
+            return linear_response_logprobs(self.hidden_states(packed), **common)
         reference = _reference(packed, labelled, loss.anchor)  # first, so that its activations are freed by then
         return fused_linear_pair_loss(
             self.hidden_states(packed),
-            targets=packed.targets,
-            cu_seqlens=packed.cu_seqlens,
-            pairs=labelled.pairs,
             objective=loss.objective,
             preference=labelled.preference,
             pair_weight=labelled.weight,
-            backend=loss.backend,
-            mode=loss.mode,
             **reference,
-            **head_arguments(self.model),
+            **common,
         )
 
     def hidden_states(self, packed: Packed) -> Tensor:

@@ -1,7 +1,7 @@
 """Runs whose final weights are known bit for bit: a tiny random model, a fixed seed, one thread.
 
 ``cd tests && python -m support.fixed_runs [NAME …]`` prints the SHA-256 of the final weights of these runs, or of all
-in ``RUNS``. The committed table, ``fixed_runs.json``, was printed by the code of commit 5d1b279. Runs use the
+in ``RUNS``. The committed table, ``fixed_runs.json``, was printed by the commit that last changed it. Runs use the
 instructions that every x86-64 processor has, so that Intel and AMD machines compute the same bits. Each is a process of
 its own, forked from one that has imported everything, which takes longer than the run.
 """

@@ -14,6 +14,7 @@ from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.fit import FitFailed, cosine_with_warmup, fit, plan_steps
+from onpo_fast.fit import score as score_batches
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import score
 from onpo_fast.objectives import Dpo, Onpo, Sppo
@@ -72,6 +73,27 @@ def test_a_fit_from_its_anchor_starts_at_margin_zero(fitted) -> None:
     assert first["loss"] == pytest.approx(sum(t * t for t in batch) / 3, rel=1e-4)
     assert first["loss_normalised"] == pytest.approx(first["loss"] / 4, rel=1e-6)
     assert first["target"] == pytest.approx(sum(batch) / 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "gradient_checkpointing": True}])
+@pytest.mark.parametrize("pairs", [PAIRS, [Pair(g, 0, 2, 0.8) for g in range(4)], [Pair(0, 1, None, 0.3)]])
+def test_the_anchor_is_scored_as_the_fit_computes_it(tiny_model, options: dict, pairs: list[Pair]) -> None:
+    """In its micro-batches and by its code: margins begin at 0, in half precision too, and in every epoch's batches."""
+    config = Config(model=str(tiny_model), tokens_per_microbatch=60, learning_rate=1e-30, batch_pairs=6, **options)
+    policy = load(tiny_model, config)
+    groups = make_groups(policy)
+    epoch = plan_steps(pairs, 1, config.batch_pairs, [0])
+    progress: list[int] = []
+    anchor = score_batches(policy, groups, epoch, config, progress.append)
+    records: list[dict] = []
+    fit(policy, groups, plan_steps(pairs, 2, 6, [0]), anchor, Onpo(eta=2.0), config, records.append)
+    margins = [record["margin"] for record in records]
+    if pairs[0].loser is None:
+        assert [record["log_ratio_winner"] for record in records] == pytest.approx([0.0, 0.0], abs=1e-4)  # float32
+    assert margins == pytest.approx([0.0] * len(records), abs=1e-6)  # MKL's last bits depend on addresses of memory
+    assert sum(progress) == len(groups)
+    rounding = 1e-3 if policy.compute_dtype == torch.float32 else 1.0
+    torch.testing.assert_close(torch.cat(anchor), torch.cat(score(policy, groups, 1000)), atol=rounding, rtol=0)
 
 
 def test_margins_go_to_the_least_squares_solution(tiny_model) -> None:

@@ -69,7 +69,7 @@ def test_one_long_pair_without_a_second_pass() -> None:
         return recorder.products_of_width(97)
 
     several_pairs = Case([40, 50, 3], [(0, 1), (0, 2)], vocabulary=97, features=8, bias=True)
-    assert products_with_the_head(case) == 5 + 8  # anchor in blocks of 20 rows, policy in blocks of 12
+    assert products_with_the_head(case) == 8 + 8  # anchor and policy in blocks of 12 rows
     assert products_with_the_head(several_pairs) == 5 + 2 * 5  # the policy's five blocks twice
 
 
