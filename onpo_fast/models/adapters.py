@@ -129,7 +129,8 @@ def peft_package(option: str) -> ModuleType:
         UserError: if it is not installed; names the option that needs it.
     """
     try:
-        import peft
+        with quiet():  # it imports torchao, which may complain of its own extensions
+            import peft
     except ImportError:
         raise UserError(f"{option} needs the package peft: pip install 'onpo_fast[lora]'") from None
     return peft

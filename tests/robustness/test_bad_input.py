@@ -379,7 +379,7 @@ def own_code(directory: Path) -> None:
         (without("tokenizer.json"), "cannot load the tokenizer of broken: "),
         (without("config.json"), "broken is not a model directory: it has no config.json"),
         (pickled, "broken has its weights in pytorch_model.bin: only safetensors are read"),
-        (adapter, "broken is an adapter: merge it into its model first"),
+        (adapter, "broken has both a model and an adapter: keep the files of one of them"),
         (truncated, "cannot load the model broken: "),
         (lambda directory: configured(directory, num_hidden_layers=3), "broken lacks 9 of the weights that its config"),
         (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (200, 32) where it"),

@@ -208,7 +208,7 @@ def test_what_trl_has_and_this_has_not_comes_with_a_hint(name: str, write) -> No
     assert name not in (*Config.__dataclass_fields__, *OTHER_NAMES)
 
 
-@pytest.mark.parametrize("name", ["lora_alpha", "lora_dropout", "ddp_timeout", "fsdp_config"])
+@pytest.mark.parametrize("name", ["lora_dropout", "lora_task_type", "ddp_timeout", "fsdp_config"])
 def test_families_of_options_of_trl_have_one_hint(name: str, write) -> None:
     for line in ([f"--{name}", "1"], ["--config", write(f"{name}: 1\n")]):
         with pytest.raises(UserError, match=f"there is no option .*{name}: .* (LoRA|device)"):
