@@ -18,7 +18,6 @@ TRL_NAMES = {  # of TrainingArguments and of TRL's trainers; only where the mean
     "num_generations": "responses_per_prompt",
     "num_generations_eval": "eval_samples",
     "attn_implementation": "attention",
-    "lora_r": "lora_rank",
 }
 OTHER_NAMES = {**EARLIER_NAMES, **TRL_NAMES, "algorithm": "objective"}
 OTHER_VALUES = {"objective": ALIASES, "labels": {"bits": "sampled"}}

@@ -521,8 +521,7 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in ("models.resident", "reports.exports"):
-        monkeypatch.delattr(f"onpo_fast.{module}.load")
+    monkeypatch.delattr("onpo_fast.models.resident.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))
