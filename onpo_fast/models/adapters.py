@@ -248,9 +248,9 @@ def _merge_yourself(source: str) -> str:
 
 
 def _read_tensors(source: str) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter's safetensors file, by name."""
+    """Returns the tensors of an adapter's safetensors file in float32, by name."""
     with loading_errors("the adapter", source):
-        return load_file(adapter_weights(source))
+        return {name: tensor.float() for name, tensor in load_file(adapter_weights(source)).items()}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

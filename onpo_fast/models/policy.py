@@ -22,6 +22,7 @@ from ..sources import quiet
 from .adapters import Adapter
 from .execution import checkpointed_layers, is_flash
 from .heads import head_arguments
+from .precision import weights_in
 from .rendering import PromptRenderer
 from .scoring import ScoringModule, sum_by_response
 
@@ -33,13 +34,14 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  # None where no prompt is rendered
     device: torch.device
-    compute_dtype: torch.dtype  # dtype of autocast; the weights are float32
+    compute_dtype: torch.dtype  # dtype of matrix products, under autocast unless it is that of the weights
     layout: Layout
     converted: bool = False  # whether the weights on disk have another format than those that ``save`` writes
     generation_config: dict[str, object] = field(default_factory=dict)  # the model's own, saved for users of the policy
     processor_files: dict[str, bytes] = field(default_factory=dict)  # by name, of a model that takes images or sound
     notes: list[str] = field(default_factory=list)  # messages for the user on how the model was loaded
     template_variables: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    save_dtype: torch.dtype | None = None  # dtype of fitted policies on disk, if it is not that of the weights
     adapter: Adapter | None = None  # the LoRA layers of the model, if the policy is an adapter over a frozen base
 
     @cached_property
@@ -70,6 +72,16 @@ class Policy:
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
         return next((value for value in limits if isinstance(value, int) and value > 0), None)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the weights; a family may keep some of them in float32."""
+        return self.model.dtype
+
+    @property
+    def saves_rounded(self) -> bool:
+        """Whether fitted policies are saved in less precision than that of the weights."""
+        return self.save_dtype == torch.bfloat16
 
     @property
     def family(self) -> str:
@@ -106,14 +118,18 @@ class Policy:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Computes in float32 within the block. flash-attention, which cannot, is replaced by another attention."""
+        """Computes in float32 within the block, also with weights in half precision, which are converted meanwhile.
+
+        flash-attention, which cannot, is replaced by another attention.
+        """
         dtype, attention = self.compute_dtype, self.attention
         other = "sdpa" if self.model._supports_sdpa else "eager"
         self.compute_dtype = torch.float32
         if is_flash(attention):
             self.model.set_attn_implementation(other)
         try:
-            yield
+            with weights_in(self.model, torch.float32):
+                yield
         finally:
             self.compute_dtype = dtype
             if is_flash(attention):
@@ -130,8 +146,8 @@ class Policy:
             layer.training = True
 
     def autocast(self) -> torch.autocast:
-        """Returns the context in which the model computes; autocast is off for float32."""
-        enabled = self.compute_dtype != torch.float32
+        """Returns the context in which the model computes; autocast is off where the weights have its dtype."""
+        enabled = self.compute_dtype != self.weights_dtype
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
     def frozen(self) -> Policy:
@@ -139,15 +155,18 @@ class Policy:
         self.model.eval().requires_grad_(False)
         return self
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights (safetensors), configuration, tokenizer and processor files, atomically.
 
-        Of an adapter that is on, its own weights and settings; the base's files are not repeated.
+        Of an adapter that is on, its own weights, in float32, and settings; the base's files are not repeated.
+
+        Args:
+            dtype: of the saved weights, whose values it must be able to hold; by default that of the weights.
         """
         only_adapter = self.adapter is not None and self.adapter.on
 
         def fill(partial: Path) -> None:
-            with quiet():
+            with quiet(), nullcontext() if dtype is None else weights_in(self.model, dtype):
                 self.tokenizer.save_pretrained(partial)
                 if only_adapter:
                     self.adapter.save(partial)

@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from ..config import ModelConfig, SamplingConfig
 from ..data import Messages, of_iterations
 from ..errors import UserError
 from ..files import atomic_write_directory, atomic_write_text, read_jsonl
+from ..models.precision import convert_parameters
 from ..models.resident import ResidentPolicy, Source
 from ..run.journal import Journal
 from ..run.outputs import finished_policies, initial_policy
@@ -161,7 +164,8 @@ def export_merged(directory: Path, out: Path, policy: int, model: ModelConfig) -
     source = _chosen(policies, policy, directory)
     if model.lora_rank is None or policy == 1:
         raise UserError(f"--merge: π_{policy} is no adapter but a whole model already: {source}")
-    whole = ResidentPolicy(replace(model, device="cpu", dtype="float32"), policies[1])(source)
+    whole = ResidentPolicy(replace(model, device="cpu", dtype="auto"), policies[1])(source)
+    convert_parameters(whole.model, torch.float32)  # bfloat16, as of the base in the run, may not hold the adapter
     whole.adapter.merge()
     whole.adapter = None
     whole.save(out)

@@ -217,6 +217,29 @@ def test_a_policy_is_the_same_in_peft_in_transformers_and_merged(work: Path, cap
     assert "merged_3 exists: give a new name" in capsys.readouterr().err
 
 
+def test_over_a_base_in_bfloat16(work: Path) -> None:
+    """As on a GPU: adapters and merged policies are float32, and a fit starts at its anchor exactly."""
+    config = replace(small_run(work, "bfloat16"), **LORA, weights="bf16-sr")
+    train.train(config)
+    run = Path(config.out)
+    records = list(map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+    fits = [record for record in records if record["stage"] == "fit"]
+    assert fits
+    assert all(record["margin"] == 0 for record in fits if record["step"] == 1)
+    assert all(0.8 < record["margins_kept_forward"] < 1.2 for record in fits if record["step"] == record["steps"])
+    folder = run / "iteration_02/policy"
+    tensors = peft.load_peft_weights(str(folder), device="cpu")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    policies = ResidentPolicy(ModelConfig(model=config.model, lora_rank=4, weights="bf16-sr"))
+    policy = policies(folder)
+    assert {p.dtype for n, p in policy.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    export.main([str(run), "--merge"])
+    merged = load(run / "merged_3", ModelConfig()).model
+    assert merged.dtype == torch.float32
+    with policy.in_float32():
+        assert (log_probs(policy.model, policy) - log_probs(merged, policy)).abs().max() < 2e-5
+
+
 class Killed(BaseException):
     """As a kill would: nothing is cleaned up after it."""
 
@@ -324,8 +347,9 @@ def test_a_run_from_an_adapter(work: Path, adapter: Path, tmp_path: Path, lora: 
         small_run(work, tmp_path.name), **lora, model=str(adapter), iterations=1, out=str(tmp_path / "run")
     )
     train.train(config)
-    assert f"{adapter} is an adapter: merged into its base model {adapter / 'base'}" in capsys.readouterr().out.replace(
-        "\n", " "
+    assert (
+        f"{adapter} is an adapter: merged into its base model {adapter / 'base'}, in float32"
+        in capsys.readouterr().out.replace("\n", " ")
     )
     initial = load(tmp_path / "run/initial", ModelConfig())
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter / "base"), adapter)
@@ -418,6 +442,7 @@ def test_code_is_not_trusted_through_an_adapter(adapter: Path) -> None:
         ({"lora_rank": 4, "lora_targets": "q_proj,,"}, "--lora_targets must be all-linear or names"),
         ({"lora_alpha": 8.0}, "--lora_alpha needs --lora_rank"),
         ({"lora_targets": "q_proj"}, "--lora_targets needs --lora_rank"),
+        ({"lora_rank": 4, "save_dtype": "bfloat16"}, "--save_dtype is for whole models"),
     ],
 )
 def test_options_that_are_refused(options: dict, message: str) -> None:
