@@ -115,7 +115,7 @@ class ModelConfig:
     when training runs out of memory."""
     lora_rank: int | None = None
     """Train LoRA adapters of this rank over the frozen model, so that gradients, optimizer state and saved policies are
-    small (docs/tuning.md); a larger --learning_rate suits them, such as 1e-4. Default: all weights are trained."""
+    small (docs/lora.md); a larger --learning_rate suits them, such as 1e-4. Default: all weights are trained."""
     lora_alpha: float | None = None
     """Scale of the adapters: what they add is multiplied by lora_alpha / lora_rank. Default: twice --lora_rank."""
     lora_targets: str = "all-linear"

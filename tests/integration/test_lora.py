@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.small_runs import prepare, small_run
+from support.small_runs import SMALL, prepare, small_run
 from torch import Tensor
 
 from onpo_fast import evaluate, export, train
@@ -39,10 +39,11 @@ LORA = {"lora_rank": 4, "learning_rate": 1e-2, "report_to": "none"}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tiny_model: Path) -> Path:
-    """A folder with a model, prompts, and a run of two iterations with LoRA."""
+    """A folder with a model, prompts, and a run of two iterations with LoRA, from the command line."""
     work = tmp_path_factory.mktemp("lora")
     prepare(work, tiny_model)
-    train.train(replace(small_run(work, "run"), **LORA))
+    options = {**SMALL, **LORA, "model": work / "model", "prompts": work / "prompts.jsonl", "out": work / "run"}
+    train.main([f"--{name}={value}" for name, value in options.items()])
     return work
 
 
