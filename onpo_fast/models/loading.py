@@ -22,6 +22,7 @@ from transformers import (
 from ..config import ModelConfig
 from ..errors import UserError
 from .adapters import merge_into_base
+from .attention import FLEX
 from .checkpoint import (
     base_of,
     generation_settings,
@@ -31,9 +32,10 @@ from .checkpoint import (
     tensor_names,
     weight_files,
 )
-from .checks import check_log_probs, computing, has_window, shared_or_separate
+from .checks import check_log_probs, computing
 from .device import device_of
-from .execution import apply_liger, checkpoint_layers, is_flash, prefer_flash_attention, without_cudnn_attention
+from .execution import apply_liger, checkpoint_layers, without_cudnn_attention
+from .layouts import choose_layout
 from .policy import Policy, pad_token
 from .precision import convert_parameters, weights_dtype, weights_in
 
@@ -48,15 +50,11 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         UserError: if there is no model, or one that cannot be trained here; names it.
     """
     name, device, base = str(source), device_of(config.device), base_of(str(source))
+    if config.attention == FLEX and device.type != "cuda":
+        raise UserError(f"--attention {FLEX} needs a GPU: it has no backward pass on the device {device}")
     location, is_adapter = locate(base), base != name
     is_gguf = "gguf_file" in location
-    if is_adapter and config.trust_remote_code:
-        raise UserError(
-            f"{name} is an adapter, and --trust_remote_code would also run the code of any base model that it names: "
-            "merge it into its base first"
-        )
-    own_tokenizer = is_adapter and (Path(name) / "tokenizer_config.json").is_file()
-    tokenizer = _read_tokenizer(name, {"pretrained_model_name_or_path": name} if own_tokenizer else location, config)
+    tokenizer = _read_tokenizer(name, _tokenizer_location(name, location, config) if is_adapter else location, config)
     model, model_config, dequantised = _read_model(base, location, config)
     if is_adapter:
         with weights_in(model, torch.float32):
@@ -78,29 +76,37 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         converted=dequantised or is_adapter,
         generation_config=own_generation,
         processor_files={} if is_gguf else processor_files(base),
-        notes=[
-            *(
-                [f"{name} is an adapter: merged into its base model {base}, in {str(weights)[6:]}"]
-                if is_adapter
-                else []
-            ),
-            *([] if is_gguf else _left_out(model, model_config, base)),
-        ],
+        notes=[] if is_gguf else _left_out(model, model_config, base),
         template_variables=config.chat_template_kwargs or {},
         save_dtype=None if save_dtype == weights else save_dtype,
     )
+    if is_adapter:
+        policy.notes.append(f"{name} is an adapter: merged into its base model {base}, in {str(weights)[6:]}")
     _check_template(policy, name)
-    may_share = not (is_flash(policy.attention) or has_window(model.config))
     with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
         check_log_probs(policy, name)
-        if may_share:
-            policy.layout = shared_or_separate(policy)
+    choose_layout(policy, config.attention, name)
     return policy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_location(adapter: str, base: dict[str, str], config: ModelConfig) -> dict[str, str]:
+    """Returns where an adapter's tokenizer is: in its directory or, as arguments of ``from_pretrained``, in its base.
+
+    Raises:
+        UserError: if --trust_remote_code is set, which would also trust whoever made the base.
+    """
+    if config.trust_remote_code:
+        raise UserError(
+            f"{adapter} is an adapter, and --trust_remote_code would also run the code of any base model that it "
+            "names: merge it into its base first"
+        )
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return {"pretrained_model_name_or_path": adapter} if own else base
 
 
 def _read_tokenizer(name: str, location: dict[str, str], config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -361,8 +367,6 @@ def _prepare_execution(model: PreTrainedModel, device: torch.device, config: Mod
     """
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
-    if config.attention == "auto":
-        prefer_flash_attention(model, device)
     if config.gradient_checkpointing:
         with loading_errors("with --gradient_checkpointing the model", name):
             layers = checkpoint_layers(model)
