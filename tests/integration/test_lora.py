@@ -74,7 +74,7 @@ def make_groups(policy: Policy) -> list[Group]:
 def log_probs(model, policy: Policy) -> Tensor:
     """Log-probs of the response tokens of a few groups under any causal language model of transformers or peft."""
     packed = pack([(g.prompt_tokens, [r.tokens for r in g.responses]) for g in make_groups(policy)], "separate")
-    logits = model.eval()(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
+    logits = model.eval()(input_ids=packed.input_ids, attention_mask=packed.padding_mask).logits
     chosen = logits.flatten(0, 1)[packed.rows].log_softmax(-1)
     return chosen.gather(1, packed.targets[:, None])[:, 0]
 
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_pefts_own_forward(tiny_model: Path, options: dic
     policy.model.zero_grad()
 
     packed, labelled = microbatch.packed, microbatch.labelled
-    logits = policy.adapter.peft_model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
+    logits = policy.adapter.peft_model(input_ids=packed.input_ids, attention_mask=packed.padding_mask).logits
     logps = logits.flatten(0, 1)[packed.rows].log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
     sums = torch.stack([part.sum() for part in logps.split(packed.cu_seqlens.diff().tolist())])
     margins = sums[labelled.winner] - sums[labelled.loser]
