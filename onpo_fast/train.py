@@ -48,7 +48,7 @@ def train(config: Config, resume: bool = False, force: bool = False, world: Worl
         Stopped: if a signal asked the run to stop.
     """
     if config.push_to_hub is not None:
-        check_upload(config.push_to_hub)  # before hours of training
+        check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
     with open_run(config, resume, force, world or World()) as run:
         game = LanguageGame(
             run,
