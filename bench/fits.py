@@ -51,7 +51,7 @@ class Workload:
         return self.model["num_hidden_layers"]
 
     def config(self, layers: int) -> LlamaConfig:
-        return LlamaConfig(**{**self.model, "num_hidden_layers": layers}, tie_word_embeddings=False)
+        return LlamaConfig(**{"tie_word_embeddings": False, **self.model, "num_hidden_layers": layers})
 
     def parameters(self, layers: int) -> int:
         with torch.device("meta"):
@@ -68,6 +68,20 @@ WORKLOADS = {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "max_position_embeddings": 8192,
+        },
+        prompt=64,
+        response=1024,
+    ),
+    "llama3.2-1b": Workload(
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
         },
         prompt=64,
         response=1024,
@@ -114,7 +128,7 @@ def large(loss: str, shape: str, pairs: int, steps: int, device: str, layers: in
     gauge = Gauge(where)
     before, marks = gauge.held(), Marks(gauge)
     try:
-        policy = _random_policy(form, layers, where)
+        policy = random_policy(form, layers, where)
         weights = gauge.held() - before
         laps, last = _measured_fit(policy, form, pairs, steps, loss, marks)
     except torch.OutOfMemoryError as error:
@@ -156,7 +170,7 @@ def _layers_that_fit(shape: Workload, device: torch.device) -> int:
     return max(1, min(shape.layers, int(room // one)))
 
 
-def _random_policy(shape: Workload, layers: int, device: torch.device) -> Policy:
+def random_policy(shape: Workload, layers: int, device: torch.device) -> Policy:
     """Makes a policy as ``loading.load`` does, but in bf16 and directly on the device."""
     flash = device.type == "cuda" and is_flash_attn_2_available()
     set_seed(0)

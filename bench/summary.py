@@ -53,6 +53,11 @@ def lines(data: dict[str, Any], path: str, most: int = MOST_LINES) -> list[str]:
         "sweep": [line for record in sweeps[:1] for line in sweep_table(record)],
         "other sweeps": [line for record in sweeps[1:] for line in sweep_table(record)],
         "fit": fit_table((results.get("fit") or {}).get("fits", [])),
+        **{
+            name: trainer_table(found.get("trainers", []))
+            for name, found in results.items()
+            if name.endswith("against TRL")
+        },
         "trainer": run_table((results.get("trainer") or {}).get("runs", [])),
         "steps": step_lines(data["steps"]),
         "end": [f"results: {path}"],
@@ -214,6 +219,39 @@ def sweep_table(record: dict[str, Any]) -> list[str]:
     ]
     columns = ("variant", "predicted", "× 4 products", "predicted", "scoring × 1", "nats", "")
     return [f"variants of the kernels at {record['shape']}", *table(columns, rows)]
+
+
+def trainer_table(rows: list[Row]) -> list[str]:
+    """Table of ``bench training --part trl``; ratios are to TRL's fastest measurement with as many responses."""
+    if not rows:
+        return []
+    lines = []
+    for row in rows:
+        measured = row["status"] == "measured"
+        peers = [
+            other["pairs_per_second"]
+            for other in rows
+            if other["trainer"] == "trl" and other["responses"] == row["responses"] and other["status"] == "measured"
+        ]
+        ratio = f"{row['pairs_per_second'] / max(peers):.2f}" if peers and measured else "-"
+        name = row["trainer"] if row["trainer"] != "trl" else f"TRL DPOTrainer, {row['at_once']} pairs at once"
+        lines.append(
+            [
+                str(row["responses"]),
+                name,
+                number(row.get("pairs_per_second")) if measured else row["status"],
+                ratio,
+                number(row.get("response_tokens_per_second"), ".0f"),
+                number(row.get("seconds", {}).get("median")),
+                number(row.get("peak_bytes"), ".2f", 1 / GB),
+                number(row.get("utilisation"), ".0%"),
+            ]
+        )
+    title = (
+        f"fits of {rows[0]['model']} on {rows[0]['device']}, prompts and responses of about {rows[0]['tokens']} tokens"
+    )
+    columns = ("K", "trainer", "pairs/s", "over TRL's best", "response tokens/s", "s a step", "peak, GB", "utilisation")
+    return [title, *table(columns, lines)]
 
 
 def fit_table(fits: list[Row]) -> list[str]:

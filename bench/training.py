@@ -1,4 +1,9 @@
-"""python -m bench training: measures fits of a large model, or a run of the trainer.
+"""python -m bench training: measures fits against TRL's trainer, fits of a large model, or a run of the trainer.
+
+--part trl: a fit of SmolLM2 by this package and by TRL's DPOTrainer on the same tokens, with two responses a prompt and
+with eight, all pairs of which are compared. Prompts and responses have about 128 tokens. Reports pairs/s, response
+tokens/s, peak memory above that before the model was loaded, and utilisation: the FLOP/s of what the pairs need, with
+each prompt and response computed once, as a share of a plain product's.
 
 --part fit: a Llama-3-8B with random weights in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
 micro-batch, with the fused loss and with materialised logits. Reports pairs/s and memory by part. Nothing is
@@ -34,7 +39,7 @@ from . import crash_test
 from .fits import LOSSES, WORKLOADS
 from .kernels import DID_NOT_RETURN, RESULTS
 from .runner import ROOT
-from .summary import fit_table, run_table
+from .summary import fit_table, run_table, trainer_table
 
 FEWER_LAYERS = 4  # number of layers removed after each out-of-memory error
 LOOK_SECONDS = 2.0  # interval at which the files of a run are read
@@ -45,7 +50,10 @@ Row = dict[str, Any]
 def arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--part", choices=("fit", "run"), required=True, help="What to measure: fits of a large model, or a whole run."
+        "--part",
+        choices=("trl", "fit", "run"),
+        default="trl",
+        help="What to measure: fits against TRL's, fits of a large model, or a whole run (default: %(default)s).",
     )
     parser.add_argument(
         "--device",
@@ -60,6 +68,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="Stop the running measurement after this many seconds and start no other (default: no limit).",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="Folder for training.json (default: bench/results).")
+    trl = parser.add_argument_group("options of --part trl")
+    trl.add_argument(
+        "--model",
+        choices=("smollm2", *WORKLOADS),
+        default="smollm2",
+        help="Model to fit: the bundled one, or random weights of a shape (default: %(default)s).",
+    )
+    trl.add_argument(
+        "--responses",
+        type=int,
+        nargs="+",
+        default=[2, 8],
+        metavar="K",
+        help="Responses of a prompt, one comparison each (default: 2 8).",
+    )
+    trl.add_argument(
+        "--pairs_per_step", type=int, default=28, help="Least number of pairs in an optimizer step (default: 28)."
+    )
+    trl.add_argument("--timed_steps", type=int, default=3, help="Steps to time after a first one (default: 3).")
+    trl.add_argument("--tokens", type=int, default=128, help="Mean length of prompts and responses (default: 128).")
+    trl.add_argument(
+        "--trl_batches",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        metavar="PAIRS",
+        help="TRL's per_device_train_batch_size: it is measured with each (default: 2 4).",
+    )
     fit = parser.add_argument_group("options of --part fit")
     fit.add_argument(
         "--shape",
@@ -88,13 +124,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     bench = TrainingBench(options)
-    if options.part == "fit":
+    if options.part == "trl":
+        bench.against_trl()
+    elif options.part == "fit":
         bench.fits()
     else:
         with tempfile.TemporaryDirectory(prefix="bench-training-") as work:
             bench.run(Path(work))
     bench.show()
-    return 1 if any(row["status"] == "failed" for row in (*bench.data["fits"], *bench.data["runs"])) else 0
+    rows = (row for kind in ("trainers", "fits", "runs") for row in bench.data[kind])
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
 class TrainingBench:
@@ -107,6 +146,7 @@ class TrainingBench:
         self.data: dict[str, Any] = {
             "command": " ".join(["python -m bench", *map(shlex.quote, sys.argv[1:])]),
             "environment": None,
+            "trainers": [],
             "fits": [],
             "runs": [],
         }
@@ -155,11 +195,29 @@ class TrainingBench:
         said = (errors.strip() or output.strip() or f"exit status {child.returncode}").split("\n")[-1]
         return {"status": "out of memory" if "OutOfMemoryError" in said else "failed", "reason": said[:300]}, ""
 
-    def job(self, **arguments: Any) -> Row:
+    def job(self, module: str, **arguments: Any) -> Row:
         """Runs one fit in a process of its own; returns its result, or how it ended."""
         # expandable segments avoid fragmentation, since a fit uses nine tenths of the memory
-        row, output = self.process(["bench.fits", json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
+        row, output = self.process([module, json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
         return json.loads(output.splitlines()[-1]) if output else row
+
+    def against_trl(self) -> None:
+        """Measures a fit by this package, then by TRL's trainer with each batch size, for each number of responses."""
+        chosen = self.options
+        for responses in chosen.responses:
+            pairs = responses * (responses - 1) // 2
+            case = {
+                "model": chosen.model,
+                "device": chosen.device,
+                "responses": responses,
+                "prompts": -(-chosen.pairs_per_step // pairs),
+                "steps": chosen.timed_steps,
+                "tokens": chosen.tokens,
+            }
+            for trainer in ({"trainer": "onpo_fast"}, *({"trainer": "trl", "at_once": n} for n in chosen.trl_batches)):
+                row = {**trainer, **case, **self.job("bench.trainers", **trainer, **case)}
+                self.data["trainers"].append(row)
+                self.ended(f"{trainer['trainer']}, {responses} responses a prompt", row)
 
     def fits(self) -> None:
         """Measures a fit with each loss, all with the number of layers that fits with the first loss."""
@@ -168,7 +226,7 @@ class TrainingBench:
         layers = None
         for loss in chosen.losses:
             while True:
-                row = self.job(loss=loss, device=chosen.device, layers=layers, **size)
+                row = self.job("bench.fits", loss=loss, device=chosen.device, layers=layers, **size)
                 row = {"loss": loss, **size, **row}
                 self.data["fits"].append(row)
                 self.ended(f"fit with {loss}", row)
@@ -209,7 +267,8 @@ class TrainingBench:
         self.ended("run", row)
 
     def show(self) -> None:
-        print("\n".join([*fit_table(self.data["fits"]), *run_table(self.data["runs"])]))
+        tables = (trainer_table(self.data["trainers"]), fit_table(self.data["fits"]), run_table(self.data["runs"]))
+        print("\n".join(line for table in tables for line in table))
         print(f"written: {self.path}")
 
 

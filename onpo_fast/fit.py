@@ -16,11 +16,14 @@ from .config import FitConfig
 from .data import Group
 from .errors import UserError
 from .fit_metrics import StepMetrics
+from .fit_precision import KeptMargins
 from .loss import PairLossOutput, choose_backend
 from .models.checks import probe
 from .models.device import device_of
+from .models.optimizers import make_optimizer
 from .models.policy import Policy
 from .models.policy import score as score_groups
+from .models.precision import random_stream
 from .models.scoring import PairLossOptions
 from .objectives import Objective
 from .run import signals
@@ -65,8 +68,12 @@ def fit(
     states: States | None = None,
     starts_at_anchor: bool = False,
     live_anchor: Policy | None = None,
+    seed: Sequence[int] = (),
 ) -> None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
+
+    If the policy is saved in less precision than its weights have, they are rounded after the last step, so that they
+    are those on the disk.
 
     Args:
         groups: the iteration's preference groups.
@@ -78,6 +85,7 @@ def fit(
         starts_at_anchor: whether ``policy`` equals the anchor now. The log-probs of the first step must then be the
             anchor's.
         live_anchor: the anchor itself, frozen, in place of its log-probs. It must not be ``policy``.
+        seed: of stochastic rounding; that of a step depends on nothing but this and the step.
 
     Raises:
         FitFailed: if they are not, to the tolerance of ``disagreement``; if more than ``config.max_skipped_steps``
@@ -85,7 +93,8 @@ def fit(
             weights as they are; or if the fitted policy is not finite.
         Stopped: if a signal asks the run to stop.
     """
-    training = _Training(policy, config, len(batches))
+    kept = KeptMargins(policy, groups, batches[0], config)
+    training = _Training(policy, config, len(batches), seed)
     if states:
         training.restore(states)
     loss = PairLossOptions(
@@ -97,7 +106,11 @@ def fit(
             metrics = _backward(policy, groups, batch, anchor_logps, loss, config)
             if step == 1 and starts_at_anchor:
                 _check_starts_at_anchor(policy, metrics, len(batches))
-            on_step(training.update(batch, metrics, start))
+            summary = training.update(batch, metrics, start)
+            if step == len(batches):
+                training.release_optimizer()
+                summary |= kept.end((*seed, 0))
+            on_step(summary)
             if step < len(batches):  # after the last step the policy itself is saved
                 training.save_or_stop(states)
         try:
@@ -197,15 +210,10 @@ def _check_starts_at_anchor(policy: Policy, metrics: StepMetrics, steps: int) ->
 class _Training:
     """The optimizer and learning rate schedule of a fit, and how many steps are finished."""
 
-    def __init__(self, policy: Policy, config: FitConfig, steps: int) -> None:
-        self.policy, self.config, self.steps = policy, config, steps
+    def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int]) -> None:
+        self.policy, self.config, self.steps, self.seed = policy, config, steps, seed
         policy.begin_fit()
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=policy.device.type == "cuda",  # fused AdamW avoids temporaries the size of the gradients
-        )
+        self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
         self.step = 0  # finished steps
         self.skipped = 0  # how many of the last steps in a row were skipped
@@ -242,7 +250,8 @@ class _Training:
         self._check_skipped()
         if self.skipped:
             self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
+        with random_stream((*self.seed, self.step), self.policy.device):
+            self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -257,6 +266,10 @@ class _Training:
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
             "seconds": seconds,
         }
+
+    def release_optimizer(self) -> None:
+        """Frees the states of the optimizer, of which no more is needed after the last step."""
+        del self.optimizer, self.schedule
 
     def _check_skipped(self) -> None:
         skipped = self.skipped

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import oracles, stages
+from . import fit_precision, oracles, stages
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
     Group,
@@ -45,7 +45,7 @@ from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated,
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT = 0, 2, 3, 5
+SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING = 0, 2, 3, 5, 6
 CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
@@ -184,11 +184,14 @@ class LanguageGame:
                     finished=finished,
                     starts_at_anchor=start == _policy_of(anchor),
                     live_anchor=self._live(anchor) if anchor_logps is None else None,
+                    seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                 )
             except UserError as error:
                 raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
             finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
                 states.finish()
+            if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
+                say(f"iteration {self.t}, fit {into}: {lost}")
             return policy
 
         self.run.cache.cached(

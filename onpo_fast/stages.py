@@ -158,6 +158,7 @@ def fit(
     finished: int = 0,
     starts_at_anchor: bool = False,
     live_anchor: Policy | None = None,
+    seed: Sequence[int] = (),
 ) -> None:
     """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
 
@@ -173,5 +174,15 @@ def fit(
             done(1)
 
         fitting.fit(
-            policy, groups, batches, anchor_logps, objective, config, report, states, starts_at_anchor, live_anchor
+            policy,
+            groups,
+            batches,
+            anchor_logps,
+            objective,
+            config,
+            report,
+            states,
+            starts_at_anchor,
+            live_anchor,
+            seed,
         )

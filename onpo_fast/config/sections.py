@@ -90,8 +90,18 @@ class ModelConfig:
     device: str = "auto"
     """Device to compute on: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of forward and backward passes; weights and optimizer state are always float32. "auto": bfloat16 on a
-    GPU, float32 on a CPU."""
+    """Precision of forward and backward passes. "auto": bfloat16 on a GPU and with --weights bf16-sr, otherwise
+    float32."""
+    weights: Literal["auto", "fp32", "bf16-sr"] = "auto"
+    """Precision of the weights in training. "fp32": float32, with forward and backward passes under autocast if --dtype
+    is bfloat16, which does not see the changes of a small learning rate. "bf16-sr": bfloat16, and the optimizer rounds
+    stochastically, so that small changes survive in expectation; half the memory or less, needs torchao. "auto":
+    bf16-sr on a GPU for a learning rate below 1e-5, or where float32 weights, gradients and AdamW states exceed its
+    memory; otherwise fp32 (docs/tuning.md)."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of saved policies. "auto": that of the weights. "bfloat16" with float32 weights: half the size; weights
+    are rounded stochastically at the end of each fit, which keeps its margins, where rounding to nearest loses those of
+    a small learning rate."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention implementation of the model. "auto": flash_attention_2 on a GPU where it is installed and the model
     supports it, else the one that transformers prefers for the model."""
@@ -110,6 +120,8 @@ class ModelConfig:
                 f"--chat_template_kwargs must leave {', '.join(map(str, taken))} alone: it is for variables of the "
                 "model's own template"
             )
+        if self.weights == "bf16-sr" and self.dtype == "float32":
+            raise UserError("--weights bf16-sr computes in bfloat16: leave --dtype out, or take --weights fp32")
 
 
 @dataclass
@@ -364,6 +376,9 @@ class FitConfig:
     max_skipped_steps: int = 5
     """Abort after more consecutive non-finite steps than this. A step whose loss or gradient is not finite leaves the
     weights as they are."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-4bit"] = "adamw"
+    """Optimizer. "adamw-8bit" and "adamw-4bit" quantise the two moments of AdamW to 2 bytes or 1 byte a parameter, from
+    8 with --weights fp32 or 4 with bf16-sr. They need torchao."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     max_grad_norm: float = 1.0

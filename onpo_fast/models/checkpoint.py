@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,18 @@ def tensor_names(source: str) -> Iterator[str]:
         with loading_errors("the model", source), safe_open(path, "pt") as file:
             names = list(file.keys())
         yield from names
+
+
+def count_parameters(source: str) -> int:
+    """Returns the number of values in a checkpoint's safetensors files; 0 if it has none, as a GGUF file.
+
+    The packed values of a quantised checkpoint count as one each.
+    """
+    count = 0
+    for path in weight_files(locate(source)["pretrained_model_name_or_path"]):
+        with loading_errors("the model", source), safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
+    return count
 
 
 def weight_files(source: str) -> list[Path]:

@@ -26,6 +26,7 @@ from .checks import check_log_probs, computing, has_window, shared_or_separate
 from .device import device_of
 from .execution import apply_liger, checkpoint_layers, is_flash, prefer_flash_attention, without_cudnn_attention
 from .policy import Policy, pad_token
+from .precision import convert_parameters, weights_dtype
 
 
 def load(source: str | Path, config: ModelConfig) -> Policy:
@@ -46,7 +47,9 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
     _prepare_execution(model, device, config, name)
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
+    weights = weights_dtype(config.weights)
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else weights}.get(config.dtype)
+    save_dtype = weights if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
     policy = Policy(
         model,
         tokenizer,
@@ -58,6 +61,7 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         processor_files={} if is_gguf else processor_files(name),
         notes=[] if is_gguf else _left_out(model, model_config, name),
         template_variables=config.chat_template_kwargs or {},
+        save_dtype=None if save_dtype == weights else save_dtype,
     )
     _check_template(policy, name)
     may_share = not (is_flash(policy.attention) or has_window(model.config))
@@ -156,7 +160,8 @@ def _read_model(
     """Loads the model on the CPU.
 
     Returns:
-        The model with float32 weights, its configuration, and whether the weights were quantised on disk.
+        The model with weights in the dtype of --weights, its configuration, and whether the weights were quantised on
+        disk.
 
     Raises:
         UserError: if it, or a part of it, cannot be read.
@@ -175,7 +180,7 @@ def _read_model(
             **location,
             **trust,
             **({} if is_gguf else {"config": model_config}),
-            dtype=torch.float32,
+            dtype=weights_dtype(config.weights),
             attn_implementation=attention,
             use_safetensors=None if is_gguf else True,  # reading a pickle may run code
             ignore_mismatched_sizes=True,  # so that _check_complete names them
@@ -185,7 +190,7 @@ def _read_model(
         if isinstance(layers, int) and layers < 0:  # transformers loads it without layers
             raise ValueError(f"its config.json says num_hidden_layers: {layers}")
     _check_complete(found, name)
-    _make_plain(model, quantised, name)
+    _make_plain(model, quantised, weights_dtype(config.weights), name)
     return model, model_config, quantised
 
 
@@ -245,7 +250,7 @@ def _request_dequantised(config: PretrainedConfig, source: str) -> bool:
     return True
 
 
-def _make_plain(model: PreTrainedModel, dequantised: bool, source: str) -> None:
+def _make_plain(model: PreTrainedModel, dequantised: bool, dtype: torch.dtype, source: str) -> None:
     """Prepares a dequantised model to be saved with plain weights.
 
     Raises:
@@ -261,7 +266,7 @@ def _make_plain(model: PreTrainedModel, dequantised: bool, source: str) -> None:
     model._weight_conversions = None  # the quantisation's would convert saved weights into its format again
     for part in _configs(model.config):
         part.__dict__.pop("quantization_config", None)
-    model.float()
+    convert_parameters(model.float(), dtype)
 
 
 def _check_complete(found: dict, source: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
 from .execution import checkpointed_layers, is_flash
 from .heads import head_arguments
+from .precision import weights_in
 from .rendering import PromptRenderer
 from .scoring import ScoringModule, sum_by_response
 
@@ -32,13 +33,14 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  # None where no prompt is rendered
     device: torch.device
-    compute_dtype: torch.dtype  # dtype of autocast; the weights are float32
+    compute_dtype: torch.dtype  # dtype of matrix products, under autocast unless it is that of the weights
     layout: Layout
     converted: bool = False  # whether the weights on disk have another format than those that ``save`` writes
     generation_config: dict[str, object] = field(default_factory=dict)  # the model's own, saved for users of the policy
     processor_files: dict[str, bytes] = field(default_factory=dict)  # by name, of a model that takes images or sound
     notes: list[str] = field(default_factory=list)  # messages for the user on how the model was loaded
     template_variables: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    save_dtype: torch.dtype | None = None  # dtype of fitted policies on disk, if it is not that of the weights
 
     @cached_property
     def scoring(self) -> ScoringModule:
@@ -68,6 +70,16 @@ class Policy:
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
         return next((value for value in limits if isinstance(value, int) and value > 0), None)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the weights; a family may keep some of them in float32."""
+        return self.model.dtype
+
+    @property
+    def saves_rounded(self) -> bool:
+        """Whether fitted policies are saved in less precision than that of the weights."""
+        return self.save_dtype == torch.bfloat16
 
     @property
     def family(self) -> str:
@@ -104,14 +116,18 @@ class Policy:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Computes in float32 within the block. flash-attention, which cannot, is replaced by another attention."""
+        """Computes in float32 within the block, also with weights in half precision, which are converted meanwhile.
+
+        flash-attention, which cannot, is replaced by another attention.
+        """
         dtype, attention = self.compute_dtype, self.attention
         other = "sdpa" if self.model._supports_sdpa else "eager"
         self.compute_dtype = torch.float32
         if is_flash(attention):
             self.model.set_attn_implementation(other)
         try:
-            yield
+            with weights_in(self.model, torch.float32):
+                yield
         finally:
             self.compute_dtype = dtype
             if is_flash(attention):
@@ -128,8 +144,8 @@ class Policy:
             layer.training = True
 
     def autocast(self) -> torch.autocast:
-        """Returns the context in which the model computes; autocast is off for float32."""
-        enabled = self.compute_dtype != torch.float32
+        """Returns the context in which the model computes; autocast is off where the weights have its dtype."""
+        enabled = self.compute_dtype != self.weights_dtype
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
     def frozen(self) -> Policy:
@@ -137,11 +153,15 @@ class Policy:
         self.model.eval().requires_grad_(False)
         return self
 
-    def save(self, directory: Path) -> None:
-        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically."""
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically.
+
+        Args:
+            dtype: of the saved weights, whose values it must be able to hold; by default that of the weights.
+        """
 
         def fill(partial: Path) -> None:
-            with quiet():
+            with quiet(), nullcontext() if dtype is None else weights_in(self.model, dtype):
                 self.model.save_pretrained(partial)
                 self.tokenizer.save_pretrained(partial)
             if self.generation_config:  # save_pretrained wrote only the tokens, which training needs

@@ -35,8 +35,8 @@ class ResidentPolicy:
         self.source, self.policy = source, policy
 
     def save(self, folder: Path, policy: Policy) -> None:
-        """Saves a policy to a folder and makes it the resident one, whose weights are there."""
-        policy.save(folder)
+        """Saves a fitted policy to a folder and makes it the resident one, whose weights are there."""
+        policy.save(folder, policy.save_dtype)
         self.hold(folder, policy)
 
     def drop(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import MOST_LINES_BYTES, atomic_write_directory, checksum, parse_json, read_regular, remove
+from ..models.optimizers import joined_tensors, plain_tensors
 from .journal import Journal, not_made
 
 
@@ -48,7 +49,8 @@ def not_a_state(directory: Path, error: Exception) -> str:
 class FitStates:
     """Saves and restores the states of a fit bit for bit, without pickle. The newest two are kept.
 
-    ``save`` copies the state to host memory: 12 bytes a parameter, for float32 weights and two moments. A thread writes
+    ``save`` copies the state to host memory: 12 bytes a parameter for float32 weights and two moments, 6 for bfloat16,
+    less with quantised moments. A thread writes
     the copy while training goes on. Only the calling thread uses the journal: a state counts once ``record_written`` or
     ``finish`` has recorded it. A state that was not recorded, because the run was killed, is never restored; both
     ``restore`` and ``clear`` remove it.
@@ -106,7 +108,7 @@ class FitStates:
         names = [name for name, _ in model.named_parameters()]
         tensors = {f"model.{name}": _copy(parameter) for name, parameter in model.named_parameters()}
         for index, values in state["state"].items():
-            tensors |= {f"{key}.{names[index]}": _copy(value) for key, value in values.items()}
+            tensors |= {f"{key}.{names[index]}": _copy(value) for key, value in plain_tensors(values).items()}
         document = json.dumps({"step": step, "param_groups": state["param_groups"], **rest})
         self.writing = self.executor.submit(self._write, step, tensors, document)
         self.last_step = step
@@ -193,7 +195,7 @@ class FitStates:
             with torch.no_grad():
                 parameter.copy_(own.pop("model"))
             if own:  # a parameter without gradients has no state
-                state[index] = own
+                state[index] = joined_tensors(own, parameter, optimizer)
         optimizer.load_state_dict({"state": state, "param_groups": rest.pop("param_groups")})
         return rest
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from .. import config as configuration
 from .. import oracles
-from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
+from ..config import Config, FitConfig, JudgeConfig, ModelConfig, OracleConfig
 from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
 from ..data import (
     Messages,
@@ -28,8 +28,10 @@ from ..data import (
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
-from ..models.checkpoint import locate
+from ..models.checkpoint import count_parameters, locate
+from ..models.optimizers import check_optimizer
 from ..models.policy import Policy
+from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
 from .cache import StageCache
@@ -107,13 +109,30 @@ def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenR
         UserError: if anything does not fit: a directory, an oracle, a prompt, the model; or if the run in the directory
             began with something else.
     """
+    config, reason = _with_weights(config)
     checked = _check(config, resume)
     lock = locked(Path(config.out), "--out ")
     try:
-        return _begin(config, checked, lock, resume, force)
+        return _begin(config, checked, lock, resume, force, reason)
     except BaseException:  # whoever keeps the exception would keep the lock
         lock.release()
         raise
+
+
+def _with_weights(config: Config) -> tuple[Config, str]:
+    """Resolves --weights auto; returns the options with its value, and where that is from.
+
+    A run that is resumed keeps the value that it began with, float32 if it began before there was a choice.
+    """
+    if config.weights != "auto":
+        return config, "--weights"
+    began = Journal(Path(config.out)).note("options")
+    if began is not None:
+        weights, reason = began.get("weights", "fp32"), "as the run began"
+    else:
+        sections = config.section(ModelConfig), config.section(FitConfig)
+        weights, reason = choose_weights(*sections, lambda: count_parameters(config.model))
+    return replace(config, weights=weights), reason
 
 
 @dataclass
@@ -135,6 +154,7 @@ def _check(config: Config, resume: bool) -> _Checked:
     oracle = load_oracle(config, directory)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
+    check_optimizer(config.weights, config.optimizer)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
@@ -142,7 +162,7 @@ def _check(config: Config, resume: bool) -> _Checked:
     return _Checked(oracle, to_judge, policies, skipped, *prompts)
 
 
-def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool) -> OpenRun:
+def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool, reason: str) -> OpenRun:
     """Writes what a run has from its first moment on, if it may go on in the directory."""
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
@@ -164,7 +184,7 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
     tracker = Tracker(directory, config.report_to, asdict(config))
     journal.before_record.append(tracker.sync)
     _log_prompts(tracker, checked)
-    _say_what_starts(config, policy, checked)
+    _say_what_starts(config, policy, checked, reason)
     return OpenRun(
         directory=directory,
         lock=lock,
@@ -314,11 +334,12 @@ def _log_prompts(tracker: Tracker, checked: _Checked) -> None:
         tracker.log("prompts", 0, **counts)
 
 
-def _say_what_starts(config: Config, policy: Policy, checked: _Checked) -> None:
+def _say_what_starts(config: Config, policy: Policy, checked: _Checked, reason: str) -> None:
     say(
         f"{config.objective} on {config.model} ({policy.device}, {policy.attention} attention), {len(checked.prompts)} "
         f"prompts to train on and {len(checked.held_out)} held out, oracle {config.oracle}, into {config.out}"
     )
+    say(f"weights {config.weights} ({reason}), optimizer {config.optimizer}")
     for note in policy.notes:
         say(note)
     if checked.skipped and checked.skipped.count:

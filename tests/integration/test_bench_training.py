@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from bench import fits, training
+from bench import fits, trainers, training
 from bench.fits import WORKLOADS, Marks, large, materialised_pair_loss
 from bench.problems import ONPO, Problem, Shape
 from onpo_fast import fused_linear_pair_loss
+from onpo_fast.data import Group
 
 SIZE = {"shape": "tiny", "pairs": 2, "steps": 3, "device": "cpu"}
 
@@ -28,7 +29,7 @@ def bench(tmp_path, monkeypatch):
         defaults = vars(parser.parse_args(["--part", "fit", "--out", str(tmp_path), "--device", "cpu"]))
         return training.TrainingBench(argparse.Namespace(**{**defaults, **options}))
 
-    monkeypatch.setattr(training.TrainingBench, "job", lambda self, **arguments: fits.large(**arguments))
+    monkeypatch.setattr(training.TrainingBench, "job", lambda self, module, **arguments: fits.large(**arguments))
     return make
 
 
@@ -117,7 +118,7 @@ def test_a_loss_that_does_not_fit_is_a_result(monkeypatch) -> None:
 
 
 def test_fewer_layers_where_the_memory_is_smaller_than_computed(bench, monkeypatch) -> None:
-    def job(loss: str, layers: int | None, **_) -> dict:
+    def job(module: str, loss: str, layers: int | None, **_) -> dict:
         layers = layers or 32
         fits_in = layers <= 24 and loss != "materialised"
         return {"status": "measured" if fits_in else "out of memory", "layers": layers, "of_layers": 32}
@@ -133,6 +134,43 @@ def test_fewer_layers_where_the_memory_is_smaller_than_computed(bench, monkeypat
         ("torch", 24, "measured"),
         ("materialised", 24, "out of memory"),
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fits against TRL's trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("responses", [2, 4])
+def test_both_trainers_take_the_same_steps_on_the_same_pairs(bench, monkeypatch, capsys, responses: int) -> None:
+    """As many pairs a step, the same responses in them, and no gradient the first time, when margins are 0."""
+    pytest.importorskip("trl")
+    tried = bench(part="trl", model="tiny", responses=[responses], pairs_per_step=6, timed_steps=2, tokens=12)
+    tried.options.trl_batches = [2]
+    monkeypatch.setattr(tried, "job", lambda module, **case: trainers.measure(trainers.Case(**case)))
+    tried.against_trl()
+    tried.show()
+    ours, theirs = written(tried)["trainers"]
+    for row in (ours, theirs):
+        assert row["status"] == "measured"
+        assert row["pairs"] == 6
+        assert row["seconds"]["rounds"] == 2
+    assert ours["model_flops"] == theirs["model_flops"] > 0
+    assert ours["layout"] == "shared"
+    printed = capsys.readouterr().out
+    assert f"| {responses} " in printed
+    assert "TRL DPOTrainer, 2 pairs at once" in printed
+
+
+def test_flops_count_each_prompt_and_response_once() -> None:
+    case = trainers.Case("onpo_fast", "tiny", "cpu", 3, 1, 1, tokens=12)
+    policy = trainers._policy(case)
+    (group, _) = case.groups(policy.vocabulary)
+    whole = trainers._useful_flops(policy, group)
+    pairs = [
+        Group([], group.prompt_tokens, [group.responses[i], group.responses[j]]) for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert 1.9 * whole < sum(trainers._useful_flops(policy, pair) for pair in pairs) < 3 * whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -999,14 +999,14 @@ def test_wheels_that_pip_refuses_are_named_and_the_others_installed(pieces: Path
 
 @pytest.mark.long
 def test_the_dry_run(tmp_path: Path) -> None:
-    """The whole order of three parts on a CPU: two to three minutes."""
+    """The whole order of four parts on a CPU: two to three minutes."""
     done = command("--dry-run", "--out", str(tmp_path), "--wheels", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| in all " in done.stdout
-    parts = [json.loads((tmp_path / f"gpu-check-dry-{part}.json").read_text()) for part in ("1", "2", "3")]
+    parts = [json.loads((tmp_path / f"gpu-check-dry-{part}.json").read_text()) for part in "1234"]
     for data in parts:
         assert {step["outcome"] for step in data["steps"]} == {"ok"}
-    right, fast, real = (data["results"] for data in parts)
+    right, fast, real, whole = (data["results"] for data in parts)
     assert right.keys() == {"install", "survey", "kernel tests", "checks", "compile", "GPU tests"}
     assert right["kernel tests"]["passed"] > 0
     assert fast.keys() == {"install", "survey", "headline", "sweep", "fit"}
@@ -1016,7 +1016,9 @@ def test_the_dry_run(tmp_path: Path) -> None:
     assert fast["survey"]["lost_share"].keys() == {"576", "2560", "4096"}
     assert [row["status"] for row in fast["fit"]["fits"]] == ["measured"] * 2
     assert {"sample", "score", "fit"} <= real["trainer"]["runs"][0]["tokens_per_second"].keys()
+    compared = whole["tiny against TRL"]["trainers"]
+    assert [row["status"] for row in compared if row["trainer"] == "onpo_fast"] == ["measured"] * 2
     assert "<svg" in plots.draw(tmp_path / "gpu-check-dry-2.json").read_text()
     printed = done.stdout.split("GPU check, part ")
-    assert len(printed) == 4
+    assert len(printed) == 5
     assert all(len(text.splitlines()) <= summary.MOST_LINES for text in printed[1:])
