@@ -30,6 +30,20 @@ from ..sources import quiet
 ACTIVATIONS, GRADIENTS, LOSS, HEAD = "activations", "gradients", "loss", "head gradient"
 
 
+class CannotCount(Exception):
+    """A family that does not run on fake tensors; the message says why."""
+
+
+@contextmanager
+def cannot_count() -> Iterator[None]:
+    """Raises ``CannotCount`` for any exception within the block: families fail in their own ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CannotCount(f"{type(error).__name__}: {reason}") from error
+
+
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate within it, by part, and keeps their peak."""
 
@@ -113,7 +127,7 @@ class FakeModel:
     """A causal language model without data, in the state that a fit leaves it in after its first micro-batch.
 
     Args:
-        build: makes the model, on the CPU.
+        build: makes the model; called where new tensors have no data.
         layout: of its micro-batches.
         compute_dtype: of autocast; float32 turns it off.
         prepare: changes the model, as gradient checkpointing or adapters do.
@@ -127,9 +141,12 @@ class FakeModel:
         prepare: Callable[[PreTrainedModel], object] = lambda model: None,
     ) -> None:
         self.mode = FakeTensorMode()
-        with self.mode, quiet():
-            model = build()
-            prepare(model)
+        with quiet(), cannot_count():
+            with torch.device("meta"):
+                model = build()
+                prepare(model)
+            with self.mode:
+                _fill_with_fakes(model)
         self.policy = Policy(model, None, torch.device("cpu"), compute_dtype, layout)
         self.policy.begin_fit()
         self.model = model
@@ -139,7 +156,12 @@ class FakeModel:
         return [one for one in self.model.parameters() if one.requires_grad or not trained]
 
     def count(
-        self, packed: Packed, footprint: Callable[[int], Footprint], masked: bool = True, several: bool = True
+        self,
+        packed: Packed,
+        footprint: Callable[[int], Footprint],
+        masked: bool = True,
+        several: bool = True,
+        sharded: bool = False,
     ) -> LiveStorages:
         """Counts a forward and backward pass of a micro-batch. Weights are not counted.
 
@@ -148,32 +170,49 @@ class FakeModel:
             masked: whether attention takes the layout's mask; False for kernels that need none, which then keep nothing
                 of its size.
             several: whether gradients of an earlier micro-batch are there already.
+            sharded: whether a gradient leaves as soon as it is there, to be reduced over ranks. Those that stay are not
+                counted then.
+
+        Raises:
+            CannotCount: if the family does not run on fake tensors.
         """
         counter = LiveStorages()
-        with self.mode:
-            for parameter in self.model.parameters():
-                parameter.grad = torch.empty_like(parameter) if several and parameter.requires_grad else None
-            handles = [self._on_gradient(one, counter) for one in self.parameters(trained=True)]
+        with self.mode, cannot_count():
+            for parameter in self.parameters(trained=True):
+                if several and not sharded:
+                    parameter.grad = torch.empty_like(parameter)
+                    counter.assign(parameter.grad, GRADIENTS)
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 counter.assign(tensor, None)
+            handles = [self._on_gradient(one, counter, sharded) for one in self.parameters(trained=True)]
             with counter:
-                self._pass(self._fake(packed), counter, footprint, masked)
+                self._pass(self._fake(packed), counter, footprint, masked, cached=not sharded)
             for handle in handles:
                 handle.remove()
             self.model.zero_grad(set_to_none=True)
         return counter
 
     @staticmethod
-    def _on_gradient(parameter: nn.Parameter, counter: LiveStorages) -> RemovableHandle:
-        if parameter.grad is not None:
-            counter.assign(parameter.grad, GRADIENTS)
-        return parameter.register_post_accumulate_grad_hook(lambda one: counter.assign(one.grad, GRADIENTS))
+    def _on_gradient(parameter: nn.Parameter, counter: LiveStorages, sharded: bool) -> RemovableHandle:
+        def accumulated(one: nn.Parameter) -> None:
+            if sharded:
+                one.grad = None
+            else:
+                counter.assign(one.grad, GRADIENTS)
+
+        return parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _pass(
-        self, packed: Packed, counter: LiveStorages, footprint: Callable[[int], Footprint], masked: bool
+        self,
+        packed: Packed,
+        counter: LiveStorages,
+        footprint: Callable[[int], Footprint],
+        masked: bool,
+        cached: bool,
     ) -> None:
-        head = self.model.get_output_embeddings()
-        with self.policy.autocast():
+        head, policy = self.model.get_output_embeddings(), self.policy
+        half = policy.compute_dtype != policy.weights_dtype
+        with torch.autocast("cpu", policy.compute_dtype if half else None, half, cache_enabled=cached):
             if masked:
                 hidden = self.policy.scoring.hidden_states(packed)
             else:
@@ -188,3 +227,23 @@ class FakeModel:
         values = {field.name: getattr(packed, field.name) for field in fields(packed) if field.name != "cu_seqlens"}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return replace(packed, **{name: self.mode.from_tensor(value) for name, value in tensors.items()})
+
+
+def _fill_with_fakes(model: nn.Module) -> None:
+    """Replaces parameters and buffers without data by fake tensors on the CPU. Tied weights stay tied."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        return fakes[id(tensor)]
+
+    originals = []  # keeps them alive, so that no two of them have the same id
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    originals.append(tensor)
+                    tensors[name] = fake(tensor)
