@@ -26,6 +26,7 @@ from .models.policy import score as score_groups
 from .models.precision import random_stream
 from .models.scoring import PairLossOptions
 from .objectives import Objective
+from .out_of_memory import TokenBudget, naming_settings
 from .run import signals
 from .run.fit_states import NO_STATE
 from .run.tracking import peak_memory_bytes
@@ -103,7 +104,10 @@ def fit(
     try:
         for step, batch in enumerate(batches[training.step :], training.step + 1):
             start = time.perf_counter()
-            metrics = _backward(policy, groups, batch, anchor_logps, loss, config)
+            metrics = training.budget.retry(
+                lambda batch=batch: _backward(policy, groups, batch, anchor_logps, loss, training.budget),
+                undo=lambda: policy.model.zero_grad(set_to_none=True),  # of the whole step: a part may be in them
+            )
             if step == 1 and starts_at_anchor:
                 _check_starts_at_anchor(policy, metrics, len(batches))
             summary = training.update(batch, metrics, start)
@@ -148,11 +152,10 @@ def score(
     found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
     loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
     policy.model.eval()
+    budget = TokenBudget(config.tokens_per_microbatch)
     for batch in batches:
-        for part in split(policy, groups, batch, config.tokens_per_microbatch):
-            microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
-            found.append((microbatch.responses, _forward(policy, microbatch, loss)))
-            progress(len(part))
+        found += budget.retry(lambda batch=batch: list(_scored(policy, groups, batch, loss, budget)))
+        progress(len(batch))
     for responses, logps in found:
         for one, logp in zip(responses, logps.cpu()):
             if one is not None:
@@ -161,6 +164,16 @@ def score(
         scores[g][rest] = logps
     progress(len(groups) - sum(map(len, batches)))
     return scores
+
+
+def _scored(
+    policy: Policy, groups: Sequence[Group], batch: Batch, loss: PairLossOptions, budget: TokenBudget
+) -> Iterator[tuple[list[tuple[int, int] | None], Tensor]]:
+    """Yields the responses of every micro-batch of a step, and their summed log-probs on the device."""
+    for part in split(policy, groups, batch, budget.tokens):
+        microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
+        yield microbatch.responses, _forward(policy, microbatch, loss)
 
 
 def _score_rest(
@@ -180,12 +193,13 @@ def _backward(
     batch: Batch,
     anchor_logps: AnchorLogps | None,
     loss: PairLossOptions,
-    config: FitConfig,
+    budget: TokenBudget,
 ) -> StepMetrics:
     """Adds the gradient of the batch's mean loss to the parameters, a micro-batch at a time."""
     metrics = StepMetrics(loss.objective)
-    for part in split(policy, groups, batch, config.tokens_per_microbatch):
+    for part in split(policy, groups, batch, budget.tokens):
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
         # micro-batches differ in size: a mean of their means would not be the mean over pairs
         (output.loss * (total_weight(part) / total_weight(batch))).backward()
@@ -212,6 +226,7 @@ class _Training:
 
     def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int]) -> None:
         self.policy, self.config, self.steps, self.seed = policy, config, steps, seed
+        self.budget = TokenBudget(config.tokens_per_microbatch)
         policy.begin_fit()
         self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
@@ -229,6 +244,7 @@ class _Training:
             return
         try:
             self.step, self.skipped = state["step"], int(state["skipped"])
+            self.budget.tokens = min(self.budget.tokens, state.get("tokens_per_microbatch", self.budget.tokens))
             self.schedule.load_state_dict(state["schedule"])
         except NO_STATE as error:
             raise UserError(states.describe_error(error)) from error
@@ -250,7 +266,7 @@ class _Training:
         self._check_skipped()
         if self.skipped:
             self.optimizer.zero_grad(set_to_none=True)
-        with random_stream((*self.seed, self.step), self.policy.device):
+        with random_stream((*self.seed, self.step), self.policy.device), naming_settings("the optimizer's step"):
             self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -286,7 +302,11 @@ class _Training:
         if states:
             states.record_written()
             if stop or states.due(self.step):
-                rest = {"skipped": self.skipped, "schedule": self.schedule.state_dict()}
+                rest = {
+                    "skipped": self.skipped,
+                    "schedule": self.schedule.state_dict(),
+                    "tokens_per_microbatch": self.budget.tokens,
+                }
                 states.save(self.step, self.policy.model, self.optimizer, rest)
             if stop:
                 states.finish()

@@ -88,7 +88,7 @@ class LiveStorages(TorchDispatchMode):
         finally:
             self.part = before
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._storages:

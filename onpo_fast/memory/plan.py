@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..loss import LossShape, footprint
 from ..models.execution import checkpoint_layers
 from ..models.heads import logit_options
-from ..packing import Layout, Packed, TokenGroup, microbatches, pack
+from ..packing import Layout, TokenGroup, microbatches, pack
 from .counting import ACTIVATIONS, GRADIENTS, HEAD, LOSS, FakeModel
 
 WEIGHTS, STATES, GATHERED, ANCHOR, PROCESS, ALLOCATOR = (
