@@ -103,7 +103,7 @@ the configurations, and `python -m bench families --only llama` tries one.
 {versions}
 
 - **layout**: how the responses to a prompt go through the model. `shared`: in one row under a mask, with the prompt
-  computed once. `separate`: one row for each response.
+  computed once, and several prompts to a row. `separate`: one row for each response. See below.
 - **log-probs**: the summed log-probs of nine responses of 1 to {tokens} tokens to prompts of three lengths, scored in
   one padded batch, against plain transformers with each prompt and response alone in a row. Largest difference,
   in nats.
@@ -116,7 +116,28 @@ the configurations, and `python -m bench families --only llama` tries one.
   difference, in nats. Files and tensors must be those of the checkpoint, and fit the model class that it names.
 
 `exact`: within {nats:g} nats and {percent:g}% of the gradient's norm, in float32. `refused`: with one line, before
-anything is trained."""
+anything is trained.
+
+## Layouts
+
+A model that takes a mask of all pairs of tokens shares prompts. Sliding windows are counted in positions, so that a
+response sees as much of its prompt as in a row of its own, and each type of layer has its mask. When a model is loaded,
+its log-probs in shared rows are compared with those in separate rows, also with its window made shorter than these
+rows. Where they differ, or a layer limits what it sees in another way (chunks, recurrence, linear attention), each
+response is a row of its own, and one line says why.
+
+On a GPU `--attention auto` tries, in this order, and takes the first that agrees with plain attention, in log-probs
+and in a gradient, to a few times the rounding error of plain attention in the same dtype:
+
+1. `flex_attention` (layout `shared_row`): all groups of a micro-batch in one row without padding, prompts shared. Its
+   block mask is equal to the dense mask on a CPU.
+2. flash-attention 2, if installed (layout `separate_row`): a sequence for each response, end to end without padding;
+   prompts are not shared.
+3. The layouts of the table, under the attention that transformers prefers.
+
+The first two have not run on a GPU yet: tests compute them on a CPU through transformers' own code, flash-attention's
+kernel replaced by PyTorch's attention. `flex_attention` has no backward pass on a CPU, so that there only its forward
+pass was tried. Sampling does not use `flex_attention`."""
 
 
 def versions() -> str:

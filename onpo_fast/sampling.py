@@ -214,7 +214,7 @@ class TransformersSampler:
         input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draw = _Draw(keys, self.config.temperature, self.config.top_p)
-        with policy.autocast():
+        with policy.autocast(), policy.generating():
             output = policy.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -275,6 +275,10 @@ class MixtureSampler(TransformersSampler):
             sampler.check()
             self.pads &= sampler.pads
             self.batch_size = min(self.batch_size, sampler.batch_size)
+
+    def _generate(self, prompts: list[list[int]], keys: Tensor, max_new_tokens: int) -> list[Response]:
+        with self.initial.generating():
+            return super()._generate(prompts, keys, max_new_tokens)
 
     def _logits_processors(self, mask: Tensor) -> list[LogitsProcessor]:
         self.initial.model.eval()

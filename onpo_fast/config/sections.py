@@ -102,9 +102,10 @@ class ModelConfig:
     """Precision of saved policies. "auto": that of the weights. "bfloat16" with float32 weights: half the size; weights
     are rounded stochastically at the end of each fit, which keeps its margins, where rounding to nearest loses those of
     a small learning rate."""
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """Attention implementation of the model. "auto": flash_attention_2 on a GPU where it is installed and the model
-    supports it, else the one that transformers prefers for the model."""
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
+    """Attention implementation of the model. "auto": on a GPU flex_attention, which shares prompts, or else
+    flash_attention_2, if the model supports it and its log-probs are right; otherwise the one that transformers prefers
+    for the model."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger kernels for the layers of the model. "auto": on a GPU where liger-kernel is installed and supports the
     model."""

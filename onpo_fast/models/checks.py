@@ -5,18 +5,15 @@ Kernels and sums have tests of their own, and the sampler checks generation.
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..errors import UserError
 from ..out_of_memory import is_out_of_memory
-from ..packing import Layout, TokenGroup, pack, row_length
+from ..packing import Layout, Packed, TokenGroup, pack, row_length
 from ..run.signals import Stopped
 from .policy import Policy
 
@@ -44,7 +41,7 @@ def probe(policy: Policy, name: str) -> Tensor:
         if not parameter.isfinite().all():
             raise UserError(f"the weights of {name} are not finite ({weight})")
     policy.model.eval()
-    logps = _probe_log_probs(policy, "separate")
+    logps = probe_log_probs(policy, "separate")
     if not logps.isfinite().all():
         raise UserError(f"the weights of {name} are finite, but not its log-probs")
     return logps
@@ -73,11 +70,16 @@ def _probe_groups(policy: Policy) -> list[TokenGroup]:
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 
-def _probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
-    """Returns (N,) log-probs of the probe's response tokens, nats, from one batch with all groups, as in a run."""
-    packed = pack(_probe_groups(policy), layout).to(policy.device)
+def probe_batch(policy: Policy, layout: Layout) -> Packed:
+    """Returns all groups of the probe in one batch, as in a run."""
+    return pack(_probe_groups(policy), layout).to(policy.device)
+
+
+@torch.no_grad()
+def probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
+    """Returns (N,) log-probs of the probe's response tokens, nats."""
     with policy.autocast():
-        return policy.scoring(packed)
+        return policy.scoring(probe_batch(policy, layout))
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def check_log_probs(policy: Policy, source: str) -> None:
     """
     ours = probe(policy, source).double()
     what = f"the model {source} ({policy.family})"
-    again = (ours - _probe_log_probs(policy, "separate")).abs().max()
+    again = (ours - probe_log_probs(policy, "separate")).abs().max()
     if again > ROUNDING:
         raise UserError(
             f"{what} gives log-probs that differ by up to {again:.2g} nats from one time to the next: noise is on in it"
@@ -97,7 +99,7 @@ def check_log_probs(policy: Policy, source: str) -> None:
     groups = _probe_groups(policy)
     packed = pack(groups, "separate").to(policy.device)
     # both heads get the same hidden states, so that only rounding may differ
-    logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.attention_mask).logits
+    logits = policy.model(input_ids=packed.input_ids, attention_mask=packed.padding_mask).logits
     logits = logits.flatten(0, 1)[packed.rows].double()
     theirs = logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
     allowed = 32 * torch.finfo(torch.float32).eps * (1 + theirs.abs().max() + logits.abs().max())
@@ -120,29 +122,3 @@ def _log_probs_alone(policy: Policy, prompt: list[int], response: list[int]) -> 
     logits = policy.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :].double()
     targets = torch.tensor(response, device=policy.device)
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-WINDOW_OPTION = re.compile(r"(window|attention_chunk)(_size)?$")  # names of options that limit how far attention sees
-
-
-def has_window(config: PretrainedConfig) -> bool:
-    """Returns whether attention sees only a part of a row.
-
-    The mask of shared prompts would then widen the window or, if the model counts positions along the row, hide the
-    prompt; the probe may be too short to show that.
-    """
-    text = config.get_text_config()
-    windows = [value for name, value in vars(text).items() if WINDOW_OPTION.search(name) and value]
-    return bool(windows) or bool(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
-
-
-@torch.no_grad()
-def shared_or_separate(policy: Policy) -> Layout:
-    """Returns "shared" if the model gives the probe the same log-probs in both layouts, else "separate"."""
-    separate = _probe_log_probs(policy, "separate")
-    try:
-        shared = _probe_log_probs(policy, "shared")
-    except Exception as error:  # families without 4-D masks fail in their own ways
-        logging.getLogger("onpo_fast").debug("no shared prompts for %s: %s", policy.family, error)
-        return "separate"
-    return "shared" if (separate - shared).abs().max() <= ROUNDING else "separate"

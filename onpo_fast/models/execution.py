@@ -1,4 +1,4 @@
-"""How a model's layers execute: attention kernels, Liger's kernels, gradient checkpointing."""
+"""How a model's layers execute: Liger's kernels, cuDNN's, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_flash_attn_2_available
 
 from ..errors import UserError
-
-
-def is_flash(attention: str | None) -> bool:
-    """Returns whether an attention implementation, by transformers' name, is flash-attention."""
-    return "flash" in (attention or "")
-
-
-def prefer_flash_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Sets flash-attention on a GPU where it is installed and the model supports it."""
-    if device.type == "cuda" and is_flash_attn_2_available() and model._supports_flash_attn:
-        model.set_attn_implementation("flash_attention_2")
 
 
 def without_cudnn_attention() -> None:

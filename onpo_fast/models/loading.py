@@ -21,10 +21,12 @@ from transformers import (
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .attention import FLEX
 from .checkpoint import generation_settings, loading_errors, locate, processor_files, tensor_names, weight_files
-from .checks import check_log_probs, computing, has_window, shared_or_separate
+from .checks import check_log_probs, computing
 from .device import device_of
-from .execution import apply_liger, checkpoint_layers, is_flash, prefer_flash_attention, without_cudnn_attention
+from .execution import apply_liger, checkpoint_layers, without_cudnn_attention
+from .layouts import choose_layout
 from .policy import Policy, pad_token
 from .precision import convert_parameters, weights_dtype
 
@@ -39,6 +41,8 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         UserError: if there is no model, or one that cannot be trained here; names it.
     """
     name, device, location = str(source), device_of(config.device), locate(str(source))
+    if config.attention == FLEX and device.type != "cuda":
+        raise UserError(f"--attention {FLEX} needs a GPU: it has no backward pass on the device {device}")
     is_gguf = "gguf_file" in location
     tokenizer = _read_tokenizer(name, location, config)
     model, model_config, dequantised = _read_model(name, location, config)
@@ -64,11 +68,9 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         save_dtype=None if save_dtype == weights else save_dtype,
     )
     _check_template(policy, name)
-    may_share = not (is_flash(policy.attention) or has_window(model.config))
     with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
         check_log_probs(policy, name)
-        if may_share:
-            policy.layout = shared_or_separate(policy)
+    choose_layout(policy, config.attention, name)
     return policy
 
 
@@ -335,8 +337,6 @@ def _prepare_execution(model: PreTrainedModel, device: torch.device, config: Mod
     """
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
-    if config.attention == "auto":
-        prefer_flash_attention(model, device)
     if config.gradient_checkpointing:
         with loading_errors("with --gradient_checkpointing the model", name):
             layers = checkpoint_layers(model)

@@ -20,7 +20,8 @@ from ..files import atomic_write_directory
 from ..out_of_memory import in_halves
 from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
-from .execution import checkpointed_layers, is_flash
+from .attention import FLEX, is_flash
+from .execution import checkpointed_layers
 from .heads import head_arguments
 from .precision import weights_in
 from .rendering import PromptRenderer
@@ -115,24 +116,49 @@ class Policy:
         """The longest row, in tokens, within both ``context`` and ``rotary_boundary``."""
         return min((limit for limit in (self.context, self.rotary_boundary) if limit), default=math.inf)
 
+    @property
+    def plain_attention(self) -> str:
+        """An attention implementation that computes in every dtype and on every device: "sdpa", or else "eager"."""
+        if self.attention != FLEX and not is_flash(self.attention):
+            return self.attention
+        return "sdpa" if self.model._supports_sdpa else "eager"
+
+    def use(self, attention: str, layout: Layout) -> None:
+        """Sets the attention implementation, by transformers' name, and the layout that goes with it."""
+        if attention != self.attention:
+            self.model.set_attn_implementation(attention)
+        self.layout = layout
+
+    @contextmanager
+    def using(self, attention: str, layout: Layout) -> Iterator[None]:
+        """Uses another attention implementation and layout within the block."""
+        before = self.attention, self.layout
+        try:
+            self.use(attention, layout)
+            yield
+        finally:
+            self.use(*before)
+
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Computes in float32 within the block, also with weights in half precision, which are converted meanwhile.
+        """Computes in float32 within the block, with an attention that can: flash-attention cannot.
 
-        flash-attention, which cannot, is replaced by another attention.
+        Weights in half precision are converted meanwhile.
         """
-        dtype, attention = self.compute_dtype, self.attention
-        other = "sdpa" if self.model._supports_sdpa else "eager"
+        dtype, plain = self.compute_dtype, self.plain_attention
+        layout: Layout = self.layout if plain == self.attention else "separate"
         self.compute_dtype = torch.float32
-        if is_flash(attention):
-            self.model.set_attn_implementation(other)
         try:
-            with weights_in(self.model, torch.float32):
+            with self.using(plain, layout), weights_in(self.model, torch.float32):
                 yield
         finally:
             self.compute_dtype = dtype
-            if is_flash(attention):
-                self.model.set_attn_implementation(attention)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Replaces flex_attention within the block, which would compile for every length of the KV cache."""
+        with self.using(self.plain_attention if self.attention == FLEX else self.attention, self.layout):
+            yield
 
     def begin_fit(self) -> None:
         """Puts the model into evaluation mode for training, so that no dropout or router noise is drawn.

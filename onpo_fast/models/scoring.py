@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs, linear_response_logprobs
 from ..objectives import Objective
 from ..packing import Packed
+from .attention import attention_arguments
 from .device import to_device
 from .heads import head_arguments
 
@@ -139,10 +140,8 @@ class ScoringModule(nn.Module):
 
         Only ``forward`` may call it if the module is wrapped.
         """
-        # not all families take position_ids, and separate rows do not need them
-        positions = {} if packed.layout == "separate" else {"position_ids": packed.position_ids}
         output = backbone(self.model)(
-            input_ids=packed.input_ids, attention_mask=packed.attention_mask, use_cache=False, **positions
+            input_ids=packed.input_ids, use_cache=False, **attention_arguments(self.model, packed)
         )
         return output.last_hidden_state.flatten(0, 1)[packed.rows]
 

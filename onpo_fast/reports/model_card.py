@@ -103,6 +103,7 @@ def model_card(run: RunData, journal: Journal, folder: str, repository: str | No
             summary=_summary(policy, iterations, folder, base),
             repository=repository,
             loading=_loading(repository, architecture, has_code),
+            precision=_precision(run.directory / folder),
             method=_method(run, algorithm),
             parameters=list(_parameters(run, algorithm)),
             training=list(_training(run, journal, iterations)),
@@ -211,7 +212,7 @@ def _policy_name(folder: str) -> tuple[str, int]:
 def _summary(policy: str, iterations: int, folder: str, base: _BaseModel) -> str:
     origin = f"{base.name}, revision {_code(base.revision)}" if base.revision else base.name
     if not iterations:
-        return f"The start policy π_1 of a self-play run: {origin}, with its weights converted to float32."
+        return f"The start policy π_1 of a self-play run: {origin}, with its weights converted to plain ones."
     after = _count(iterations, "iteration")
     started = f"Fine-tuned from {origin} by self-play with `onpo_fast`: policy {policy}, after {after}."
     if folder.endswith("auxiliary"):
@@ -226,6 +227,16 @@ def _loading(repository: str | None, architecture: str, has_code: bool) -> str:
         f"from transformers import {architecture}, AutoTokenizer\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path}{trust})\n"
         f"model = {architecture}.from_pretrained({path}{trust})"
+    )
+
+
+def _precision(policy: Path) -> str:
+    """The dtype of the saved weights, and how to load them."""
+    if read_json_object(policy / "config.json").get("dtype") == "bfloat16":
+        return "The weights are bfloat16, as training ended with them: computing in bfloat16 rounds them no further."
+    return (
+        "The weights are float32. At small learning rates, such as 5e-7, training changes them by less than bfloat16 "
+        "rounds: load them in float32 to measure this policy."
     )
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from onpo_fast import linear_logprobs
+from onpo_fast.models.attention import attention_arguments
 from onpo_fast.models.heads import head_arguments
 from onpo_fast.models.scoring import LabelledPairs, PairLossOptions, ScoringModule
 from onpo_fast.objectives import Onpo
@@ -252,18 +253,16 @@ def fused(model: nn.Module, batch: dict, head: dict) -> Tensor:
     """(N,) log-probs through ``head_arguments``."""
     packed = batch["packed"]
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    states = causal.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
-    ).last_hidden_state.flatten(0, 1)[packed.rows]
+    output = causal.base_model(input_ids=packed.input_ids, **attention_arguments(causal, packed))
+    states = output.last_hidden_state.flatten(0, 1)[packed.rows]
     return linear_logprobs(states, targets=packed.targets, **head)
 
 
 def materialised(model: nn.Module, batch: dict) -> Tensor:
     """(N,) log-probs from the model's own logits, whatever is wrapped around its head."""
     packed = batch["packed"]
-    logits = model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
-    ).logits.flatten(0, 1)[packed.rows]
+    output = model(input_ids=packed.input_ids, **attention_arguments(model, packed))
+    logits = output.logits.flatten(0, 1)[packed.rows]
     return F.log_softmax(logits, -1).gather(1, packed.targets[:, None])[:, 0]
 
 

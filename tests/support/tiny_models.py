@@ -90,18 +90,21 @@ FAMILIES = {
 }
 
 
-def make_family(name: str, directory: Path) -> None:
-    """Writes a causal language model of a family with seeded random weights, and a tokenizer of bytes.
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Makes weights larger than a fresh model's and biases not 0, so that a mistake in any shows in the log-probs."""
+    for parameter in model.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.1
+        parameter.add_(torch.randn(parameter.shape), alpha=scale)
 
-    Weights are larger than a fresh model's and biases not 0, so that a mistake in any of them shows in the log-probs.
-    """
+
+def make_family(name: str, directory: Path) -> None:
+    """Writes a causal language model of a family with seeded random weights, and a tokenizer of bytes."""
     config, arguments = FAMILIES[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**arguments)).float()
+    randomise(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.1
-            parameter.add_(torch.randn(parameter.shape), alpha=scale)
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0.0  # padding embeddings have no gradient, so training keeps 0
