@@ -223,9 +223,9 @@ def _read_model(
         weight_files(name)  # refuses weights that are not safetensors of the model's own, also those of the hub
     with loading_errors("the model", name):
         model_config = AutoConfig.from_pretrained(**location, **trust)
-        model_class = _model_class(model_config, name)
+        kind = model_class(model_config, name)
         quantised = is_gguf or _request_dequantised(model_config, name)
-        model, found = model_class.from_pretrained(
+        model, found = kind.from_pretrained(
             **location,
             **trust,
             **({} if is_gguf else {"config": model_config}),
@@ -244,7 +244,7 @@ def _read_model(
     return model, model_config, quantised
 
 
-def _model_class(config: PretrainedConfig, source: str) -> type:
+def model_class(config: PretrainedConfig, source: str) -> type:
     """Chooses the class that loads the model: a causal language model, or the whole model that contains one.
 
     A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Group
 from ..files import atomic_write_directory
+from ..out_of_memory import in_halves
 from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
 from .adapters import Adapter
@@ -226,11 +227,16 @@ def score(
     order: list[int] = []  # indices of the groups in the order in which they were scored
     sums: list[Tensor] = []  # a scalar per response on the device, read once at the end
     policy.model.eval()
-    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
-        packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
+
+    def scored(some: Sequence[int]) -> list[list[Tensor]]:
+        packed = pack([tokens[i] for i in some], policy.layout).to(policy.device)
         with policy.autocast():
-            logps = policy.scoring(packed)
-        sums += sum_by_response(logps, packed.cu_seqlens)
+            found = iter(sum_by_response(policy.scoring(packed), packed.cu_seqlens))
+        return [[next(found) for _ in tokens[i][1]] for i in some]
+
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
+        for group in in_halves(scored, chosen, "responses are scored", "--tokens_per_microbatch"):
+            sums += group
         order += chosen
         progress(len(chosen))
     if not sums:
