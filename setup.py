@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "data": ["datasets>=4"],  # parquet, saved datasets, datasets of the hub, the export of pairs
+        "lora": ["peft>=0.20"],
         "wandb": ["wandb>=0.20"],
         "gpu": ["liger-kernel>=0.8.5", "flash-attn", "torchao>=0.18"],
         "judge": ["openai>=3,<4", "tenacity>=9"],

@@ -38,19 +38,21 @@ class KeptMargins:
         self.saves_less = policy.saves_rounded
         if not (self.computes_less or self.saves_less):
             return
-        self.groups, self.part = groups, next(split(policy, groups, batch, config.tokens_per_microbatch))
+        self.groups, self.part = groups, split(policy, groups, batch, config.tokens_per_microbatch)[0]
         self.loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
         self.exact = self._margins_in_float32()
         self.computed = self._margins() if self.computes_less else None
 
-    def end(self, seed: Sequence[int]) -> dict[str, float | None]:
+    def end(self, policy: Policy, seed: Sequence[int]) -> dict[str, float | None]:
         """Rounds the weights as they will be saved, and returns metrics of what is kept, none of what is all float32.
 
         Args:
+            policy: the fitted policy.
             seed: of stochastic rounding.
         """
         if not (self.computes_less or self.saves_less):
             return {}
+        self.policy = policy
         metrics, moved = {}, self._margins_in_float32() - self.exact
         if self.computes_less:
             metrics |= _compare("forward", self._margins() - self.computed, moved)

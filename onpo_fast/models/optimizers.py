@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -41,7 +42,7 @@ def check_optimizer(weights: str, optimizer: str, ranks: int = 1) -> None:
 
 
 def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
-    """Returns the optimizer of a policy's weights.
+    """Returns the optimizer of a policy's weights, of those that are not frozen.
 
     It rounds bfloat16 weights stochastically with torch's global random numbers; seed them for each step with
     ``precision.random_stream``.
@@ -50,8 +51,8 @@ def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
         UserError: if it needs torchao, which is not installed.
     """
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    parameters = policy.model.parameters()
-    rounds = policy.weights_dtype == torch.bfloat16
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    rounds = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
     if config.optimizer == "adamw" and not rounds:
         fused = policy.device.type == "cuda"  # fused AdamW avoids temporaries the size of the gradients
         return torch.optim.AdamW(parameters, **options, fused=fused)
@@ -95,11 +96,15 @@ class _FloatRates:
 
 
 def plain_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the optimizer state of a parameter with each quantised tensor as its parts, such as "exp_avg:codes"."""
+    """Returns the optimizer state of a parameter with each quantised tensor as its parts, such as "exp_avg:codes".
+
+    Of a sharded tensor that is quantised, the parts are those of this rank.
+    """
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
-        if is_traceable_wrapper_subclass(value):
-            plain |= {f"{name}{PART}{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if is_traceable_wrapper_subclass(local):
+            plain |= {f"{name}{PART}{part}": getattr(local, part) for part in local.__tensor_flatten__()[0]}
         else:
             plain[name] = value
     return plain
@@ -114,7 +119,8 @@ def joined_tensors(plain: Mapping[str, Tensor], parameter: Tensor, optimizer: Op
     state = {name: value for name, value in plain.items() if PART not in name}
     for name in {name.partition(PART)[0] for name in plain if PART in name}:
         value = optimizer._new_buffer(parameter, signed=name == "exp_avg")
-        for part in value.__tensor_flatten__()[0]:
-            getattr(value, part).copy_(plain[f"{name}{PART}{part}"])
+        local = value.to_local() if isinstance(value, DTensor) else value
+        for part in local.__tensor_flatten__()[0]:
+            getattr(local, part).copy_(plain[f"{name}{PART}{part}"])
         state[name] = value
     return state
