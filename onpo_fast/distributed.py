@@ -12,13 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import UserError
@@ -105,6 +106,14 @@ class World:
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces tensors on the ranks' devices by their means over the ranks."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self.mesh.get_group())
+            tensor /= self.size
 
     def share(self, count: int) -> slice:
         """Returns which of ``count`` items are this rank's: consecutive ones, as many as another rank's or one more."""
