@@ -92,7 +92,7 @@ def evaluate(
         oracle_files = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
     evaluator = Evaluator(
         StageCache(journal, tracker, config_key(config, journal.note("model"))),
-        ResidentPolicy(config.section(ModelConfig)),
+        ResidentPolicy(config.section(ModelConfig), policies["π_1"]),
         oracle,
         config.oracle,
         oracle_files,

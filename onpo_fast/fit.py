@@ -30,6 +30,7 @@ from .models.precision import random_stream
 from .models.scoring import PairLossOptions
 from .models.sharding import ShardedPolicy
 from .objectives import Objective
+from .out_of_memory import TokenBudget, naming_settings
 from .run import signals
 from .run.fit_states import NO_STATE
 from .run.tracking import peak_memory_bytes
@@ -118,7 +119,10 @@ def fit(
     try:
         for step, batch in enumerate(batches[training.step :], training.step + 1):
             start = time.perf_counter()
-            metrics = _backward(policy, groups, batch, anchor_logps, loss, config, world)
+            metrics = training.budget.retry(
+                lambda batch=batch: _backward(policy, groups, batch, anchor_logps, loss, training.budget, world),
+                undo=lambda: policy.model.zero_grad(set_to_none=True),  # of the whole step: a part may be in them
+            )
             if step == 1 and starts_at_anchor:
                 _check_starts_at_anchor(policy, metrics, len(batches))
             summary = training.update(batch, metrics, start)
@@ -175,12 +179,10 @@ def score(
     found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
     loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
     policy.model.eval()
+    budget = TokenBudget(config.tokens_per_microbatch)
     for batch in batches:
-        parts = split(policy, groups, batch, config.tokens_per_microbatch, world.size)
-        for part in world.deal(parts):
-            microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
-            found.append((microbatch.responses, _forward(policy, microbatch, loss)))
-            progress(len(part))
+        found += budget.retry(lambda batch=batch: list(_scored(policy, groups, batch, loss, budget, world)))
+        progress(len(batch))
     own = [(responses, logps.cpu()) for responses, logps in found]
     for responses, logps in itertools.chain(*world.gather(own)):
         for one, logp in zip(responses, logps):
@@ -191,6 +193,16 @@ def score(
         scores[g][responses] = logps
     progress(len(groups) - sum(map(len, batches)))
     return scores
+
+
+def _scored(
+    policy: Policy, groups: Sequence[Group], batch: Batch, loss: PairLossOptions, budget: TokenBudget, world: World
+) -> Iterator[tuple[list[tuple[int, int] | None], Tensor]]:
+    """Yields the responses of this rank's micro-batches of a step, and their summed log-probs on the device."""
+    for part in world.deal(split(policy, groups, batch, budget.tokens, world.size)):
+        microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
+        yield microbatch.responses, _forward(policy, microbatch, loss)
 
 
 def _score_rest(
@@ -210,7 +222,7 @@ def _backward(
     batch: Batch,
     anchor_logps: AnchorLogps | None,
     loss: PairLossOptions,
-    config: FitConfig,
+    budget: TokenBudget,
     world: World,
 ) -> StepMetrics:
     """Adds the gradient of the batch's mean loss to the parameters, a micro-batch at a time.
@@ -218,11 +230,12 @@ def _backward(
     Every rank has equally many, since each gathers weights and reduces gradients with the others.
     """
     metrics = StepMetrics(loss.objective)
-    parts = split(policy, groups, batch, config.tokens_per_microbatch, world.size)
+    parts = split(policy, groups, batch, budget.tokens, world.size)
     for index in range(world.rank, -(-len(parts) // world.size) * world.size, world.size):
         is_spare = index >= len(parts)  # there is none left for this rank
         part = parts[-1 if is_spare else index]
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
         # micro-batches differ in size: a mean of their means would not be the mean over pairs. FSDP2 takes the mean
         # over ranks
@@ -253,6 +266,7 @@ class _Training:
 
     def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int], world: World) -> None:
         self.policy, self.config, self.steps, self.seed, self.world = policy, config, steps, seed, world
+        self.budget = TokenBudget(config.tokens_per_microbatch)
         policy.begin_fit()
         self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
@@ -270,6 +284,7 @@ class _Training:
             return
         try:
             self.step, self.skipped = state["step"], int(state["skipped"])
+            self.budget.tokens = min(self.budget.tokens, state.get("tokens_per_microbatch", self.budget.tokens))
             self.schedule.load_state_dict(state["schedule"])
         except NO_STATE as error:
             raise UserError(states.describe_error(error)) from error
@@ -293,7 +308,7 @@ class _Training:
         self._check_skipped()
         if self.skipped:
             self.optimizer.zero_grad(set_to_none=True)
-        with random_stream((*self.seed, self.step), self.policy.device):
+        with random_stream((*self.seed, self.step), self.policy.device), naming_settings("the optimizer's step"):
             self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -330,7 +345,11 @@ class _Training:
         if states:
             states.record_written()
             if stop or states.due(self.step):
-                rest = {"skipped": self.skipped, "schedule": self.schedule.state_dict()}
+                rest = {
+                    "skipped": self.skipped,
+                    "schedule": self.schedule.state_dict(),
+                    "tokens_per_microbatch": self.budget.tokens,
+                }
                 states.save(self.step, self.policy.model, self.optimizer, rest)
             if stop:
                 states.finish()

@@ -38,8 +38,7 @@ class KeptMargins:
         self.saves_less = policy.saves_rounded
         if not (self.computes_less or self.saves_less):
             return
-        part = split(policy, groups, batch, config.tokens_per_microbatch)[0]
-        self.microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+        self.groups, self.part = groups, split(policy, groups, batch, config.tokens_per_microbatch)[0]
         self.loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
         self.exact = self._margins_in_float32()
         self.computed = self._margins() if self.computes_less else None
@@ -69,10 +68,12 @@ class KeptMargins:
     @torch.no_grad()
     def _margins(self) -> Tensor:
         """Returns log π(winner) − log π(loser) of every pair, (P,) float64 on the CPU, nats."""
-        packed, labelled = self.microbatch.packed, self.microbatch.labelled
-        self.policy.model.eval()
-        with self.policy.autocast():
-            logps = self.policy.scoring(packed, labelled, self.loss).double()
+        policy = self.policy
+        policy.model.eval()
+        microbatch = MicroBatch.prepare(self.groups, self.part, None, policy.layout).to(policy.device)
+        labelled = microbatch.labelled
+        with policy.autocast():
+            logps = policy.scoring(microbatch.packed, labelled, self.loss).double()
         return (logps[labelled.winner] - logps[labelled.loser]).cpu()
 
 

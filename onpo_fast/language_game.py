@@ -31,7 +31,7 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
-from .models.loading import check_saved, load
+from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective, with_steps
@@ -45,7 +45,7 @@ from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated,
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING = 0, 2, 3, 5, 6
+SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
 CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
@@ -168,8 +168,7 @@ class LanguageGame:
             last.update(metrics)
 
         def compute() -> Policy | None:
-            policy = self.run.policies(start)
-            self.run.policies.drop()  # its weights are about to change
+            policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             try:
                 with states.finishing():
                     fitted = stages.fit(
@@ -184,7 +183,7 @@ class LanguageGame:
                         states=states,
                         finished=finished,
                         starts_at_anchor=start == _policy_of(anchor),
-                        live_anchor=self._live(anchor) if anchor_logps is None else None,
+                        live_anchor=self.run.policies.beside(anchor) if anchor_logps is None else None,
                         seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                         world=self.run.world,
                     )
@@ -213,10 +212,6 @@ class LanguageGame:
         self.run.policies.save(folder, policy)
         if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
             check_saved(folder, policy, self.run.policies.config)
-
-    def _live(self, anchor: Source) -> Policy:
-        """The anchor itself, frozen, beside the resident policy."""
-        return load(anchor, self.run.policies.config).frozen()
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config
@@ -294,7 +289,7 @@ class LanguageGame:
             return make_sampler(self.run.policies(policy), self.sampling)
         if policy.initial == policy.policy:
             return make_sampler(self.run.policies(policy.policy), self.sampling)
-        initial = load(policy.initial, self.run.policies.config).frozen()  # two models are in memory
+        initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()
         return sampler

@@ -49,7 +49,7 @@ def train(config: Config, resume: bool = False, force: bool = False, world: Worl
     """
     world = world or World()
     if config.push_to_hub is not None and world.is_main:
-        check_upload(config.push_to_hub)  # before hours of training
+        check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
     with open_run(config, resume, force, world) as run:
         game = LanguageGame(
             run,

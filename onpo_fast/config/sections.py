@@ -23,6 +23,7 @@ LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
 LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
 LARGEST_ITERATIONS = 10**6
 LARGEST_MINUTES = 10**6  # two years
+LARGEST_RANK = 2**16  # of adapters: no layer is as wide
 VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
@@ -98,7 +99,8 @@ class ModelConfig:
     is bfloat16, which does not see the changes of a small learning rate. "bf16-sr": bfloat16, and the optimizer rounds
     stochastically, so that small changes survive in expectation; half the memory or less, needs torchao. "auto":
     bf16-sr on a GPU for a learning rate below 1e-5, or where float32 weights, gradients and AdamW states exceed its
-    memory; otherwise fp32 (docs/tuning.md)."""
+    memory; otherwise fp32 (docs/tuning.md). With --lora_rank it is the precision of the frozen model, "auto" is bf16-sr
+    on a GPU, and the adapters are float32."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of saved policies. "auto": that of the weights. "bfloat16" with float32 weights: half the size; weights
     are rounded stochastically at the end of each fit, which keeps its margins, where rounding to nearest loses those of
@@ -113,6 +115,14 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time. Set it
     when training runs out of memory."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank over the frozen model, so that gradients, optimizer state and saved policies are
+    small (docs/lora.md); a larger --learning_rate suits them, such as 1e-4. Default: all weights are trained."""
+    lora_alpha: float | None = None
+    """Scale of the adapters: what they add is multiplied by lora_alpha / lora_rank. Default: twice --lora_rank."""
+    lora_targets: str = "all-linear"
+    """Layers with adapters: "all-linear" (all linear layers but the LM head), or names of linear layers with commas
+    between them, as in q_proj,v_proj."""
 
     def __post_init__(self) -> None:
         _check_values(self, ModelConfig)
@@ -124,6 +134,22 @@ class ModelConfig:
             )
         if self.weights == "bf16-sr" and self.dtype == "float32":
             raise UserError("--weights bf16-sr computes in bfloat16: leave --dtype out, or take --weights fp32")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("lora_targets", "all-linear")):
+                if getattr(self, name) != default:
+                    raise UserError(f"--{name} needs --lora_rank: without it all weights are trained")
+            return
+        _check_at_least(self, 1, "lora_rank")
+        _check_at_most(self, LARGEST_RANK, "lora_rank")
+        if self.lora_alpha is not None:
+            _check_positive(self, "lora_alpha")
+        if not all(name.strip() for name in self.lora_targets.split(",")):
+            raise UserError(f"--lora_targets must be all-linear or names with commas between, not {self.lora_targets}")
+        if self.save_dtype != "auto":
+            raise UserError("--save_dtype is for whole models: with --lora_rank adapters are saved in float32")
 
 
 @dataclass

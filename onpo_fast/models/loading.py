@@ -22,18 +22,27 @@ from transformers import (
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .adapters import merge_into_base
 from .attention import FLEX
-from .checkpoint import generation_settings, loading_errors, locate, processor_files, tensor_names, weight_files
+from .checkpoint import (
+    base_of,
+    generation_settings,
+    loading_errors,
+    locate,
+    processor_files,
+    tensor_names,
+    weight_files,
+)
 from .checks import check_log_probs, computing
 from .device import device_of
 from .execution import apply_liger, checkpoint_layers, without_cudnn_attention
 from .layouts import choose_layout
 from .policy import Policy, pad_token
-from .precision import convert_parameters, weights_dtype
+from .precision import convert_parameters, weights_dtype, weights_in
 
 
 def load(source: str | Path, config: ModelConfig) -> Policy:
-    """Loads a policy.
+    """Loads a policy. An adapter's directory is loaded as its base with the adapter merged into it.
 
     Args:
         source: a directory, a Hugging Face id or "smollm2"; ``config.model`` is not read.
@@ -41,13 +50,17 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     Raises:
         UserError: if there is no model, or one that cannot be trained here; names it.
     """
-    name, device, location = str(source), device_of(config.device), locate(str(source))
+    name, device, base = str(source), device_of(config.device), base_of(str(source))
     if config.attention == FLEX and device.type != "cuda":
         raise UserError(f"--attention {FLEX} needs a GPU: it has no backward pass on the device {device}")
+    location, is_adapter = locate(base), base != name
     is_gguf = "gguf_file" in location
-    tokenizer = _read_tokenizer(name, location, config)
-    model, model_config, dequantised = _read_model(name, location, config, device)
-    own_generation = {} if is_gguf else generation_settings(name)
+    tokenizer = _read_tokenizer(name, _tokenizer_location(name, location, config) if is_adapter else location, config)
+    model, model_config, dequantised = _read_model(base, location, config, device)
+    if is_adapter:
+        with weights_in(model, torch.float32):
+            merge_into_base(model, name)
+    own_generation = {} if is_gguf else generation_settings(base)
     _prepare_tokens(model, tokenizer, name, is_gguf)
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
@@ -61,13 +74,15 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         device,
         dtype or getattr(torch, config.dtype),
         "separate",
-        converted=dequantised,
+        converted=dequantised or is_adapter,
         generation_config=own_generation,
-        processor_files={} if is_gguf else processor_files(name),
-        notes=[] if is_gguf else _left_out(model, model_config, name),
+        processor_files={} if is_gguf else processor_files(base),
+        notes=[] if is_gguf else _left_out(model, model_config, base),
         template_variables=config.chat_template_kwargs or {},
         save_dtype=None if save_dtype == weights else save_dtype,
     )
+    if is_adapter:
+        policy.notes.append(f"{name} is an adapter: merged into its base model {base}, in {str(weights)[6:]}")
     _check_template(policy, name)
     with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
         check_log_probs(policy, name)
@@ -93,6 +108,21 @@ def check_saved(directory: Path, policy: Policy, config: ModelConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_location(adapter: str, base: dict[str, str], config: ModelConfig) -> dict[str, str]:
+    """Returns where an adapter's tokenizer is: in its directory or, as arguments of ``from_pretrained``, in its base.
+
+    Raises:
+        UserError: if --trust_remote_code is set, which would also trust whoever made the base.
+    """
+    if config.trust_remote_code:
+        raise UserError(
+            f"{adapter} is an adapter, and --trust_remote_code would also run the code of any base model that it "
+            "names: merge it into its base first"
+        )
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return {"pretrained_model_name_or_path": adapter} if own else base
 
 
 def _read_tokenizer(name: str, location: dict[str, str], config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -193,9 +223,9 @@ def _read_model(
         weight_files(name)  # refuses weights that are not safetensors of the model's own, also those of the hub
     with loading_errors("the model", name):
         model_config = AutoConfig.from_pretrained(**location, **trust)
-        model_class = _model_class(model_config, name)
+        kind = model_class(model_config, name)
         quantised = is_gguf or _request_dequantised(model_config, name)
-        model, found = model_class.from_pretrained(
+        model, found = kind.from_pretrained(
             **location,
             **trust,
             **({} if is_gguf else {"config": model_config}),
@@ -214,7 +244,7 @@ def _read_model(
     return model, model_config, quantised
 
 
-def _model_class(config: PretrainedConfig, source: str) -> type:
+def model_class(config: PretrainedConfig, source: str) -> type:
     """Chooses the class that loads the model: a causal language model, or the whole model that contains one.
 
     A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without

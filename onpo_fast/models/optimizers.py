@@ -42,7 +42,7 @@ def check_optimizer(weights: str, optimizer: str, ranks: int = 1) -> None:
 
 
 def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
-    """Returns the optimizer of a policy's weights.
+    """Returns the optimizer of a policy's weights, of those that are not frozen.
 
     It rounds bfloat16 weights stochastically with torch's global random numbers; seed them for each step with
     ``precision.random_stream``.
@@ -51,8 +51,8 @@ def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
         UserError: if it needs torchao, which is not installed.
     """
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    parameters = policy.model.parameters()
-    rounds = policy.weights_dtype == torch.bfloat16
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    rounds = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
     if config.optimizer == "adamw" and not rounds:
         fused = policy.device.type == "cuda"  # fused AdamW avoids temporaries the size of the gradients
         return torch.optim.AdamW(parameters, **options, fused=fused)

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Group
 from ..files import atomic_write_directory
+from ..out_of_memory import in_halves
 from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
+from .adapters import Adapter
 from .attention import FLEX, is_flash
 from .execution import checkpointed_layers
 from .heads import head_arguments
@@ -42,6 +44,7 @@ class Policy:
     notes: list[str] = field(default_factory=list)  # messages for the user on how the model was loaded
     template_variables: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
     save_dtype: torch.dtype | None = None  # dtype of fitted policies on disk, if it is not that of the weights
+    adapter: Adapter | None = None  # the LoRA layers of the model, if the policy is an adapter over a frozen base
 
     @cached_property
     def scoring(self) -> ScoringModule:
@@ -140,17 +143,15 @@ class Policy:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Computes in float32 within the block, also with weights in half precision, which are converted meanwhile.
+        """Computes in float32 within the block, with an attention that can: flash-attention cannot.
 
-        flash-attention, which cannot, is replaced by another attention.
+        Weights in half precision are converted meanwhile.
         """
         dtype, plain = self.compute_dtype, self.plain_attention
+        layout: Layout = self.layout if plain == self.attention else "separate"
         self.compute_dtype = torch.float32
         try:
-            with (
-                self.using(plain, self.layout if plain == self.attention else "separate"),
-                weights_in(self.model, torch.float32),
-            ):
+            with self.using(plain, layout), weights_in(self.model, torch.float32):
                 yield
         finally:
             self.compute_dtype = dtype
@@ -184,14 +185,21 @@ class Policy:
     def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         """Writes weights (safetensors), configuration, tokenizer and processor files, atomically.
 
+        Of an adapter that is on, its own weights, in float32, and settings; the base's files are not repeated.
+
         Args:
             dtype: of the saved weights, whose values it must be able to hold; by default that of the weights.
         """
+        only_adapter = self.adapter is not None and self.adapter.on
 
         def fill(partial: Path) -> None:
             with quiet(), nullcontext() if dtype is None else weights_in(self.model, dtype):
-                self.model.save_pretrained(partial)
                 self.tokenizer.save_pretrained(partial)
+                if only_adapter:
+                    self.adapter.save(partial)
+                    return
+                with self.adapter.removed() if self.adapter else nullcontext():
+                    self.model.save_pretrained(partial)
             if self.generation_config:  # save_pretrained wrote only the tokens, which training needs
                 settings = {**self.generation_config, "eos_token_id": self.eos_tokens}
                 text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # as transformers writes it
@@ -219,11 +227,16 @@ def score(
     order: list[int] = []  # indices of the groups in the order in which they were scored
     sums: list[Tensor] = []  # a scalar per response on the device, read once at the end
     policy.model.eval()
-    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
-        packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
+
+    def scored(some: Sequence[int]) -> list[list[Tensor]]:
+        packed = pack([tokens[i] for i in some], policy.layout).to(policy.device)
         with policy.autocast():
-            logps = policy.scoring(packed)
-        sums += sum_by_response(logps, packed.cu_seqlens)
+            found = iter(sum_by_response(policy.scoring(packed), packed.cu_seqlens))
+        return [[next(found) for _ in tokens[i][1]] for i in some]
+
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
+        for group in in_halves(scored, chosen, "responses are scored", "--tokens_per_microbatch"):
+            sums += group
         order += chosen
         progress(len(chosen))
     if not sums:

@@ -34,6 +34,8 @@ def choose_weights(model: ModelConfig, fit: FitConfig, parameters: Callable[[], 
         return "fp32", f"the device is {device.type}"
     if model.dtype == "float32":
         return "fp32", "--dtype is float32"
+    if model.lora_rank is not None:
+        return "bf16-sr", "the base is frozen, and its adapters are float32"
     if fit.learning_rate < SMALL_LEARNING_RATE:
         return "bf16-sr", (
             f"a bfloat16 forward pass does not see float32 weights change at a learning rate of {fit.learning_rate:g}"

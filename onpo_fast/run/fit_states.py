@@ -51,6 +51,8 @@ def not_a_state(directory: Path, error: Exception) -> str:
 class FitStates:
     """Saves and restores the states of a fit bit for bit, without pickle. The newest two are kept.
 
+    Weights that are not trained, as those under LoRA, are no part of a state.
+
     ``save`` copies the state to host memory: 12 bytes a parameter for float32 weights and two moments, 6 for bfloat16,
     less with quantised moments. A thread writes the copy while training goes on. Only the calling thread uses the
     journal: a state counts once ``record_written`` or ``finish`` has recorded it. A state that was not recorded,
@@ -121,8 +123,9 @@ class FitStates:
         self.finish()
         self.began, self.ended = time.monotonic(), None
         state = optimizer.state_dict()
-        names = [name for name, _ in model.named_parameters()]
-        tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+        trained = _trained(model)
+        names = list(trained)
+        tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
         for index, values in state["state"].items():
             tensors |= {f"{kind}.{names[index]}": value for kind, value in plain_tensors(values).items()}
         document = {"step": step, "ranks": self.world.size, "param_groups": state["param_groups"], **rest}
@@ -242,7 +245,7 @@ class FitStates:
             kind, name = key.split(".", 1)
             kinds.setdefault(name, set()).add(kind)
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(model.named_parameters()):
+        for index, (name, parameter) in enumerate(_trained(model).items()):
             with torch.no_grad():
                 local(parameter).copy_(stored.rows_of(f"model.{name}", parameter))
                 own = {kind: _value(stored, kind, name, parameter) for kind in sorted(kinds[name] - {"model"})}
@@ -272,3 +275,8 @@ def _value(stored: StoredShards, kind: str, name: str, parameter: Tensor) -> Ten
     if PART in kind or not stored.chunks[key][0][1]:
         return stored.whole(key)
     return like(parameter, stored.rows_of(key, parameter))
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Returns the parameters that the optimizer has, in its order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -30,7 +30,7 @@ from ..distributed import World
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
-from ..models.checkpoint import count_parameters, locate
+from ..models.checkpoint import base_of, count_parameters, locate
 from ..models.device import device_of
 from ..models.optimizers import check_optimizer
 from ..models.policy import Policy
@@ -137,7 +137,7 @@ def open_run(config: Config, resume: bool = False, force: bool = False, world: W
         journal=(journal := JournalElsewhere(directory)),
         tracker=None,
         cache=StageCache(journal, None, None, world),
-        policies=ResidentPolicy(config.section(ModelConfig)),
+        policies=ResidentPolicy(config.section(ModelConfig), told["initial"]),
         oracle=load_oracle(config, directory),
         device=device_of(config.device),
         **told,
@@ -166,7 +166,7 @@ def _with_weights(config: Config) -> tuple[Config, str]:
         weights, reason = began.get("weights", "fp32"), "as the run began"
     else:
         sections = config.section(ModelConfig), config.section(FitConfig)
-        weights, reason = choose_weights(*sections, lambda: count_parameters(config.model))
+        weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)))
     return replace(config, weights=weights), reason
 
 
@@ -189,7 +189,8 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     oracle = load_oracle(config, directory)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
-    check_optimizer(config.weights, config.optimizer, ranks)
+    weights = "fp32" if config.lora_rank else config.weights  # adapters are float32
+    check_optimizer(weights, config.optimizer, ranks)
     check_ranks(config, ranks)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
@@ -304,7 +305,7 @@ def _read_prompts(
     def usable(prompts: list[Messages]) -> list[Messages]:
         kinds = oracles.shortest_by_kind(prompts) if oracle is not None else {}
         if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
-            locate(config.model)  # a typo is found before minutes of loading
+            locate(base_of(config.model))  # a typo is found before minutes of loading
             if oracles.holds_model(oracle):
                 policies.drop()
             oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
@@ -366,7 +367,7 @@ def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, 
 
 
 def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal: Journal) -> Source:
-    """Where π_1 is. One that was dequantised is saved in the run, so that the run has the weights it began with."""
+    """Where π_1 is. One that was dequantised or merged is saved in the run, which so has the weights it began with."""
     if not policy.converted:
         journal.forget_records(INITIAL)  # of another model that the run began with
         return model
@@ -374,7 +375,7 @@ def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal:
     if journal.note(INITIAL) is None:
         policy.save(kept)
         journal.record(INITIAL)
-    policies.hold(kept, policy)
+    policies.keep_initial(kept, policy)
     return kept
 
 

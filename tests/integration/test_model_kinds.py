@@ -195,6 +195,11 @@ def test_attention_that_a_family_lacks_is_named_with_the_flag(build) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_flex_attention_needs_a_gpu(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="--attention flex_attention needs a GPU"):
+        load(tiny_model, Config(attention="flex_attention", device="cpu"))
+
+
 RANDOM_IN_TRAINING = {
     "functional dropout": ("Starcoder2Config", {"residual_dropout": 0.3, "embedding_dropout": 0.3}),
     "dropout of attention": ("LlamaConfig", {"attention_dropout": 0.3}),
@@ -553,10 +558,10 @@ def test_tensors_that_a_class_leaves_out_are_named(build) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors["mtp.fc.weight"] = torch.ones(4, 4)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    notes = load(directory, Config()).notes
-    assert len(notes) == 1
-    assert notes[0].startswith("1 tensors of ")
-    assert "mtp.fc.weight" in notes[0]
+    left_out, not_shared = load(directory, Config()).notes
+    assert left_out.startswith("1 tensors of ")
+    assert "mtp.fc.weight" in left_out
+    assert "linear_attention" in not_shared
 
 
 def test_recommended_sampling_is_kept_and_not_used(build, tmp_path: Path) -> None:

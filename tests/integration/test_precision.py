@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from support.small_runs import prepare, small_run
 
+from bench.__main__ import main as bench_main
+from bench.precision import AUTO, FITS, NEAREST, REFERENCE
 from onpo_fast.config import Config, FitConfig, ModelConfig, read_run
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
@@ -72,6 +74,7 @@ def test_what_is_saved_has_the_dtype_that_was_asked_for_and_the_values_in_memory
         saved = load_file(folder / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {dtype}
         assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert ("weights are bfloat16" in (folder / "README.md").read_text()) is (dtype == torch.bfloat16)
         assert {tensor.dtype for tensor in parameters.values()} == {weights}
         assert all(torch.equal(saved[key].float(), tensor.float()) for key, tensor in parameters.items())
         again = load(folder, replace(config, weights=config.weights))
@@ -264,3 +267,17 @@ def test_the_step_of_torchao_is_not_compiled_on_a_cpu(tiny_model: Path) -> None:
     assert torch._dynamo.utils.counters["frames"] == frames
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
     assert all(not torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+
+
+def test_the_benchmark_reads_back_what_it_saved(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """On a model of a few thousand weights its figures are noise, but not those of what is exact."""
+    line = ["precision", f"--model={tiny_model}", f"--out={tmp_path}", "--steps=2", "--tokens=4", "--pairs=2"]
+    monkeypatch.setattr(sys, "argv", ["bench", *line])
+    assert bench_main([*line, "--learning_rate=1e-3"]) in (0, 1)
+    rows = {row["fit"]: row for row in json.loads((tmp_path / "precision-cpu.json").read_text())["rows"]}
+    exact = rows[REFERENCE]
+    assert exact["kept"] == pytest.approx(1)
+    assert len(exact["losses"]) == 2
+    assert rows[AUTO]["margins_kept_forward"] != 0
+    assert rows[f"{REFERENCE}; cast to bf16 by a server"]["kept"] != exact["kept"]
+    assert len(rows) == len(FITS) + len(NEAREST) + 1

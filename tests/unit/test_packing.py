@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 
 from onpo_fast.data import Group, Response
 from onpo_fast.models.policy import Policy, score
-from onpo_fast.packing import microbatches, pack, row_length
+from onpo_fast.packing import Layout, microbatches, pack, row_length
 
 GROUPS = [
     ([10, 11, 12], [[20, 21, 22, 23], [30], [], [40, 41]]),
@@ -63,7 +64,7 @@ def test_microbatches_hold_every_group_once_within_the_budget() -> None:
         return [1] * int(torch.randint(low, high, (1,), generator=g))
 
     groups = [(tokens(1, 40), [tokens(0, 30) for _ in range(3)]) for _ in range(50)] + [([1] * 500, [[1] * 9] * 3)]
-    for layout in ("shared", "separate"):
+    for layout in get_args(Layout):
         batches = list(microbatches(groups, layout, 300))
         assert sorted(i for batch in batches for i in batch) == list(range(51))
         sizes = [pack([groups[i] for i in batch], layout).input_ids.numel() for batch in batches]
