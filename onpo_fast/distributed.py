@@ -204,7 +204,10 @@ class _Watch(threading.Thread):
                     if self.claim(1):
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
-        except RuntimeError:  # torchrun, whose store it is, has ended on the first machine
+        except RuntimeError:
+            if os.environ["LOCAL_RANK"] == "0":  # ranks can no longer agree on one of them
+                message = f"torchrun has ended on the first machine; {self.world.how_to_go_on}"
+                print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
         return None
 
