@@ -210,9 +210,8 @@ class LanguageGame:
 
     def _save(self, folder: Path, policy: Policy) -> None:
         self.run.policies.save(folder, policy)
-        if (
-            self.run.world.size > 1 and policy.adapter is None
-        ):  # its weights have been gathered, which has gone wrong silently elsewhere
+        # weights that were gathered have been saved wrongly, without a message, by other programs
+        if self.run.world.size > 1 and policy.adapter is None:
             check_saved(folder, policy, self.run.policies.config)
 
     def _states(self, output: str) -> FitStates:
