@@ -52,8 +52,9 @@ setup(
     ],
     extras_require={
         "data": ["datasets>=4"],  # parquet, saved datasets, datasets of the hub, the export of pairs
+        "lora": ["peft>=0.20"],
         "wandb": ["wandb>=0.20"],
-        "gpu": ["liger-kernel>=0.8.5", "flash-attn"],
+        "gpu": ["liger-kernel>=0.8.5", "flash-attn", "torchao>=0.18"],
         "judge": ["openai>=3,<4", "tenacity>=9"],
         "trl": ["trl>=1.16,<2", "datasets"],  # which wants Python 3.11
         "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
@@ -66,6 +67,7 @@ setup(
             "datasets",
             "kernels",
             "peft",
+            "torchao>=0.18",
             "hypothesis",
             "triton>=3.6",
             "wandb>=0.20",

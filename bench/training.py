@@ -84,7 +84,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="Responses of a prompt, one comparison each (default: 2 8).",
     )
     trl.add_argument(
-        "--pairs_per_step", type=int, default=28, help="Least number of pairs in an optimizer step (default: 28)."
+        "--pairs_per_step", type=int, default=8, help="Least number of pairs in an optimizer step (default: 8)."
     )
     trl.add_argument("--timed_steps", type=int, default=3, help="Steps to time after a first one (default: 3).")
     trl.add_argument("--tokens", type=int, default=128, help="Mean length of prompts and responses (default: 128).")

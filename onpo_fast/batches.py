@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,12 +55,22 @@ def total_weight(batch: Batch) -> float:
     return sum(pair.weight for pairs in batch.values() for pair in pairs)
 
 
-def split(policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
-    """Splits a batch into micro-batches of whole groups with at most so many packed tokens, if a group has no more."""
+def split(
+    policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_microbatch: int, ranks: int = 1
+) -> list[Batch]:
+    """Splits a batch into micro-batches of whole groups with at most so many packed tokens, if a group has no more.
+
+    Their number is a multiple of that of the ranks, which take them in turn, unless there are too few groups.
+    """
     members = list(batch)
     tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
-    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
-        yield {members[m]: batch[members[m]] for m in chosen}
+    chosen = list(microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary))
+    wanted = min(-(-len(chosen) // ranks) * ranks, len(members))
+    while len(chosen) < wanted:
+        largest = max(range(len(chosen)), key=lambda part: len(chosen[part]))
+        half = len(chosen[largest]) // 2
+        chosen[largest : largest + 1] = [chosen[largest][:half], chosen[largest][half:]]
+    return [{members[m]: batch[members[m]] for m in part} for part in chosen]
 
 
 def compared(pairs: Sequence[Pair]) -> list[int]:

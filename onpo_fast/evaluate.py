@@ -92,7 +92,7 @@ def evaluate(
         oracle_files = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
     evaluator = Evaluator(
         StageCache(journal, tracker, config_key(config, journal.note("model"))),
-        ResidentPolicy(config.section(ModelConfig)),
+        ResidentPolicy(config.section(ModelConfig), policies["π_1"]),
         oracle,
         config.oracle,
         oracle_files,
@@ -124,16 +124,28 @@ class Evaluator:
 
     def evaluate_once(self, policies: dict[str, Source], prompts: Sequence[Messages]) -> dict:
         """The evaluation of these policies, read if it exists and is whole, else made."""
-        cache, journal = self.cache, self.cache.journal
-        cache.begin_iteration(0)
-        if cache.is_done(EVALUATION, keep=was_stopped) and journal.note(RESPONSES) is not None:
-            result = read_evaluation(cache.directory / EVALUATION)
-            if result is not None and result["policies"] == list(policies):
-                journal.forget_folder(PARTS)  # what is left if the run was killed just before
-                return result
-        journal.forget(EVALUATION, RESPONSES)  # also those of a run that was shorter
-        cache.tracker.begin(EVALUATION, keep=was_stopped)
+        self.cache.begin_iteration(0)
+        is_done = self.cache.is_done(EVALUATION, keep=was_stopped)
+        result = self.cache.world.from_main(lambda: self._finished(list(policies)) if is_done else None)
+        if result is not None:
+            return result
+        self.cache.world.from_main(self._begin_anew)
         return self.evaluate(policies, prompts)
+
+    def _finished(self, names: list[str]) -> dict | None:
+        """The evaluation of these policies on disk, if both files are whole and of no others."""
+        journal = self.cache.journal
+        if journal.note(RESPONSES) is None:
+            return None
+        result = read_evaluation(self.cache.directory / EVALUATION)
+        if result is None or result["policies"] != names:
+            return None
+        journal.forget_folder(PARTS)  # what is left if the run was killed just before
+        return result
+
+    def _begin_anew(self) -> None:
+        self.cache.journal.forget(EVALUATION, RESPONSES)  # also those of a run that was shorter
+        self.cache.tracker.begin(EVALUATION, keep=was_stopped)
 
     def evaluate(self, policies: dict[str, Source], prompts: Sequence[Messages]) -> dict:
         """Samples from all policies, π_1 first, judges all responses together, and writes both files.
@@ -141,9 +153,8 @@ class Evaluator:
         Returns:
             What ``evaluation.json`` holds.
         """
-        cache, journal, names = self.cache, self.cache.journal, list(policies)
-        recorded = [journal.entries.get(name_of(cache.directory, source)) for source in policies.values()]
-        self.weights = [entry and entry["checksum"] for entry in recorded]
+        names = list(policies)
+        self.weights = self.cache.world.from_main(self._checksums, policies)
         samples = {
             name: self._sample(name, source, prompts, index) for index, (name, source) in enumerate(policies.items())
         }
@@ -165,16 +176,26 @@ class Evaluator:
                 float(np.mean([len(r.tokens) for g in groups for r in g.responses])) for groups in samples.values()
             ],
         }
-        journal.forget_records(EVALUATION, RESPONSES)
         records = _response_records(samples, prompts, matrices, self.run_config.eval_samples)
-        write_jsonl(cache.directory / RESPONSES, records)
-        atomic_write_text(cache.directory / EVALUATION, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-        if cache.tracker is not None:
-            cache.tracker.log("evaluate", 0, **self.cost)
+        self.cache.world.from_main(self._write, result, records)
+        return result
+
+    def _checksums(self, policies: dict[str, Source]) -> list[str | None]:
+        entries = [
+            self.cache.journal.entries.get(name_of(self.cache.directory, source)) for source in policies.values()
+        ]
+        return [entry and entry["checksum"] for entry in entries]
+
+    def _write(self, result: dict, records: Iterator[dict]) -> None:
+        """Writes and records both files, and removes the parts."""
+        journal, directory = self.cache.journal, self.cache.directory
+        journal.forget_records(EVALUATION, RESPONSES)
+        write_jsonl(directory / RESPONSES, records)
+        atomic_write_text(directory / EVALUATION, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        self.cache.log("evaluate", **self.cost)
         journal.record(RESPONSES)
         journal.record(EVALUATION)
         journal.forget_folder(PARTS)
-        return result
 
     def _sample(self, name: str, source: Source, prompts: Sequence[Messages], index: int) -> list[Group]:
         """The responses of a policy, which is loaded if any are missing."""
@@ -252,6 +273,7 @@ class Evaluator:
                 "evaluate",
                 (self.weights, self.oracle_files),  # another oracle under the same name judges all of it
                 lambda: oracles.take_counters(self.oracle),
+                oracles.is_shared(self.oracle),
             )
         self.cost.update(cost)
         return matrices

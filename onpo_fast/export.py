@@ -1,13 +1,14 @@
-"""Export what a run made: its preference pairs, a policy's answers for AlpacaEval, a policy to the Hugging Face Hub.
+"""Export what a run made: preference pairs, answers for AlpacaEval, a merged adapter, a policy to the Hugging Face Hub.
 
     python -m onpo_fast.export DIR                                 # DIR/pairs: prompt, chosen, rejected
     python -m onpo_fast.export DIR --alpaca instructions.json      # DIR/alpaca_eval_3.json: the answers of π_3
+    python -m onpo_fast.export DIR --merge                         # DIR/merged_3: π_3 of a run with --lora_rank, whole
     python -m onpo_fast.export DIR --push_to_hub ORG/NAME          # the last policy, with its model card
 
 The pairs are a directory for ``datasets.load_from_disk``, with the columns that TRL's trainers read, as lists of
 messages, and with ``preference`` (the label), ``iteration`` and ``group`` (the prompt's index in its iteration). The
 answers are what AlpacaEval takes as ``--model_outputs``: a JSON list of ``instruction``, ``output`` and ``generator``,
-and the ``dataset`` of an instruction that has one.
+and the ``dataset`` of an instruction that has one. A merged policy is a plain Hugging Face directory in float32.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from pathlib import Path
 from . import config as configuration
 from .config import ModelConfig, SamplingConfig
 from .errors import CommandParser, UserError, command, program
-from .reports.exports import export_answers, export_pairs, policy_sources
+from .reports.exports import export_answers, export_merged, export_pairs, policy_sources
 from .reports.hub import push_policy
 from .run.tracking import say
 
-__all__ = ["export_answers", "export_pairs", "main", "push_policy"]
+__all__ = ["export_answers", "export_merged", "export_pairs", "main", "push_policy"]
 
 ASKS = ("trust_remote_code",)  # no oracle is asked: none of its options is needed
 ONLY_WITH = {  # option → the kinds of export that it belongs to
-    "out": ("pairs", "alpaca"),
+    "out": ("pairs", "alpaca", "merge"),
     "iterations": ("pairs",),
-    "policy": ("alpaca", "push_to_hub"),
+    "policy": ("alpaca", "merge", "push_to_hub"),
     "max_new_tokens": ("alpaca",),
     "temperature": ("alpaca",),
     "private": ("push_to_hub",),
-    "trust_remote_code": ("alpaca", "push_to_hub"),
+    "trust_remote_code": ("alpaca", "merge", "push_to_hub"),
 }
 
 
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
         _pairs(options)
     elif kind == "alpaca":
         _answers(options)
+    elif kind == "merge":
+        _merged(options)
     else:
         with_code = options.trust_remote_code is not None or options.trust_run
         private = True if options.private else None
@@ -55,12 +58,12 @@ def main(argv: list[str]) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog=program("export"),
-        description="Export the preference pairs of a run, answers of a policy, or a policy.",
+        description="Export the preference pairs of a run, answers of a policy, a merged adapter, or a policy.",
         epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="run directory")
     parser.add_argument(
-        "--out", type=Path, help="where to write pairs or answers; default: DIR/pairs, or DIR/alpaca_eval_N.json"
+        "--out", type=Path, help="where to write; default: DIR/pairs, DIR/alpaca_eval_N.json or DIR/merged_N"
     )
     parser.add_argument(
         "--iterations", type=int, nargs="+", metavar="T", help="export the pairs of these iterations only; default: all"
@@ -69,6 +72,11 @@ def _parser() -> CommandParser:
         "--alpaca",
         metavar="INSTRUCTIONS",
         help="write a policy's answers to these instructions (JSON, JSON lines, parquet or a dataset) for AlpacaEval",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write a policy of a run with --lora_rank as a whole model: its base with the adapter merged, in float32",
     )
     parser.add_argument(
         "--push_to_hub",
@@ -89,10 +97,11 @@ def _parser() -> CommandParser:
 
 
 def _kind(options: argparse.Namespace) -> str:
-    """What to export: "pairs", "alpaca" or "push_to_hub". ``UserError`` if an option belongs to another kind."""
-    kinds = [name for name in ("alpaca", "push_to_hub") if getattr(options, name) is not None] or ["pairs"]
+    """What to export: "pairs", "alpaca", "merge" or "push_to_hub". ``UserError`` if an option belongs to another."""
+    kinds = [name for name in ("alpaca", "merge", "push_to_hub") if getattr(options, name) not in (None, False)]
+    kinds = kinds or ["pairs"]
     if len(kinds) > 1:
-        raise UserError("give --alpaca or --push_to_hub, not both")
+        raise UserError(f"give {' or '.join(f'--{kind}' for kind in kinds)}, not both")
     for name, allowed in ONLY_WITH.items():
         if getattr(options, name) not in (None, False) and kinds[0] not in allowed:
             others = [f"--{kind}" for kind in allowed if kind != "pairs"]
@@ -118,6 +127,16 @@ def _answers(options: argparse.Namespace) -> None:
     out = options.out or directory / f"alpaca_eval_{policy}.json"
     count = export_answers(directory, out, options.alpaca, policy, model, sampling, config.seed)
     say(f"{count} answers of π_{policy}: {out}")
+
+
+def _merged(options: argparse.Namespace) -> None:
+    directory = options.directory
+    config = configuration.read_run(directory, configuration.given_options(options, ASKS), ASKS)
+    model = config.section(ModelConfig)
+    policy = max(policy_sources(directory, model)) if options.policy is None else options.policy
+    out = options.out or directory / f"merged_{policy}"
+    export_merged(directory, out, policy, model)
+    say(f"π_{policy} as a whole model: {out}")
 
 
 if __name__ == "__main__":

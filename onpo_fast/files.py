@@ -236,10 +236,15 @@ def checksum(path: Path) -> str:
     if path.is_dir():
         cards = (path / MODEL_CARD, path / (MODEL_CARD + PARTIAL))
         files = sorted(file for file in path.rglob("*") if file not in cards and file.exists() and not file.is_dir())
-        listing = "".join(f"{file.relative_to(path)} {checksum(file)}\n" for file in files)
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return checksum_of_files({str(file.relative_to(path)): checksum(file) for file in files})
     digest = hashlib.sha256()
     with naming(path), open_regular(path) as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def checksum_of_files(checksums: dict[str, str]) -> str:
+    """The checksum of a directory, from those of its files by their paths in it."""
+    listing = "".join(f"{path} {checksums[path]}\n" for path in sorted(checksums, key=lambda path: Path(path).parts))
+    return hashlib.sha256(listing.encode()).hexdigest()

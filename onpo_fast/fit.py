@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -9,20 +10,27 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_weight
 from .config import FitConfig
 from .data import Group
+from .distributed import World
 from .errors import UserError
 from .fit_metrics import StepMetrics
+from .fit_precision import KeptMargins
 from .loss import PairLossOutput, choose_backend
 from .models.checks import probe
 from .models.device import device_of
+from .models.optimizers import make_optimizer
 from .models.policy import Policy
 from .models.policy import score as score_groups
+from .models.precision import random_stream
 from .models.scoring import PairLossOptions
+from .models.sharding import ShardedPolicy
 from .objectives import Objective
+from .out_of_memory import TokenBudget, naming_settings
 from .run import signals
 from .run.fit_states import NO_STATE
 from .run.tracking import peak_memory_bytes
@@ -65,8 +73,16 @@ def fit(
     states: States | None = None,
     starts_at_anchor: bool = False,
     live_anchor: Policy | None = None,
-) -> None:
+    seed: Sequence[int] = (),
+    world: World | None = None,
+) -> Policy | None:
     """Trains ``policy`` in place towards argmin E[objective(D(π) − D(anchor))].
+
+    If the policy is saved in less precision than its weights have, they are rounded after the last step, so that they
+    are those on the disk.
+
+    Several ranks, all of which call this function, shard the weights and take the micro-batches of a step in turn. The
+    gradient is that of one process up to rounding.
 
     Args:
         groups: the iteration's preference groups.
@@ -78,6 +94,11 @@ def fit(
         starts_at_anchor: whether ``policy`` equals the anchor now. The log-probs of the first step must then be the
             anchor's.
         live_anchor: the anchor itself, frozen, in place of its log-probs. It must not be ``policy``.
+        seed: of stochastic rounding; that of a step depends on nothing but this and the step.
+        world: the ranks of the run.
+
+    Returns:
+        The fitted policy, on rank 0; None on the others.
 
     Raises:
         FitFailed: if they are not, to the tolerance of ``disagreement``; if more than ``config.max_skipped_steps``
@@ -85,7 +106,11 @@ def fit(
             weights as they are; or if the fitted policy is not finite.
         Stopped: if a signal asks the run to stop.
     """
-    training = _Training(policy, config, len(batches))
+    world = world or World()
+    kept = KeptMargins(policy, groups, batches[0], config) if world.is_main else None
+    if world.size > 1:
+        policy = ShardedPolicy.of(policy, world.mesh)
+    training = _Training(policy, config, len(batches), seed, world)
     if states:
         training.restore(states)
     loss = PairLossOptions(
@@ -94,20 +119,36 @@ def fit(
     try:
         for step, batch in enumerate(batches[training.step :], training.step + 1):
             start = time.perf_counter()
-            metrics = _backward(policy, groups, batch, anchor_logps, loss, config)
+            metrics = training.budget.retry(
+                lambda batch=batch: _backward(policy, groups, batch, anchor_logps, loss, training.budget, world),
+                undo=lambda: policy.model.zero_grad(set_to_none=True),  # of the whole step: a part may be in them
+            )
             if step == 1 and starts_at_anchor:
                 _check_starts_at_anchor(policy, metrics, len(batches))
-            on_step(training.update(batch, metrics, start))
+            summary = training.update(batch, metrics, start)
+            if step == len(batches):
+                training.release_optimizer()
+                fitted = policy.whole() if isinstance(policy, ShardedPolicy) else policy
+                summary |= world.from_main(lambda whole: kept.end(whole, (*seed, 0)), fitted)
+            on_step(summary)
             if step < len(batches):  # after the last step the policy itself is saved
                 training.save_or_stop(states)
-        try:
-            probe(policy, "the fitted policy")
-        except UserError as error:
-            raise FitFailed(f"the fit diverged: {error}; lower --learning_rate") from error
+        if reason := world.from_main(_divergence, fitted):
+            raise FitFailed(f"the fit diverged: {reason}; lower --learning_rate")
     except FitFailed:
         if states:
             states.clear()
         raise
+    return fitted
+
+
+def _divergence(fitted: Policy) -> str | None:
+    """Returns what is not finite in a fitted policy; None if all is."""
+    try:
+        probe(fitted, "the fitted policy")
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -117,6 +158,7 @@ def score(
     batches: Sequence[Batch],
     config: FitConfig,
     progress: Callable[[int], None] = lambda n: None,
+    world: World | None = None,
 ) -> list[Tensor]:
     """Returns the summed log-probs of every response, those in a pair as a fit on these batches computes them.
 
@@ -127,36 +169,49 @@ def score(
     Args:
         batches: the steps of one epoch, in which each group occurs once.
         progress: called with the number of groups of every micro-batch.
+        world: the ranks of the run. Each has the policy whole, and scores the micro-batches that it has in a fit.
 
     Returns:
-        A (K,) float64 CPU tensor a group, nats.
+        A (K,) float64 CPU tensor a group, nats; complete on rank 0 only.
     """
+    world = world or World()
     scores = [torch.zeros(len(group.responses), dtype=torch.float64) for group in groups]
     found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
     loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
     policy.model.eval()
+    budget = TokenBudget(config.tokens_per_microbatch)
     for batch in batches:
-        for part in split(policy, groups, batch, config.tokens_per_microbatch):
-            microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
-            found.append((microbatch.responses, _forward(policy, microbatch, loss)))
-            progress(len(part))
-    for responses, logps in found:
-        for one, logp in zip(responses, logps.cpu()):
+        found += budget.retry(lambda batch=batch: list(_scored(policy, groups, batch, loss, budget, world)))
+        progress(len(batch))
+    own = [(responses, logps.cpu()) for responses, logps in found]
+    for responses, logps in itertools.chain(*world.gather(own)):
+        for one, logp in zip(responses, logps):
             if one is not None:
                 scores[one[0]][one[1]] = logp
-    for g, rest, logps in _score_rest(policy, groups, batches, config):
-        scores[g][rest] = logps
+    rest = list(_score_rest(policy, groups, batches, config, world))
+    for g, responses, logps in itertools.chain(*world.gather(rest)):
+        scores[g][responses] = logps
     progress(len(groups) - sum(map(len, batches)))
     return scores
 
 
+def _scored(
+    policy: Policy, groups: Sequence[Group], batch: Batch, loss: PairLossOptions, budget: TokenBudget, world: World
+) -> Iterator[tuple[list[tuple[int, int] | None], Tensor]]:
+    """Yields the responses of this rank's micro-batches of a step, and their summed log-probs on the device."""
+    for part in world.deal(split(policy, groups, batch, budget.tokens, world.size)):
+        microbatch = MicroBatch.prepare(groups, part, None, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
+        yield microbatch.responses, _forward(policy, microbatch, loss)
+
+
 def _score_rest(
-    policy: Policy, groups: Sequence[Group], batches: Sequence[Batch], config: FitConfig
+    policy: Policy, groups: Sequence[Group], batches: Sequence[Batch], config: FitConfig, world: World
 ) -> Iterator[tuple[int, list[int], Tensor]]:
-    """Yields each group with the responses that are in no pair: its index, theirs, and their log-probs."""
+    """Yields this rank's groups with responses that are in no pair: the group's index, theirs, and their log-probs."""
     in_pairs = {g: compared(pairs) for batch in batches for g, pairs in batch.items()}
     rest = {g: sorted({*range(len(group.responses))} - {*in_pairs.get(g, ())}) for g, group in enumerate(groups)}
-    rest = {g: responses for g, responses in rest.items() if responses}
+    rest = dict(world.deal([(g, responses) for g, responses in rest.items() if responses]))
     left = [replace(groups[g], responses=[groups[g].responses[r] for r in chosen]) for g, chosen in rest.items()]
     yield from zip(rest, rest.values(), score_groups(policy, left, config.tokens_per_microbatch))
 
@@ -167,16 +222,28 @@ def _backward(
     batch: Batch,
     anchor_logps: AnchorLogps | None,
     loss: PairLossOptions,
-    config: FitConfig,
+    budget: TokenBudget,
+    world: World,
 ) -> StepMetrics:
-    """Adds the gradient of the batch's mean loss to the parameters, a micro-batch at a time."""
+    """Adds the gradient of the batch's mean loss to the parameters, a micro-batch at a time.
+
+    Every rank has equally many, since each gathers weights and reduces gradients with the others.
+    """
     metrics = StepMetrics(loss.objective)
-    for part in split(policy, groups, batch, config.tokens_per_microbatch):
+    parts = split(policy, groups, batch, budget.tokens, world.size)
+    for index in range(world.rank, -(-len(parts) // world.size) * world.size, world.size):
+        is_spare = index >= len(parts)  # there is none left for this rank
+        part = parts[-1 if is_spare else index]
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
+        budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
-        # micro-batches differ in size: a mean of their means would not be the mean over pairs
-        (output.loss * (total_weight(part) / total_weight(batch))).backward()
-        metrics.add(microbatch, output)
+        # micro-batches differ in size: a mean of their means would not be the mean over pairs. FSDP2 takes the mean
+        # over ranks
+        share = 0.0 if is_spare else total_weight(part) / total_weight(batch) * world.size
+        (output.loss * share).backward()
+        if not is_spare:
+            metrics.add(microbatch, output)
+    metrics.gather(world)
     return metrics
 
 
@@ -197,15 +264,11 @@ def _check_starts_at_anchor(policy: Policy, metrics: StepMetrics, steps: int) ->
 class _Training:
     """The optimizer and learning rate schedule of a fit, and how many steps are finished."""
 
-    def __init__(self, policy: Policy, config: FitConfig, steps: int) -> None:
-        self.policy, self.config, self.steps = policy, config, steps
+    def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int], world: World) -> None:
+        self.policy, self.config, self.steps, self.seed, self.world = policy, config, steps, seed, world
+        self.budget = TokenBudget(config.tokens_per_microbatch)
         policy.begin_fit()
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=policy.device.type == "cuda",  # fused AdamW avoids temporaries the size of the gradients
-        )
+        self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
         self.step = 0  # finished steps
         self.skipped = 0  # how many of the last steps in a row were skipped
@@ -221,6 +284,7 @@ class _Training:
             return
         try:
             self.step, self.skipped = state["step"], int(state["skipped"])
+            self.budget.tokens = min(self.budget.tokens, state.get("tokens_per_microbatch", self.budget.tokens))
             self.schedule.load_state_dict(state["schedule"])
         except NO_STATE as error:
             raise UserError(states.describe_error(error)) from error
@@ -235,6 +299,8 @@ class _Training:
             FitFailed: if too many steps were skipped.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor().cpu()
         rate = self.schedule.get_last_lr()[0]
         summary = metrics.summary(gradient_norm=norm)
         self.skipped = 0 if None not in (summary["gradient_norm"], summary["loss"]) else self.skipped + 1
@@ -242,7 +308,8 @@ class _Training:
         self._check_skipped()
         if self.skipped:
             self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
+        with random_stream((*self.seed, self.step), self.policy.device), naming_settings("the optimizer's step"):
+            self.optimizer.step()  # does nothing without gradients, but the schedule warns if it is not called
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -258,6 +325,10 @@ class _Training:
             "seconds": seconds,
         }
 
+    def release_optimizer(self) -> None:
+        """Frees the states of the optimizer, of which no more is needed after the last step."""
+        del self.optimizer, self.schedule
+
     def _check_skipped(self) -> None:
         skipped = self.skipped
         if skipped > min(self.config.max_skipped_steps, self.steps - 1):
@@ -269,16 +340,21 @@ class _Training:
 
     def save_or_stop(self, states: States | None) -> None:
         """Saves the state if it is due or a signal asks the run to stop; raises ``Stopped`` in the latter case."""
-        stop = signals.asked()  # read once: a signal that comes later stops the run after the next step
+        # read once: a signal that comes later stops the run after the next step
+        stop = self.world.largest(signals.asked())
         if states:
             states.record_written()
             if stop or states.due(self.step):
-                rest = {"skipped": self.skipped, "schedule": self.schedule.state_dict()}
+                rest = {
+                    "skipped": self.skipped,
+                    "schedule": self.schedule.state_dict(),
+                    "tokens_per_microbatch": self.budget.tokens,
+                }
                 states.save(self.step, self.policy.model, self.optimizer, rest)
             if stop:
                 states.finish()
         if stop:
-            signals.stop_if_asked()
+            raise signals.Stopped(stop)
 
 
 def cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> SequentialLR:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .batches import MicroBatch
+from .distributed import World
 from .loss import PairLossOutput
 from .models.policy import disagreement
 from .objectives import Objective
@@ -48,6 +51,18 @@ class StepMetrics:
         self.logps.append(torch.stack([output.logps.double(), output.ref_logps.double()]))
         self.cu_seqlens.append(microbatch.packed.cu_seqlens)
 
+    def gather(self, world: World) -> None:
+        """Collects the micro-batches of all ranks on the host, in the order in which they were dealt out."""
+        if world.size == 1:
+            return
+        columns = {name: [part.cpu() for part in parts] for name, parts in self.columns.items()}
+        own = self.tokens, columns, [part.cpu() for part in self.logps], self.cu_seqlens
+        tokens, of_ranks, logps, cu_seqlens = zip(*world.gather_on_all(own))
+        self.tokens = sum(tokens)
+        names = max(of_ranks, key=len)  # a rank without a micro-batch has none
+        self.columns = {name: _in_turn([one.get(name, []) for one in of_ranks]) for name in names}
+        self.logps, self.cu_seqlens = _in_turn(logps), _in_turn(cu_seqlens)
+
     def difference_from_anchor(self, dtype: torch.dtype) -> str | None:
         """Describes how the responses' log-probs differ from the anchor's; None if they agree. See ``disagreement``."""
         tokens = torch.cat([boundaries.diff() for boundaries in self.cu_seqlens])
@@ -66,3 +81,8 @@ class StepMetrics:
         values = dict(zip(means, torch.stack(list(means.values())).tolist()))
         values["loss_normalised"] = values["loss"] / self.objective.normaliser
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _in_turn(of_ranks: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Returns the tensors of all ranks: the first of each, then the second of each, and so on."""
+    return [one for turn in itertools.zip_longest(*of_ranks) for one in turn if one is not None]

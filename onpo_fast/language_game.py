@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import oracles, stages
+from . import fit_precision, oracles, stages
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
     Group,
@@ -31,7 +31,7 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
-from .models.loading import load
+from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective, with_steps
@@ -45,7 +45,7 @@ from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated,
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT = 0, 2, 3, 5
+SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
 CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
@@ -115,7 +115,7 @@ class LanguageGame:
         names = ("response_tokens_mean", "cyclic_triples", "kl_to_initial", "kl_to_anchor")
         metrics = {name: self.metrics.get(name) for name in names}
         total = sum(seconds.values())
-        self.run.tracker.log("iteration", self.t, seconds=total, stage_seconds=seconds, **metrics)
+        cache.log("iteration", seconds=total, stage_seconds=seconds, **metrics)
         losses = ", ".join(
             f"loss {output.split('/')[-1]} {'not finite' if note['loss'] is None else format(note['loss'], '.3f')}"
             for output, note in notes.items()
@@ -164,56 +164,63 @@ class LanguageGame:
         finished, last = states.step(), {}
 
         def on_step(metrics: dict) -> None:
-            self.run.tracker.log("fit", self.t, fit=into, **metrics)
+            self.run.cache.log("fit", fit=into, **metrics)
             last.update(metrics)
 
-        def compute() -> Policy:
-            policy = self.run.policies(start)
-            self.run.policies.drop()  # its weights are about to change
+        def compute() -> Policy | None:
+            policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             try:
-                stages.fit(
-                    policy,
-                    compared.groups,
-                    self._steps(compared.pairs, into, states),
-                    anchor_logps,
-                    with_steps(self.objective, steps * compared.step),
-                    self.fitting,
-                    title=f"iteration {self.t}: fit {into}",
-                    on_step=on_step,
-                    states=states,
-                    finished=finished,
-                    starts_at_anchor=start == _policy_of(anchor),
-                    live_anchor=self._live(anchor) if anchor_logps is None else None,
-                )
+                with states.finishing():
+                    fitted = stages.fit(
+                        policy,
+                        compared.groups,
+                        self._steps(compared.pairs, into, states),
+                        anchor_logps,
+                        with_steps(self.objective, steps * compared.step),
+                        self.fitting,
+                        title=f"iteration {self.t}: fit {into}",
+                        on_step=on_step,
+                        states=states,
+                        finished=finished,
+                        starts_at_anchor=start == _policy_of(anchor),
+                        live_anchor=self.run.policies.beside(anchor) if anchor_logps is None else None,
+                        seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
+                        world=self.run.world,
+                    )
             except UserError as error:
                 raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
-            finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
-                states.finish()
-            return policy
+            if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
+                say(f"iteration {self.t}, fit {into}: {lost}")
+            return fitted
 
         self.run.cache.cached(
             output,
             compute,
             lambda path: None,
-            self.run.policies.save,
+            self._save,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
             note=lambda: {"loss": last["loss_normalised"]},
             keep=lambda record: record["stage"] == "fit" and record["step"] <= finished,
         )
         states.clear()  # also what is left if the run was killed just before
-        if last:  # it was fitted just now
+        if last and self.run.world.is_main:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
-    def _live(self, anchor: Source) -> Policy:
-        """The anchor itself, frozen, beside the resident policy."""
-        return load(anchor, self.run.policies.config).frozen()
+    def _save(self, folder: Path, policy: Policy) -> None:
+        self.run.policies.save(folder, policy)
+        if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
+            check_saved(folder, policy, self.run.policies.config)
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config
         return FitStates(
-            self.run.journal, f"{output}.checkpoints", config.checkpoint_steps, 60 * config.checkpoint_minutes
+            self.run.journal,
+            f"{output}.checkpoints",
+            config.checkpoint_steps,
+            60 * config.checkpoint_minutes,
+            self.run.world,
         )
 
     def _steps(self, pairs: Sequence[Pair], into: str, states: FitStates) -> list[Batch]:
@@ -282,7 +289,7 @@ class LanguageGame:
             return make_sampler(self.run.policies(policy), self.sampling)
         if policy.initial == policy.policy:
             return make_sampler(self.run.policies(policy.policy), self.sampling)
-        initial = load(policy.initial, self.run.policies.config).frozen()  # two models are in memory
+        initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()
         return sampler
@@ -310,6 +317,7 @@ class LanguageGame:
             metrics=stages.judging_metrics,
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
+            shared=oracles.is_shared(run.oracle),
         )
         cyclic, triples = oracles.cyclic_triples(preferences)
         self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
@@ -383,7 +391,7 @@ class LanguageGame:
         def compute() -> Scores:
             with progress(f"iteration {self.t}: score {model}", len(groups)) as done:
                 epoch = self._plan(compared.pairs, 1)
-                return stages.score(run.policies(source), groups, self.fitting, done, epoch)
+                return stages.score(run.policies(source), groups, self.fitting, done, epoch, run.world)
 
         return run.cache.cached(
             f"{iteration_folder(self.t)}/logps_{file}{compared.suffix}.jsonl",

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from . import loss_checks as check
 from .kernels import chunked, reference
+from .kernels.footprint import Footprint, LossShape, footprint
 from .kernels.groups import PairLayout
 from .kernels.head import Head
 from .kernels.problem import (
@@ -35,6 +36,17 @@ from .kernels.problem import (
     accumulation_dtype,
 )
 from .objectives import Objective
+
+__all__ = [
+    "Footprint",
+    "LossShape",
+    "PairLossOutput",
+    "choose_backend",
+    "footprint",
+    "fused_linear_pair_loss",
+    "linear_logprobs",
+    "linear_response_logprobs",
+]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 MODES = ("auto", "fast", "lean")

@@ -29,6 +29,7 @@ from .kernels import noise
 from .loss import choose_backend
 from .models.checks import computing
 from .models.policy import LOGP_TOLERANCE, Policy, pad_token, score
+from .out_of_memory import in_halves
 from .run.progress import Progress
 from .run.tracking import say, say_once
 
@@ -123,10 +124,13 @@ class TransformersSampler:
         jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
         responses: dict[tuple[int, int], Response] = {}
         for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
-            keys = _keys([[*seed, first + p, k] for p, k in batch], self.policy.device)
-            chosen = [rendered[p] for p, _ in batch]
-            with computing(f"a model of the family {self.policy.family}"):
-                generated = self._generate(chosen, keys, max_new_tokens)
+
+            def generate(some: Sequence[tuple[int, int]]) -> list[Response]:
+                keys = _keys([[*seed, first + p, k] for p, k in some], self.policy.device)
+                with computing(f"a model of the family {self.policy.family}"):
+                    return self._generate([rendered[p] for p, _ in some], keys, max_new_tokens)
+
+            generated = in_halves(generate, batch, "responses are sampled", "--sampling_batch_size")
             responses.update(zip(batch, generated))
             progress(len(batch))
         return [

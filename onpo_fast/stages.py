@@ -15,6 +15,7 @@ from . import fit as fitting
 from . import oracles, pairing
 from .config import AlgorithmConfig, FitConfig
 from .data import Group, Messages, Pair
+from .distributed import World
 from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
@@ -131,11 +132,15 @@ def score(
     config: FitConfig,
     done: Progress,
     batches: Sequence[fitting.Batch] | None = None,
+    world: World | None = None,
 ) -> Scores:
-    """Summed log-probs of every response under the policy; with ``batches``, as a fit on them computes them."""
+    """Summed log-probs of every response under the policy.
+
+    With ``batches``, they are as a fit on them computes them, and complete on rank 0 only.
+    """
     if batches is None:
         return score_policy(policy, groups, config.tokens_per_microbatch, done)
-    return fitting.score(policy, groups, batches, config, done)
+    return fitting.score(policy, groups, batches, config, done, world)
 
 
 def scoring_metrics(groups: Sequence[Group], model: str, seconds: float) -> dict[str, object]:
@@ -158,8 +163,10 @@ def fit(
     finished: int = 0,
     starts_at_anchor: bool = False,
     live_anchor: Policy | None = None,
-) -> None:
-    """Trains the policy in place towards the argmin over the pairs; see ``fit.fit``.
+    seed: Sequence[int] = (),
+    world: World | None = None,
+) -> Policy | None:
+    """Trains the policy in place towards the argmin over the pairs and returns it, on rank 0; see ``fit.fit``.
 
     Args:
         title: what the progress bar calls the fit.
@@ -172,6 +179,17 @@ def fit(
             on_step(metrics)
             done(1)
 
-        fitting.fit(
-            policy, groups, batches, anchor_logps, objective, config, report, states, starts_at_anchor, live_anchor
+        return fitting.fit(
+            policy,
+            groups,
+            batches,
+            anchor_logps,
+            objective,
+            config,
+            report,
+            states,
+            starts_at_anchor,
+            live_anchor,
+            seed,
+            world,
         )

@@ -21,6 +21,7 @@ from rich.table import Table
 from . import algorithms
 from . import config as configuration
 from .config import AlgorithmConfig, Config, FitConfig, RunConfig, SamplingConfig
+from .distributed import World, joined
 from .errors import command, printable
 from .evaluate import Evaluator, summary
 from .language_game import LanguageGame
@@ -33,21 +34,22 @@ from .run.outputs import finished_policies
 from .run.tracking import console, say
 
 
-def train(config: Config, resume: bool = False, force: bool = False) -> dict:
+def train(config: Config, resume: bool = False, force: bool = False, world: World | None = None) -> dict:
     """Runs the algorithm and returns the evaluation. Every file is in ``config.out``, which must be new or empty.
 
     Args:
         resume: go on with the run that is there, to the end that it would have had, bit for bit where the device
             computes the same bits twice, as a CPU does with the same number of threads.
         force: go on although options, the model or the oracle changed.
+        world: the ranks of the run, all of which call this function.
 
     Raises:
         UserError: if something does not fit; names the option, file or line.
         Stopped: if a signal asked the run to stop.
     """
     if config.push_to_hub is not None:
-        check_upload(config.push_to_hub)  # before hours of training
-    with open_run(config, resume, force) as run:
+        check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
+    with open_run(config, resume, force, world or World()) as run:
         game = LanguageGame(
             run,
             config.make_objective(),
@@ -81,8 +83,16 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
         config.section(RunConfig),
         game.truncation,
     )
-    policies = {"π_1": run.initial, **finished_policies(run.directory, run.journal)}
+    policies = run.world.from_main(
+        lambda: {"π_1": run.initial, **finished_policies(run.directory, run.journal)},
+    )
     result = evaluator.evaluate_once(policies, run.held_out)
+    run.world.from_main(_publish, run, config, result)
+    return result
+
+
+def _publish(run: OpenRun, config: Config, result: dict) -> None:
+    """Writes the report and the model cards, shows the win rates and uploads the last policy if asked."""
     run.tracker.close()
     write_model_cards(run.directory, run.journal)
     report = write_report(run.directory)
@@ -95,19 +105,26 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
     if config.push_to_hub is not None:
         url = push_policy(run.directory, config.push_to_hub, with_code=config.trust_remote_code, journal=run.journal)
         say(f"uploaded: {url}")
-    return result
+
+
+def continuation(config: Config, ranks: int) -> str:
+    """The command that goes on with a run."""
+    launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    trust = " --trust_run" if configuration.options_needing_trust(config) else ""
+    return f"{launcher} -m onpo_fast.train --resume --out {printable(shlex.quote(config.out))}{trust}"
 
 
 @command
 def main(argv: list[str]) -> None:
-    config, resume = configuration.parse_run(argv)
-    signals.listen()
     try:
-        train(config, resume, force="--force" in argv)
+        with joined() as world:
+            config, resume = world.from_main(lambda: configuration.parse_run(argv))
+            signals.listen()
+            world.set_up(config.device, config.rank_timeout)
+            world.how_to_go_on = f"to go on: {continuation(config, world.size)}"
+            train(config, resume, "--force" in argv, world)
     except signals.Stopped as stopped:
-        directory = printable(shlex.quote(config.out))
-        trust = " --trust_run" if configuration.options_needing_trust(config) else ""
-        console.print(f"{stopped}; to go on: python -m onpo_fast.train --resume --out {directory}{trust}")
+        console.print(f"{stopped}; to go on: {continuation(config, world.size)}")
         raise SystemExit(stopped.exit_status) from None
 
 

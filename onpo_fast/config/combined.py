@@ -26,8 +26,8 @@ DEFAULTS_BY_DEVICE = {  # on a GPU, on a CPU
     "sampling_batch_size": (256, 32),
 }
 
-# options that may change while a run goes on: where it is, and where its last policy is uploaded to
-NO_RESULT_DEPENDS_ON_THEM = ("out", "push_to_hub")
+# options that may change while a run goes on: where it is, where its last policy is uploaded to, how long ranks wait
+NO_RESULT_DEPENDS_ON_THEM = ("out", "push_to_hub", "rank_timeout")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .trust import NEEDS_TRUST, check_trust
 from .yaml_files import hints_with_variants, read_options
 
 CONFIG_FILE = "config.yaml"  # in a run directory
+RESOLVED = {"weights": "auto"}  # options with the value that stands for the one that the run began with
 COMPUTED_DEFAULTS = ("eta", "tau", *DEFAULTS_BY_DEVICE)  # options whose default is None and stands for a number
 
 
@@ -126,5 +127,7 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in {**before, **newer}.items()
-        if before and name not in NO_RESULT_DEPENDS_ON_THEM and (now := getattr(config, name)) != was
+        if before
+        and name not in NO_RESULT_DEPENDS_ON_THEM
+        and (now := getattr(config, name)) not in (was, RESOLVED.get(name))
     ]

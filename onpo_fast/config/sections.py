@@ -22,6 +22,8 @@ from .aliases import OTHER_VALUES
 LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
 LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
 LARGEST_ITERATIONS = 10**6
+LARGEST_MINUTES = 10**6  # two years
+LARGEST_RANK = 2**16  # of adapters: no layer is as wide
 VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
@@ -90,8 +92,19 @@ class ModelConfig:
     device: str = "auto"
     """Device to compute on: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of forward and backward passes; weights and optimizer state are always float32. "auto": bfloat16 on a
-    GPU, float32 on a CPU."""
+    """Precision of forward and backward passes. "auto": bfloat16 on a GPU and with --weights bf16-sr, otherwise
+    float32."""
+    weights: Literal["auto", "fp32", "bf16-sr"] = "auto"
+    """Precision of the weights in training. "fp32": float32, with forward and backward passes under autocast if --dtype
+    is bfloat16, which does not see the changes of a small learning rate. "bf16-sr": bfloat16, and the optimizer rounds
+    stochastically, so that small changes survive in expectation; half the memory or less, needs torchao. "auto":
+    bf16-sr on a GPU for a learning rate below 1e-5, or where float32 weights, gradients and AdamW states exceed its
+    memory; otherwise fp32 (docs/tuning.md). With --lora_rank it is the precision of the frozen model, "auto" is bf16-sr
+    on a GPU, and the adapters are float32."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of saved policies. "auto": that of the weights. "bfloat16" with float32 weights: half the size; weights
+    are rounded stochastically at the end of each fit, which keeps its margins, where rounding to nearest loses those of
+    a small learning rate."""
     attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
     """Attention implementation of the model. "auto": on a GPU flex_attention, which shares prompts, or else
     flash_attention_2, if the model supports it and its log-probs are right; otherwise the one that transformers prefers
@@ -102,6 +115,14 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time. Set it
     when training runs out of memory."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank over the frozen model, so that gradients, optimizer state and saved policies are
+    small (docs/lora.md); a larger --learning_rate suits them, such as 1e-4. Default: all weights are trained."""
+    lora_alpha: float | None = None
+    """Scale of the adapters: what they add is multiplied by lora_alpha / lora_rank. Default: twice --lora_rank."""
+    lora_targets: str = "all-linear"
+    """Layers with adapters: "all-linear" (all linear layers but the LM head), or names of linear layers with commas
+    between them, as in q_proj,v_proj."""
 
     def __post_init__(self) -> None:
         _check_values(self, ModelConfig)
@@ -111,6 +132,24 @@ class ModelConfig:
                 f"--chat_template_kwargs must leave {', '.join(map(str, taken))} alone: it is for variables of the "
                 "model's own template"
             )
+        if self.weights == "bf16-sr" and self.dtype == "float32":
+            raise UserError("--weights bf16-sr computes in bfloat16: leave --dtype out, or take --weights fp32")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("lora_targets", "all-linear")):
+                if getattr(self, name) != default:
+                    raise UserError(f"--{name} needs --lora_rank: without it all weights are trained")
+            return
+        _check_at_least(self, 1, "lora_rank")
+        _check_at_most(self, LARGEST_RANK, "lora_rank")
+        if self.lora_alpha is not None:
+            _check_positive(self, "lora_alpha")
+        if not all(name.strip() for name in self.lora_targets.split(",")):
+            raise UserError(f"--lora_targets must be all-linear or names with commas between, not {self.lora_targets}")
+        if self.save_dtype != "auto":
+            raise UserError("--save_dtype is for whole models: with --lora_rank adapters are saved in float32")
 
 
 @dataclass
@@ -365,6 +404,9 @@ class FitConfig:
     max_skipped_steps: int = 5
     """Abort after more consecutive non-finite steps than this. A step whose loss or gradient is not finite leaves the
     weights as they are."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-4bit"] = "adamw"
+    """Optimizer. "adamw-8bit" and "adamw-4bit" quantise the two moments of AdamW to 2 bytes or 1 byte a parameter, from
+    8 with --weights fp32 or 4 with bf16-sr. They need torchao."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
@@ -406,6 +448,9 @@ class RunConfig:
     spaced so that saving takes at most about 5% of the time. Ctrl-C and SIGTERM always save one."""
     checkpoint_minutes: float = 10.0
     """Also save a state of a fit after this many minutes, within the same limit of about 5% of the time."""
+    rank_timeout: float = 30.0
+    """Under torchrun: end the run when a rank has waited for another this many minutes. Raise it where one rank works
+    alone for longer, as a slow judge does for 512 prompts. A rank that dies is noticed within seconds."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics are reported beside metrics.jsonl. "wandb": Weights & Biases as well as TensorBoard, configured
     through WANDB_* environment variables (WANDB_API_KEY or WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME); keys are
@@ -417,6 +462,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_values(self, RunConfig)
         _check_at_least(self, 0, "seed", "checkpoint_minutes")
+        _check_positive(self, "rank_timeout")
+        _check_at_most(self, LARGEST_MINUTES, "rank_timeout")
         _check_at_least(self, 1, "eval_samples", "checkpoint_steps")
         _check_at_most(self, LARGEST_COUNT, "eval_samples")
 

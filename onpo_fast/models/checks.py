@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..out_of_memory import is_out_of_memory
 from ..packing import Layout, Packed, TokenGroup, pack, row_length
 from ..run.signals import Stopped
 from .policy import Policy
@@ -48,12 +49,14 @@ def probe(policy: Policy, name: str) -> Tensor:
 
 @contextmanager
 def computing(model: str) -> Iterator[None]:
-    """Turns any error of a model's own code into a one-line ``UserError``; for the first use of a model."""
+    """Turns any error of a model's own code into a one-line ``UserError``, but for that of no memory."""
     try:
         yield
     except (UserError, Stopped):
         raise
     except Exception as error:  # a model's code may be anybody's
+        if is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"{model} does not compute here: {type(error).__name__}: {reason}") from error
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -21,17 +22,27 @@ from transformers import (
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .adapters import merge_into_base
 from .attention import FLEX
-from .checkpoint import generation_settings, loading_errors, locate, processor_files, tensor_names, weight_files
+from .checkpoint import (
+    base_of,
+    generation_settings,
+    loading_errors,
+    locate,
+    processor_files,
+    tensor_names,
+    weight_files,
+)
 from .checks import check_log_probs, computing
 from .device import device_of
 from .execution import apply_liger, checkpoint_layers, without_cudnn_attention
 from .layouts import choose_layout
 from .policy import Policy, pad_token
+from .precision import convert_parameters, weights_dtype, weights_in
 
 
 def load(source: str | Path, config: ModelConfig) -> Policy:
-    """Loads a policy.
+    """Loads a policy. An adapter's directory is loaded as its base with the adapter merged into it.
 
     Args:
         source: a directory, a Hugging Face id or "smollm2"; ``config.model`` is not read.
@@ -39,30 +50,39 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     Raises:
         UserError: if there is no model, or one that cannot be trained here; names it.
     """
-    name, device, location = str(source), device_of(config.device), locate(str(source))
+    name, device, base = str(source), device_of(config.device), base_of(str(source))
     if config.attention == FLEX and device.type != "cuda":
         raise UserError(f"--attention {FLEX} needs a GPU: it has no backward pass on the device {device}")
+    location, is_adapter = locate(base), base != name
     is_gguf = "gguf_file" in location
-    tokenizer = _read_tokenizer(name, location, config)
-    model, model_config, dequantised = _read_model(name, location, config)
-    own_generation = {} if is_gguf else generation_settings(name)
+    tokenizer = _read_tokenizer(name, _tokenizer_location(name, location, config) if is_adapter else location, config)
+    model, model_config, dequantised = _read_model(base, location, config, device)
+    if is_adapter:
+        with weights_in(model, torch.float32):
+            merge_into_base(model, name)
+    own_generation = {} if is_gguf else generation_settings(base)
     _prepare_tokens(model, tokenizer, name, is_gguf)
     if getattr(model.config, "rescale_every", 0):  # RWKV scales its weights in evaluation mode, and would save them so
         model.config.rescale_every = 0
     _prepare_execution(model, device, config, name)
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
+    weights = weights_dtype(config.weights)
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else weights}.get(config.dtype)
+    save_dtype = weights if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
     policy = Policy(
         model,
         tokenizer,
         device,
         dtype or getattr(torch, config.dtype),
         "separate",
-        converted=dequantised,
+        converted=dequantised or is_adapter,
         generation_config=own_generation,
-        processor_files={} if is_gguf else processor_files(name),
-        notes=[] if is_gguf else _left_out(model, model_config, name),
+        processor_files={} if is_gguf else processor_files(base),
+        notes=[] if is_gguf else _left_out(model, model_config, base),
         template_variables=config.chat_template_kwargs or {},
+        save_dtype=None if save_dtype == weights else save_dtype,
     )
+    if is_adapter:
+        policy.notes.append(f"{name} is an adapter: merged into its base model {base}, in {str(weights)[6:]}")
     _check_template(policy, name)
     with policy.in_float32(), computing(f"the model {name} ({policy.family})"):
         check_log_probs(policy, name)
@@ -70,9 +90,39 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     return policy
 
 
+def check_saved(directory: Path, policy: Policy, config: ModelConfig) -> None:
+    """Reads a saved policy back.
+
+    Raises:
+        UserError: if its weights are not those in memory, bit for bit.
+    """
+    saved, _, _ = _read_model(str(directory), locate(str(directory)), config, torch.device("cpu"))
+    there = dict(saved.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        if not torch.equal(there[name], parameter.detach().cpu()):
+            raise UserError(
+                f"{directory} was not saved as it is in memory ({name}): its files may be damaged, --resume"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_location(adapter: str, base: dict[str, str], config: ModelConfig) -> dict[str, str]:
+    """Returns where an adapter's tokenizer is: in its directory or, as arguments of ``from_pretrained``, in its base.
+
+    Raises:
+        UserError: if --trust_remote_code is set, which would also trust whoever made the base.
+    """
+    if config.trust_remote_code:
+        raise UserError(
+            f"{adapter} is an adapter, and --trust_remote_code would also run the code of any base model that it "
+            "names: merge it into its base first"
+        )
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return {"pretrained_model_name_or_path": adapter} if own else base
 
 
 def _read_tokenizer(name: str, location: dict[str, str], config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -153,17 +203,19 @@ def _too_few_rows(source: str, highest: int, rows: int) -> UserError:
 
 
 def _read_model(
-    name: str, location: dict[str, str], config: ModelConfig
+    name: str, location: dict[str, str], config: ModelConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PretrainedConfig, bool]:
-    """Loads the model on the CPU.
+    """Loads the model on the CPU; where several ranks do, on the GPU of each, past the host's memory.
 
     Returns:
-        The model with float32 weights, its configuration, and whether the weights were quantised on disk.
+        The model with weights in the dtype of --weights, its configuration, and whether the weights were quantised on
+        disk.
 
     Raises:
         UserError: if it, or a part of it, cannot be read.
     """
     is_gguf, trust = "gguf_file" in location, {"trust_remote_code": config.trust_remote_code}
+    shares_host = dist.is_initialized() and not is_gguf  # with other ranks, which load too
     attention = config.attention
     if attention == "auto":
         attention = "sdpa" if is_gguf else None  # None: what the model prefers
@@ -171,14 +223,15 @@ def _read_model(
         weight_files(name)  # refuses weights that are not safetensors of the model's own, also those of the hub
     with loading_errors("the model", name):
         model_config = AutoConfig.from_pretrained(**location, **trust)
-        model_class = _model_class(model_config, name)
+        kind = model_class(model_config, name)
         quantised = is_gguf or _request_dequantised(model_config, name)
-        model, found = model_class.from_pretrained(
+        model, found = kind.from_pretrained(
             **location,
             **trust,
             **({} if is_gguf else {"config": model_config}),
-            dtype=torch.float32,
+            dtype=weights_dtype(config.weights),
             attn_implementation=attention,
+            device_map=torch.cuda.current_device() if shares_host and device.type == "cuda" else None,
             use_safetensors=None if is_gguf else True,  # reading a pickle may run code
             ignore_mismatched_sizes=True,  # so that _check_complete names them
             output_loading_info=True,
@@ -187,11 +240,11 @@ def _read_model(
         if isinstance(layers, int) and layers < 0:  # transformers loads it without layers
             raise ValueError(f"its config.json says num_hidden_layers: {layers}")
     _check_complete(found, name)
-    _make_plain(model, quantised, name)
+    _make_plain(model, quantised, weights_dtype(config.weights), name)
     return model, model_config, quantised
 
 
-def _model_class(config: PretrainedConfig, source: str) -> type:
+def model_class(config: PretrainedConfig, source: str) -> type:
     """Chooses the class that loads the model: a causal language model, or the whole model that contains one.
 
     A model that also takes images or sound is loaded whole: as a causal language model alone, it would be saved without
@@ -247,7 +300,7 @@ def _request_dequantised(config: PretrainedConfig, source: str) -> bool:
     return True
 
 
-def _make_plain(model: PreTrainedModel, dequantised: bool, source: str) -> None:
+def _make_plain(model: PreTrainedModel, dequantised: bool, dtype: torch.dtype, source: str) -> None:
     """Prepares a dequantised model to be saved with plain weights.
 
     Raises:
@@ -263,7 +316,7 @@ def _make_plain(model: PreTrainedModel, dequantised: bool, source: str) -> None:
     model._weight_conversions = None  # the quantisation's would convert saved weights into its format again
     for part in _configs(model.config):
         part.__dict__.pop("quantization_config", None)
-    model.float()
+    convert_parameters(model.float(), dtype)
 
 
 def _check_complete(found: dict, source: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Group
 from ..files import atomic_write_directory
+from ..out_of_memory import in_halves
 from ..packing import Layout, TokenGroup, microbatches, pack
 from ..sources import quiet
+from .adapters import Adapter
 from .attention import FLEX, is_flash
 from .execution import checkpointed_layers
 from .heads import head_arguments
+from .precision import weights_in
 from .rendering import PromptRenderer
 from .scoring import ScoringModule, sum_by_response
 
@@ -33,13 +36,15 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  # None where no prompt is rendered
     device: torch.device
-    compute_dtype: torch.dtype  # dtype of autocast; the weights are float32
+    compute_dtype: torch.dtype  # dtype of matrix products, under autocast unless it is that of the weights
     layout: Layout
     converted: bool = False  # whether the weights on disk have another format than those that ``save`` writes
     generation_config: dict[str, object] = field(default_factory=dict)  # the model's own, saved for users of the policy
     processor_files: dict[str, bytes] = field(default_factory=dict)  # by name, of a model that takes images or sound
     notes: list[str] = field(default_factory=list)  # messages for the user on how the model was loaded
     template_variables: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
+    save_dtype: torch.dtype | None = None  # dtype of fitted policies on disk, if it is not that of the weights
+    adapter: Adapter | None = None  # the LoRA layers of the model, if the policy is an adapter over a frozen base
 
     @cached_property
     def scoring(self) -> ScoringModule:
@@ -69,6 +74,16 @@ class Policy:
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
         return next((value for value in limits if isinstance(value, int) and value > 0), None)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the weights; a family may keep some of them in float32."""
+        return self.model.dtype
+
+    @property
+    def saves_rounded(self) -> bool:
+        """Whether fitted policies are saved in less precision than that of the weights."""
+        return self.save_dtype == torch.bfloat16
 
     @property
     def family(self) -> str:
@@ -128,11 +143,15 @@ class Policy:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Computes in float32 within the block, with an attention that can: flash-attention cannot."""
+        """Computes in float32 within the block, with an attention that can: flash-attention cannot.
+
+        Weights in half precision are converted meanwhile.
+        """
         dtype, plain = self.compute_dtype, self.plain_attention
+        layout: Layout = self.layout if plain == self.attention else "separate"
         self.compute_dtype = torch.float32
         try:
-            with self.using(plain, self.layout if plain == self.attention else "separate"):
+            with self.using(plain, layout), weights_in(self.model, torch.float32):
                 yield
         finally:
             self.compute_dtype = dtype
@@ -154,8 +173,8 @@ class Policy:
             layer.training = True
 
     def autocast(self) -> torch.autocast:
-        """Returns the context in which the model computes; autocast is off for float32."""
-        enabled = self.compute_dtype != torch.float32
+        """Returns the context in which the model computes; autocast is off where the weights have its dtype."""
+        enabled = self.compute_dtype != self.weights_dtype
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
     def frozen(self) -> Policy:
@@ -163,13 +182,24 @@ class Policy:
         self.model.eval().requires_grad_(False)
         return self
 
-    def save(self, directory: Path) -> None:
-        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically."""
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes weights (safetensors), configuration, tokenizer and processor files, atomically.
+
+        Of an adapter that is on, its own weights, in float32, and settings; the base's files are not repeated.
+
+        Args:
+            dtype: of the saved weights, whose values it must be able to hold; by default that of the weights.
+        """
+        only_adapter = self.adapter is not None and self.adapter.on
 
         def fill(partial: Path) -> None:
-            with quiet():
-                self.model.save_pretrained(partial)
+            with quiet(), nullcontext() if dtype is None else weights_in(self.model, dtype):
                 self.tokenizer.save_pretrained(partial)
+                if only_adapter:
+                    self.adapter.save(partial)
+                    return
+                with self.adapter.removed() if self.adapter else nullcontext():
+                    self.model.save_pretrained(partial)
             if self.generation_config:  # save_pretrained wrote only the tokens, which training needs
                 settings = {**self.generation_config, "eos_token_id": self.eos_tokens}
                 text = json.dumps(settings, indent=2, sort_keys=True) + "\n"  # as transformers writes it
@@ -197,11 +227,16 @@ def score(
     order: list[int] = []  # indices of the groups in the order in which they were scored
     sums: list[Tensor] = []  # a scalar per response on the device, read once at the end
     policy.model.eval()
-    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
-        packed = pack([tokens[i] for i in chosen], policy.layout).to(policy.device)
+
+    def scored(some: Sequence[int]) -> list[list[Tensor]]:
+        packed = pack([tokens[i] for i in some], policy.layout).to(policy.device)
         with policy.autocast():
-            logps = policy.scoring(packed)
-        sums += sum_by_response(logps, packed.cu_seqlens)
+            found = iter(sum_by_response(policy.scoring(packed), packed.cu_seqlens))
+        return [[next(found) for _ in tokens[i][1]] for i in some]
+
+    for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
+        for group in in_halves(scored, chosen, "responses are scored", "--tokens_per_microbatch"):
+            sums += group
         order += chosen
         progress(len(chosen))
     if not sums:

@@ -45,6 +45,7 @@ __all__ = [
     "cyclic_triples",
     "fingerprint",
     "holds_model",
+    "is_shared",
     "judge",
     "keeps_files",
     "length",
@@ -182,6 +183,15 @@ def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> d
             found = judging.fingerprint(checksum) if hasattr(judging, "fingerprint") else {}
         files |= {f"{file}{suffix}": value for file, value in found.items()}
     return files
+
+
+def is_shared(oracle: Oracle) -> bool:
+    """Returns whether each rank of a run may ask the oracle about its share: only if it is a model, or all members are.
+
+    A server has limits on what it is asked at a time, and a user's function may keep files.
+    """
+    members = [member for _, _, member in oracle.members] if isinstance(oracle, Panel) else [oracle]
+    return all(map(holds_model, members))
 
 
 def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:

@@ -9,7 +9,6 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from ..models.checkpoint import loading_errors, locate
 from ..models.device import device_of
 from ..models.execution import without_cudnn_attention
 from ..models.loading import check_shapes
+from ..models.precision import weights_in
 from ..run.fingerprint import model_fingerprint
 from ..run.tracking import say_once
 from .interface import BatchOracle
@@ -245,7 +245,7 @@ class ModelOracle(BatchOracle):
         """Returns whether questions of different lengths have the same answers in a batch as alone; tries it once."""
         if self.can_pad is None:
             try:
-                with weights_in_float32(self.loaded()):
+                with weights_in(self.loaded(), torch.float32):
                     difference = self._difference_by_padding(ask)
                 allowed = PADDING_TOLERANCE[torch.float32]
             except (UserError, RuntimeError, ValueError):  # too little memory for it, or no kernels for float32
@@ -287,18 +287,3 @@ class ModelOracle(BatchOracle):
                 "are damaged, or the range of --dtype is too small for it"
             )
         return values
-
-
-@contextmanager
-def weights_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Converts half-precision weights to float32 in the context, and back to the same bits at its end."""
-    half = (torch.bfloat16, torch.float16)
-    tensors = [one for one in itertools.chain(model.parameters(), model.buffers()) if one.dtype in half]
-    dtypes = [one.dtype for one in tensors]
-    try:
-        for one in tensors:
-            one.data = one.data.float()
-        yield
-    finally:
-        for one, dtype in zip(tensors, dtypes):
-            one.data = one.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Write what a run made in other programs' formats: preference pairs for ``datasets``, answers for AlpacaEval."""
+"""Write what a run made in other programs' formats: pairs for ``datasets``, answers for AlpacaEval, merged adapters."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from ..config import ModelConfig, SamplingConfig
 from ..data import Messages, of_iterations
 from ..errors import UserError
 from ..files import atomic_write_directory, atomic_write_text, read_jsonl
-from ..models.loading import load
+from ..models.precision import convert_parameters
+from ..models.resident import ResidentPolicy, Source
 from ..run.journal import Journal
 from ..run.outputs import finished_policies, initial_policy
 from ..run.tracking import progress
@@ -116,13 +120,12 @@ def export_answers(
     if out.suffix != ".json":
         raise UserError(f"--out {out}: the name must end in .json, by which AlpacaEval knows a list of answers")
     policies = policy_sources(directory, model)
-    if policy not in policies:
-        raise UserError(f"--policy {policy}: {directory} has no policy of this number; it has {_listed(policies)}")
+    source = _chosen(policies, policy, directory)
     asked = [_instruction(record, where) for where, record in records(instructions)]
     if not asked:
         raise UserError(f"{instructions} has no instructions")
     prompts: list[Messages] = [[{"role": "user", "content": one["instruction"]}] for one in asked]
-    sampler = make_sampler(load(policies[policy], model), sampling)
+    sampler = make_sampler(ResidentPolicy(model, policies[1])(source), sampling)
     with progress(f"answers of π_{policy}", len(prompts)) as done:
         groups = sampler(prompts, 1, [seed, 4, policy], done)
     generator = f"{directory.resolve().name}-policy-{policy}"  # AlpacaEval names its results folder after it
@@ -144,7 +147,38 @@ def _instruction(record: object, where: str) -> dict[str, str]:
     return {"dataset": dataset, "instruction": text} if isinstance(dataset, str) else {"instruction": text}
 
 
-def policy_sources(directory: Path, model: ModelConfig) -> dict[int, str | Path]:
+def export_merged(directory: Path, out: Path, policy: int, model: ModelConfig) -> None:
+    """Write a policy that is a LoRA adapter as a whole model, its base with the adapter merged, in float32.
+
+    Args:
+        directory: the run directory.
+        out: a directory that does not exist yet.
+        policy: t of π_t, at least 2.
+        model: how to load the policy; its ``model`` is π_1.
+
+    Raises:
+        UserError: if ``out`` exists, there is no such policy, or policies of the run are whole models.
+    """
+    check_unused(out)
+    policies = policy_sources(directory, model)
+    source = _chosen(policies, policy, directory)
+    if model.lora_rank is None or policy == 1:
+        raise UserError(f"--merge: π_{policy} is no adapter but a whole model already: {source}")
+    whole = ResidentPolicy(replace(model, device="cpu", dtype="auto"), policies[1])(source)
+    convert_parameters(whole.model, torch.float32)  # bfloat16, as of the base in the run, may not hold the adapter
+    whole.adapter.merge()
+    whole.adapter = None
+    whole.save(out)
+
+
+def _chosen(policies: dict[int, Source], policy: int, directory: Path) -> Source:
+    """Where a policy is. Raises ``UserError`` if there is none of this number."""
+    if policy not in policies:
+        raise UserError(f"--policy {policy}: {directory} has no policy of this number; it has {_listed(policies)}")
+    return policies[policy]
+
+
+def policy_sources(directory: Path, model: ModelConfig) -> dict[int, Source]:
     """t → where π_t can be loaded from.
 
     Raises:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
 from ..files import MODEL_CARD, PARTIAL
+from ..models.checkpoint import ADAPTER_CONFIG, adapter_settings
 from ..run.journal import Journal
 from ..run.outputs import finished_policies
 from ..run.tracking import say
@@ -28,13 +29,18 @@ CODE_FILES = (".py",)
 TEMPLATE_FOLDER = "additional_chat_templates"  # the one folder that saving a tokenizer may make
 
 
-def check_upload(repository: str) -> None:
+def check_upload(repository: str, base: str | None = None) -> None:
     """Check a repository's name and the user's token, before a run of hours.
 
+    Args:
+        base: the base model, if policies are adapters.
+
     Raises:
-        UserError: if the name is invalid, there is no token, or the Hub does not accept it.
+        UserError: if the name is invalid, the base is not on the Hub, there is no token, or the Hub does not accept it.
     """
     check_name(repository)
+    if base is not None:
+        _check_base(repository, base)
     token = _token(repository)
     try:
         HfApi(token=token).whoami()
@@ -42,6 +48,15 @@ def check_upload(repository: str) -> None:
         raise UserError(
             f"--push_to_hub {repository}: the Hub cannot be reached or refuses the token: {_text(error, token)}"
         ) from error
+
+
+def _check_base(repository: str, base: str) -> None:
+    """Raises ``UserError`` if an adapter's base model is on this machine alone, so that nobody could use the upload."""
+    if Path(base).exists() or not HUB_ID.fullmatch(base):
+        raise UserError(
+            f"--push_to_hub {repository}: the policies are adapters over {base}, which is not on the Hub: upload the "
+            "merged model instead, which python -m onpo_fast.export DIR --merge writes"
+        )
 
 
 def check_name(repository: str) -> None:
@@ -73,8 +88,8 @@ def push_policy(
         journal: of the run; read from the directory by default.
 
     Raises:
-        UserError: if there is no such policy, it is not as it was saved, has code that ``with_code`` does not allow, or
-            the upload fails.
+        UserError: if there is no such policy, it is not as it was saved, has code that ``with_code`` does not allow, is
+            an adapter over a model that is not on the Hub, or the upload fails.
     """
     check_name(repository)
     journal = journal or Journal(directory)
@@ -87,6 +102,8 @@ def push_policy(
         raise UserError(f"--policy {policy}: {directory} has no finished policy of this number; it has {known}")
     source = policies[name]
     files = policy_files(source, with_code)
+    if ADAPTER_CONFIG in files:
+        _check_base(repository, str(adapter_settings(str(source)).get("base_model_name_or_path")))
     token = _token(repository)
     write_model_cards(directory, journal)
     run = RunData.read(directory, examples=False)

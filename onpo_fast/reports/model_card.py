@@ -21,6 +21,7 @@ from ..algorithms import Algorithm, named
 from ..config import AlgorithmConfig, FitConfig, SamplingConfig
 from ..errors import UserError, one_line
 from ..files import MIB, MODEL_CARD, atomic_write_text, read_regular
+from ..models.checkpoint import ADAPTER_CONFIG
 from ..run.journal import Journal
 from ..run.outputs import EVALUATION, INITIAL
 from ..sources import FILES, HUB_ID
@@ -34,6 +35,7 @@ POLICY_FOLDER = re.compile(r"iteration_([0-9]{2,9})/(policy|auxiliary)")
 RESOURCE_OPTIONS = {  # they change memory and speed, not what is computed
     *("sampling_batch_size", "tokens_per_microbatch", "max_skipped_steps", "loss_backend", "loss_mode", "anchor")
 }
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_targets")
 SHOWN_ELSEWHERE = {"objective", "algorithm", "iterations"}
 LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.-]{1,60})["']?[ \t]*$""", re.MULTILINE)
 
@@ -95,14 +97,16 @@ def model_card(run: RunData, journal: Journal, folder: str, repository: str | No
     base = _BaseModel(run, journal)
     algorithm = _algorithm(run)
     architecture, has_code = _architecture(run.directory / folder)
+    is_adapter = (run.directory / folder / ADAPTER_CONFIG).is_file()
     body = (
         _environment()
         .get_template("model_card.md.jinja")
         .render(
             title=f"{policy}: {base.name} after self-play" if iterations else f"{policy}: {base.name}",
-            summary=_summary(policy, iterations, folder, base),
+            summary=_summary(policy, iterations, folder, base, is_adapter),
             repository=repository,
-            loading=_loading(repository, architecture, has_code),
+            loading=_loading(repository, architecture, has_code, is_adapter),
+            precision=_precision(run, run.directory / folder),
             method=_method(run, algorithm),
             parameters=list(_parameters(run, algorithm)),
             training=list(_training(run, journal, iterations)),
@@ -112,24 +116,30 @@ def model_card(run: RunData, journal: Journal, folder: str, repository: str | No
             license_note=base.license_note,
         )
     )
-    return f"---\n{_header(run, base, algorithm, architecture)}\n---\n\n{body}"
+    return f"---\n{_header(run, base, algorithm, architecture, is_adapter)}\n---\n\n{body}"
 
 
 # --- The header -------------------------------------------------------------------------------------------------------
 
 
-def _header(run: RunData, base: _BaseModel, algorithm: Algorithm | None, architecture: str) -> str:
+def _header(run: RunData, base: _BaseModel, algorithm: Algorithm | None, architecture: str, is_adapter: bool) -> str:
     """The YAML that the Hub reads."""
     name = _algorithm_name(run) if algorithm else None
     prompts = _hub_id(str(run.config.get("prompts") or "").partition(":")[0])
-    relation = {"base_model_relation": "finetune"} if base.hub_id else {}
+    relation = {"base_model_relation": "adapter" if is_adapter else "finetune"} if base.hub_id else {}
     data = huggingface_hub.ModelCardData(
         base_model=base.hub_id,
         datasets=[prompts] if prompts else None,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         license=base.license,
         pipeline_tag="text-generation" if architecture == "AutoModelForCausalLM" else "image-text-to-text",
-        tags=["onpo_fast", "preference-optimization", "self-play", *([name] if name else [])],
+        tags=[
+            "onpo_fast",
+            "preference-optimization",
+            "self-play",
+            *(["lora"] if is_adapter else []),
+            *([name] if name else []),
+        ],
         **relation,
     )
     return data.to_yaml()
@@ -208,24 +218,39 @@ def _policy_name(folder: str) -> tuple[str, int]:
     return f"{'π′' if found[2] == 'auxiliary' else 'π'}_{iterations + 1}", iterations
 
 
-def _summary(policy: str, iterations: int, folder: str, base: _BaseModel) -> str:
+def _summary(policy: str, iterations: int, folder: str, base: _BaseModel, is_adapter: bool) -> str:
     origin = f"{base.name}, revision {_code(base.revision)}" if base.revision else base.name
     if not iterations:
-        return f"The start policy π_1 of a self-play run: {origin}, with its weights converted to float32."
+        return f"The start policy π_1 of a self-play run: {origin}, with its weights converted to plain ones."
     after = _count(iterations, "iteration")
     started = f"Fine-tuned from {origin} by self-play with `onpo_fast`: policy {policy}, after {after}."
+    if is_adapter:
+        started += " It is a LoRA adapter: the weights of that model are not repeated here."
     if folder.endswith("auxiliary"):
         return f"{started} It is an intermediate result of the method (an auxiliary policy), not the policy to use."
     return started
 
 
-def _loading(repository: str | None, architecture: str, has_code: bool) -> str:
+def _loading(repository: str | None, architecture: str, has_code: bool, is_adapter: bool) -> str:
     path = repr(repository or "path/of/this/directory").replace("'", '"')
     trust = ", trust_remote_code=True" if has_code else ""
     return (
-        f"from transformers import {architecture}, AutoTokenizer\n"
+        f"from transformers import {architecture}, AutoTokenizer{'  # which need peft here' if is_adapter else ''}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path}{trust})\n"
         f"model = {architecture}.from_pretrained({path}{trust})"
+    )
+
+
+def _precision(run: RunData, policy: Path) -> str:
+    """The dtype of the saved weights, and how to load them."""
+    if (policy / ADAPTER_CONFIG).is_file():
+        base = "bfloat16" if run.config.get("weights") == "bf16-sr" else "float32"
+        return f"The adapter is float32. In training the model under it was {base}."
+    if read_json_object(policy / "config.json").get("dtype") == "bfloat16":
+        return "The weights are bfloat16, as training ended with them: computing in bfloat16 rounds them no further."
+    return (
+        "The weights are float32. At small learning rates, such as 5e-7, training changes them by less than bfloat16 "
+        "rounds: load them in float32 to measure this policy."
     )
 
 
@@ -263,12 +288,14 @@ def _parameters(run: RunData, algorithm: Algorithm | None) -> Iterator[str]:
         used = {field.name for field in fields(algorithm.objective)} | ({"tau"} if algorithm.mixes else set())
         unused = {"eta", "tau", "beta"} - used
     skipped = RESOURCE_OPTIONS | SHOWN_ELSEWHERE | unused
-    for section in (AlgorithmConfig, SamplingConfig, FitConfig):
-        for field in fields(section):
-            value = run.config.get(field.name)
-            if value is not None and field.name not in skipped:
-                text = value if isinstance(value, str) else json_text(value)
-                yield f"{field.name}: {one_line(text, 200)}"  # a fence cannot be closed after a name
+    names = [field.name for section in (AlgorithmConfig, SamplingConfig, FitConfig) for field in fields(section)]
+    if run.config.get("lora_rank") is not None:
+        names += LORA_OPTIONS
+    for name in names:
+        value = run.config.get(name)
+        if value is not None and name not in skipped:
+            text = value if isinstance(value, str) else json_text(value)
+            yield f"{name}: {one_line(text, 200)}"  # a fence cannot be closed after a name
 
 
 def _training(run: RunData, journal: Journal, iterations: int) -> Iterator[str]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..distributed import World
 from ..errors import UserError
 from ..files import is_amount
 from . import signals
-from .journal import Journal, not_made
+from .journal import Journal, JournalElsewhere, not_made
 from .progress import Progress
 from .resumable import Item, ResumableStage
 from .tracking import Tracker, progress, say
@@ -29,18 +30,29 @@ def was_stopped(record: dict) -> bool:
 class StageCache:
     """Makes stages resumable: ``cached`` computes an output, writes it and records it, or reads it if it exists.
 
+    With several ranks, all of them call the same methods in the same order. Rank 0 alone has the journal, writes the
+    outputs and logs metrics; the others learn from it what is done, and read that.
+
     Args:
         journal: the run's journal, which knows the outputs by their checksums.
         tracker: takes the metrics of a stage; None for no metrics.
         config_key: what results depend on beside their inputs: parts made under another key are computed again.
+        world: the ranks of the run.
 
     Attributes:
         iteration: the number of the iteration that metrics belong to; 0 for the evaluation.
         notes: the journal's notes on the outputs of this iteration, by name: "stage", "seconds" and more.
     """
 
-    def __init__(self, journal: Journal, tracker: Tracker | None, config_key: object) -> None:
+    def __init__(
+        self,
+        journal: Journal | JournalElsewhere,
+        tracker: Tracker | None,
+        config_key: object,
+        world: World | None = None,
+    ) -> None:
         self.journal, self.tracker, self.config_key = journal, tracker, config_key
+        self.world = world or World()
         self.iteration = 0
         self.notes: dict[str, dict] = {}
 
@@ -52,6 +64,11 @@ class StageCache:
     def begin_iteration(self, iteration: int) -> None:
         """Metrics and notes belong to this iteration from now on."""
         self.iteration, self.notes = iteration, {}
+
+    def log(self, stage: str, **values: Any) -> None:
+        """Logs a record of the iteration, if there is a tracker."""
+        if self.tracker is not None:
+            self.tracker.log(stage, self.iteration, **values)
 
     def cached(
         self,
@@ -70,7 +87,7 @@ class StageCache:
 
         Args:
             name: path of the output in the run directory.
-            compute: makes it.
+            compute: makes it; with several ranks, whole on rank 0.
             read: reads it from its path.
             write: writes it to its path.
             stage: what the stage is called in the journal; its first word, in metrics.jsonl.
@@ -84,12 +101,17 @@ class StageCache:
         prepare()
         start = time.perf_counter()
         result = compute()
-        write(self.directory / name, result)
-        noted = {"stage": stage, "seconds": time.perf_counter() - start, **note()}
-        if metrics is not None and self.tracker is not None:
-            self.tracker.log(stage.partition(" ")[0], self.iteration, **metrics(result, noted["seconds"]))
-        self.mark_done(name, noted)
-        return result
+
+        def keep_result() -> dict[str, Any]:
+            write(self.directory / name, result)
+            noted = {"stage": stage, "seconds": time.perf_counter() - start, **note()}
+            if metrics is not None and self.tracker is not None:
+                self.log(stage.partition(" ")[0], **metrics(result, noted["seconds"]))
+            self.journal.record(name, noted)
+            return noted
+
+        self.notes[name] = self.world.from_main(keep_result)
+        return result if self.world.is_main else read(self.directory / name)
 
     def cached_in_parts(
         self,
@@ -108,6 +130,7 @@ class StageCache:
         prepare: Callable[[], object] = lambda: None,
         config_key: object = None,
         take_counters: Counters = dict,
+        shared: bool = True,
     ) -> list[Result]:
         """``cached`` for a long stage, which is computed in parts: a run that is killed loses one part at most.
 
@@ -118,6 +141,7 @@ class StageCache:
             title, ticks: title of the progress bar, and how far an item moves it.
             metrics: given the results and their cost ("seconds" and the counters), the fields of a record.
             config_key: what results depend on beside the items and the run's own key.
+            shared: whether each rank computes its share of a part, or rank 0 all of it.
         """
         cost: dict[str, float] = {}
 
@@ -134,6 +158,7 @@ class StageCache:
                     stage,
                     config_key,
                     take_counters,
+                    shared,
                 )
             cost.update(spent)
             return results
@@ -149,7 +174,7 @@ class StageCache:
             note=lambda: {"seconds": cost["seconds"]},
             keep=was_stopped,
         )
-        self.resumable(name).clear()  # also what is left if the run was killed just before
+        self.world.from_main(self.resumable(name).clear)  # also what is left if the run was killed just before
         return results
 
     def in_parts(
@@ -164,21 +189,35 @@ class StageCache:
         stage: str,
         config_key: object = None,
         take_counters: Counters = dict,
+        shared: bool = True,
     ) -> tuple[list[Result], dict[str, float]]:
-        """``ResumableStage.make``; if it fails, what the failed attempt has cost is logged first."""
+        """``ResumableStage.make`` over the ranks; if it fails, what the failed attempt has cost is logged first.
+
+        A part has ``size`` items for each rank that computes a share of it.
+        """
         parts = self.resumable(name, config_key)
+
+        def compute_part(part: Sequence[Item], first: int) -> list[Result]:
+            if not shared:
+                return compute(part, first) if self.world.is_main else []
+            own = self.world.share(len(part))
+            results = compute(part[own], first + own.start)
+            if self.world.size > 1:
+                on_known(len(part) - len(results))  # those of the other ranks, for the progress bar
+            return [result for share in self.world.gather(results) for result in share]
+
         try:
-            return parts.make(items, size, compute, read, write, on_known, take_counters)
+            size *= self.world.size if shared else 1
+            return parts.make(items, size, compute_part, read, write, on_known, take_counters)
         except Exception:
-            if any((spent := take_counters()).values()) and self.tracker is not None:
-                seconds = time.perf_counter() - parts.began
-                self.tracker.log(stage, self.iteration, seconds=seconds, stopped=True, **spent)
+            if any((spent := take_counters()).values()):
+                self.log(stage, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
             raise
 
     def resumable(self, name: str, config_key: object = None) -> ResumableStage:
         """The parts of an output; ``config_key`` is what they depend on beside the run's own key."""
         key = self.config_key if config_key is None else (self.config_key, config_key)
-        return ResumableStage(self.journal, name, key)
+        return ResumableStage(self.journal, name, key, self.world)
 
     def is_done(self, name: str, keep: Keep = lambda record: False) -> bool:
         """Whether an output exists and is whole. If not, records of earlier attempts are dropped, but for ``keep``.
@@ -188,21 +227,26 @@ class StageCache:
             Stopped: if a signal has asked the run to stop.
         """
         signals.stop_if_asked()
+        note = self.world.from_main(self._note, name, keep)
+        if note is None:
+            return False
+        self.notes[name] = note
+        return True
+
+    def _note(self, name: str, keep: Keep) -> dict | None:
         note = self.journal.note(name)
         if note is None:
             if self.journal.damaged(name):
                 say(f"{name} is not what it was: it is made again")
             if self.tracker is not None:
                 self.tracker.begin(name, keep)
-            return False
-        if not _is_note(note):
+        elif not _is_note(note):
             raise UserError(not_made(self.journal, name))
-        self.notes[name] = note
-        return True
+        return note
 
     def mark_done(self, name: str, note: dict[str, Any], file: bool = True) -> None:
         """Records an output; ``file`` says whether there is a file or folder of its name."""
-        self.journal.record(name, note, file)
+        self.world.from_main(lambda: self.journal.record(name, note, file))
         self.notes[name] = note
 
 

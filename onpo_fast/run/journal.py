@@ -165,6 +165,13 @@ class Journal:
         self.last = last
 
 
+@dataclass(frozen=True)
+class JournalElsewhere:
+    """The journal on a rank that does not have it. Rank 0 does; anything but the directory is asked of that."""
+
+    directory: Path
+
+
 VERSION = 1  # of the format
 
 

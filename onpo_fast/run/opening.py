@@ -7,15 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import config as configuration
 from .. import oracles
-from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
+from ..config import Config, FitConfig, JudgeConfig, ModelConfig, OracleConfig
 from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
 from ..data import (
     Messages,
@@ -25,16 +26,22 @@ from ..data import (
     split_prompts,
     write_prompts,
 )
+from ..distributed import World
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
-from ..models.checkpoint import locate
+from ..models.checkpoint import base_of, count_parameters, locate
+from ..models.device import device_of
+from ..models.optimizers import check_optimizer
 from ..models.policy import Policy
+from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
+from ..objectives import Sppo
+from ..pairing import PAIRINGS
 from .cache import StageCache
 from .fingerprint import changes, model_fingerprint
-from .journal import Journal
+from .journal import Journal, JournalElsewhere
 from .lock import LOCK, RunLock, locked
 from .outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
 from .tracking import Tracker, check_reporter, counted, environment, progress, say
@@ -46,6 +53,8 @@ JOURNALS = Journal.FILES + Journal.EARLIER_FILES
 @dataclass
 class OpenRun:
     """A run directory that this process works on, until ``close`` or the end of a ``with``.
+
+    Only rank 0 has the lock, the journal and the tracker.
 
     Attributes:
         cache: makes its stages resumable.
@@ -61,9 +70,9 @@ class OpenRun:
     """
 
     directory: Path
-    lock: RunLock
-    journal: Journal
-    tracker: Tracker
+    lock: RunLock | None
+    journal: Journal | JournalElsewhere
+    tracker: Tracker | None
     cache: StageCache
     policies: ResidentPolicy
     initial: Source
@@ -83,6 +92,11 @@ class OpenRun:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def world(self) -> World:
+        """The ranks that work on the run."""
+        return self.cache.world
+
     def make_room_for_oracle(self) -> None:
         """Drops the policy if the oracle loads a model: at most one is in memory."""
         if oracles.holds_model(self.oracle):
@@ -91,10 +105,15 @@ class OpenRun:
     def close(self) -> None:
         """Lets another process have the run. Frees the policy."""
         self.policies.drop()
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
 
-def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenRun:
+# what the other ranks have from rank 0, which has checked it
+TOLD = ("initial", "prompts", "held_out", "oracle_name", "oracle_files", "family", "vocabulary", "compute_dtype")
+
+
+def open_run(config: Config, resume: bool = False, force: bool = False, world: World | None = None) -> OpenRun:
     """Opens a new run, or with ``resume`` the one in ``config.out``.
 
     Everything that a mistake can break is checked first. Then the directory is locked and what a run has from its
@@ -102,18 +121,53 @@ def open_run(config: Config, resume: bool = False, force: bool = False) -> OpenR
 
     Args:
         force: go on although the model, the oracle or the rendering of prompts has changed.
+        world: the ranks of the run. Rank 0 opens it, and tells the others what they need to know of it.
 
     Raises:
         UserError: if anything does not fit: a directory, an oracle, a prompt, the model; or if the run in the directory
             began with something else.
     """
-    checked = _check(config, resume)
+    world = world or World()
+    config, reason = world.from_main(_with_weights, config)
+    run = _open(config, resume, force, world, reason) if world.is_main else None
+    told = world.from_main(lambda: {name: getattr(run, name) for name in TOLD})
+    return run or OpenRun(
+        directory=(directory := Path(config.out)),
+        lock=None,
+        journal=(journal := JournalElsewhere(directory)),
+        tracker=None,
+        cache=StageCache(journal, None, None, world),
+        policies=ResidentPolicy(config.section(ModelConfig), told["initial"]),
+        oracle=load_oracle(config, directory),
+        device=device_of(config.device),
+        **told,
+    )
+
+
+def _open(config: Config, resume: bool, force: bool, world: World, reason: str) -> OpenRun:
+    checked = _check(config, resume, world.size)
     lock = locked(Path(config.out), "--out ")
     try:
-        return _begin(config, checked, lock, resume, force)
+        return _begin(config, checked, lock, resume, force, world, reason)
     except BaseException:  # whoever keeps the exception would keep the lock
         lock.release()
         raise
+
+
+def _with_weights(config: Config) -> tuple[Config, str]:
+    """Resolves --weights auto; returns the options with its value, and where that is from.
+
+    A run that is resumed keeps the value that it began with, float32 if it began before there was a choice.
+    """
+    if config.weights != "auto":
+        return config, "--weights"
+    began = Journal(Path(config.out)).note("options")
+    if began is not None:
+        weights, reason = began.get("weights", "fp32"), "as the run began"
+    else:
+        sections = config.section(ModelConfig), config.section(FitConfig)
+        weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)))
+    return replace(config, weights=weights), reason
 
 
 @dataclass
@@ -129,12 +183,15 @@ class _Checked:
     rendering: str  # SHA-256 of the tokens of all prompts
 
 
-def _check(config: Config, resume: bool) -> _Checked:
+def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
     oracle = load_oracle(config, directory)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
+    weights = "fp32" if config.lora_rank else config.weights  # adapters are float32
+    check_optimizer(weights, config.optimizer, ranks)
+    check_ranks(config, ranks)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
@@ -142,7 +199,9 @@ def _check(config: Config, resume: bool) -> _Checked:
     return _Checked(oracle, to_judge, policies, skipped, *prompts)
 
 
-def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool) -> OpenRun:
+def _begin(
+    config: Config, checked: _Checked, lock: RunLock, resume: bool, force: bool, world: World, reason: str
+) -> OpenRun:
     """Writes what a run has from its first moment on, if it may go on in the directory."""
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
@@ -164,13 +223,13 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
     tracker = Tracker(directory, config.report_to, asdict(config))
     journal.before_record.append(tracker.sync)
     _log_prompts(tracker, checked)
-    _say_what_starts(config, policy, checked)
+    _say_what_starts(config, policy, checked, reason)
     return OpenRun(
         directory=directory,
         lock=lock,
         journal=journal,
         tracker=tracker,
-        cache=StageCache(journal, tracker, config_key(config, inputs["model"])),
+        cache=StageCache(journal, tracker, config_key(config, inputs["model"]), world),
         policies=checked.policies,
         initial=initial,
         prompts=checked.prompts,
@@ -183,6 +242,22 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
         device=policy.device,
         compute_dtype=policy.compute_dtype,
     )
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raises ``UserError`` if a step of a fit has fewer prompts than there are ranks: one would never have any."""
+    responses = config.responses_per_prompt
+    undecided = np.full((responses, responses), 0.5)
+    pairs = len(PAIRINGS[config.pairing](undecided, np.random.default_rng(0)))
+    if isinstance(config.make_objective(), Sppo):
+        pairs = responses
+    prompts = min(-(-config.batch_pairs // pairs), config.prompts_per_iteration)
+    if prompts < ranks:
+        raise UserError(
+            f"--batch_pairs {config.batch_pairs} with {pairs} pairs a prompt and --prompts_per_iteration "
+            f"{config.prompts_per_iteration} make steps of {prompts} prompts, fewer than the {ranks} ranks: raise "
+            "them, or start fewer ranks"
+        )
 
 
 def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
@@ -230,7 +305,7 @@ def _read_prompts(
     def usable(prompts: list[Messages]) -> list[Messages]:
         kinds = oracles.shortest_by_kind(prompts) if oracle is not None else {}
         if new := {kind: prompt for kind, prompt in kinds.items() if kind not in tried}:
-            locate(config.model)  # a typo is found before minutes of loading
+            locate(base_of(config.model))  # a typo is found before minutes of loading
             if oracles.holds_model(oracle):
                 policies.drop()
             oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
@@ -292,7 +367,7 @@ def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, 
 
 
 def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal: Journal) -> Source:
-    """Where π_1 is. One that was dequantised is saved in the run, so that the run has the weights it began with."""
+    """Where π_1 is. One that was dequantised or merged is saved in the run, which so has the weights it began with."""
     if not policy.converted:
         journal.forget_records(INITIAL)  # of another model that the run began with
         return model
@@ -300,7 +375,7 @@ def _keep_initial(model: str, policy: Policy, policies: ResidentPolicy, journal:
     if journal.note(INITIAL) is None:
         policy.save(kept)
         journal.record(INITIAL)
-    policies.hold(kept, policy)
+    policies.keep_initial(kept, policy)
     return kept
 
 
@@ -314,11 +389,12 @@ def _log_prompts(tracker: Tracker, checked: _Checked) -> None:
         tracker.log("prompts", 0, **counts)
 
 
-def _say_what_starts(config: Config, policy: Policy, checked: _Checked) -> None:
+def _say_what_starts(config: Config, policy: Policy, checked: _Checked, reason: str) -> None:
     say(
         f"{config.objective} on {config.model} ({policy.device}, {policy.attention} attention), {len(checked.prompts)} "
         f"prompts to train on and {len(checked.held_out)} held out, oracle {config.oracle}, into {config.out}"
     )
+    say(f"weights {config.weights} ({reason}), optimizer {config.optimizer}")
     for note in policy.notes:
         say(note)
     if checked.skipped and checked.skipped.count:

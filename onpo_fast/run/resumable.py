@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ..distributed import World
 from ..errors import UserError
 from ..files import is_amount
-from .journal import Journal, not_made
+from .journal import Journal, JournalElsewhere, not_made
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -27,13 +28,21 @@ class ResumableStage:
         journal: records each part with its checksum. A damaged part is computed again.
         name: path of the whole in the run directory; the parts are in the folder ``name.parts``.
         config_key: what the results depend on beside the items. A part made under another key is computed again.
+        world: the ranks of the run. All of them make a part together; rank 0 writes and records it.
     """
 
     SAMPLING_BATCHES = 8  # batches in a part that is sampled
     GROUPS = 512  # groups in a part that is judged: a judge model may be loaded once for each part
 
-    def __init__(self, journal: Journal, name: str, config_key: object = None) -> None:
+    def __init__(
+        self,
+        journal: Journal | JournalElsewhere,
+        name: str,
+        config_key: object = None,
+        world: World | None = None,
+    ) -> None:
         self.journal, self.name, self.config_key = journal, f"{name}.parts", config_key
+        self.world = world or World()
         self.began = time.perf_counter()  # when the current part was started
 
     @property
@@ -67,7 +76,7 @@ class ResumableStage:
         Args:
             items: what the stage works on.
             size: items in a part.
-            compute: given the items of a part and the index of the first.
+            compute: given the items of a part and the index of the first; returns their results on rank 0.
             read: given the file of a part and the items that it must be of.
             write: given the file of a part and its results.
             on_known: told the number of items whose results existed already.
@@ -81,20 +90,42 @@ class ResumableStage:
         for first in range(0, len(items), size):
             name = f"{self.name}/{first:08d}.jsonl"
             part = items[first : first + size]
-            input_hash = hashlib.sha256(repr((self.config_key, part)).encode()).hexdigest()
-            note = self.journal.note(name)
-            if note is None or note.get("from") != input_hash:
-                self.began = time.perf_counter()
-                write(self.journal.directory / name, compute(part, first))
-                note = {"from": input_hash, "spent": {"seconds": time.perf_counter() - self.began, **take_counters()}}
-                self.journal.record(name, note)
-            else:
-                if not _is_cost(note.get("spent")):
-                    raise UserError(not_made(self.journal, name))
+            spent = self.world.from_main(self._known, name, part)
+            if spent is not None:
                 on_known(len(part))
+            else:
+                self.began = time.perf_counter()
+                computed = compute(part, first)
+                spent = self.world.from_main(self._record, name, part, computed, write, take_counters)
             results += read(self.journal.directory / name, part)
-            totals.update(note["spent"])
+            totals.update(spent)
         return results, dict(totals)
+
+    def _known(self, name: str, part: Sequence[Item]) -> dict[str, float] | None:
+        """What a part has cost, if its results exist; else None. Raises ``UserError`` if the note on it is damaged."""
+        note = self.journal.note(name)
+        if note is None or note.get("from") != self._input_hash(part):
+            return None
+        if not _is_cost(note.get("spent")):
+            raise UserError(not_made(self.journal, name))
+        return note["spent"]
+
+    def _record(
+        self,
+        name: str,
+        part: Sequence[Item],
+        results: list[Result],
+        write: Callable[[Path, Iterable[Result]], None],
+        take_counters: Callable[[], dict[str, int]],
+    ) -> dict[str, float]:
+        """Writes and records the results of a part; returns their cost."""
+        write(self.journal.directory / name, results)
+        spent = {"seconds": time.perf_counter() - self.began, **take_counters()}
+        self.journal.record(name, {"from": self._input_hash(part), "spent": spent})
+        return spent
+
+    def _input_hash(self, part: Sequence[Item]) -> str:
+        return hashlib.sha256(repr((self.config_key, part)).encode()).hexdigest()
 
     def clear(self) -> None:
         """Removes the parts, once the whole is on disk."""

@@ -30,9 +30,9 @@ def _ask(number: int, frame: FrameType | None) -> None:
     _asked_by = number
 
 
-def asked() -> bool:
-    """Whether a signal has asked the run to stop."""
-    return _asked_by is not None
+def asked() -> int:
+    """The number of the signal that has asked the run to stop; 0 if none has."""
+    return _asked_by or 0
 
 
 def stop_if_asked() -> None:

@@ -211,7 +211,7 @@ def test_what_fails_and_what_time_does_not_allow(bench, tmp_path, monkeypatch) -
     assert "there is no such directory" in failed["reason"]
     assert (skipped["status"], skipped["reason"]) == ("skipped", "no time left")
     monkeypatch.undo()
-    assert tried.job(loss="torch")["status"] == "skipped"
+    assert tried.job("bench.fits", loss="torch")["status"] == "skipped"
 
 
 def test_a_run_that_was_stopped_has_the_stages_up_to_there(tmp_path) -> None:

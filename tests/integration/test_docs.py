@@ -108,12 +108,12 @@ SWITCHES = "config resume force trust_run help push_to_hub".split()
 EARLIER = "algorithm second_fit fit_start judge_max_nonsense".split()  # hidden aliases
 TRL = (
     "model_name_or_path dataset_name output_dir max_completion_length num_generations num_generations_eval "
-    "attn_implementation per_device_train_batch_size"
+    "attn_implementation lora_r per_device_train_batch_size"
 ).split()
 OTHER_COMMANDS = {
     "pip and docker": "no-deps no-build-isolation",
     "dashes for underscores": "learning-rate",
-    "export, AlpacaEval": "alpaca model_outputs",
+    "export, AlpacaEval": "alpaca merge model_outputs",
     "report": "picture",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
     "bench": "kills errors only budget benchmark-only",

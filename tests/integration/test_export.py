@@ -115,7 +115,7 @@ def test_answers(run: Path, tmp_path: Path) -> None:
 )
 def test_bad_input(run: Path, tmp_path: Path, arguments: list[str], message: str, capsys, monkeypatch) -> None:
     """Before a model is loaded."""
-    monkeypatch.delattr("onpo_fast.reports.exports.load")
+    monkeypatch.delattr("onpo_fast.reports.exports.ResidentPolicy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("bad.jsonl").write_text('{"instruction": "fine"}\n{"instruction": " "}\n')

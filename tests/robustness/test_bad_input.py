@@ -379,7 +379,7 @@ def own_code(directory: Path) -> None:
         (without("tokenizer.json"), "cannot load the tokenizer of broken: "),
         (without("config.json"), "broken is not a model directory: it has no config.json"),
         (pickled, "broken has its weights in pytorch_model.bin: only safetensors are read"),
-        (adapter, "broken is an adapter: merge it into its model first"),
+        (adapter, "broken has both a model and an adapter: keep the files of one of them"),
         (truncated, "cannot load the model broken: "),
         (lambda directory: configured(directory, num_hidden_layers=3), "broken lacks 9 of the weights that its config"),
         (narrow, "the weights of broken do not fit its config.json: model.embed_tokens.weight is (200, 32) where it"),
@@ -521,8 +521,7 @@ def test_what_a_run_directory_asks_for(
         (run / "config.yaml").write_text("seed: 0\n")
         there = "run/journal.jsonl"
     monkeypatch.delattr("onpo_fast.oracles.load")
-    for module in ("models.resident", "reports.exports"):
-        monkeypatch.delattr(f"onpo_fast.{module}.load")
+    monkeypatch.delattr("onpo_fast.models.resident.load")
     commands = [(evaluate.main, ["run"])]
     if where != "journal":  # where a config.yaml that lacks options is refused
         commands.append((train.main, ["--resume", "--out", "run"]))

@@ -193,6 +193,7 @@ def test_other_names_of_options(name: str, write) -> None:
         "responses_per_prompt": 7,
         "eval_samples": 7,
         "attention": "sdpa",
+        "lora_rank": 4,
         "objective": "omd",
     }.get(option, "text")
     for line in ([f"--{name}", str(value)], [f"--{name}={value}"], ["--config", write(f"{name}: {value}\n")]):
@@ -208,10 +209,10 @@ def test_what_trl_has_and_this_has_not_comes_with_a_hint(name: str, write) -> No
     assert name not in (*Config.__dataclass_fields__, *OTHER_NAMES)
 
 
-@pytest.mark.parametrize("name", ["lora_alpha", "lora_dropout", "ddp_timeout", "fsdp_config"])
+@pytest.mark.parametrize("name", ["ddp_timeout", "fsdp_config"])
 def test_families_of_options_of_trl_have_one_hint(name: str, write) -> None:
     for line in ([f"--{name}", "1"], ["--config", write(f"{name}: 1\n")]):
-        with pytest.raises(UserError, match=f"there is no option .*{name}: .* (LoRA|device)"):
+        with pytest.raises(UserError, match=f"there is no option .*{name}: .* device"):
             parse(line)
 
 

@@ -1,0 +1,319 @@
+"""Predicts the peak memory of an optimizer step by part, and finds settings that fit a device.
+
+Weights, gradients and optimizer states are counted from the parameters' shapes, the rest by a forward and backward pass
+on fake tensors (``counting``). What is not in it: memory of the CUDA context and of libraries, and fragmentation; on a
+GPU a plan may therefore take ``USABLE`` of the memory only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..loss import LossShape, footprint
+from ..models.execution import checkpoint_layers
+from ..models.heads import logit_options
+from ..packing import Layout, TokenGroup, microbatches, pack
+from .counting import ACTIVATIONS, GRADIENTS, HEAD, LOSS, FakeModel
+
+WEIGHTS, STATES, GATHERED, ANCHOR, PROCESS, ALLOCATOR = (
+    "weights",
+    "optimizer",
+    "gathered",
+    "live anchor",
+    "process",
+    "allocator",
+)
+PARTS = (WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, LOSS, HEAD, GATHERED, ANCHOR, PROCESS, ALLOCATOR)  # in this order
+DTYPES = {"fp32": torch.float32, "bf16-sr": torch.bfloat16}
+# bytes a parameter of both moments: codes, and a float32 scale for 256 or 128 of them
+QUANTISED = {"adamw-8bit": 2 * (1 + 4 / 256), "adamw-4bit": 2 * (0.5 + 4 / 128)}
+MOST_TOKENS = 16384  # of a micro-batch: larger ones are hardly faster
+BUDGETS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, MOST_TOKENS)
+USABLE = 0.92  # share of a GPU's memory: the CUDA context, libraries and fragmentation take the rest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the memory of an optimizer step depends on, beside the model and its micro-batch.
+
+    Attributes:
+        weights: "fp32" or "bf16-sr".
+        ranks: that weights, gradients and optimizer states are sharded over.
+        compute_dtype: of matrix products.
+    """
+
+    weights: str = "fp32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    ranks: int = 1
+    compute_dtype: torch.dtype = torch.float32
+    live_anchor: bool = False
+    loss_mode: str = "auto"
+
+    def changes_from(self, other: Settings) -> str:
+        """Returns the flags that turn other settings into these."""
+        flags = [
+            f"--{name} {value}"
+            for name in ("weights", "optimizer", "lora_rank")
+            if (value := getattr(self, name)) != getattr(other, name)
+        ]
+        if self.gradient_checkpointing and not other.gradient_checkpointing:
+            flags.append("--gradient_checkpointing")
+        if self.ranks != other.ranks:
+            flags.append(f"torchrun with {self.ranks} processes")
+        return " ".join(flags)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes of one process, by part, in the steps after the first; each dict is one moment.
+
+    Attributes:
+        backward: at the peak of the forward and backward pass of the largest micro-batch.
+        update: while the optimizer takes its step.
+        tokens: of that micro-batch, padding included.
+    """
+
+    settings: Settings
+    backward: Mapping[str, int]
+    update: Mapping[str, int]
+    tokens: int
+
+    @property
+    def at_peak(self) -> Mapping[str, int]:
+        """The moment with the most memory."""
+        return max(self.backward, self.update, key=lambda parts: sum(parts.values()))
+
+    @property
+    def total(self) -> int:
+        """Peak bytes."""
+        return sum(self.at_peak.values())
+
+    @property
+    def total_of_first_step(self) -> int:
+        """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet."""
+        return max(sum(self.backward.values()) - self.backward.get(STATES, 0), sum(self.update.values()))
+
+
+@dataclass
+class Planner:
+    """Makes plans for a model and its data.
+
+    Attributes:
+        build: makes the model with weights of this dtype; called where new tensors have no data.
+        layout: of micro-batches.
+        masked: whether attention takes a mask, as sdpa and eager do; flash and flex attention keep nothing of its size.
+        device: that the fit is on; its memory is not touched.
+        backend: of the loss, "triton" or "torch".
+        memory: bytes of the device, by which the Triton backend chooses its workspace; None if unknown.
+        baseline: other bytes by part, such as ``PROCESS`` on a CPU.
+    """
+
+    build: Callable[[torch.dtype], PreTrainedModel]
+    layout: Layout = "shared"
+    masked: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    backend: str = "triton"
+    memory: int | None = None
+    baseline: Mapping[str, int] = field(default_factory=dict)
+
+    def plan(self, settings: Settings, groups: list[TokenGroup], several: bool = True) -> Plan:
+        """Plans for a largest micro-batch of these groups.
+
+        Args:
+            several: whether an optimizer step has several micro-batches.
+
+        Raises:
+            CannotCount: if the family does not run on fake tensors.
+        """
+        model = self._model(settings)
+        weights, trained = _bytes(model.model.parameters()), model.parameters(trained=True)
+        gradients, sharded = _bytes(trained), settings.ranks
+        states = sum(map(lambda one: _state_bytes(one, settings.optimizer), trained))
+        fixed = {WEIGHTS: weights // sharded, STATES: states // sharded, **self.baseline}
+        if settings.live_anchor:
+            fixed[ANCHOR] = weights
+        update = {**fixed, GRADIENTS: gradients // sharded}
+        update[STATES] += self._temporaries(trained, settings)
+        if sharded > 1:
+            fixed |= {GATHERED: _gathered(model.model), GRADIENTS: gradients // sharded}
+        free = None if self.memory is None else self.memory - sum(fixed.values())
+        packed = pack(groups, self.layout)
+        counter = model.count(
+            packed,
+            lambda live: footprint(
+                self._loss_shape(model, groups, settings),
+                self.backend,
+                self.device,
+                None if free is None else max(free - live, 0),
+            ),
+            masked=self.masked,
+            several=several,
+            sharded=sharded > 1,
+        )
+        backward = {**fixed}
+        for part, size in counter.at_peak.items():
+            backward[part] = backward.get(part, 0) + size
+        if self.device.type == "cpu":
+            for parts in (backward, update):
+                heap = sum(parts.get(part, 0) for part in (GRADIENTS, STATES, ACTIVATIONS))
+                parts[ALLOCATOR] = round(HEAP_OVERHEAD * heap)
+        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel())
+
+    def largest(self, settings: Settings, group: TokenGroup, tokens: int, several: bool = True) -> Plan:
+        """Plans for micro-batches of so many tokens, filled with such groups; of one group if that is larger."""
+        many = [group] * (1 + tokens)
+        return self.plan(settings, [group] * len(next(microbatches(many, self.layout, tokens))), several)
+
+    def choose_tokens(self, settings: Settings, group: TokenGroup) -> Plan | None:
+        """Plans for the most tokens that fit ``memory``, at most ``MOST_TOKENS``; None if not even one group fits.
+
+        Args:
+            group: the largest that there may be. It is the least that a micro-batch holds.
+        """
+        best = self.largest(settings, group, 1)
+        if not self.fits(best):
+            return None
+        budgets = [budget for budget in BUDGETS if budget > best.tokens]
+        first, last = 0, len(budgets)  # the budgets up to ``first`` fit, those from ``last`` on do not
+        while first < last:
+            middle = (first + last) // 2
+            plan = self.largest(settings, group, budgets[middle])
+            if self.fits(plan):
+                best, first = replace(plan, tokens=budgets[middle]), middle + 1
+            else:
+                last = middle
+        return best
+
+    def fits(self, plan: Plan) -> bool:
+        """Returns whether a plan fits the memory."""
+        return self.memory is None or plan.total <= self.usable
+
+    @property
+    def usable(self) -> int:
+        """Bytes of ``memory`` that a plan may take."""
+        return round(self.memory * (USABLE if self.device.type == "cuda" else 1))
+
+    def alternatives(self, settings: Settings, group: TokenGroup) -> Iterator[Plan]:
+        """Yields plans that fit: one change of the settings where that is enough, else several."""
+        single, changed = False, settings
+        for change in _changes(settings, self.device):
+            if change is None:
+                continue
+            if (plan := self.choose_tokens(replace(settings, **change), group)) is not None:
+                single = True
+                yield plan
+            changed = replace(changed, **{name: value for name, value in change.items() if name != "ranks"})
+        if not single:
+            for ranks in (settings.ranks, 2 * settings.ranks, 4 * settings.ranks, 8 * settings.ranks):
+                plan = self.choose_tokens(_allowed(replace(changed, ranks=ranks)), group)
+                if plan is not None:
+                    yield plan
+                    return
+
+    def _model(self, settings: Settings) -> FakeModel:
+        return self._models(
+            settings.weights, settings.gradient_checkpointing, settings.lora_rank, settings.compute_dtype
+        )
+
+    @cached_property
+    def _models(self) -> Callable[..., FakeModel]:
+        @lru_cache(maxsize=4)
+        def make(weights: str, checkpointing: bool, rank: int | None, compute: torch.dtype) -> FakeModel:
+            def prepare(model: PreTrainedModel) -> None:
+                if checkpointing:
+                    checkpoint_layers(model)
+                if rank is not None:
+                    add_adapters(model, rank)
+
+            return FakeModel(lambda: self.build(DTYPES[weights]), self.layout, compute, prepare)
+
+        return make
+
+    def _loss_shape(self, model: FakeModel, groups: list[TokenGroup], settings: Settings) -> LossShape:
+        head = model.model.get_output_embeddings().weight
+        tokens = [sum(map(len, responses)) for _, responses in groups]
+        softcap = logit_options(model.model.config)["softcap"] is not None
+        return LossShape(
+            tokens,
+            tuple(head.shape),
+            settings.compute_dtype,
+            head.dtype,
+            softcap,
+            head.requires_grad,
+            settings.loss_mode,
+        )
+
+    def _temporaries(self, trained: list[nn.Parameter], settings: Settings) -> int:
+        """Returns the bytes that an optimizer takes beside its states while it updates the largest weight."""
+        largest = max((one.numel() for one in trained), default=0)
+        if settings.optimizer == "adamw" and settings.weights == "fp32":
+            return 0 if self.device.type == "cuda" else 2 * 4 * largest  # a fused step has none
+        return 2 * 4 * largest // settings.ranks  # torchao's step computes in float32
+
+
+# Bytes of freed memory that glibc keeps between tensors of a fit, as a share of what it holds in its heap (measured).
+HEAP_OVERHEAD = 0.21
+
+
+def _changes(settings: Settings, device: torch.device) -> list[dict[str, object] | None]:
+    """Returns changes of the settings that save memory."""
+    half = {"weights": "bf16-sr", "compute_dtype": torch.bfloat16}
+    return [
+        None if settings.gradient_checkpointing else {"gradient_checkpointing": True},
+        None if settings.weights == "bf16-sr" else half,
+        {"optimizer": "adamw-8bit"} if settings.optimizer == "adamw" else None,
+        {"lora_rank": 16} if settings.lora_rank is None else None,
+        *({"ranks": settings.ranks * more} for more in (2, 4, 8) if device.type == "cuda"),
+    ]
+
+
+def _allowed(settings: Settings) -> Settings:
+    """Returns the settings without what does not work on several ranks: quantised moments of bfloat16 weights."""
+    if settings.ranks > 1 and settings.weights == "bf16-sr":
+        return replace(settings, optimizer="adamw")
+    return settings
+
+
+def add_adapters(model: PreTrainedModel, rank: int) -> None:
+    """Puts LoRA layers on all linear layers but the head, in place, and freezes the rest."""
+    import peft
+
+    peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _bytes(tensors: object) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+    per_value = QUANTISED.get(optimizer, 2 * parameter.element_size())
+    return round(parameter.numel() * per_value)
+
+
+def _gathered(model: PreTrainedModel) -> int:
+    """Returns the bytes of weights and gradients that FSDP2 holds whole: the root's, and those of two blocks.
+
+    The root holds embeddings, final norm and head. One block is computed while the next is gathered, and the gradient of
+    one is whole until it is reduced, in float32.
+    """
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    within = {id(one) for block in blocks for one in block.parameters()}
+    root = _bytes(one for one in model.parameters() if id(one) not in within)
+    largest = max((_bytes(block.parameters()) for block in blocks), default=0)
+    gradient = max(
+        (sum(4 * one.numel() for one in block.parameters() if one.requires_grad) for block in blocks), default=0
+    )
+    return root + 2 * largest + gradient
+
+
+def _ordered(parts: Mapping[str, int]) -> dict[str, int]:
+    return {part: parts[part] for part in PARTS if parts.get(part)}

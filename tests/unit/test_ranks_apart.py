@@ -1,0 +1,139 @@
+"""What ranks share, without other processes: shares, micro-batches, tensors on disk, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from onpo_fast.batches import split
+from onpo_fast.config import Config, ModelConfig
+from onpo_fast.data import Group, Pair, Response
+from onpo_fast.distributed import World, joined, rank_device
+from onpo_fast.errors import UserError
+from onpo_fast.models.loading import check_saved, load
+from onpo_fast.models.policy import Policy
+from onpo_fast.run.opening import check_ranks
+from onpo_fast.run.shards import OFFSETS, StoredShards, copy_shards, write_shards
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 5, 16])
+def test_every_item_has_one_rank(count: int, size: int) -> None:
+    items = list(range(count))
+    worlds = [World(rank, size) for rank in range(size)]
+    assert [one for world in worlds for one in items[world.share(count)]] == items
+    assert sorted(one for world in worlds for one in world.deal(items)) == items
+    shares = [len(items[world.share(count)]) for world in worlds]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_outside_torchrun_there_is_a_world_of_one(monkeypatch) -> None:
+    """Also where a cluster sets the variables of PyTorch's own launcher."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with joined() as world:
+        assert (world.rank, world.size) == (0, 1)
+        assert world.from_main(lambda one: one + 1, 2) == 3
+        assert world.gather("a") == world.gather_on_all("a") == ["a"]
+        assert world.largest(7) == 7
+
+
+@pytest.fixture
+def batch() -> tuple[list[Group], dict[int, list[Pair]]]:
+    """Five groups of two responses."""
+    groups = [
+        Group([], [1] * (3 + g), [Response("", [4, 5], "eos", -1.0), Response("", [6], "eos", -1.0)]) for g in range(5)
+    ]
+    return groups, {g: [Pair(g, 0, 1, 0.7, 1.0)] for g in range(5)}
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 1), (2, 2), (4, 4), (5, 5), (8, 5)])
+def test_micro_batches_are_enough_for_the_ranks(policy: Policy, batch, ranks: int, expected: int) -> None:
+    groups, pairs = batch
+    parts = split(policy, groups, pairs, 10**6, ranks)
+    assert len(parts) == expected
+    assert sorted(g for part in parts for g in part) == list(pairs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 2
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 24, 32, 10**6])
+def test_micro_batches_are_divided_in_order(policy: Policy, batch, tokens: int) -> None:
+    groups, pairs = batch
+    alone, shared = (split(policy, groups, pairs, tokens, ranks) for ranks in (1, 2))
+    assert [g for part in shared for g in part] == [g for part in alone for g in part]
+    assert len(alone) <= len(shared) <= len(alone) + 1
+    assert len(shared) % 2 == 0 or len(shared) == len(pairs)
+
+
+def test_rows_are_put_together_from_the_files_of_other_ranks(tmp_path) -> None:
+    whole = torch.arange(21.0).reshape(7, 3)
+    for rank, rows in enumerate((slice(0, 3), slice(3, 6), slice(6, 7))):
+        offsets = json.dumps({"moment.w": {"saved_offsets": [rows.start, 0]}})
+        save_file({"moment.w": whole[rows].clone()}, tmp_path / f"{rank}.safetensors", {OFFSETS: offsets})
+    files = sorted(tmp_path.iterdir())
+    assert torch.equal(StoredShards(files).rows_of("moment.w", torch.empty(7, 3)), whole)
+    with pytest.raises(ValueError, match="lacks rows"):
+        StoredShards(files[:2]).rows_of("moment.w", torch.empty(7, 3))
+    with pytest.raises(ValueError, match="shape"):
+        StoredShards(files).rows_of("moment.w", torch.empty(7, 4))
+    with pytest.raises(ValueError, match="shape"):
+        StoredShards(files).rows_of("moment.w", torch.empty(6, 3))
+
+
+def test_a_process_alone_writes_the_same_format(tmp_path) -> None:
+    tensors = {"model.w": torch.rand(3, 2), "step.w": torch.tensor(4.0)}
+    write_shards(tmp_path / "rank_00000.safetensors", copy_shards(tensors))
+    stored = StoredShards([tmp_path / "rank_00000.safetensors"])
+    assert torch.equal(stored.rows_of("model.w", tensors["model.w"]), tensors["model.w"])
+    assert torch.equal(stored.whole("step.w"), tensors["step.w"])
+
+
+def test_a_saved_policy_that_differs_from_memory_is_refused(tiny_model, tmp_path) -> None:
+    """As where weights were rounded on their way to the disk."""
+    config = ModelConfig(device="cpu")
+    policy = load(tiny_model, config)
+    policy.save(tmp_path / "policy")
+    check_saved(tmp_path / "policy", policy, config)
+    with torch.no_grad():
+        weight = policy.model.model.layers[1].mlp.up_proj.weight
+        weight += weight * 2**-9  # less than half the spacing of bfloat16
+    with pytest.raises(UserError, match=r"not saved as it is in memory \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        check_saved(tmp_path / "policy", policy, config)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu:0"])
+def test_ranks_cannot_share_a_device(device: str) -> None:
+    with pytest.raises(UserError, match=f"^--device {device}: under torchrun each rank takes a GPU of its own"):
+        rank_device(device, 0)
+
+
+def test_more_ranks_than_gpus(monkeypatch) -> None:
+    monkeypatch.setattr("onpo_fast.distributed.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="give --nproc-per-node 2"):
+        rank_device("auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts"),
+    [
+        ({"batch_pairs": 30, "responses_per_prompt": 4}, 5),
+        ({"batch_pairs": 30, "responses_per_prompt": 4, "pairing": "iid"}, 15),
+        ({"batch_pairs": 30, "responses_per_prompt": 4, "pairing": "best_worst"}, 30),
+        ({"batch_pairs": 30, "responses_per_prompt": 4, "objective": "sppo"}, 8),
+        ({"batch_pairs": 30, "prompts_per_iteration": 3}, 3),
+    ],
+)
+def test_a_step_has_a_prompt_for_each_rank(options: dict, prompts: int) -> None:
+    check_ranks(Config(**options), prompts)
+    with pytest.raises(UserError, match=f"^--batch_pairs 30 .* fewer than the {prompts + 1} ranks"):
+        check_ranks(Config(**options), prompts + 1)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("inf"), 1e9])
+def test_a_time_out_that_cannot_be(minutes: float) -> None:
+    with pytest.raises(UserError, match=r"^--rank_timeout must"):
+        Config(rank_timeout=minutes)
