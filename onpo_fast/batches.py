@@ -58,7 +58,7 @@ def total_weight(batch: Batch) -> float:
 def split(policy: Policy, groups: Sequence[Group], batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
     """Splits a batch into micro-batches of whole groups with at most so many packed tokens, if a group has no more."""
     members = list(batch)
-    tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
+    tokens = [compared_tokens(groups[g], batch[g]) for g in members]
     for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
         yield {members[m]: batch[members[m]] for m in chosen}
 
@@ -68,7 +68,7 @@ def compared(pairs: Sequence[Pair]) -> list[int]:
     return sorted({response for pair in pairs for response in (pair.winner, pair.loser) if response is not None})
 
 
-def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
+def compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
     prompt, responses = token_group(group)
     return prompt, [responses[r] for r in compared(pairs)]
 
@@ -94,7 +94,7 @@ class MicroBatch:
         A pair without a loser gets an empty response, whose log-prob is 0, right after its winner: the two are then a
         preference group of their own, and the loss takes groups in chunks without moving rows.
         """
-        packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
+        packed = pack([compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
         boundaries, edges = packed.cu_seqlens.tolist(), [0]
         pairs, labels, weights = [], [], []
         responses: list[tuple[int, int] | None] = []

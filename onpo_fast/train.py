@@ -48,6 +48,7 @@ def train(config: Config, resume: bool = False, force: bool = False) -> dict:
     if config.push_to_hub is not None:
         check_upload(config.push_to_hub)  # before hours of training
     with open_run(config, resume, force) as run:
+        config = run.config
         game = LanguageGame(
             run,
             config.make_objective(),

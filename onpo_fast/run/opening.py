@@ -28,6 +28,7 @@ from ..data import (
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
+from ..memory.watch import with_token_budget
 from ..models.checkpoint import count_parameters, locate
 from ..models.optimizers import check_optimizer
 from ..models.policy import Policy
@@ -42,6 +43,7 @@ from .outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
 from .tracking import Tracker, check_reporter, counted, environment, progress, say
 
 MANY_PROMPTS = 2000  # rendering more takes seconds, and shows its progress
+RENDERED_AGAIN = 32  # prompts whose tokens are counted to find the longest
 JOURNALS = Journal.FILES + Journal.EARLIER_FILES
 
 
@@ -50,6 +52,7 @@ class OpenRun:
     """A run directory that this process works on, until ``close`` or the end of a ``with``.
 
     Attributes:
+        config: its options, with those resolved that depend on the device.
         cache: makes its stages resumable.
         policies: loads policies, one at a time.
         initial: where π_1 is.
@@ -62,6 +65,7 @@ class OpenRun:
         compute_dtype: of the policy's computation.
     """
 
+    config: Config
     directory: Path
     lock: RunLock
     journal: Journal
@@ -166,6 +170,8 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
     """Writes what a run has from its first moment on, if it may go on in the directory."""
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
+    if policy.device.type == "cuda":  # on a CPU the first fit says what it takes
+        config = with_token_budget(config, policy, _longest_prompt(policy, [*checked.prompts, *checked.held_out]))
     journal = Journal(directory)
     journal.before_record.append(lock.check)
     if journal.mended:
@@ -186,6 +192,7 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
     _log_prompts(tracker, checked)
     _say_what_starts(config, policy, checked, reason)
     return OpenRun(
+        config=config,
         directory=directory,
         lock=lock,
         journal=journal,
@@ -203,6 +210,12 @@ def _begin(config: Config, checked: _Checked, lock: RunLock, resume: bool, force
         device=policy.device,
         compute_dtype=policy.compute_dtype,
     )
+
+
+def _longest_prompt(policy: Policy, prompts: list[Messages]) -> int:
+    """Returns the most tokens of a prompt, of those with most characters."""
+    longest = sorted(prompts, key=oracles.length)[-RENDERED_AGAIN:]
+    return max(len(policy.renderer.render(prompt)) for prompt in longest)
 
 
 def load_oracle(config: Config, directory: Path) -> oracles.Oracle:

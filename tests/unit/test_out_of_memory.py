@@ -79,7 +79,9 @@ def fitted(model, most_tokens: int, in_backward: bool = False, **options) -> tup
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["", "recomputed"])
-def test_a_micro_batch_that_does_not_fit_is_computed_again(tiny_model, in_backward: bool, options: dict, capsys) -> None:
+def test_a_micro_batch_that_does_not_fit_is_computed_again(
+    tiny_model, in_backward: bool, options: dict, capsys
+) -> None:
     """The second of a step, after which the gradients of the first are there, and a part of its own."""
     options["tokens_per_microbatch"] = 180
     whole, records, attempts = fitted(tiny_model, 10**6, **options)
