@@ -179,7 +179,7 @@ def score(
     found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
     loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
     policy.model.eval()
-    budget = TokenBudget(config.tokens_per_microbatch)
+    budget = TokenBudget(config.token_budget)
     for batch in batches:
         found += budget.retry(lambda batch=batch: list(_scored(policy, groups, batch, loss, budget, world)))
         progress(len(batch))
@@ -213,7 +213,7 @@ def _score_rest(
     rest = {g: sorted({*range(len(group.responses))} - {*in_pairs.get(g, ())}) for g, group in enumerate(groups)}
     rest = dict(world.deal([(g, responses) for g, responses in rest.items() if responses]))
     left = [replace(groups[g], responses=[groups[g].responses[r] for r in chosen]) for g, chosen in rest.items()]
-    yield from zip(rest, rest.values(), score_groups(policy, left, config.tokens_per_microbatch))
+    yield from zip(rest, rest.values(), score_groups(policy, left, config.token_budget))
 
 
 def _backward(
@@ -267,7 +267,7 @@ class _Training:
 
     def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int], world: World) -> None:
         self.policy, self.config, self.steps, self.seed, self.world = policy, config, steps, seed, world
-        self.budget = TokenBudget(config.tokens_per_microbatch)
+        self.budget = TokenBudget(config.token_budget)
         policy.begin_fit()
         self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
