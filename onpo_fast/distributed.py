@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import UserError
@@ -106,6 +107,12 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors on the ranks' devices by their means over the ranks, which are the same bits on all."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor, group=self.mesh.get_group())
+            tensor /= self.size
+
     def share(self, count: int) -> slice:
         """Returns which of ``count`` items are this rank's: consecutive ones, as many as another rank's or one more."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -187,12 +194,14 @@ class _Watch(threading.Thread):
     def ended(self) -> int | None:
         """Returns the exit status of a rank that has ended before its time; None if there is none."""
         try:
+            # in this order: a rank that has ended as it should has said so before
+            dead = [rank for rank, process in self.neighbours.items() if not _is_alive(process)]
             if self.store.check(["ended"]):
                 return int(self.store.get("ended"))
-            for rank, process in self.neighbours.items():
-                if not _is_alive(process) and not self.store.check([f"left {rank}"]):
-                    message = f"rank {rank} (process {process}) has died; {self.world.how_to_go_on}"
+            for rank in dead:
+                if not self.store.check([f"left {rank}"]):
                     if self.claim(1):
+                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.how_to_go_on}"
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
         except RuntimeError:

@@ -81,8 +81,8 @@ def fit(
     If the policy is saved in less precision than its weights have, they are rounded after the last step, so that they
     are those on the disk.
 
-    Several ranks, all of which call this function, shard the weights and take the micro-batches of a step in turn. The
-    gradient is that of one process up to rounding.
+    Several ranks, all of which call this function, shard the weights and take the micro-batches of a step in turn. LoRA
+    adapters and their frozen base are whole on each. The gradient is that of one process up to rounding.
 
     Args:
         groups: the iteration's preference groups.
@@ -108,7 +108,7 @@ def fit(
     """
     world = world or World()
     kept = KeptMargins(policy, groups, batches[0], config) if world.is_main else None
-    if world.size > 1:
+    if world.size > 1 and policy.adapter is None:
         policy = ShardedPolicy.of(policy, world.mesh)
     training = _Training(policy, config, len(batches), seed, world)
     if states:
@@ -237,12 +237,14 @@ def _backward(
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
         budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
-        # micro-batches differ in size: a mean of their means would not be the mean over pairs. FSDP2 takes the mean
+        # micro-batches differ in size: a mean of their means would not be the mean over pairs. Gradients are the mean
         # over ranks
         share = 0.0 if is_spare else total_weight(part) / total_weight(batch) * world.size
         (output.loss * share).backward()
         if not is_spare:
             metrics.add(microbatch, output)
+    if not isinstance(policy, ShardedPolicy):  # FSDP2 has done it
+        world.average([one.grad for one in policy.model.parameters() if one.grad is not None])
     metrics.gather(world)
     return metrics
 

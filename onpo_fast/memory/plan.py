@@ -301,8 +301,8 @@ def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
 def _gathered(model: PreTrainedModel) -> int:
     """Returns the bytes of weights and gradients that FSDP2 holds whole: the root's, and those of two blocks.
 
-    The root holds embeddings, final norm and head. One block is computed while the next is gathered, and the gradient of
-    one is whole until it is reduced, in float32.
+    The root holds embeddings, final norm and head. One block is computed while the next is gathered, and the gradient
+    of one is whole until it is reduced, in float32.
     """
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
