@@ -67,12 +67,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    began = time.monotonic()
+    began, environment = time.monotonic(), surroundings(torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="bench-precision-") as work:
         rows = Experiment(options, Path(work)).rows()
     data = {
         "command": " ".join(["python -m bench", *map(shlex.quote, sys.argv[1:])]),
-        "environment": surroundings(torch.device("cpu")),
+        "environment": environment,
         "seconds": time.monotonic() - began,
         "rows": rows,
     }

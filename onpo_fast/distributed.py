@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -107,9 +107,11 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors on the ranks' devices by their means over the ranks, which are the same bits on all."""
-        for tensor in tensors if self.size > 1 else ():
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces tensors on the ranks' devices by their means over the ranks."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
             dist.all_reduce(tensor, group=self.mesh.get_group())
             tensor /= self.size
 

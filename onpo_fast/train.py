@@ -51,6 +51,7 @@ def train(config: Config, resume: bool = False, force: bool = False, world: Worl
     if config.push_to_hub is not None and world.is_main:
         check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
     with open_run(config, resume, force, world) as run:
+        config = run.config
         game = LanguageGame(
             run,
             config.make_objective(),
