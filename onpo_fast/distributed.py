@@ -196,12 +196,14 @@ class _Watch(threading.Thread):
     def ended(self) -> int | None:
         """Returns the exit status of a rank that has ended before its time; None if there is none."""
         try:
+            # in this order: a rank that has ended as it should has said so before
+            dead = [rank for rank, process in self.neighbours.items() if not _is_alive(process)]
             if self.store.check(["ended"]):
                 return int(self.store.get("ended"))
-            for rank, process in self.neighbours.items():
-                if not _is_alive(process) and not self.store.check([f"left {rank}"]):
-                    message = f"rank {rank} (process {process}) has died; {self.world.how_to_go_on}"
+            for rank in dead:
+                if not self.store.check([f"left {rank}"]):
                     if self.claim(1):
+                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.how_to_go_on}"
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
         except RuntimeError:
