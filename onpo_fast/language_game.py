@@ -210,7 +210,9 @@ class LanguageGame:
 
     def _save(self, folder: Path, policy: Policy) -> None:
         self.run.policies.save(folder, policy)
-        if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
+        if (
+            self.run.world.size > 1 and policy.adapter is None
+        ):  # its weights have been gathered, which has gone wrong silently elsewhere
             check_saved(folder, policy, self.run.policies.config)
 
     def _states(self, output: str) -> FitStates:
