@@ -289,6 +289,11 @@ def test_two_ranks_train_the_adapters_of_one(work: Path, tmp_path: Path, adapter
         for other in others:
             assert one.keys() == other.keys()
             assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
+    norms = []  # which a sum in place of a mean would change, where AdamW's steps do not show it
+    for name in ("one", "two"):
+        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        norms.append([record["gradient_norm"] for record in records if record["stage"] == "fit"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
