@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ranks
-from support.ranks import Job
 from support.small_runs import SMALL, prepare, small_run
 from torch import Tensor
 
@@ -266,34 +264,6 @@ def test_a_killed_fit_goes_on_to_the_same_bits(work: Path, monkeypatch) -> None:
         assert file.stat().st_size < (work / "model/model.safetensors").stat().st_size
     train.train(config, resume=True)
     assert run_digest(Path(config.out)) == run_digest(work / "run")
-
-
-@pytest.mark.long
-def test_two_ranks_train_the_adapters_of_one(work: Path, tmp_path: Path, adapter: Path) -> None:
-    """Also from a model that the run keeps converted, and from a state of two ranks on one."""
-    few = {**SMALL, **LORA, "iterations": 1, "learning_rate": 1e-4, "tokens_per_microbatch": 64}
-    few |= {"prompts_per_iteration": 5, "batch_pairs": 6}
-    options = [f"--{name}={value}" for name, value in few.items()]
-    options += [f"--model={adapter}", f"--prompts={work / 'prompts.jsonl'}", "--device=cpu"]
-    jobs = {"one": Job(1, options, ""), "two": Job(2, options, ""), "stopped": Job(2, options, "", (1, 2, "SIGTERM"))}
-    jobs["then one"] = Job(1, ["--resume"], "", begun=str(tmp_path / "stopped"))
-    for name, job in jobs.items():
-        job.out = str(tmp_path / name)
-    ended = ranks.run(list(jobs.values()), tmp_path / "output")
-    assert [end.statuses for end in ended] == [[0], [0, 0], [143, 143], [0]], [end.errors for end in ended]
-    for into in ("auxiliary", "policy"):
-        one, *others = (
-            peft.load_peft_weights(str(tmp_path / name / f"iteration_01/{into}"), device="cpu")
-            for name in ("one", "two", "then one")
-        )
-        for other in others:
-            assert one.keys() == other.keys()
-            assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
-    norms = []  # which a sum in place of a mean would change, where AdamW's steps do not show it
-    for name in ("one", "two"):
-        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        norms.append([record["gradient_norm"] for record in records if record["stage"] == "fit"])
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
