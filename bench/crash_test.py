@@ -328,7 +328,7 @@ class CrashTest:
             training.train(config, resume=True)
 
         assert finish(fork(work, self.log_file(config))) == -signal.SIGKILL, self.log(config)
-        flip(states(config, last)[-1] / "state.safetensors")
+        flip(states(config, last)[-1] / "rank_00000.safetensors")
         return self.verdict("flip the newest of two checkpoints", config, finish(self.start(config)))
 
 

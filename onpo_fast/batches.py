@@ -63,7 +63,7 @@ def split(
     Their number is a multiple of that of the ranks, which take them in turn, unless there are too few groups.
     """
     members = list(batch)
-    tokens = [_compared_tokens(groups[g], batch[g]) for g in members]
+    tokens = [compared_tokens(groups[g], batch[g]) for g in members]
     chosen = list(microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary))
     wanted = min(-(-len(chosen) // ranks) * ranks, len(members))
     while len(chosen) < wanted:
@@ -78,7 +78,7 @@ def compared(pairs: Sequence[Pair]) -> list[int]:
     return sorted({response for pair in pairs for response in (pair.winner, pair.loser) if response is not None})
 
 
-def _compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
+def compared_tokens(group: Group, pairs: Sequence[Pair]) -> TokenGroup:
     prompt, responses = token_group(group)
     return prompt, [responses[r] for r in compared(pairs)]
 
@@ -104,7 +104,7 @@ class MicroBatch:
         A pair without a loser gets an empty response, whose log-prob is 0, right after its winner: the two are then a
         preference group of their own, and the loss takes groups in chunks without moving rows.
         """
-        packed = pack([_compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
+        packed = pack([compared_tokens(groups[g], pairs) for g, pairs in batch.items()], layout)
         boundaries, edges = packed.cu_seqlens.tolist(), [0]
         pairs, labels, weights = [], [], []
         responses: list[tuple[int, int] | None] = []

@@ -12,13 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import UserError
@@ -106,6 +107,16 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces the gradients of weights that every rank has whole, as those of adapters, by their mean."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # of an expert that no token of this rank was sent to
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.mesh.get_group())
+            parameter.grad /= self.size
+
     def share(self, count: int) -> slice:
         """Returns which of ``count`` items are this rank's: consecutive ones, as many as another rank's or one more."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -187,15 +198,20 @@ class _Watch(threading.Thread):
     def ended(self) -> int | None:
         """Returns the exit status of a rank that has ended before its time; None if there is none."""
         try:
+            # in this order: a rank that has ended as it should has said so before
+            dead = [rank for rank, process in self.neighbours.items() if not _is_alive(process)]
             if self.store.check(["ended"]):
                 return int(self.store.get("ended"))
-            for rank, process in self.neighbours.items():
-                if not _is_alive(process) and not self.store.check([f"left {rank}"]):
-                    message = f"rank {rank} (process {process}) has died; {self.world.how_to_go_on}"
+            for rank in dead:
+                if not self.store.check([f"left {rank}"]):
                     if self.claim(1):
+                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.how_to_go_on}"
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
-        except RuntimeError:  # torchrun, whose store it is, has ended on the first machine
+        except RuntimeError:
+            if os.environ["LOCAL_RANK"] == "0":  # ranks can no longer agree on one of them
+                message = f"torchrun has ended on the first machine; {self.world.how_to_go_on}"
+                print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
         return None
 

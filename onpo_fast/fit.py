@@ -81,8 +81,8 @@ def fit(
     If the policy is saved in less precision than its weights have, they are rounded after the last step, so that they
     are those on the disk.
 
-    Several ranks, all of which call this function, shard the weights and take the micro-batches of a step in turn. The
-    gradient is that of one process up to rounding.
+    Several ranks, all of which call this function, take the micro-batches of a step in turn. They shard the weights;
+    those of LoRA each rank has whole. The gradient is that of one process up to rounding.
 
     Args:
         groups: the iteration's preference groups.
@@ -108,7 +108,7 @@ def fit(
     """
     world = world or World()
     kept = KeptMargins(policy, groups, batches[0], config) if world.is_main else None
-    if world.size > 1:
+    if world.size > 1 and policy.adapter is None:  # the base of adapters stays whole on every rank
         policy = ShardedPolicy.of(policy, world.mesh)
     training = _Training(policy, config, len(batches), seed, world)
     if states:
@@ -139,7 +139,7 @@ def fit(
         if states:
             states.clear()
         raise
-    return fitted
+    return fitted if world.is_main else None
 
 
 def _divergence(fitted: Policy) -> str | None:
@@ -179,7 +179,7 @@ def score(
     found: list[tuple[list[tuple[int, int] | None], Tensor]] = []  # tensors on the device, read once at the end
     loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
     policy.model.eval()
-    budget = TokenBudget(config.tokens_per_microbatch)
+    budget = TokenBudget(config.token_budget)
     for batch in batches:
         found += budget.retry(lambda batch=batch: list(_scored(policy, groups, batch, loss, budget, world)))
         progress(len(batch))
@@ -213,7 +213,7 @@ def _score_rest(
     rest = {g: sorted({*range(len(group.responses))} - {*in_pairs.get(g, ())}) for g, group in enumerate(groups)}
     rest = dict(world.deal([(g, responses) for g, responses in rest.items() if responses]))
     left = [replace(groups[g], responses=[groups[g].responses[r] for r in chosen]) for g, chosen in rest.items()]
-    yield from zip(rest, rest.values(), score_groups(policy, left, config.tokens_per_microbatch))
+    yield from zip(rest, rest.values(), score_groups(policy, left, config.token_budget))
 
 
 def _backward(
@@ -237,12 +237,14 @@ def _backward(
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
         budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
-        # micro-batches differ in size: a mean of their means would not be the mean over pairs. FSDP2 takes the mean
-        # over ranks
+        # micro-batches differ in size: a mean of their means would not be the mean over pairs. Gradients are the
+        # mean over ranks
         share = 0.0 if is_spare else total_weight(part) / total_weight(batch) * world.size
         (output.loss * share).backward()
         if not is_spare:
             metrics.add(microbatch, output)
+    if not isinstance(policy, ShardedPolicy):
+        world.average_gradients(one for one in policy.model.parameters() if one.requires_grad)
     metrics.gather(world)
     return metrics
 
@@ -266,7 +268,7 @@ class _Training:
 
     def __init__(self, policy: Policy, config: FitConfig, steps: int, seed: Sequence[int], world: World) -> None:
         self.policy, self.config, self.steps, self.seed, self.world = policy, config, steps, seed, world
-        self.budget = TokenBudget(config.tokens_per_microbatch)
+        self.budget = TokenBudget(config.token_budget)
         policy.begin_fit()
         self.optimizer = make_optimizer(policy, config)
         self.schedule = cosine_with_warmup(self.optimizer, round(config.warmup_ratio * steps), steps)
@@ -300,7 +302,9 @@ class _Training:
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor().cpu()
+            norm = norm.full_tensor()
+        if self.world.size > 1:
+            norm = norm.cpu()  # where the metrics of all ranks are
         rate = self.schedule.get_last_lr()[0]
         summary = metrics.summary(gradient_norm=norm)
         self.skipped = 0 if None not in (summary["gradient_norm"], summary["loss"]) else self.skipped + 1

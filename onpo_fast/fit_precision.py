@@ -38,7 +38,7 @@ class KeptMargins:
         self.saves_less = policy.saves_rounded
         if not (self.computes_less or self.saves_less):
             return
-        self.groups, self.part = groups, split(policy, groups, batch, config.tokens_per_microbatch)[0]
+        self.groups, self.part = groups, split(policy, groups, batch, config.token_budget)[0]
         self.loss = PairLossOptions(None, backend=config.loss_backend, mode=config.loss_mode)
         self.exact = self._margins_in_float32()
         self.computed = self._margins() if self.computes_less else None

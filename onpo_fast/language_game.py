@@ -31,6 +31,7 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
+from .memory.watch import MemoryWatch
 from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
@@ -91,6 +92,7 @@ class LanguageGame:
         self.run, self.objective, self.algorithm = run, objective, algorithm
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
+        self.watched = False  # whether the memory of a fit has been planned
 
     # An iteration ----------------------------------------------------------------------------------------------------
 
@@ -162,19 +164,25 @@ class LanguageGame:
         anchor_logps = self._anchor_logps(anchor, compared)
         states = self._states(output)
         finished, last = states.step(), {}
+        watch: MemoryWatch | None = None
 
         def on_step(metrics: dict) -> None:
             self.run.cache.log("fit", fit=into, **metrics)
             last.update(metrics)
+            if watch is not None and (memory := watch.after(metrics["step"])):
+                self.run.cache.log("memory", fit=into, **memory)
 
         def compute() -> Policy | None:
+            nonlocal watch
             policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
+            batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
             try:
+                watch = self._watch_memory(policy, compared.groups, batches, live) if finished == 0 else None
                 with states.finishing():
                     fitted = stages.fit(
                         policy,
                         compared.groups,
-                        self._steps(compared.pairs, into, states),
+                        batches,
                         anchor_logps,
                         with_steps(self.objective, steps * compared.step),
                         self.fitting,
@@ -183,7 +191,7 @@ class LanguageGame:
                         states=states,
                         finished=finished,
                         starts_at_anchor=start == _policy_of(anchor),
-                        live_anchor=self.run.policies.beside(anchor) if anchor_logps is None else None,
+                        live_anchor=self.run.policies.beside(anchor) if live else None,
                         seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                         world=self.run.world,
                     )
@@ -210,8 +218,18 @@ class LanguageGame:
 
     def _save(self, folder: Path, policy: Policy) -> None:
         self.run.policies.save(folder, policy)
-        if self.run.world.size > 1:  # its weights have been gathered, which has gone wrong silently elsewhere
+        # weights that were gathered have been saved wrongly, without a message, by other programs
+        if self.run.world.size > 1 and policy.adapter is None:
             check_saved(folder, policy, self.run.policies.config)
+
+    def _watch_memory(
+        self, policy: Policy, groups: list[Group], batches: list[Batch], live_anchor: bool
+    ) -> MemoryWatch | None:
+        """Compares the memory of the process's first fit with its plan; None for later fits, which take the same."""
+        if self.watched or not self.run.world.is_main:
+            return None
+        self.watched = True
+        return MemoryWatch(policy, groups, batches, self.run.policies.config, self.fitting, live_anchor)
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config

@@ -47,9 +47,11 @@ def train(config: Config, resume: bool = False, force: bool = False, world: Worl
         UserError: if something does not fit; names the option, file or line.
         Stopped: if a signal asked the run to stop.
     """
-    if config.push_to_hub is not None:
+    world = world or World()
+    if config.push_to_hub is not None and world.is_main:
         check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
-    with open_run(config, resume, force, world or World()) as run:
+    with open_run(config, resume, force, world) as run:
+        config = run.config
         game = LanguageGame(
             run,
             config.make_objective(),

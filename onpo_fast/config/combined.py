@@ -22,7 +22,7 @@ from .sections import (
 
 Section = TypeVar("Section")
 DEFAULTS_BY_DEVICE = {  # on a GPU, on a CPU
-    "tokens_per_microbatch": (16384, 1024),
+    "tokens_per_microbatch": (None, 1024),  # None: a run takes the most that fits the memory
     "sampling_batch_size": (256, 32),
 }
 

@@ -24,6 +24,7 @@ LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more w
 LARGEST_ITERATIONS = 10**6
 LARGEST_MINUTES = 10**6  # two years
 LARGEST_RANK = 2**16  # of adapters: no layer is as wide
+MOST_TOKENS = 16384  # of a micro-batch that a run chooses: larger ones are hardly faster
 VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
@@ -399,8 +400,8 @@ class FitConfig:
     whole prompts that reach this number."""
     tokens_per_microbatch: int | None = None
     """Tokens, padding included, in one forward and backward pass; gradients accumulate until --batch_pairs is reached.
-    Lower it when training runs out of memory; results change only by rounding. Default: 16384 on a GPU, 1024 on a
-    CPU."""
+    Results depend on it by rounding only, and a micro-batch that does not fit is repeated in halves. Default: on a GPU
+    the most that fits its memory, at most 16384; 1024 on a CPU."""
     max_skipped_steps: int = 5
     """Abort after more consecutive non-finite steps than this. A step whose loss or gradient is not finite leaves the
     weights as they are."""
@@ -417,6 +418,11 @@ class FitConfig:
     loss_mode: Literal["auto", "fast", "lean"] = "auto"
     """Memory use of the pair loss. "fast": store exponentials of the logits; "lean": recompute them in less memory;
     "auto": fast where it fits."""
+
+    @property
+    def token_budget(self) -> int:
+        """``tokens_per_microbatch``, or the most that a run would choose if it is not set."""
+        return self.tokens_per_microbatch or MOST_TOKENS
 
     def __post_init__(self) -> None:
         _check_values(self, FitConfig)

@@ -12,18 +12,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from rich.table import Table
 
 from ..config import Config
+from ..config.combined import DEFAULTS_BY_DEVICE
 from ..config.command_line import parse_with_sources
+from ..device_memory import device_bytes, resident_bytes
 from ..errors import CommandParser, UserError, command, program
 from ..models.precision import SMALL_LEARNING_RATE
-from ..packing import TokenGroup
 from ..run.tracking import console
 from .counting import CannotCount
-from .device import device_bytes, resident_bytes
 from .plan import (
     ACTIVATIONS,
+    ALLOCATOR,
     GATHERED,
     GRADIENTS,
     HEAD,
@@ -36,10 +36,11 @@ from .plan import (
     Settings,
 )
 from .shapes import SHAPES, builder, cache_bytes_per_token, read_config
+from .watch import advice, longest_group
 
 GIB = 2**30
-COLUMNS = (WEIGHTS, GRADIENTS, STATES, GATHERED, ACTIVATIONS, LOSS, HEAD)
-TWO_RESPONSES = ("best_worst", "knockout")  # pairings that choose two responses of a prompt
+HEADINGS = {GRADIENTS: "grads", ACTIVATIONS: "activ.", HEAD: "head grad", GATHERED: "gathered"}
+COLUMNS = (WEIGHTS, GRADIENTS, STATES, GATHERED, ACTIVATIONS, LOSS, HEAD, PROCESS, ALLOCATOR)
 
 
 def settings_of(config: Config, gpu: bool, ranks: int = 1) -> Settings:
@@ -61,12 +62,6 @@ def settings_of(config: Config, gpu: bool, ranks: int = 1) -> Settings:
     )
 
 
-def longest_group(config: Config, prompt_tokens: int) -> TokenGroup:
-    """Returns the largest group that a fit may get: a prompt, and responses of the longest length."""
-    responses = 2 if config.pairing in TWO_RESPONSES else config.responses_per_prompt
-    return [0] * prompt_tokens, [[0] * config.max_new_tokens] * responses
-
-
 def sampling_bytes(config: Config, settings: Settings, weights: int, cache: int | None, prompt_tokens: int) -> int:
     """Returns the bytes of a batch of responses at their longest: the whole model and the KV cache."""
     cast = weights // 2 if settings.weights == "fp32" and settings.compute_dtype != torch.float32 else 0
@@ -84,20 +79,23 @@ def variants(settings: Settings) -> list[Settings]:
     return list(dict.fromkeys(rows))
 
 
-def table(plans: list[Plan], sampling: list[int], usable: int, title: str) -> Table:
-    """Makes the table of plans, a line each, in GiB."""
+def table(plans: list[Plan], sampling: list[int], usable: int) -> list[str]:
+    """Returns the lines of a table of plans, in GiB."""
     parts = [part for part in COLUMNS if any(plan.at_peak.get(part) for plan in plans)]
-    made = Table("settings", *parts, "step", "sampling", "fits", title=title)
+    rows = [["", *(HEADINGS.get(part, part) for part in parts), "step", "sampling", "fits"]]
     for plan, sampled in zip(plans, sampling):
-        sizes = [f"{plan.at_peak.get(part, 0) / GIB:.1f}" for part in parts]
+        sizes = [plan.at_peak.get(part, 0) for part in parts] + [plan.total, sampled]
         verdict = "yes" if max(plan.total, sampled) <= usable else "no"
-        made.add_row(_name(plan.settings), *sizes, f"{plan.total / GIB:.1f}", f"{sampled / GIB:.1f}", verdict)
-    return made
+        rows.append([_name(plan.settings), *(f"{size / GIB:.1f}" for size in sizes), verdict])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
 
 
 def _name(settings: Settings) -> str:
-    lora = f" lora {settings.lora_rank}" if settings.lora_rank else ""
-    return f"{settings.weights} {settings.optimizer}{lora}{' checkpointing' if settings.gradient_checkpointing else ''}"
+    return f"{settings.weights} {settings.optimizer}{f' LoRA {settings.lora_rank}' if settings.lora_rank else ''}"
 
 
 @command
@@ -117,7 +115,10 @@ def main(argv: list[str]) -> None:
         if (value := getattr(own, name)) is not None and not value >= least:
             raise UserError(f"--{name} must be at least {least}, not {value}")
     parsed = parse_with_sources(rest)
-    report(parsed.config, own.gpus, own.memory, own.prompt_tokens, "tokens_per_microbatch" in parsed.sources)
+    config = parsed.config
+    if own.gpus and "sampling_batch_size" not in parsed.sources:
+        config.sampling_batch_size = DEFAULTS_BY_DEVICE["sampling_batch_size"][0]
+    report(config, own.gpus, own.memory, own.prompt_tokens, "tokens_per_microbatch" in parsed.sources)
 
 
 def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int, tokens_given: bool) -> None:
@@ -133,7 +134,10 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int, 
         memory=size,
         baseline={} if gpus else {PROCESS: resident_bytes() or 0},
     )
-    settings, group = settings_of(config, gpus > 0, max(gpus, 1)), longest_group(config, prompt_tokens)
+    settings, group = (
+        settings_of(config, gpus > 0, max(gpus, 1)),
+        longest_group(config, prompt_tokens, config.max_new_tokens),
+    )
     try:
         best = planner.largest(settings, group, config.tokens_per_microbatch) if tokens_given else None
         best = best or planner.choose_tokens(settings, group) or planner.largest(settings, group, 1)
@@ -144,23 +148,15 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int, 
     whole = [plan.settings.ranks * plan.at_peak[WEIGHTS] for plan in plans]
     sampled = [sampling_bytes(config, plan.settings, one, cache, prompt_tokens) for plan, one in zip(plans, whole)]
     where = f"{gpus} × {size / GIB:.0f} GiB" if gpus else f"a CPU with {size / GIB:.0f} GiB"
-    title = f"{config.model} on {where}: GiB of each at {best.tokens} tokens a micro-batch"
-    console.print(table(plans, sampled, planner.usable, title))
+    how = "with" if settings.gradient_checkpointing else "without"
+    console.print(f"{config.model} on {where}, {best.tokens} tokens a micro-batch, {how} gradient checkpointing; GiB")
+    console.print(*table(plans, sampled, planner.usable), sep="\n")
     console.print(
-        f"sampling: {config.sampling_batch_size} responses of {config.max_new_tokens} tokens. fits: at most "
+        f"sampling: {config.sampling_batch_size} responses of {config.max_new_tokens} tokens at once. fits: at most "
         f"{planner.usable / GIB:.1f} GiB" + (", which leaves room for CUDA and fragmentation" if gpus else "")
     )
     if not planner.fits(plans[0]):
-        console.print(advice(planner, settings, group))
-
-
-def advice(planner: Planner, settings: Settings, group: TokenGroup) -> str:
-    """Returns which settings would fit, each checked by a plan, as one line."""
-    found = [
-        f"{plan.settings.changes_from(settings)} ({plan.total / GIB:.1f} GiB at {plan.tokens} tokens)"
-        for plan in planner.alternatives(settings, group)
-    ]
-    return f"would fit: {'; '.join(found)}" if found else "no settings of this model would fit"
+        console.print(advice(planner, plans[0], group))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..loss import Footprint
 from ..models.policy import Policy
 from ..models.scoring import backbone
 from ..packing import Layout, Packed
@@ -52,6 +51,7 @@ class LiveStorages(TorchDispatchMode):
         self.part = ACTIVATIONS  # of storages that are allocated from now on
         self.live: Counter[str] = Counter()  # bytes by part
         self.at_peak: Counter[str] = Counter()
+        self.at_loss: Counter[str] = Counter()  # when the loss has its gradients, and its workspace still
         self.peak = 0
         self._storages: dict[int, tuple[weakref.ref, str, int]] = {}
 
@@ -97,17 +97,16 @@ class LiveStorages(TorchDispatchMode):
 
 
 class _LossAllocations(torch.autograd.Function):
-    """Stands in for the pair loss: allocates its workspace and gradients, and returns the gradients in backward."""
+    """Stands in for the pair loss: allocates its gradients, and returns them in backward. Its workspace is left out."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, counter, footprint):
+    def forward(ctx, hidden, weight, bias, counter, gradient_dtype):
         leaves = (hidden, weight, bias)
         with counter.counting_as(LOSS):
-            workspace = hidden.new_empty(footprint.workspace, dtype=torch.uint8)
-            ctx.gradients = [_gradient(hidden, footprint.gradient_dtype)]
+            ctx.gradients = [_gradient(hidden, gradient_dtype)]
         with counter.counting_as(HEAD):
-            ctx.gradients += [_gradient(leaf, footprint.gradient_dtype) for leaf in leaves[1:]]
-        del workspace
+            ctx.gradients += [_gradient(leaf, gradient_dtype) for leaf in leaves[1:]]
+        counter.at_loss = counter.live.copy()
         ctx.counter, ctx.dtypes = counter, [None if leaf is None else leaf.dtype for leaf in leaves]
         return hidden.new_zeros(())
 
@@ -157,15 +156,15 @@ class FakeModel:
     def count(
         self,
         packed: Packed,
-        footprint: Callable[[int], Footprint],
+        gradient_dtype: torch.dtype,
         masked: bool = True,
         several: bool = True,
         sharded: bool = False,
     ) -> LiveStorages:
-        """Counts a forward and backward pass of a micro-batch. Weights are not counted.
+        """Counts a forward and backward pass of a micro-batch, without weights and the workspace of the loss.
 
         Args:
-            footprint: the memory of the loss, from the bytes that are alive before it.
+            gradient_dtype: of the gradients that the loss computes.
             masked: whether attention takes the layout's mask; False for kernels that need none, which then keep nothing
                 of its size.
             several: whether gradients of an earlier micro-batch are there already.
@@ -185,7 +184,7 @@ class FakeModel:
                 counter.assign(tensor, None)
             handles = [self._on_gradient(one, counter, sharded) for one in self.parameters(trained=True)]
             with counter:
-                self._pass(self._fake(packed), counter, footprint, masked, cached=not sharded)
+                self._pass(self._fake(packed), counter, gradient_dtype, masked, cached=not sharded)
             for handle in handles:
                 handle.remove()
             self.model.zero_grad(set_to_none=True)
@@ -205,7 +204,7 @@ class FakeModel:
         self,
         packed: Packed,
         counter: LiveStorages,
-        footprint: Callable[[int], Footprint],
+        gradient_dtype: torch.dtype,
         masked: bool,
         cached: bool,
     ) -> None:
@@ -218,7 +217,7 @@ class FakeModel:
                 output = backbone(self.model)(input_ids=packed.input_ids, use_cache=False)
                 hidden = output.last_hidden_state.flatten(0, 1)[packed.rows]
             bias = getattr(head, "bias", None)
-            loss = _LossAllocations.apply(hidden, head.weight, bias, counter, footprint(counter.total))
+            loss = _LossAllocations.apply(hidden, head.weight, bias, counter, gradient_dtype)
         loss.backward()
 
     def _fake(self, packed: Packed) -> Packed:

@@ -7,6 +7,7 @@ GPU a plan may therefore take ``USABLE`` of the memory only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config.sections import MOST_TOKENS
 from ..loss import LossShape, footprint
 from ..models.execution import checkpoint_layers
 from ..models.heads import logit_options
-from ..packing import Layout, TokenGroup, microbatches, pack
-from .counting import ACTIVATIONS, GRADIENTS, HEAD, LOSS, FakeModel
+from ..packing import Layout, Packed, TokenGroup, microbatches, pack, row_length
+from .counting import ACTIVATIONS, GRADIENTS, HEAD, LOSS, FakeModel, LiveStorages
 
 WEIGHTS, STATES, GATHERED, ANCHOR, PROCESS, ALLOCATOR = (
     "weights",
@@ -33,7 +35,6 @@ PARTS = (WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, LOSS, HEAD, GATHERED, ANCHOR, 
 DTYPES = {"fp32": torch.float32, "bf16-sr": torch.bfloat16}
 # bytes a parameter of both moments: codes, and a float32 scale for 256 or 128 of them
 QUANTISED = {"adamw-8bit": 2 * (1 + 4 / 256), "adamw-4bit": 2 * (0.5 + 4 / 128)}
-MOST_TOKENS = 16384  # of a micro-batch: larger ones are hardly faster
 BUDGETS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, MOST_TOKENS)
 USABLE = 0.92  # share of a GPU's memory: the CUDA context, libraries and fragmentation take the rest
 
@@ -143,33 +144,34 @@ class Planner:
         update = {**fixed, GRADIENTS: gradients // sharded}
         update[STATES] += self._temporaries(trained, settings)
         if sharded > 1:
-            fixed |= {GATHERED: _gathered(model.model), GRADIENTS: gradients // sharded}
-        free = None if self.memory is None else self.memory - sum(fixed.values())
+            fixed[GATHERED] = _gathered(model.model)
         packed = pack(groups, self.layout)
-        counter = model.count(
-            packed,
-            lambda live: footprint(
-                self._loss_shape(model, groups, settings),
-                self.backend,
-                self.device,
-                None if free is None else max(free - live, 0),
-            ),
-            masked=self.masked,
-            several=several,
-            sharded=sharded > 1,
-        )
-        backward = {**fixed}
-        for part, size in counter.at_peak.items():
-            backward[part] = backward.get(part, 0) + size
+        backward = fixed | self._largest_moment(model, packed, groups, settings, several, sum(fixed.values()))
+        if sharded > 1:
+            backward[GRADIENTS] = gradients // sharded
         if self.device.type == "cpu":
             for parts in (backward, update):
                 heap = sum(parts.get(part, 0) for part in (GRADIENTS, STATES, ACTIVATIONS))
                 parts[ALLOCATOR] = round(HEAP_OVERHEAD * heap)
         return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel())
 
+    def _largest_moment(
+        self, model: FakeModel, packed: Packed, groups: list[TokenGroup], settings: Settings, several: bool, fixed: int
+    ) -> dict[str, int]:
+        """Returns the bytes by part at the peak of a forward and backward pass; ``fixed`` are there all the time."""
+        shape = self._loss_shape(model, groups, settings)
+        key = (*self._key(settings), packed.input_ids.shape, settings.ranks > 1, several)
+        if key not in self._counts:
+            dtype = footprint(shape, self.backend, self.device).gradient_dtype
+            self._counts[key] = model.count(packed, dtype, self.masked, several, settings.ranks > 1)
+        counted = self._counts[key]
+        free = None if self.memory is None else max(self.memory - fixed - sum(counted.at_loss.values()), 0)
+        at_loss = counted.at_loss + Counter({LOSS: footprint(shape, self.backend, self.device, free).workspace})
+        return dict(max(counted.at_peak, at_loss, key=lambda parts: sum(parts.values())))
+
     def largest(self, settings: Settings, group: TokenGroup, tokens: int, several: bool = True) -> Plan:
         """Plans for micro-batches of so many tokens, filled with such groups; of one group if that is larger."""
-        many = [group] * (1 + tokens)
+        many = [group] * (1 + tokens // row_length(*group))
         return self.plan(settings, [group] * len(next(microbatches(many, self.layout, tokens))), several)
 
     def choose_tokens(self, settings: Settings, group: TokenGroup) -> Plan | None:
@@ -207,7 +209,7 @@ class Planner:
         for change in _changes(settings, self.device):
             if change is None:
                 continue
-            if (plan := self.choose_tokens(replace(settings, **change), group)) is not None:
+            if (plan := self.choose_tokens(_allowed(replace(settings, **change)), group)) is not None:
                 single = True
                 yield plan
             changed = replace(changed, **{name: value for name, value in change.items() if name != "ranks"})
@@ -219,9 +221,16 @@ class Planner:
                     return
 
     def _model(self, settings: Settings) -> FakeModel:
-        return self._models(
-            settings.weights, settings.gradient_checkpointing, settings.lora_rank, settings.compute_dtype
-        )
+        return self._models(*self._key(settings))
+
+    @staticmethod
+    def _key(settings: Settings) -> tuple[str, bool, int | None, torch.dtype]:
+        """Returns what a model on fake tensors depends on."""
+        return settings.weights, settings.gradient_checkpointing, settings.lora_rank, settings.compute_dtype
+
+    @cached_property
+    def _counts(self) -> dict[tuple, LiveStorages]:
+        return {}
 
     @cached_property
     def _models(self) -> Callable[..., FakeModel]:
@@ -301,17 +310,16 @@ def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
 def _gathered(model: PreTrainedModel) -> int:
     """Returns the bytes of weights and gradients that FSDP2 holds whole: the root's, and those of two blocks.
 
-    The root holds embeddings, final norm and head. One block is computed while the next is gathered, and the gradient of
-    one is whole until it is reduced, in float32.
+    The root holds embeddings, final norm and head. One block is computed while the next is gathered, and the gradient
+    of one is whole until it is reduced, in float32.
     """
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     within = {id(one) for block in blocks for one in block.parameters()}
     root = _bytes(one for one in model.parameters() if id(one) not in within)
     largest = max((_bytes(block.parameters()) for block in blocks), default=0)
-    gradient = max(
-        (sum(4 * one.numel() for one in block.parameters() if one.requires_grad) for block in blocks), default=0
-    )
+    trained = ([one.numel() for one in block.parameters() if one.requires_grad] for block in blocks)
+    gradient = max((4 * sum(sizes) for sizes in trained), default=0)
     return root + 2 * largest + gradient
 
 

@@ -90,13 +90,15 @@ def _mask(packed: Packed, window: int | None, attention: str, dtype: torch.dtype
 def mask_function(packed: Packed, window: int | None) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """Returns whether a query sees a key, as a function of row, head, and their two indices in the row.
 
-    Padding sees the padding before it and itself, so that no query is without a key.
+    Padding sees the prompts before it. No query may be without a key, and what padding alone gives may be 0, where the
+    norms of some families have no gradient.
     """
 
     def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        ours, theirs = packed.segment[row, query], packed.segment[row, key]
-        seen = (packed.sequence[row, query] == packed.sequence[row, key]) & (key <= query)
-        seen = seen & ((theirs == 0) | (theirs == ours))
+        sequence, segment = packed.sequence[row, query], packed.segment[row, query]
+        own_sequence = (packed.sequence[row, key] == sequence) | (sequence < 0)
+        own_segment = (packed.segment[row, key] == 0) | (packed.segment[row, key] == segment)
+        seen = own_sequence & own_segment & (key <= query)
         if window is not None:
             seen = seen & (packed.position_ids[row, query] - packed.position_ids[row, key] < window)
         return seen

@@ -24,7 +24,11 @@ def run_digest(directory: Path) -> str:
     for name in ("evaluation.json", "evaluation_responses.jsonl", "heldout.jsonl"):
         digest.update(checksum(directory / name).encode())
     records = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    kept = ({key: value for key, value in record.items() if key not in TIMED + ASKED} for record in records)
+    kept = (
+        {key: value for key, value in record.items() if key not in TIMED + ASKED}
+        for record in records
+        if record["stage"] != "memory"
+    )
     for line in sorted(json.dumps(record, sort_keys=True) for record in kept):
         digest.update(line.encode())
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from ..distributed import World
 from ..errors import UserError
 from ..files import PARTIAL, atomic_write_text, checksum
 from ..fit import check_backend
+from ..memory.watch import with_token_budget
 from ..models.checkpoint import base_of, count_parameters, locate
 from ..models.device import device_of
 from ..models.optimizers import check_optimizer
@@ -47,6 +48,7 @@ from .outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
 from .tracking import Tracker, check_reporter, counted, environment, progress, say
 
 MANY_PROMPTS = 2000  # rendering more takes seconds, and shows its progress
+RENDERED_AGAIN = 32  # prompts whose tokens are counted to find the longest
 JOURNALS = Journal.FILES + Journal.EARLIER_FILES
 
 
@@ -57,6 +59,7 @@ class OpenRun:
     Only rank 0 has the lock, the journal and the tracker.
 
     Attributes:
+        config: its options, with those resolved that depend on the device.
         cache: makes its stages resumable.
         policies: loads policies, one at a time.
         initial: where π_1 is.
@@ -69,6 +72,7 @@ class OpenRun:
         compute_dtype: of the policy's computation.
     """
 
+    config: Config
     directory: Path
     lock: RunLock | None
     journal: Journal | JournalElsewhere
@@ -110,7 +114,17 @@ class OpenRun:
 
 
 # what the other ranks have from rank 0, which has checked it
-TOLD = ("initial", "prompts", "held_out", "oracle_name", "oracle_files", "family", "vocabulary", "compute_dtype")
+TOLD = (
+    "config",
+    "initial",
+    "prompts",
+    "held_out",
+    "oracle_name",
+    "oracle_files",
+    "family",
+    "vocabulary",
+    "compute_dtype",
+)
 
 
 def open_run(config: Config, resume: bool = False, force: bool = False, world: World | None = None) -> OpenRun:
@@ -205,6 +219,8 @@ def _begin(
     """Writes what a run has from its first moment on, if it may go on in the directory."""
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
+    if policy.device.type == "cuda":  # on a CPU the first fit says what it takes
+        config = with_token_budget(config, policy, _longest_prompt(policy, [*checked.prompts, *checked.held_out]))
     journal = Journal(directory)
     journal.before_record.append(lock.check)
     if journal.mended:
@@ -225,6 +241,7 @@ def _begin(
     _log_prompts(tracker, checked)
     _say_what_starts(config, policy, checked, reason)
     return OpenRun(
+        config=config,
         directory=directory,
         lock=lock,
         journal=journal,
@@ -258,6 +275,12 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"{config.prompts_per_iteration} make steps of {prompts} prompts, fewer than the {ranks} ranks: raise "
             "them, or start fewer ranks"
         )
+
+
+def _longest_prompt(policy: Policy, prompts: list[Messages]) -> int:
+    """Returns the most tokens of a prompt, of those with most characters."""
+    longest = sorted(prompts, key=oracles.length)[-RENDERED_AGAIN:]
+    return max(len(policy.renderer.render(prompt)) for prompt in longest)
 
 
 def load_oracle(config: Config, directory: Path) -> oracles.Oracle:

@@ -45,6 +45,7 @@ STAGE_FIELDS = {  # required besides, by stage
     "fit": {"fit": str, "step": int, "steps": int},
     "iteration": {"seconds": (int, float), "stage_seconds": dict},
     "evaluate": {"seconds": (int, float)},
+    "memory": {"fit": str, "planned": dict},
 }
 
 TEXT_FIELDS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # all other fields are numbers or null

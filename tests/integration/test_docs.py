@@ -118,6 +118,8 @@ OTHER_COMMANDS = {
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
     "bench": "kills errors only budget benchmark-only",
     "gpu-check": "part dry-run",
+    "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
+    "sbatch": "nodes ntasks-per-node gpus-per-node time signal",
 }
 
 

@@ -34,6 +34,7 @@ OPTIONS = {
     "device": "cpu",
     "report_to": "none",
 }
+LORA = ("--lora_rank", "2", "--learning_rate", "1e-3")
 AUXILIARY = "iteration_01/auxiliary"
 LAST = "iteration_01/policy"
 TOLERANCE = 1e-5  # of every weight
@@ -65,6 +66,10 @@ def ended(work: Path) -> dict[str, Ended]:
         "one, untied": Job(1, [*untied, "--gradient_checkpointing"], ""),
         "two, untied": Job(2, [*untied, "--gradient_checkpointing", "--anchor", "live"], ""),
         "two, half": Job(2, half, ""),
+        "one, LoRA": Job(1, [*tied, *LORA], ""),
+        "two, LoRA": Job(2, [*tied, *LORA], ""),
+        "stopped, LoRA": Job(2, [*tied, *LORA], "", at=(1, 2, "SIGTERM")),
+        "stopped, LoRA, then two": Job(2, ["--resume"], "", begun="stopped, LoRA"),
         "killed": Job(2, tied, "", at=(1, 2, "SIGKILL")),
         "killed, then two": Job(2, ["--resume"], "", begun="killed"),
         "stopped": Job(2, tied, "", at=(1, 2, "SIGTERM")),
@@ -117,6 +122,23 @@ def test_final_weights_are_those_of_one_process(ended: dict[str, Ended], work: P
         fitted, expected = weights(work / ours, policy), weights(work / theirs, policy)
         assert difference(fitted, expected) < TOLERANCE
         assert distance(fitted, expected) < 1e-3 * distance(expected, start)
+
+
+def test_adapters_are_those_of_one_process(ended: dict[str, Ended], work: Path) -> None:
+    """Each rank has them whole, and the base is left alone; a run that was stopped ends with the same bits."""
+    ours, theirs, resumed = (
+        load_file(work / name / LAST / "adapter_model.safetensors")
+        for name in ("two, LoRA", "one, LoRA", "stopped, LoRA, then two")
+    )
+    assert ended["two, LoRA"].statuses == ended["stopped, LoRA, then two"].statuses == [0, 0]
+    assert difference(ours, theirs) < TOLERANCE
+    assert max(float(weight.abs().max()) for name, weight in ours.items() if "lora_B" in name) > 100 * TOLERANCE
+    assert difference(resumed, ours) == 0
+    norms = [  # which a sum in place of a mean would change, where AdamW's steps do not show it
+        [record["gradient_norm"] for record in records(work / name) if record["stage"] == "fit"]
+        for name in ("two, LoRA", "one, LoRA")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["killed, then two", "stopped, then two"])

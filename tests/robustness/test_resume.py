@@ -565,11 +565,11 @@ def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatc
     out = tmp_path / "run"
     begun, fit = [], fitting.fit
 
-    def fit_without_lock(*arguments) -> None:
+    def fit_without_lock(*arguments) -> object:
         if not begun:
             (out / ".lock").unlink()
             begun.append(run_lock.locked(out))  # it gets it
-        fit(*arguments)
+        return fit(*arguments)
 
     monkeypatch.setattr(fitting, "fit", fit_without_lock)
     config = replace(whole.config, out=str(out))

@@ -53,6 +53,19 @@ FAMILIES = {
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 6, "layer_types": LAYERS}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 6, "layer_types": LAYERS}),  # eager attention
 }
+GEMMA3N = (
+    "Gemma3nTextConfig",
+    {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": LAYERS,
+        "vocab_size_per_layer_input": 272,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+)
 CHUNKED = ("Llama4TextConfig", {"attention_chunk_size": 16, "intermediate_size_mlp": 64, "num_local_experts": 2})
 
 
@@ -137,10 +150,17 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family: str) -> N
     assert_equal_results(policy, want, ["shared"])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_has_no_effect(attention: str) -> None:
-    """Rows that are mostly padding give finite numbers, and the padding token changes none of them."""
-    policy = make_policy(*FAMILIES["gemma3"])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("gemma3", "sdpa"), ("gemma3", "eager"), ("gemma3n", "sdpa"), ("llama", "sdpa")]
+)
+def test_padding_has_no_effect(family: str, attention: str) -> None:
+    """Rows that are mostly padding give finite numbers, and the padding token changes none of them.
+
+    The embedding of token 0, which is the padding token, is 0, where some norms have no gradient.
+    """
+    policy = make_policy(*{**FAMILIES, "gemma3n": GEMMA3N}[family])
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[0] = 0.0
     policy.use(attention, "shared_row")
     packed = pack([([3, 4, 5], [[6, 7, 8], [9]])], "shared_row")
     padding = packed.sequence < 0

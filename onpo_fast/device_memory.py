@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from pathlib import Path
 
@@ -49,3 +51,11 @@ def reset_peak(device: torch.device) -> None:
 def _kilobytes(file: Path, name: str) -> int | None:
     found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE) if file.exists() else None
     return None if found is None else 1024 * int(found[1])
+
+
+def release_freed() -> None:
+    """Gives memory that the process has freed back to the system, where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
