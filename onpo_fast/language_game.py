@@ -93,6 +93,7 @@ class LanguageGame:
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
         self.watched = False  # whether the memory of a fit has been planned
+        self.watch: MemoryWatch | None = None  # until the fit's peak is known
 
     # An iteration ----------------------------------------------------------------------------------------------------
 
@@ -164,20 +165,17 @@ class LanguageGame:
         anchor_logps = self._anchor_logps(anchor, compared)
         states = self._states(output)
         finished, last = states.step(), {}
-        watch: MemoryWatch | None = None
 
         def on_step(metrics: dict) -> None:
-            self.run.cache.log("fit", fit=into, **metrics)
+            self._log_step(into, metrics)
             last.update(metrics)
-            if watch is not None and (memory := watch.after(metrics["step"])):
-                self.run.cache.log("memory", fit=into, **memory)
 
         def compute() -> Policy | None:
-            nonlocal watch
             policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
             try:
-                watch = self._watch_memory(policy, compared.groups, batches, live) if finished == 0 else None
+                if finished == 0:
+                    self._watch_memory(policy, compared.groups, batches, live)
                 with states.finishing():
                     fitted = stages.fit(
                         policy,
@@ -222,14 +220,17 @@ class LanguageGame:
         if self.run.world.size > 1 and policy.adapter is None:
             check_saved(folder, policy, self.run.policies.config)
 
-    def _watch_memory(
-        self, policy: Policy, groups: list[Group], batches: list[Batch], live_anchor: bool
-    ) -> MemoryWatch | None:
-        """Compares the memory of the process's first fit with its plan; None for later fits, which take the same."""
-        if self.watched or not self.run.world.is_main:
-            return None
-        self.watched = True
-        return MemoryWatch(policy, groups, batches, self.run.policies.config, self.fitting, live_anchor)
+    def _log_step(self, into: str, metrics: dict) -> None:
+        self.run.cache.log("fit", fit=into, **metrics)
+        if self.watch is not None and (memory := self.watch.after(metrics["step"])):
+            self.run.cache.log("memory", fit=into, **memory)
+            self.watch = None
+
+    def _watch_memory(self, policy: Policy, groups: list[Group], batches: list[Batch], live_anchor: bool) -> None:
+        """Says the memory plan of the process's first fit, and compares its peak with it; later fits take the same."""
+        if not self.watched and self.run.world.is_main:
+            self.watched = True
+            self.watch = MemoryWatch(policy, groups, batches, self.run.policies.config, self.fitting, live_anchor)
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config

@@ -460,8 +460,8 @@ FIRST = "iteration_01"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("responses", lambda lines: lines[:-1], "logps_initial.jsonl has more than 2 lines where there are 2 groups"),
-        ("responses", lambda lines: [*lines, lines[0]], "logps_initial.jsonl has 3 lines where there are 4 groups of"),
+        ("responses", lambda lines: lines[:-1], "preferences.jsonl has more than 2 lines where there are 2 groups"),
+        ("responses", lambda lines: [*lines, lines[0]], "preferences.jsonl has 3 lines where there are 4 groups of"),
         ("responses", lambda lines: [], "responses.jsonl has no lines"),
         (
             "responses",
