@@ -3,6 +3,7 @@
 >>> from onpo_fast import fused_linear_pair_loss, linear_logprobs, objectives
 """
 
+import logging
 import os
 import sys
 
@@ -32,6 +33,11 @@ if (_is_module or _is_script) and os.path.lexists("matplotlibrc"):
 # machine, and change no result. It must be said before torch is imported.
 if (_is_module or _is_script) and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# transformers imports torchao where it is installed, which warns of its extensions for other devices, and of its own
+# use of torch. Nothing here needs those.
+if _is_module or _is_script:
+    for _name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(_name).setLevel(logging.ERROR)
 
 from . import objectives  # noqa: E402
 from .loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs  # noqa: E402

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import UserError
@@ -107,13 +107,15 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces tensors on the ranks' devices by their means over the ranks."""
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces the gradients of weights that every rank has whole, as those of adapters, by their mean."""
         if self.size == 1:
             return
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self.mesh.get_group())
-            tensor /= self.size
+        for parameter in parameters:
+            if parameter.grad is None:  # of an expert that no token of this rank was sent to
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.mesh.get_group())
+            parameter.grad /= self.size
 
     def share(self, count: int) -> slice:
         """Returns which of ``count`` items are this rank's: consecutive ones, as many as another rank's or one more."""

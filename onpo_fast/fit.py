@@ -108,7 +108,7 @@ def fit(
     """
     world = world or World()
     kept = KeptMargins(policy, groups, batches[0], config) if world.is_main else None
-    if world.size > 1 and policy.adapter is None:
+    if world.size > 1 and policy.adapter is None:  # the base of adapters stays whole on every rank
         policy = ShardedPolicy.of(policy, world.mesh)
     training = _Training(policy, config, len(batches), seed, world)
     if states:
@@ -237,13 +237,14 @@ def _backward(
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
         budget.running = microbatch.packed.input_ids.numel(), len(part)
         output = _forward(policy, microbatch, loss)
-        # micro-batches differ in size: a mean of their means would not be the mean over pairs. Ranks are averaged
+        # micro-batches differ in size: a mean of their means would not be the mean over pairs. Gradients are the
+        # mean over ranks
         share = 0.0 if is_spare else total_weight(part) / total_weight(batch) * world.size
         (output.loss * share).backward()
         if not is_spare:
             metrics.add(microbatch, output)
     if not isinstance(policy, ShardedPolicy):
-        world.average(p.grad for p in policy.model.parameters() if p.requires_grad)
+        world.average_gradients(one for one in policy.model.parameters() if one.requires_grad)
     metrics.gather(world)
     return metrics
 
@@ -301,7 +302,9 @@ class _Training:
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor().cpu()
+            norm = norm.full_tensor()
+        if self.world.size > 1:
+            norm = norm.cpu()  # where the metrics of all ranks are
         rate = self.schedule.get_last_lr()[0]
         summary = metrics.summary(gradient_norm=norm)
         self.skipped = 0 if None not in (summary["gradient_norm"], summary["loss"]) else self.skipped + 1

@@ -134,6 +134,11 @@ def test_adapters_are_those_of_one_process(ended: dict[str, Ended], work: Path) 
     assert difference(ours, theirs) < TOLERANCE
     assert max(float(weight.abs().max()) for name, weight in ours.items() if "lora_B" in name) > 100 * TOLERANCE
     assert difference(resumed, ours) == 0
+    norms = [  # which a sum in place of a mean would change, where AdamW's steps do not show it
+        [record["gradient_norm"] for record in records(work / name) if record["stage"] == "fit"]
+        for name in ("two, LoRA", "one, LoRA")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["killed, then two", "stopped, then two"])
