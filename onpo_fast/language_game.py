@@ -7,7 +7,8 @@ log-prob a response (``--anchor live`` keeps the anchor itself in memory instead
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,30 +174,26 @@ class LanguageGame:
         def compute() -> Policy | None:
             policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
-            try:
+            with self._naming_fit(into), states.finishing():
                 if finished == 0:
                     self._watch_memory(policy, compared.groups, batches, live)
-                with states.finishing():
-                    fitted = stages.fit(
-                        policy,
-                        compared.groups,
-                        batches,
-                        anchor_logps,
-                        with_steps(self.objective, steps * compared.step),
-                        self.fitting,
-                        title=f"iteration {self.t}: fit {into}",
-                        on_step=on_step,
-                        states=states,
-                        finished=finished,
-                        starts_at_anchor=start == _policy_of(anchor),
-                        live_anchor=self.run.policies.beside(anchor) if live else None,
-                        seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
-                        world=self.run.world,
-                    )
-            except UserError as error:
-                raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
-            if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
-                say(f"iteration {self.t}, fit {into}: {lost}")
+                fitted = stages.fit(
+                    policy,
+                    compared.groups,
+                    batches,
+                    anchor_logps,
+                    with_steps(self.objective, steps * compared.step),
+                    self.fitting,
+                    title=f"iteration {self.t}: fit {into}",
+                    on_step=on_step,
+                    states=states,
+                    finished=finished,
+                    starts_at_anchor=start == _policy_of(anchor),
+                    live_anchor=self.run.policies.beside(anchor) if live else None,
+                    seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
+                    world=self.run.world,
+                )
+            self._warn_of_precision(into, last, policy)
             return fitted
 
         self.run.cache.cached(
@@ -213,6 +210,18 @@ class LanguageGame:
         if last and self.run.world.is_main:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
+
+    @contextmanager
+    def _naming_fit(self, into: str) -> Iterator[None]:
+        """Names the fit in a ``UserError``."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
+
+    def _warn_of_precision(self, into: str, metrics: dict, policy: Policy) -> None:
+        if lost := fit_precision.warning(metrics, policy.weights_dtype, self.fitting.learning_rate):
+            say(f"iteration {self.t}, fit {into}: {lost}")
 
     def _save(self, folder: Path, policy: Policy) -> None:
         self.run.policies.save(folder, policy)

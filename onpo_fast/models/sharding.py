@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from .policy import Policy
 
 
@@ -33,7 +34,16 @@ class ShardedPolicy(Policy):
 
     @classmethod
     def of(cls, policy: Policy, mesh: DeviceMesh) -> ShardedPolicy:
-        """Shards a policy that every rank has whole, in place: each rank keeps its rows."""
+        """Shards a policy that every rank has whole, in place: each rank keeps its rows.
+
+        Raises:
+            UserError: if its weights do not have one dtype, which FSDP2 needs of those that it gathers together.
+        """
+        if len({parameter.dtype for parameter in policy.model.parameters()}) > 1:
+            raise UserError(
+                f"a model of the family {policy.family} keeps some weights in float32, which cannot be sharded with "
+                "those in bfloat16: take --weights fp32, or one rank"
+            )
         skeleton = _without_weights(policy.model) if mesh.get_rank() == 0 else None
         sharded = cls(**{one.name: getattr(policy, one.name) for one in fields(policy)}, skeleton=skeleton)
         # gradients of half-precision weights are summed over the ranks in float32
