@@ -8,7 +8,7 @@ log-prob a response (``--anchor live`` keeps the anchor itself in memory instead
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from .run.fit_states import FitStates
 from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
-from .run.tracking import progress, say
+from .run.tracking import Tracker, progress, say
 from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, make_sampler
 from .stages import Scores
 
@@ -75,6 +75,29 @@ class Comparisons:
     policy: Source | Mixture
     step: int
     suffix: str
+
+
+@dataclass
+class _FitLog:
+    """Logs the steps of a fit, and its memory beside the plan.
+
+    Attributes:
+        watch: the plan; None without one.
+        last: metrics of the last step, empty before the first.
+    """
+
+    tracker: Tracker
+    iteration: int
+    into: str
+    watch: MemoryWatch | None = None
+    last: dict[str, float | None] = field(default_factory=dict)
+
+    def __call__(self, metrics: dict[str, float | None]) -> None:
+        """Logs a step."""
+        self.tracker.log("fit", self.iteration, fit=self.into, **metrics)
+        self.last.update(metrics)
+        if self.watch is not None and (memory := self.watch.after(int(metrics["step"]))):
+            self.tracker.log("memory", self.iteration, fit=self.into, **memory)
 
 
 class LanguageGame:
@@ -163,22 +186,15 @@ class LanguageGame:
         start = warm_start if warm_start is not None else anchor
         anchor_logps = self._anchor_logps(anchor, compared)
         states = self._states(output)
-        finished, last = states.step(), {}
-        watch: MemoryWatch | None = None
-
-        def on_step(metrics: dict) -> None:
-            self.run.tracker.log("fit", self.t, fit=into, **metrics)
-            last.update(metrics)
-            if watch is not None and (memory := watch.after(metrics["step"])):
-                self.run.tracker.log("memory", self.t, fit=into, **memory)
+        finished, log = states.step(), _FitLog(self.run.tracker, self.t, into)
 
         def compute() -> Policy:
-            nonlocal watch
             policy = self.run.policies(start)
             self.run.policies.drop()  # its weights are about to change
             batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
             try:
-                watch = self._watch_memory(policy, compared.groups, batches, live) if finished == 0 else None
+                if finished == 0:
+                    log.watch = self._watch_memory(policy, compared.groups, batches, live)
                 stages.fit(
                     policy,
                     compared.groups,
@@ -187,7 +203,7 @@ class LanguageGame:
                     with_steps(self.objective, steps * compared.step),
                     self.fitting,
                     title=f"iteration {self.t}: fit {into}",
-                    on_step=on_step,
+                    on_step=log,
                     states=states,
                     finished=finished,
                     starts_at_anchor=start == _policy_of(anchor),
@@ -198,7 +214,7 @@ class LanguageGame:
                 raise UserError(f"iteration {self.t}, fit {into}, {error}") from error
             finally:  # also when the fit has failed: a run that is resumed goes on from the newest state
                 states.finish()
-            if lost := fit_precision.warning(last, policy.weights_dtype, self.fitting.learning_rate):
+            if lost := fit_precision.warning(log.last, policy.weights_dtype, self.fitting.learning_rate):
                 say(f"iteration {self.t}, fit {into}: {lost}")
             return policy
 
@@ -209,11 +225,11 @@ class LanguageGame:
             self.run.policies.save,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
-            note=lambda: {"loss": last["loss_normalised"]},
+            note=lambda: {"loss": log.last["loss_normalised"]},
             keep=lambda record: record["stage"] == "fit" and record["step"] <= finished,
         )
         states.clear()  # also what is left if the run was killed just before
-        if last:  # it was fitted just now
+        if log.last:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 

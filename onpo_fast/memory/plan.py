@@ -100,8 +100,14 @@ class Plan:
 
     @property
     def total_of_first_step(self) -> int:
-        """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet."""
-        return max(sum(self.backward.values()) - self.backward.get(STATES, 0), sum(self.update.values()))
+        """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet.
+
+        The allocator keeps nothing yet when the states are made.
+        """
+        states = self.backward.get(STATES, 0)
+        kept = round(HEAP_OVERHEAD * states) if ALLOCATOR in self.backward else 0
+        update = sum(self.update.values()) - self.update.get(ALLOCATOR, 0)
+        return max(sum(self.backward.values()) - states - kept, update)
 
 
 @dataclass
