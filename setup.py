@@ -21,6 +21,7 @@ setup(
         "onpo_fast.games",
         "onpo_fast.integrations",
         "onpo_fast.kernels",
+        "onpo_fast.memory",
         "onpo_fast.models",
         "onpo_fast.oracles",
         "onpo_fast.oracles.verdicts",

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("onpo_fast.evaluate", "evaluate the policies of a run"),
     "report": ("onpo_fast.report", "write a run's report.html"),
     "export": ("onpo_fast.export", "export the pairs or the answers of a run"),
+    "memory": ("onpo_fast.memory.__main__", "print the memory that a training step will take"),
     "games": ("onpo_fast.games.__main__", "play games whose Nash policy is known"),
     "bench": ("bench.__main__", "measure the loss and the trainer (in a checkout of the repository only)"),
     "env": ("", "print versions, device and installed extras, to paste into an issue"),

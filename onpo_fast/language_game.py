@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective, with_steps
 from .reports.model_card import write_model_card
+from .run.cache import StageCache
 from .run.fit_states import FitStates
 from .run.opening import OpenRun
 from .run.outputs import iteration_folder
@@ -78,6 +79,28 @@ class Comparisons:
     suffix: str
 
 
+@dataclass
+class _FitLog:
+    """Logs the steps of a fit, and its memory beside the plan.
+
+    Attributes:
+        watch: the plan; None without one.
+        last: metrics of the last step, empty before the first.
+    """
+
+    cache: StageCache
+    into: str
+    watch: MemoryWatch | None = None
+    last: dict[str, float | None] = field(default_factory=dict)
+
+    def __call__(self, metrics: dict[str, float | None]) -> None:
+        """Logs a step."""
+        self.cache.log("fit", fit=self.into, **metrics)
+        self.last.update(metrics)
+        if self.watch is not None and (memory := self.watch.after(int(metrics["step"]))):
+            self.cache.log("memory", fit=self.into, **memory)
+
+
 class LanguageGame:
     """The ``algorithms.Game`` of a run on a language model; a policy is a folder, a Hugging Face id or "smollm2"."""
 
@@ -94,7 +117,6 @@ class LanguageGame:
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
         self.watched = False  # whether the memory of a fit has been planned
-        self.watch: MemoryWatch | None = None  # until the fit's peak is known
 
     # An iteration ----------------------------------------------------------------------------------------------------
 
@@ -165,18 +187,14 @@ class LanguageGame:
         start = warm_start if warm_start is not None else anchor
         anchor_logps = self._anchor_logps(anchor, compared)
         states = self._states(output)
-        finished, last = states.step(), {}
-
-        def on_step(metrics: dict) -> None:
-            self._log_step(into, metrics)
-            last.update(metrics)
+        finished, log = states.step(), _FitLog(self.run.cache, into)
 
         def compute() -> Policy | None:
             policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
             batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
             with self._naming_fit(into), states.finishing():
                 if finished == 0:
-                    self._watch_memory(policy, compared.groups, batches, live)
+                    log.watch = self._watch_memory(policy, compared.groups, batches, live)
                 fitted = stages.fit(
                     policy,
                     compared.groups,
@@ -185,7 +203,7 @@ class LanguageGame:
                     with_steps(self.objective, steps * compared.step),
                     self.fitting,
                     title=f"iteration {self.t}: fit {into}",
-                    on_step=on_step,
+                    on_step=log,
                     states=states,
                     finished=finished,
                     starts_at_anchor=start == _policy_of(anchor),
@@ -193,7 +211,7 @@ class LanguageGame:
                     seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                     world=self.run.world,
                 )
-            self._warn_of_precision(into, last, policy)
+            self._warn_of_precision(into, log.last, policy)
             return fitted
 
         self.run.cache.cached(
@@ -203,11 +221,11 @@ class LanguageGame:
             self._save,
             stage=f"fit {into}",
             prepare=lambda: self.run.policies(start),
-            note=lambda: {"loss": last["loss_normalised"]},
+            note=lambda: {"loss": log.last["loss_normalised"]},
             keep=lambda record: record["stage"] == "fit" and record["step"] <= finished,
         )
         states.clear()  # also what is left if the run was killed just before
-        if last and self.run.world.is_main:  # it was fitted just now
+        if log.last and self.run.world.is_main:  # it was fitted just now
             write_model_card(self.run.directory, output, self.run.journal)
         return self.run.directory / output
 
@@ -229,17 +247,14 @@ class LanguageGame:
         if self.run.world.size > 1 and policy.adapter is None:
             check_saved(folder, policy, self.run.policies.config)
 
-    def _log_step(self, into: str, metrics: dict) -> None:
-        self.run.cache.log("fit", fit=into, **metrics)
-        if self.watch is not None and (memory := self.watch.after(metrics["step"])):
-            self.run.cache.log("memory", fit=into, **memory)
-            self.watch = None
-
-    def _watch_memory(self, policy: Policy, groups: list[Group], batches: list[Batch], live_anchor: bool) -> None:
-        """Says the memory plan of the process's first fit, and compares its peak with it; later fits take the same."""
-        if not self.watched and self.run.world.is_main:
-            self.watched = True
-            self.watch = MemoryWatch(policy, groups, batches, self.run.policies.config, self.fitting, live_anchor)
+    def _watch_memory(
+        self, policy: Policy, groups: list[Group], batches: list[Batch], live_anchor: bool
+    ) -> MemoryWatch | None:
+        """Compares the memory of the process's first fit with its plan; None for later fits, which take the same."""
+        if self.watched or not self.run.world.is_main:
+            return None
+        self.watched = True
+        return MemoryWatch(policy, groups, batches, self.run.policies.config, self.fitting, live_anchor)
 
     def _states(self, output: str) -> FitStates:
         config = self.run_config

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -99,8 +100,14 @@ class Plan:
 
     @property
     def total_of_first_step(self) -> int:
-        """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet."""
-        return max(sum(self.backward.values()) - self.backward.get(STATES, 0), sum(self.update.values()))
+        """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet.
+
+        The allocator keeps nothing yet when the states are made.
+        """
+        states = self.backward.get(STATES, 0)
+        kept = round(HEAP_OVERHEAD * states) if ALLOCATOR in self.backward else 0
+        update = sum(self.update.values()) - self.update.get(ALLOCATOR, 0)
+        return max(sum(self.backward.values()) - states - kept, update)
 
 
 @dataclass
@@ -262,12 +269,14 @@ class Planner:
 
     def _temporaries(self, trained: list[nn.Parameter], settings: Settings) -> int:
         """Returns the bytes that an optimizer takes beside its states while it updates the largest weight."""
-        largest = max((one.numel() for one in trained), default=0)
-        if settings.optimizer == "adamw" and settings.weights == "fp32":
-            return 0 if self.device.type == "cuda" else 2 * 4 * largest  # a fused step has none
-        return 2 * 4 * largest // settings.ranks  # torchao's step computes in float32
+        largest = max((one.numel() for one in trained), default=0) // settings.ranks
+        if self.device.type == "cuda":  # a fused or compiled step has none, but for quantised moments in float32
+            return 0 if settings.optimizer == "adamw" else 2 * 4 * largest
+        plain = settings.optimizer == "adamw" and settings.weights == "fp32"
+        return (2 if plain else EAGER_COPIES) * 4 * largest
 
 
+EAGER_COPIES = 6  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
 # Bytes of freed memory that glibc keeps between tensors of a fit, as a share of what it holds in its heap (measured).
 HEAP_OVERHEAD = 0.21
 
@@ -279,7 +288,7 @@ def _changes(settings: Settings, device: torch.device) -> list[dict[str, object]
         None if settings.gradient_checkpointing else {"gradient_checkpointing": True},
         None if settings.weights == "bf16-sr" else half,
         {"optimizer": "adamw-8bit"} if settings.optimizer == "adamw" else None,
-        {"lora_rank": 16} if settings.lora_rank is None else None,
+        {"lora_rank": 16} if settings.lora_rank is None and find_spec("peft") else None,
         *({"ranks": settings.ranks * more} for more in (2, 4, 8) if device.type == "cuda"),
     ]
 
