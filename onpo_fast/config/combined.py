@@ -44,6 +44,8 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)
+                if name == "tokens_per_microbatch" and self.tokens_per_microbatch is not None:
+                    self.tokens_per_microbatch = max(self.tokens_per_microbatch, self.max_new_tokens)
 
     def section(self, kind: type[Section]) -> Section:
         """Returns the options of one section, a class in ``SECTIONS``."""

@@ -401,7 +401,7 @@ class FitConfig:
     tokens_per_microbatch: int | None = None
     """Tokens, padding included, in one forward and backward pass; gradients accumulate until --batch_pairs is reached.
     Results depend on it by rounding only, and a micro-batch that does not fit is repeated in halves. Default: on a GPU
-    the most that fits its memory, at most 16384; 1024 on a CPU."""
+    the most that fits its memory, at most 16384; on a CPU 1024, or --max_new_tokens if that is more."""
     max_skipped_steps: int = 5
     """Abort after more consecutive non-finite steps than this. A step whose loss or gradient is not finite leaves the
     weights as they are."""

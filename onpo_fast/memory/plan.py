@@ -46,7 +46,7 @@ class Settings:
 
     Attributes:
         weights: "fp32" or "bf16-sr".
-        ranks: that weights, gradients and optimizer states are sharded over.
+        ranks: that take part.
         compute_dtype: of matrix products.
     """
 
@@ -58,6 +58,11 @@ class Settings:
     compute_dtype: torch.dtype = torch.float32
     live_anchor: bool = False
     loss_mode: str = "auto"
+
+    @property
+    def shards(self) -> int:
+        """The number of parts that weights, gradients and states are in: with LoRA each rank has all of them."""
+        return self.ranks if self.lora_rank is None else 1
 
     def changes_from(self, other: Settings) -> str:
         """Returns the flags that turn other settings into these."""
@@ -143,7 +148,7 @@ class Planner:
         """
         model = self._model(settings)
         weights, trained = _bytes(model.model.parameters()), model.parameters(trained=True)
-        gradients, sharded = _bytes(trained), settings.ranks
+        gradients, sharded = _bytes(trained), settings.shards
         states = sum(map(lambda one: _state_bytes(one, settings.optimizer), trained))
         fixed = {WEIGHTS: weights // sharded, STATES: states // sharded, **self.baseline}
         if settings.live_anchor:
@@ -167,10 +172,10 @@ class Planner:
     ) -> dict[str, int]:
         """Returns the bytes by part at the peak of a forward and backward pass; ``fixed`` are there all the time."""
         shape = self._loss_shape(model, groups, settings)
-        key = (*self._key(settings), packed.input_ids.shape, settings.ranks > 1, several)
+        key = (*self._key(settings), packed.input_ids.shape, settings.shards > 1, several)
         if key not in self._counts:
             dtype = footprint(shape, self.backend, self.device).gradient_dtype
-            self._counts[key] = model.count(packed, dtype, self.masked, several, settings.ranks > 1)
+            self._counts[key] = model.count(packed, dtype, self.masked, several, settings.shards > 1)
         counted = self._counts[key]
         free = None if self.memory is None else max(self.memory - fixed - sum(counted.at_loss.values()), 0)
         at_loss = counted.at_loss + Counter({LOSS: footprint(shape, self.backend, self.device, free).workspace})
@@ -269,7 +274,7 @@ class Planner:
 
     def _temporaries(self, trained: list[nn.Parameter], settings: Settings) -> int:
         """Returns the bytes that an optimizer takes beside its states while it updates the largest weight."""
-        largest = max((one.numel() for one in trained), default=0) // settings.ranks
+        largest = max((one.numel() for one in trained), default=0) // settings.shards
         if self.device.type == "cuda":  # a fused or compiled step has none, but for quantised moments in float32
             return 0 if settings.optimizer == "adamw" else 2 * 4 * largest
         plain = settings.optimizer == "adamw" and settings.weights == "fp32"

@@ -206,6 +206,8 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     weights = "fp32" if config.lora_rank else config.weights  # adapters are float32
     check_optimizer(weights, config.optimizer, ranks)
     check_ranks(config, ranks)
+    if not resume:
+        check_token_budget(config)
     policies = ResidentPolicy(config.section(ModelConfig))
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
@@ -259,6 +261,16 @@ def _begin(
         device=policy.device,
         compute_dtype=policy.compute_dtype,
     )
+
+
+def check_token_budget(config: Config) -> None:
+    """Raises ``UserError`` if a micro-batch has fewer tokens than a response may have."""
+    budget = config.tokens_per_microbatch
+    if budget is not None and budget < config.max_new_tokens:
+        raise UserError(
+            f"--tokens_per_microbatch {budget} is less than one response of --max_new_tokens {config.max_new_tokens}: "
+            "raise it, or allow shorter responses"
+        )
 
 
 def check_ranks(config: Config, ranks: int) -> None:

@@ -28,6 +28,7 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.models.scoring import PairLossOptions
 from onpo_fast.objectives import Onpo
+from onpo_fast.train import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUP = [1] * 20, [[2] * 12] * 3
@@ -213,6 +214,23 @@ def test_what_does_not_fit_is_refused_with_what_would(on_device, planner: Planne
         assert name in {"weights", "optimizer", "lora_rank", "gradient_checkpointing"}
     with pytest.raises(UserError, match="no other settings"):
         with_token_budget(config, on_device(1000), 20)
+
+
+def test_a_budget_below_one_response_is_refused(tmp_path) -> None:
+    """Before anything is loaded or written. The default on a CPU grows with the responses."""
+    config = Config(tokens_per_microbatch=31, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"--tokens_per_microbatch 31 .*--max_new_tokens 32"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    assert Config(max_new_tokens=2048, device="cpu").tokens_per_microbatch == 2048
+
+
+def test_adapters_are_not_sharded(planner: Planner) -> None:
+    """Each rank has the base and the adapters; a fit of all weights has its share of them."""
+    one, two = (planner.largest(Settings(lora_rank=4, ranks=ranks), GROUP, 1000) for ranks in (1, 2))
+    assert one.backward == two.backward
+    one, two = (planner.largest(Settings(ranks=ranks), GROUP, 1000) for ranks in (1, 2))
+    assert two.backward["weights"] == one.backward["weights"] // 2
 
 
 def test_a_family_that_cannot_be_counted_runs_without_a_plan(on_device, monkeypatch, capsys) -> None:
