@@ -54,7 +54,8 @@ def settings_of(config: Config, gpu: bool, ranks: int = 1) -> Settings:
         weights,
         config.optimizer,
         config.gradient_checkpointing,
-        getattr(config, "lora_rank", None),
+        config.lora_rank,
+        config.lora_targets,
         ranks,
         torch.bfloat16 if half else torch.float32,
         config.anchor == "live",
@@ -145,7 +146,7 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int, 
     except CannotCount as error:
         raise UserError(f"the memory of {config.model} cannot be counted ({error})") from error
     cache = cache_bytes_per_token(model_config, settings.compute_dtype)
-    whole = [plan.settings.ranks * plan.at_peak[WEIGHTS] for plan in plans]
+    whole = [plan.settings.shards * plan.at_peak[WEIGHTS] for plan in plans]
     sampled = [sampling_bytes(config, plan.settings, one, cache, prompt_tokens) for plan, one in zip(plans, whole)]
     where = f"{gpus} × {size / GIB:.0f} GiB" if gpus else f"a CPU with {size / GIB:.0f} GiB"
     how = "with" if settings.gradient_checkpointing else "without"

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config.sections import MOST_TOKENS
+from ..config.sections import MOST_TOKENS, ModelConfig
 from ..loss import LossShape, footprint
+from ..models.adapters import Adapter
 from ..models.execution import checkpoint_layers
 from ..models.heads import logit_options
 from ..packing import Layout, Packed, TokenGroup, microbatches, pack, row_length
@@ -54,6 +55,7 @@ class Settings:
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
+    lora_targets: str = "all-linear"
     ranks: int = 1
     compute_dtype: torch.dtype = torch.float32
     live_anchor: bool = False
@@ -236,9 +238,10 @@ class Planner:
         return self._models(*self._key(settings))
 
     @staticmethod
-    def _key(settings: Settings) -> tuple[str, bool, int | None, torch.dtype]:
+    def _key(settings: Settings) -> tuple[str, bool, tuple[int, str] | None, torch.dtype]:
         """Returns what a model on fake tensors depends on."""
-        return settings.weights, settings.gradient_checkpointing, settings.lora_rank, settings.compute_dtype
+        adapters = None if settings.lora_rank is None else (settings.lora_rank, settings.lora_targets)
+        return settings.weights, settings.gradient_checkpointing, adapters, settings.compute_dtype
 
     @cached_property
     def _counts(self) -> dict[tuple, LiveStorages]:
@@ -247,12 +250,14 @@ class Planner:
     @cached_property
     def _models(self) -> Callable[..., FakeModel]:
         @lru_cache(maxsize=4)
-        def make(weights: str, checkpointing: bool, rank: int | None, compute: torch.dtype) -> FakeModel:
+        def make(
+            weights: str, checkpointing: bool, adapters: tuple[int, str] | None, compute: torch.dtype
+        ) -> FakeModel:
             def prepare(model: PreTrainedModel) -> None:
                 if checkpointing:
                     checkpoint_layers(model)
-                if rank is not None:
-                    add_adapters(model, rank)
+                if adapters is not None:
+                    add_adapters(model, *adapters)
 
             return FakeModel(lambda: self.build(DTYPES[weights]), self.layout, compute, prepare)
 
@@ -283,7 +288,7 @@ class Planner:
 
 EAGER_COPIES = 6  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
 # Bytes of freed memory that glibc keeps between tensors of a fit, as a share of what it holds in its heap (measured).
-HEAP_OVERHEAD = 0.21
+HEAP_OVERHEAD = 0.25
 
 
 def _changes(settings: Settings, device: torch.device) -> list[dict[str, object] | None]:
@@ -305,11 +310,9 @@ def _allowed(settings: Settings) -> Settings:
     return settings
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """Puts LoRA layers on all linear layers but the head, in place, and freezes the rest."""
-    import peft
-
-    peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+def add_adapters(model: PreTrainedModel, rank: int, targets: str) -> None:
+    """Puts LoRA layers into the model, in place, and freezes the rest."""
+    Adapter(model, "", ModelConfig(lora_rank=rank, lora_targets=targets)).switch(on=True)
 
 
 def _bytes(tensors: object) -> int:
