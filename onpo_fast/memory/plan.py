@@ -88,12 +88,14 @@ class Plan:
         backward: at the peak of the forward and backward pass of the largest micro-batch.
         update: while the optimizer takes its step.
         tokens: of that micro-batch, padding included.
+        several: whether an optimizer step has several micro-batches.
     """
 
     settings: Settings
     backward: Mapping[str, int]
     update: Mapping[str, int]
     tokens: int
+    several: bool
 
     @property
     def at_peak(self) -> Mapping[str, int]:
@@ -109,12 +111,11 @@ class Plan:
     def total_of_first_step(self) -> int:
         """Peak bytes of a fit's first step, whose backward passes have no optimizer states beside them yet.
 
-        The allocator keeps nothing yet when the states are made.
+        The allocator has nothing to keep before the second micro-batch, nor when the states are made.
         """
-        states = self.backward.get(STATES, 0)
-        kept = round(HEAP_OVERHEAD * states) if ALLOCATOR in self.backward else 0
-        update = sum(self.update.values()) - self.update.get(ALLOCATOR, 0)
-        return max(sum(self.backward.values()) - states - kept, update)
+        backward = sum(self.backward.values()) - self.backward.get(STATES, 0)
+        kept = self.backward.get(ALLOCATOR, 0)
+        return max(backward if self.several else backward - kept, sum(self.update.values()) - kept)
 
 
 @dataclass
@@ -164,10 +165,9 @@ class Planner:
         if sharded > 1:
             backward[GRADIENTS] = gradients // sharded
         if self.device.type == "cpu":
-            for parts in (backward, update):
-                heap = sum(parts.get(part, 0) for part in (GRADIENTS, STATES, ACTIVATIONS))
-                parts[ALLOCATOR] = round(HEAP_OVERHEAD * heap)
-        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel())
+            kept = _kept_by_allocator(trained, settings.optimizer, backward[ACTIVATIONS], several)
+            backward[ALLOCATOR] = update[ALLOCATOR] = kept
+        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), several)
 
     def _largest_moment(
         self, model: FakeModel, packed: Packed, groups: list[TokenGroup], settings: Settings, several: bool, fixed: int
@@ -287,8 +287,18 @@ class Planner:
 
 
 EAGER_COPIES = 6  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
-# Bytes of freed memory that glibc keeps between tensors of a fit, as a share of what it holds in its heap (measured).
-HEAP_OVERHEAD = 0.25
+# What glibc keeps of freed memory, in gaps between the tensors of its heap: shares of the gradients and states there, by
+# whether a step has several micro-batches, and of activations (measured: docs/tuning.md)
+LARGEST_IN_HEAP = 32 * 2**20  # bytes; larger tensors go back to the system when they are freed
+KEPT = {False: 0.34, True: 0.56}
+KEPT_OF_ACTIVATIONS = 0.05
+
+
+def _kept_by_allocator(trained: list[nn.Parameter], optimizer: str, activations: int, several: bool) -> int:
+    """Returns the bytes that a process on a CPU holds beside its tensors."""
+    small = [one for one in trained if one.numel() * one.element_size() < LARGEST_IN_HEAP]
+    held = _bytes(small) + sum(_state_bytes(one, optimizer) for one in small)
+    return round(KEPT[several] * held + KEPT_OF_ACTIVATIONS * activations)
 
 
 def _changes(settings: Settings, device: torch.device) -> list[dict[str, object] | None]:
