@@ -165,8 +165,7 @@ class Planner:
         if sharded > 1:
             backward[GRADIENTS] = gradients // sharded
         if self.device.type == "cpu":
-            kept = _kept_by_allocator(trained, settings.optimizer, backward[ACTIVATIONS], several)
-            backward[ALLOCATOR] = update[ALLOCATOR] = kept
+            backward[ALLOCATOR] = update[ALLOCATOR] = _kept_by_allocator(backward, trained)
         return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), several)
 
     def _largest_moment(
@@ -287,18 +286,18 @@ class Planner:
 
 
 EAGER_COPIES = 6  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
-# What glibc keeps of freed memory, in gaps between the tensors of its heap: shares of the gradients and states there, by
-# whether a step has several micro-batches, and of activations (measured: docs/tuning.md)
-LARGEST_IN_HEAP = 32 * 2**20  # bytes; larger tensors go back to the system when they are freed
-KEPT = {False: 0.34, True: 0.56}
-KEPT_OF_ACTIVATIONS = 0.05
+# What glibc keeps of freed memory, in gaps between the tensors of its heap, as a share of what it holds there
+# (measured: docs/tuning.md). Larger tensors go back to the system when they are freed.
+KEPT = 0.31
+LARGEST_IN_HEAP = 32 * 2**20  # bytes
 
 
-def _kept_by_allocator(trained: list[nn.Parameter], optimizer: str, activations: int, several: bool) -> int:
+def _kept_by_allocator(parts: Mapping[str, int], trained: list[nn.Parameter]) -> int:
     """Returns the bytes that a process on a CPU holds beside its tensors."""
-    small = [one for one in trained if one.numel() * one.element_size() < LARGEST_IN_HEAP]
-    held = _bytes(small) + sum(_state_bytes(one, optimizer) for one in small)
-    return round(KEPT[several] * held + KEPT_OF_ACTIVATIONS * activations)
+    sizes = [one.numel() * one.element_size() for one in trained]
+    small = sum(size for size in sizes if size < LARGEST_IN_HEAP) / max(sum(sizes), 1)
+    held = small * (parts.get(GRADIENTS, 0) + parts.get(STATES, 0)) + parts.get(ACTIVATIONS, 0)
+    return round(KEPT * held)
 
 
 def _changes(settings: Settings, device: torch.device) -> list[dict[str, object] | None]:
