@@ -32,7 +32,7 @@ bench: .venv/.test
 	.venv/bin/python -m bench $(or $(ARGS),kernels)
 
 # Checks on a machine with a GPU, with that machine's Python and torch and without a network; see bench/gpu_check.py.
-#   make gpu-check ARGS="--part 1"     "--part 2", "--part 3", "--part sanitizer"
+#   make gpu-check ARGS="--part 1"     "--part 2", "--part 3", "--part 4", "--part sanitizer"
 #   make gpu-check ARGS="--dry-run"    runs on any machine, with .venv unless PYTHON is given
 ifneq ($(findstring --dry-run,$(ARGS)),)
 ifeq ($(origin PYTHON),file)

@@ -21,16 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
-from transformers.utils import is_flash_attn_2_available
 
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
+from onpo_fast.errors import UserError
 from onpo_fast.fit import fit, plan_steps
 from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.models import scoring
-from onpo_fast.models.execution import apply_liger, without_cudnn_attention
+from onpo_fast.models.execution import apply_liger, checkpoint_layers, without_cudnn_attention
+from onpo_fast.models.layouts import choose_layout
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Objective, Onpo
+from onpo_fast.out_of_memory import is_out_of_memory
 
 from .kernels import surroundings
 from .memory import Gauge
@@ -103,7 +105,7 @@ WORKLOADS = {
 
 LOSSES = ("triton", "torch", "materialised")
 
-# Bytes per parameter. All are bf16, so that 8B parameters fit in 80 GB; real training would need float32 weights.
+# Bytes per parameter, as with --weights bf16-sr: 8B parameters fit in 80 GB.
 PARAMETER_BYTES = {"weights": 2, "gradients": 2, "moments": 4}
 USABLE = 0.97  # usable share of the free memory; fragmentation takes the rest
 
@@ -131,7 +133,9 @@ def large(loss: str, shape: str, pairs: int, steps: int, device: str, layers: in
         policy = random_policy(form, layers, where)
         weights = gauge.held() - before
         laps, last = _measured_fit(policy, form, pairs, steps, loss, marks)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, UserError) as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
         return row | {"status": "out of memory", "reason": f"{marks.phase}: {error}".split("\n")[0][:300]}
     held, peak, rest = marks.held, marks.peak, marks.held["rest"]
     return row | {
@@ -171,22 +175,19 @@ def _layers_that_fit(shape: Workload, device: torch.device) -> int:
 
 
 def random_policy(shape: Workload, layers: int, device: torch.device) -> Policy:
-    """Makes a policy as ``loading.load`` does, but in bf16 and directly on the device."""
-    flash = device.type == "cuda" and is_flash_attn_2_available()
+    """Makes a policy as ``loading.load`` does with --weights bf16-sr, but with random weights, on the device.
+
+    It has no tokenizer, since the tokens are random.
+    """
     set_seed(0)
     without_cudnn_attention()
     with device:
-        model = AutoModelForCausalLM.from_config(
-            shape.config(layers),
-            dtype=torch.bfloat16,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        )
-    # renamed in transformers 5.23
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+        model = AutoModelForCausalLM.from_config(shape.config(layers), dtype=torch.bfloat16)
+    checkpoint_layers(model)
     apply_liger(model, device, "auto")
-    # no tokenizer is needed, since the tokens are random
-    return Policy(model, None, device, torch.bfloat16, "separate" if flash else "shared")
+    policy = Policy(model, None, device, torch.bfloat16, "separate")
+    choose_layout(policy, "auto", "the random model")
+    return policy
 
 
 def _measured_fit(
@@ -201,7 +202,7 @@ def _measured_fit(
         batch_pairs=pairs,
         tokens_per_microbatch=tokens,
         gradient_checkpointing=True,
-        learning_rate=5e-7,  # the paper's; too small for most bf16 weights to change, but the work is the same
+        learning_rate=5e-7,  # the paper's
         loss_backend="torch" if loss == "materialised" else loss,
     )
     draw = torch.Generator().manual_seed(1)

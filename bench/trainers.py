@@ -4,8 +4,9 @@
 
 ARGUMENTS is a JSON object with the fields of ``Case``. The last line of the output is the result as JSON.
 
-Both train the same weights on the same tokens, with as many pairs in an optimizer step, AdamW, and a clipped gradient.
-Prompts and responses are random tokens of random lengths. TRL's trainer runs as its users would have it run fastest:
+Both train the same weights on the same tokens, with as many pairs in an optimizer step, AdamW and a clipped
+gradient; bfloat16 weights are rounded stochastically by this package and to nearest by TRL. Prompts and responses are
+random tokens of random lengths. TRL's trainer runs as its users would have it run fastest:
 reference log-probs computed beforehand, its own fused head, Liger's layers on a GPU. It pads (its ``padding_free`` is
 disabled in 1.16), and each of its pairs is two rows with a prompt each.
 """
@@ -17,12 +18,14 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from onpo_fast.config import Config, ModelConfig
 from onpo_fast.data import Group, Pair, Response
@@ -32,6 +35,7 @@ from onpo_fast.models.heads import head_arguments
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy
 from onpo_fast.objectives import Onpo
+from onpo_fast.out_of_memory import is_out_of_memory
 from onpo_fast.packing import row_length
 
 from .fits import WORKLOADS, random_policy
@@ -40,7 +44,6 @@ from .memory import Gauge
 from .timing import Clock, Spread
 from .tiny_checkpoints import make_tokenizer
 
-TRAINERS = ("onpo_fast", "trl")
 SPREAD = 0.25  # lengths are uniform within this share of their mean
 
 
@@ -88,14 +91,8 @@ def measure(case: Case) -> dict[str, Any]:
     policy = _policy(case)
     groups = case.groups(policy.vocabulary)
     gauge.reset()
-    ends: list[float] = []
-
-    def step_ended() -> None:
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        ends.append(time.perf_counter())
-
-    prepare(policy, groups, step_ended)
+    with _step_ends(where) as ends:
+        prepare(policy, groups)
     peak = gauge.peak() - before
     laps = Spread.of([b - a for a, b in pairwise(ends)])
     flops = sum(_useful_flops(policy, group) for group in groups) / (case.steps + 1)
@@ -116,6 +113,23 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _step_ends(device: torch.device) -> Iterator[list[float]]:
+    """Yields a list to which the time of each optimizer step's end is added."""
+    ends: list[float] = []
+
+    def ended(*_: object) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+
+    hook = register_optimizer_step_post_hook(ended)
+    try:
+        yield ends
+    finally:
+        hook.remove()
+
+
 def _policy(case: Case) -> Policy:
     if case.model in WORKLOADS:
         policy = random_policy(WORKLOADS[case.model], WORKLOADS[case.model].layers, torch.device(case.device))
@@ -123,23 +137,22 @@ def _policy(case: Case) -> Policy:
     return load(case.model, ModelConfig(model=case.model, device=case.device))
 
 
-Train = Callable[[Policy, list[Group], Callable[[], None]], None]
+Train = Callable[[Policy, list[Group]], None]
 
 
 def _ours(case: Case) -> Train:
-    def train(policy: Policy, groups: list[Group], step_ended: Callable[[], None]) -> None:
+    def train(policy: Policy, groups: list[Group]) -> None:
         config = Config(device=case.device, learning_rate=1e-6, batch_pairs=case.pairs)
         pairs = [Pair(g, i, j, 1.0) for g in range(len(groups)) for i, j in combinations(range(case.responses), 2)]
         batches = plan_steps(pairs, 1, case.pairs, [case.seed])
         anchor = score(policy, groups, batches, config)
-        fit(policy, groups, batches, anchor, Onpo(eta=config.eta), config, lambda metrics: step_ended())
+        fit(policy, groups, batches, anchor, Onpo(eta=config.eta), config, lambda metrics: None)
 
     return train
 
 
 def _trl(case: Case) -> Train:
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     class Tokenized(DPOTrainer):
@@ -148,14 +161,7 @@ def _trl(case: Case) -> Train:
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 
-    class Steps(TrainerCallback):
-        def __init__(self, ended: Callable[[], None]) -> None:
-            self.ended = ended
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ended()
-
-    def train(policy: Policy, groups: list[Group], step_ended: Callable[[], None]) -> None:
+    def train(policy: Policy, groups: list[Group]) -> None:
         columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
         for group in groups:
             for i, j in combinations(range(case.responses), 2):
@@ -178,7 +184,7 @@ def _trl(case: Case) -> Train:
                 max_length=None,
                 gradient_checkpointing=bool(checkpointed_layers(policy.model)),
                 bf16=gpu and not weights_are_half,
-                optim="adamw_torch_fused" if gpu else "adamw_torch",
+                optim="adamw_torch_fused",
                 use_cpu=not gpu,
                 save_strategy="no",
                 logging_strategy="no",
@@ -191,7 +197,6 @@ def _trl(case: Case) -> Train:
                 args=options,
                 train_dataset=Dataset.from_dict(columns),
                 processing_class=policy.tokenizer,
-                callbacks=[Steps(step_ended)],
             )
             trainer.train()
 
@@ -232,5 +237,15 @@ def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / Spread.of([lap for (lap,) in laps]).median
 
 
+def measure_or_say_why(case: Case) -> dict[str, Any]:
+    """Returns what ``measure`` does, or that memory was too small."""
+    try:
+        return measure(case)
+    except Exception as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+        return {"status": "out of memory", "reason": str(error).partition("\n")[0][:300]}
+
+
 if __name__ == "__main__":
-    print("\n" + json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    print("\n" + json.dumps(measure_or_say_why(Case(**json.loads(sys.argv[1])))))

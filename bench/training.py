@@ -6,8 +6,9 @@ tokens/s, peak memory above that before the model was loaded, and utilisation: t
 each prompt and response computed once, as a share of a plain product's.
 
 --part fit: a Llama-3-8B with random weights in bf16, with gradient checkpointing, on pairs of 2×1024 tokens in one
-micro-batch, with the fused loss and with materialised logits. Reports pairs/s and memory by part. Nothing is
-downloaded. If the memory is too small for all layers, fewer are used, and the table says so.
+micro-batch, or in its halves if that does not fit, with the fused loss and with materialised logits. Reports pairs/s
+and memory by part. Nothing is downloaded. If the memory is too small for all layers, fewer are used, and the table says
+so.
 
 --part run: the trainer with its defaults or the options of --train. Reports tokens/s, seconds and memory by stage, also
 if the time ends before the run.
@@ -92,9 +93,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--trl_batches",
         type=int,
         nargs="+",
-        default=[2, 4],
+        default=[1, 2, 4],
         metavar="PAIRS",
-        help="TRL's per_device_train_batch_size: it is measured with each (default: 2 4).",
+        help="TRL's per_device_train_batch_size: it is measured with each (default: 1 2 4).",
     )
     fit = parser.add_argument_group("options of --part fit")
     fit.add_argument(

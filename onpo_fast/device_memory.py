@@ -25,6 +25,14 @@ def device_bytes(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
+_earlier_peak = 0  # bytes, before the last ``reset_peak``
+
+
+def highest_peak_bytes(device: torch.device) -> int:
+    """Returns the most bytes since the process began: allocated on a GPU, resident on a CPU; 0 if unknown."""
+    return max(_earlier_peak, peak_bytes(device) or 0)
+
+
 def resident_bytes() -> int | None:
     """Returns the bytes of this process that are in memory; None where the system does not say."""
     return _kilobytes(STATUS, "VmRSS")
@@ -39,6 +47,8 @@ def peak_bytes(device: torch.device) -> int | None:
 
 def reset_peak(device: torch.device) -> None:
     """Begins a new peak at what is taken now. A system that cannot keeps the peak since the process began."""
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, peak_bytes(device) or 0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

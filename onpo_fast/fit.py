@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_weight
 from .config import FitConfig
 from .data import Group
+from .device_memory import highest_peak_bytes
 from .distributed import World
 from .errors import UserError
 from .fit_metrics import StepMetrics
@@ -33,7 +34,6 @@ from .objectives import Objective
 from .out_of_memory import TokenBudget, naming_settings
 from .run import signals
 from .run.fit_states import NO_STATE
-from .run.tracking import peak_memory_bytes
 
 __all__ = ["AnchorLogps", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps", "score"]
 
@@ -101,7 +101,8 @@ def fit(
         The fitted policy, on rank 0; None on the others.
 
     Raises:
-        FitFailed: if they are not, to the tolerance of ``disagreement``; if more than ``config.max_skipped_steps``
+        FitFailed: if the log-probs of the first step are not the anchor's, to the tolerance of ``disagreement``, though
+            the fit starts there; if more than ``config.max_skipped_steps``
             consecutive steps, or all of them, had a loss or gradient that is not finite, of which each leaves the
             weights as they are; or if the fitted policy is not finite.
         Stopped: if a signal asks the run to stop.
@@ -232,7 +233,7 @@ def _backward(
     metrics = StepMetrics(loss.objective)
     parts = split(policy, groups, batch, budget.tokens, world.size)
     for index in range(world.rank, -(-len(parts) // world.size) * world.size, world.size):
-        is_spare = index >= len(parts)  # there is none left for this rank
+        is_spare = index >= len(parts)  # none is left for this rank: a dummy of weight 0
         part = parts[-1 if is_spare else index]
         microbatch = MicroBatch.prepare(groups, part, anchor_logps, policy.layout).to(policy.device)
         budget.running = microbatch.packed.input_ids.numel(), len(part)
@@ -325,7 +326,7 @@ class _Training:
             "pairs_per_second": count(batch) / seconds,
             "learning_rate": rate,
             "skipped": int(self.skipped > 0),
-            "peak_memory_bytes": peak_memory_bytes(self.policy.device),
+            "peak_memory_bytes": highest_peak_bytes(self.policy.device),
             "seconds": seconds,
         }
 

@@ -15,13 +15,14 @@ from . import fit as fitting
 from . import oracles, pairing
 from .config import AlgorithmConfig, FitConfig
 from .data import Group, Messages, Pair
+from .device_memory import highest_peak_bytes
 from .distributed import World
 from .errors import UserError
 from .models.policy import Policy, disagreement
 from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
 from .run.progress import Progress
-from .run.tracking import peak_memory_bytes, progress
+from .run.tracking import progress
 from .sampling import Sampler
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
@@ -45,7 +46,7 @@ def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.devi
         "tokens_per_second": tokens / seconds,
         "response_tokens_mean": tokens / len(responses),
         "stopped_by_length": float(np.mean([response.stop_reason == "length" for response in responses])),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": highest_peak_bytes(device),
     }
 
 

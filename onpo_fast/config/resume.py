@@ -18,6 +18,7 @@ from .yaml_files import hints_with_variants, read_options
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 RESOLVED = {"weights": "auto"}  # options with the value that stands for the one that the run began with
+BEFORE = {"weights": "fp32"}  # what runs had before there was such an option, where that is not its default
 COMPUTED_DEFAULTS = ("eta", "tau", *DEFAULTS_BY_DEVICE)  # options whose default is None and stands for a number
 
 
@@ -123,7 +124,7 @@ def _options_in_journal(directory: Path) -> dict[str, Any] | None:
 def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     """Returns "--option old → new" for every option that has changed. A journal may lack options that are newer."""
     known = (*before, *COMPUTED_DEFAULTS)
-    newer = {field.name: field.default for field in fields(Config) if field.name not in known}
+    newer = {one.name: BEFORE.get(one.name, one.default) for one in fields(Config) if one.name not in known}
     return [
         f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
         for name, was in {**before, **newer}.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,12 +80,19 @@ def _mask(packed: Packed, window: int | None, attention: str, dtype: torch.dtype
     sees, (batch, length) = mask_function(packed, window), packed.input_ids.shape
     device = packed.input_ids.device
     if attention == FLEX:
-        return create_block_mask(sees, batch, None, length, length, device, _compile=device.type == "cuda")
+        create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+        return create(sees, batch, None, length, length, device)
     row, index = torch.arange(batch, device=device), torch.arange(length, device=device)
     mask = sees(row[:, None, None], None, index[:, None], index)[:, None]
     if attention == "eager":
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     return mask
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    """Returns ``create_block_mask`` compiled, which does not store the whole mask on its way."""
+    return torch.compile(create_block_mask)
 
 
 def mask_function(packed: Packed, window: int | None) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:

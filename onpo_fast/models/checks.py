@@ -23,6 +23,8 @@ PROBE_GROUPS: list[TokenGroup] = [
     ([2, 5], [[6, 4], [3, 1]]),
     (list(range(11, 40, 2)), [list(range(12, 30, 3)), [8, 6, 5, 3, 9]]),
 ]
+# for kernels that work in blocks of 128 tokens: 448 in a row with a shared prompt
+LONG_GROUP: TokenGroup = (list(range(3, 153)), [list(range(5, 135)), list(range(300, 130, -1))])
 # nats per token: larger than the differences of float32 rounding, smaller than those of any mistake that was seen
 ROUNDING = 1e-3
 
@@ -61,25 +63,31 @@ def computing(model: str) -> Iterator[None]:
         raise UserError(f"{model} does not compute here: {type(error).__name__}: {reason}") from error
 
 
-def _probe_groups(policy: Policy) -> list[TokenGroup]:
-    """Returns ``PROBE_GROUPS`` in the policy's vocabulary, without groups that exceed its context."""
-    size = policy.head_rows
+def _probe_groups(policy: Policy, long: bool = False) -> list[TokenGroup]:
+    """Returns ``PROBE_GROUPS`` in the policy's vocabulary, without groups that exceed its context.
+
+    Args:
+        long: with ``LONG_GROUP``.
+    """
+    size, wanted = policy.head_rows, [*PROBE_GROUPS, LONG_GROUP] if long else PROBE_GROUPS
     groups = [
-        group for group in PROBE_GROUPS if row_length(group[0], group[1][:1]) <= policy.safe_length
+        (prompt, responses)
+        for prompt, responses in wanted
+        if row_length(prompt, [max(responses, key=len)]) <= policy.safe_length
     ] or PROBE_GROUPS[1:2]
     return [([t % size for t in prompt], [[t % size for t in r] for r in responses]) for prompt, responses in groups]
 
 
-def probe_batch(policy: Policy, layout: Layout) -> Packed:
-    """Returns all groups of the probe in one batch, as in a run."""
-    return pack(_probe_groups(policy), layout).to(policy.device)
+def probe_batch(policy: Policy, layout: Layout, long: bool = False) -> Packed:
+    """Returns all groups of the probe in one batch, as in a run; with ``long`` one that spans several blocks too."""
+    return pack(_probe_groups(policy, long), layout).to(policy.device)
 
 
 @torch.no_grad()
-def probe_log_probs(policy: Policy, layout: Layout) -> Tensor:
+def probe_log_probs(policy: Policy, layout: Layout, long: bool = False) -> Tensor:
     """Returns (N,) log-probs of the probe's response tokens, nats."""
     with policy.autocast():
-        return policy.scoring(probe_batch(policy, layout))
+        return policy.scoring(probe_batch(policy, layout, long))
 
 
 @torch.no_grad()

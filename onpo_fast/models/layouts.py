@@ -89,18 +89,24 @@ def _why_not(policy: Policy, attention: str, layout: Layout) -> str | None:
 def _agrees(policy: Policy, attention: str, layout: Layout) -> bool:
     """Returns whether the probe has the log-probs of a row for each response.
 
-    A kernel that runs on GPUs alone is tried in the policy's own dtype, and with its gradient.
+    A kernel that runs on GPUs alone is tried in the policy's own dtype, with its gradient, and on a row of several of
+    its blocks.
     """
-    with policy.in_float32():
-        exact = probe_log_probs(policy, "separate")
-        if not (attention == FLEX or is_flash(attention)):
+    if not (attention == FLEX or is_flash(attention)):
+        with policy.in_float32():
+            exact = probe_log_probs(policy, "separate")
             with policy.using(attention, layout):
                 return bool((probe_log_probs(policy, layout) - exact).abs().max() <= ROUNDING)
-        exact = [exact, _embedding_gradient(policy, "separate")]
+
+    def computed(layout: Layout) -> list[Tensor]:
+        return [probe_log_probs(policy, layout, long=True), _embedding_gradient(policy, layout)]
+
+    with policy.in_float32():
+        exact = computed("separate")
     with policy.using(policy.plain_attention, "separate"):
-        plain = [probe_log_probs(policy, "separate"), _embedding_gradient(policy, "separate")]
+        plain = computed("separate")
     with policy.using(attention, layout):
-        ours = [probe_log_probs(policy, layout), _embedding_gradient(policy, layout)]
+        ours = computed(layout)
     return all(
         (mine - want).abs().max() <= ERROR_RATIO * (usual - want).abs().max() + ROUNDING * (1 + want.abs().max())
         for mine, usual, want in zip(ours, plain, exact)
@@ -113,7 +119,7 @@ def _embedding_gradient(policy: Policy, layout: Layout) -> Tensor:
 
     It has passed through the attention of every layer, and needs no memory for the gradients of weights.
     """
-    packed = probe_batch(policy, layout)
+    packed = probe_batch(policy, layout, long=True)
     embedded: list[Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:

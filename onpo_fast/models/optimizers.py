@@ -56,7 +56,8 @@ def make_optimizer(policy: Policy, config: FitConfig) -> Optimizer:
     if config.optimizer == "adamw" and not rounds:
         fused = policy.device.type == "cuda"  # fused AdamW avoids temporaries the size of the gradients
         return torch.optim.AdamW(parameters, **options, fused=fused)
-    kind = _torchao_class(config.optimizer, f"--optimizer {config.optimizer}")
+    option = "--weights bf16-sr" if config.optimizer == "adamw" else f"--optimizer {config.optimizer}"
+    kind = _torchao_class(config.optimizer, option)
     return kind(parameters, **options, bf16_stochastic_round=rounds)
 
 

@@ -173,14 +173,13 @@ def _with_weights(config: Config) -> tuple[Config, str]:
 
     A run that is resumed keeps the value that it began with, float32 if it began before there was a choice.
     """
+    began = Journal(Path(config.out)).note("options")
+    if began is not None and config.weights in ("auto", before := began.get("weights", "fp32")):
+        return replace(config, weights=before), "as the run began"
     if config.weights != "auto":
         return config, "--weights"
-    began = Journal(Path(config.out)).note("options")
-    if began is not None:
-        weights, reason = began.get("weights", "fp32"), "as the run began"
-    else:
-        sections = config.section(ModelConfig), config.section(FitConfig)
-        weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)))
+    sections = config.section(ModelConfig), config.section(FitConfig)
+    weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)))
     return replace(config, weights=weights), reason
 
 

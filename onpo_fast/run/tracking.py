@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import socket
 import struct
@@ -108,13 +107,6 @@ def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item
         if number % 100 == 0:
             done(100)
     done(number % 100)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory in bytes: allocated on the GPU since the stage began, or resident since the process started (CPU)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def environment(device: torch.device) -> dict[str, str | None]:

@@ -143,7 +143,7 @@ def test_fewer_layers_where_the_memory_is_smaller_than_computed(bench, monkeypat
 
 @pytest.mark.parametrize("responses", [2, 4])
 def test_both_trainers_take_the_same_steps_on_the_same_pairs(bench, monkeypatch, capsys, responses: int) -> None:
-    """As many pairs a step, the same responses in them, and no gradient the first time, when margins are 0."""
+    """As many pairs and FLOPs that they need a step, whichever trainer it is."""
     pytest.importorskip("trl")
     tried = bench(part="trl", model="tiny", responses=[responses], pairs_per_step=6, timed_steps=2, tokens=12)
     tried.options.trl_batches = [2]

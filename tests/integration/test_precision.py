@@ -19,6 +19,7 @@ from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.fit import fit, plan_steps, score
+from onpo_fast.fit_precision import KeptMargins
 from onpo_fast.models import precision
 from onpo_fast.models.loading import load
 from onpo_fast.models.optimizers import check_optimizer, make_optimizer
@@ -227,6 +228,31 @@ def test_what_a_fit_keeps_is_measured_where_something_may_be_lost(tiny_model: Pa
     if where:
         assert kept[f"margins_kept_{where}"] == pytest.approx(1, abs=0.1)
         assert kept[f"margins_error_{where}"] < 0.2
+
+
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["at the start", "at the end"])
+@pytest.mark.parametrize("options", [{"weights": "bf16-sr"}, {"save_dtype": "bfloat16"}], ids=str)
+def test_a_measurement_that_does_not_fit_the_memory_costs_nothing(
+    tiny_model: Path, monkeypatch, capsys, options: dict, fails_at: int
+) -> None:
+    """The fit ends as with it, but for the figures; weights are rounded all the same."""
+    measured = fitted(tiny_model, learning_rate=1e-3, **options)
+    calls, margins = [], KeptMargins._margins_in_float32
+
+    def limited(self: KeptMargins) -> torch.Tensor:
+        calls.append(self.policy)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return margins(self)
+
+    monkeypatch.setattr(KeptMargins, "_margins_in_float32", limited)
+    monkeypatch.setattr("onpo_fast.run.tracking.announced", set())
+    records = fitted(tiny_model, learning_rate=1e-3, **options)
+    assert not any(name.startswith("margins_") for record in records for name in record)
+    assert [record["loss"] for record in records] == [record["loss"] for record in measured]
+    assert "is not measured" in capsys.readouterr().out
+    if "save_dtype" in options:
+        assert all(torch.equal(one, one.bfloat16().float()) for one in calls[-1].model.parameters())
 
 
 @pytest.mark.parametrize(("learning_rate", "warns"), [(5e-7, True), (1e-3, False)])
