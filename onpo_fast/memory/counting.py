@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from ..models.policy import Policy
 from ..models.scoring import backbone
 from ..packing import Layout, Packed
@@ -36,11 +37,16 @@ class CannotCount(Exception):
 
 @contextmanager
 def cannot_count() -> Iterator[None]:
-    """Raises ``CannotCount`` for any exception within the block: families fail in their own ways, with logs."""
+    """Raises ``CannotCount`` for any exception within the block: families fail in their own ways, with logs.
+
+    A ``UserError`` stays one.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CannotCount(f"{type(error).__name__}: {reason}") from error

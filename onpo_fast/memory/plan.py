@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..config.sections import MOST_TOKENS
 from ..loss import LossShape, footprint
+from ..models.adapters import check_targets
 from ..models.execution import checkpoint_layers
 from ..models.heads import logit_options
 from ..packing import Layout, Packed, TokenGroup, microbatches, pack, row_length
@@ -58,6 +59,7 @@ class Settings:
     compute_dtype: torch.dtype = torch.float32
     live_anchor: bool = False
     loss_mode: str = "auto"
+    lora_targets: str = "all-linear"
 
     @property
     def shards(self) -> int:
@@ -86,12 +88,15 @@ class Plan:
         backward: at the peak of the forward and backward pass of the largest micro-batch.
         update: while the optimizer takes its step.
         tokens: of that micro-batch, padding included.
+        loading: while the whole model is float32, on every rank: when it is loaded and checked, and at the start and
+            end of a fit.
     """
 
     settings: Settings
     backward: Mapping[str, int]
     update: Mapping[str, int]
     tokens: int
+    loading: int = 0
 
     @property
     def at_peak(self) -> Mapping[str, int]:
@@ -165,7 +170,8 @@ class Planner:
             for parts in (backward, update):
                 heap = sum(parts.get(part, 0) for part in (GRADIENTS, STATES, ACTIVATIONS))
                 parts[ALLOCATOR] = round(HEAP_OVERHEAD * heap)
-        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel())
+        loading = 4 * sum(one.numel() for one in model.parameters()) + sum(self.baseline.values())
+        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), loading)
 
     def _largest_moment(
         self, model: FakeModel, packed: Packed, groups: list[TokenGroup], settings: Settings, several: bool, fixed: int
@@ -207,8 +213,16 @@ class Planner:
         return best
 
     def fits(self, plan: Plan) -> bool:
-        """Returns whether a plan fits the memory."""
-        return self.memory is None or plan.total <= self.usable
+        """Returns whether a plan fits the memory: its step what may be used, and the model in float32 all of it."""
+        return self.memory is None or (plan.total <= self.usable and self.loads(plan))
+
+    def loads(self, plan: Plan) -> bool:
+        """Returns whether the whole model in float32, as it is loaded and checked, fits the memory."""
+        return self.memory is None or plan.loading <= self.memory
+
+    def count_parameters(self) -> int:
+        """Returns the number of parameters of the model."""
+        return sum(one.numel() for one in self._model(Settings()).parameters())
 
     @property
     def usable(self) -> int:
@@ -221,13 +235,13 @@ class Planner:
         for change in _changes(settings, self.device):
             if change is None:
                 continue
-            if (plan := self.choose_tokens(_allowed(replace(settings, **change)), group)) is not None:
+            if (plan := self.choose_tokens(allowed(replace(settings, **change)), group)) is not None:
                 single = True
                 yield plan
             changed = replace(changed, **{name: value for name, value in change.items() if name != "ranks"})
         if not single:
             for ranks in (settings.ranks, 2 * settings.ranks, 4 * settings.ranks, 8 * settings.ranks):
-                plan = self.choose_tokens(_allowed(replace(changed, ranks=ranks)), group)
+                plan = self.choose_tokens(allowed(replace(changed, ranks=ranks)), group)
                 if plan is not None:
                     yield plan
                     return
@@ -236,9 +250,10 @@ class Planner:
         return self._models(*self._key(settings))
 
     @staticmethod
-    def _key(settings: Settings) -> tuple[str, bool, int | None, torch.dtype]:
+    def _key(settings: Settings) -> tuple[str, bool, torch.dtype, int | None, str]:
         """Returns what a model on fake tensors depends on."""
-        return settings.weights, settings.gradient_checkpointing, settings.lora_rank, settings.compute_dtype
+        adapters = settings.lora_rank, settings.lora_targets
+        return settings.weights, settings.gradient_checkpointing, settings.compute_dtype, *adapters
 
     @cached_property
     def _counts(self) -> dict[tuple, LiveStorages]:
@@ -247,12 +262,12 @@ class Planner:
     @cached_property
     def _models(self) -> Callable[..., FakeModel]:
         @lru_cache(maxsize=4)
-        def make(weights: str, checkpointing: bool, rank: int | None, compute: torch.dtype) -> FakeModel:
+        def make(weights: str, checkpointing: bool, compute: torch.dtype, rank: int | None, targets: str) -> FakeModel:
             def prepare(model: PreTrainedModel) -> None:
                 if checkpointing:
                     checkpoint_layers(model)
                 if rank is not None:
-                    add_adapters(model, rank)
+                    add_adapters(model, rank, targets)
 
             return FakeModel(lambda: self.build(DTYPES[weights]), self.layout, compute, prepare)
 
@@ -298,18 +313,25 @@ def _changes(settings: Settings, device: torch.device) -> list[dict[str, object]
     ]
 
 
-def _allowed(settings: Settings) -> Settings:
+def allowed(settings: Settings) -> Settings:
     """Returns the settings without what does not work on several ranks: quantised moments of bfloat16 weights."""
-    if settings.ranks > 1 and settings.weights == "bf16-sr":
+    if settings.shards > 1 and settings.weights == "bf16-sr":
         return replace(settings, optimizer="adamw")
     return settings
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """Puts LoRA layers on all linear layers but the head, in place, and freezes the rest."""
+def add_adapters(model: PreTrainedModel, rank: int, targets: str = "all-linear") -> None:
+    """Puts LoRA layers on the linear layers of these names, all but the head by default, and freezes the rest.
+
+    Raises:
+        UserError: if a name is not that of linear layers.
+    """
     import peft
 
-    peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    if names != targets:
+        check_targets(model, names)
+    peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM"))
 
 
 def _bytes(tensors: object) -> int:

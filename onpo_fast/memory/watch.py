@@ -57,11 +57,12 @@ def settings_of(policy: Policy, model: ModelConfig, fit: FitConfig, live_anchor:
         "bf16-sr" if policy.weights_dtype == torch.bfloat16 else "fp32",
         fit.optimizer,
         model.gradient_checkpointing,
-        getattr(model, "lora_rank", None),
+        model.lora_rank,
         torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
         policy.compute_dtype,
         live_anchor,
         fit.loss_mode,
+        model.lora_targets,
     )
 
 
@@ -72,7 +73,7 @@ def with_token_budget(config: Config, policy: Policy, prompt_tokens: int) -> Con
         prompt_tokens: of the longest prompt.
 
     Raises:
-        UserError: if a step does not fit the device; names settings that do.
+        UserError: if a step does not fit the device, and names settings that do; or if the model in float32 does not.
     """
     planner = planner_of(policy, config.loss_backend)
     group = longest_group(config, prompt_tokens, config.max_new_tokens)
@@ -94,6 +95,11 @@ def with_token_budget(config: Config, policy: Policy, prompt_tokens: int) -> Con
 
 
 def _refusal(planner: Planner, plan: Plan, group: TokenGroup) -> str:
+    if not planner.loads(plan):
+        return (
+            f"loading and checks take {plan.loading / GIB:.1f} GiB on every rank, for the whole model in float32, and "
+            f"the {planner.device.type} has {planner.memory / GIB:.1f} GiB: take a smaller model or a larger device"
+        )
     return (
         f"an optimizer step would take {plan.total / GIB:.1f} GiB at {plan.tokens} tokens a micro-batch, and "
         f"{planner.usable / GIB:.1f} GiB of the {planner.device.type} may be used; {advice(planner, plan, group)}"
@@ -123,7 +129,7 @@ class MemoryWatch:
     The first step has no optimizer states beside its backward passes, so that its peak is lower.
 
     Raises:
-        UserError: if the step does not fit the device.
+        UserError: if the step, or the model in float32, does not fit the device.
     """
 
     def __init__(
