@@ -195,7 +195,7 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int) 
     )
     for plan, size in zip(plans, sampled):
         if verdict(planner, plan, size) == SAMPLING:
-            batch = (planner.usable - sampling_weights(plan)) // response
+            batch = (planner.usable - sampling_weights(plan)) // max(response, 1)  # 0 if unknown
             how = f"fits with --sampling_batch_size {batch}"
             if batch < 1:
                 how = "samples with no --sampling_batch_size: that takes the whole model on each device"
