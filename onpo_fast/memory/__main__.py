@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from ..config import Config
+from ..config import Config, FitConfig, ModelConfig
 from ..config.combined import DEFAULTS_BY_DEVICE
 from ..config.command_line import parse_with_sources
 from ..device_memory import device_bytes, resident_bytes
 from ..errors import CommandParser, UserError, command, program
-from ..models.precision import SMALL_LEARNING_RATE
+from ..models.checkpoint import base_of
+from ..models.optimizers import check_optimizer
+from ..models.precision import choose_weights
 from ..run.tracking import console
 from .counting import CannotCount
 from .plan import (
@@ -34,6 +36,7 @@ from .plan import (
     Plan,
     Planner,
     Settings,
+    allowed,
 )
 from .shapes import SHAPES, builder, cache_bytes_per_token, read_config
 from .watch import advice, longest_group
@@ -43,30 +46,42 @@ HEADINGS = {GRADIENTS: "grads", ACTIVATIONS: "activ.", HEAD: "head grad", GATHER
 COLUMNS = (WEIGHTS, GRADIENTS, STATES, GATHERED, ACTIVATIONS, LOSS, HEAD, PROCESS, ALLOCATOR)
 
 
-def settings_of(config: Config, gpu: bool, ranks: int = 1) -> Settings:
-    """Returns the settings of a run with these options, ``--weights auto`` resolved by the learning rate alone."""
-    weights = config.weights
-    if weights == "auto":
-        small = gpu and config.dtype != "float32" and config.learning_rate < SMALL_LEARNING_RATE
-        weights = "bf16-sr" if small else "fp32"
+SAMPLING = "no (sampling)"
+# the most of an option: beyond them sizes overflow, or a plan takes minutes
+MOST = {"gpus": 10**5, "memory": 10**6, "prompt_tokens": 10**6}
+
+
+def settings_of(config: Config, weights: str, gpu: bool, ranks: int = 1) -> Settings:
+    """Returns the settings of a run with these options and weights, which are no longer "auto"."""
     half = config.dtype == "bfloat16" or weights == "bf16-sr" or (gpu and config.dtype == "auto")
     return Settings(
         weights,
         config.optimizer,
         config.gradient_checkpointing,
         config.lora_rank,
-        config.lora_targets,
         ranks,
         torch.bfloat16 if half else torch.float32,
         config.anchor == "live",
         config.loss_mode,
+        config.lora_targets,
     )
 
 
-def sampling_bytes(config: Config, settings: Settings, weights: int, cache: int | None, prompt_tokens: int) -> int:
-    """Returns the bytes of a batch of responses at their longest: the whole model and the KV cache."""
-    cast = weights // 2 if settings.weights == "fp32" and settings.compute_dtype != torch.float32 else 0
-    return weights + cast + config.sampling_batch_size * (prompt_tokens + config.max_new_tokens) * (cache or 0)
+def resolve_weights(config: Config, planner: Planner, gpus: int) -> str:
+    """Returns --weights of training with these options, "auto" resolved as on GPUs of the planner's memory."""
+    if config.weights != "auto":
+        return config.weights
+    if not gpus:
+        return "fp32"
+    sections = config.section(ModelConfig), config.section(FitConfig)
+    return choose_weights(*sections, planner.count_parameters, gpus, planner.memory)[0]
+
+
+def sampling_weights(plan: Plan) -> int:
+    """Returns the bytes of the whole model while it samples, and of its copy in the precision of the computation."""
+    weights = plan.settings.shards * plan.at_peak[WEIGHTS]
+    casts = plan.settings.weights == "fp32" and plan.settings.compute_dtype != torch.float32
+    return weights + (weights // 2 if casts else 0)
 
 
 def variants(settings: Settings) -> list[Settings]:
@@ -80,14 +95,21 @@ def variants(settings: Settings) -> list[Settings]:
     return list(dict.fromkeys(rows))
 
 
-def table(plans: list[Plan], sampling: list[int], usable: int) -> list[str]:
-    """Returns the lines of a table of plans, in GiB."""
+def verdict(planner: Planner, plan: Plan, sampled: int) -> str:
+    """Returns whether a plan and so many bytes of sampling fit, and what alone does not."""
+    fits = [plan.total <= planner.usable, planner.loads(plan), sampled <= planner.usable]
+    if all(fits):
+        return "yes"
+    return {(True, False, True): "no (loading)", (True, True, False): SAMPLING}.get(tuple(fits), "no")
+
+
+def table(planner: Planner, plans: list[Plan], sampling: list[int]) -> list[str]:
+    """Returns the lines of a table of plans and bytes of sampling, in GiB."""
     parts = [part for part in COLUMNS if any(plan.at_peak.get(part) for plan in plans)]
     rows = [["", *(HEADINGS.get(part, part) for part in parts), "step", "sampling", "fits"]]
     for plan, sampled in zip(plans, sampling):
         sizes = [plan.at_peak.get(part, 0) for part in parts] + [plan.total, sampled]
-        verdict = "yes" if max(plan.total, sampled) <= usable else "no"
-        rows.append([_name(plan.settings), *(f"{size / GIB:.1f}" for size in sizes), verdict])
+        rows.append([_name(plan.settings), *(f"{size / GIB:.1f}" for size in sizes), verdict(planner, plan, sampled)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
@@ -115,48 +137,72 @@ def main(argv: list[str]) -> None:
     for name, least in (("gpus", 0), ("memory", 1), ("prompt_tokens", 1)):
         if (value := getattr(own, name)) is not None and not value >= least:
             raise UserError(f"--{name} must be at least {least}, not {value}")
+        if value is not None and value > MOST[name]:
+            raise UserError(f"--{name} must be at most {MOST[name]}, not {value}")
     parsed = parse_with_sources(rest)
     config = parsed.config
-    if own.gpus and "sampling_batch_size" not in parsed.sources:
-        config.sampling_batch_size = DEFAULTS_BY_DEVICE["sampling_batch_size"][0]
-    report(config, own.gpus, own.memory, own.prompt_tokens, "tokens_per_microbatch" in parsed.sources)
+    for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():  # of the device that is asked about
+        if name not in parsed.sources:
+            setattr(config, name, on_gpu if own.gpus else on_cpu)
+    if config.tokens_per_microbatch is not None and "tokens_per_microbatch" not in parsed.sources:
+        config.tokens_per_microbatch = max(config.tokens_per_microbatch, config.max_new_tokens)
+    report(config, own.gpus, own.memory, own.prompt_tokens)
 
 
-def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int, tokens_given: bool) -> None:
-    """Prints the table, and what would fit if the settings do not."""
-    model_config = read_config(config.model, config.trust_remote_code)
+def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int) -> None:
+    """Prints the table, and what would fit if the settings do not.
+
+    Raises:
+        UserError: if training refuses the settings on any device, or the memory of the model cannot be counted.
+    """
+    base = base_of(config.model)
+    model_config = read_config(base, config.trust_remote_code)
     device = torch.device("cuda" if gpus else "cpu")
     size = round(memory * GIB) if memory else 80 * GIB if gpus else device_bytes(device)
     planner = Planner(
-        builder(model_config, config.model),
+        builder(model_config, base),
         masked=gpus == 0,
         device=device,
         backend="triton" if gpus and config.loss_backend == "auto" else {"auto": "torch"}.get(config.loss_backend),
         memory=size,
         baseline={} if gpus else {PROCESS: resident_bytes() or 0},
     )
-    settings, group = (
-        settings_of(config, gpus > 0, max(gpus, 1)),
-        longest_group(config, prompt_tokens, config.max_new_tokens),
-    )
+    group, tokens = longest_group(config, prompt_tokens, config.max_new_tokens), config.tokens_per_microbatch
     try:
-        best = planner.largest(settings, group, config.tokens_per_microbatch) if tokens_given else None
-        best = best or planner.choose_tokens(settings, group) or planner.largest(settings, group, 1)
+        settings = settings_of(config, resolve_weights(config, planner, gpus), gpus > 0, max(gpus, 1))
+        if allowed(settings) != settings:
+            check_optimizer(settings.weights, settings.optimizer, settings.shards)
+        best = planner.largest(settings, group, tokens) if tokens else planner.choose_tokens(settings, group)
+        best = best or planner.largest(settings, group, 1)
         plans = [planner.largest(one, group, best.tokens) for one in variants(settings)]
     except CannotCount as error:
         raise UserError(f"the memory of {config.model} cannot be counted ({error})") from error
     cache = cache_bytes_per_token(model_config, settings.compute_dtype)
-    whole = [plan.settings.shards * plan.at_peak[WEIGHTS] for plan in plans]
-    sampled = [sampling_bytes(config, plan.settings, one, cache, prompt_tokens) for plan, one in zip(plans, whole)]
+    response = (prompt_tokens + config.max_new_tokens) * (cache or 0)
+    sampled = [sampling_weights(plan) + config.sampling_batch_size * response for plan in plans]
     where = f"{gpus} × {size / GIB:.0f} GiB" if gpus else f"a CPU with {size / GIB:.0f} GiB"
     how = "with" if settings.gradient_checkpointing else "without"
     console.print(f"{config.model} on {where}, {best.tokens} tokens a micro-batch, {how} gradient checkpointing; GiB")
-    console.print(*table(plans, sampled, planner.usable), sep="\n")
+    console.print(*table(planner, plans, sampled), sep="\n")
     console.print(
         f"sampling: {config.sampling_batch_size} responses of {config.max_new_tokens} tokens at once. fits: at most "
         f"{planner.usable / GIB:.1f} GiB" + (", which leaves room for CUDA and fragmentation" if gpus else "")
     )
-    if not planner.fits(plans[0]):
+    console.print(
+        f"loading and checks take {plans[0].loading / GIB:.1f} GiB"
+        + (", on each GPU" if gpus > 1 else "")
+        + ": then the whole model is float32"
+    )
+    for plan, size in zip(plans, sampled):
+        if verdict(planner, plan, size) == SAMPLING:
+            batch = (planner.usable - sampling_weights(plan)) // max(response, 1)  # 0 if unknown
+            how = f"fits with --sampling_batch_size {batch}"
+            if batch < 1:
+                how = "samples with no --sampling_batch_size: that takes the whole model on each device"
+            console.print(f"{_name(plan.settings)} {how}")
+    if not planner.loads(plans[0]):
+        console.print("no settings change what loading takes: take a smaller model or a larger device")
+    elif plans[0].total > planner.usable:
         console.print(advice(planner, plans[0], group))
 
 

@@ -37,7 +37,10 @@ class CannotCount(Exception):
 
 @contextmanager
 def cannot_count() -> Iterator[None]:
-    """Raises ``CannotCount`` for any exception within the block: families fail in their own ways, with logs."""
+    """Raises ``CannotCount`` for any exception within the block: families fail in their own ways, with logs.
+
+    A ``UserError`` stays one.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -55,11 +55,11 @@ class Settings:
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
-    lora_targets: str = "all-linear"
     ranks: int = 1
     compute_dtype: torch.dtype = torch.float32
     live_anchor: bool = False
     loss_mode: str = "auto"
+    lora_targets: str = "all-linear"
 
     @property
     def shards(self) -> int:
@@ -89,6 +89,8 @@ class Plan:
         update: while the optimizer takes its step.
         tokens: of that micro-batch, padding included.
         several: whether an optimizer step has several micro-batches.
+        loading: while the whole model is float32, on every rank: when it is loaded and checked, and at the start and
+            end of a fit.
     """
 
     settings: Settings
@@ -96,6 +98,7 @@ class Plan:
     update: Mapping[str, int]
     tokens: int
     several: bool
+    loading: int = 0
 
     @property
     def at_peak(self) -> Mapping[str, int]:
@@ -166,7 +169,8 @@ class Planner:
             backward[GRADIENTS] = gradients // sharded
         if self.device.type == "cpu":
             backward[ALLOCATOR] = update[ALLOCATOR] = _kept_by_allocator(backward, trained)
-        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), several)
+        loading = 4 * sum(one.numel() for one in model.parameters()) + sum(self.baseline.values())
+        return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), several, loading)
 
     def _largest_moment(
         self, model: FakeModel, packed: Packed, groups: list[TokenGroup], settings: Settings, several: bool, fixed: int
@@ -208,8 +212,16 @@ class Planner:
         return best
 
     def fits(self, plan: Plan) -> bool:
-        """Returns whether a plan fits the memory."""
-        return self.memory is None or plan.total <= self.usable
+        """Returns whether a plan fits the memory: its step what may be used, and the model in float32 all of it."""
+        return self.memory is None or (plan.total <= self.usable and self.loads(plan))
+
+    def loads(self, plan: Plan) -> bool:
+        """Returns whether the whole model in float32, as it is loaded and checked, fits the memory."""
+        return self.memory is None or plan.loading <= self.memory
+
+    def count_parameters(self) -> int:
+        """Returns the number of parameters of the model."""
+        return sum(one.numel() for one in self._model(Settings()).parameters())
 
     @property
     def usable(self) -> int:
@@ -222,13 +234,13 @@ class Planner:
         for change in _changes(settings, self.device):
             if change is None:
                 continue
-            if (plan := self.choose_tokens(_allowed(replace(settings, **change)), group)) is not None:
+            if (plan := self.choose_tokens(allowed(replace(settings, **change)), group)) is not None:
                 single = True
                 yield plan
             changed = replace(changed, **{name: value for name, value in change.items() if name != "ranks"})
         if not single:
             for ranks in (settings.ranks, 2 * settings.ranks, 4 * settings.ranks, 8 * settings.ranks):
-                plan = self.choose_tokens(_allowed(replace(changed, ranks=ranks)), group)
+                plan = self.choose_tokens(allowed(replace(changed, ranks=ranks)), group)
                 if plan is not None:
                     yield plan
                     return
@@ -312,9 +324,9 @@ def _changes(settings: Settings, device: torch.device) -> list[dict[str, object]
     ]
 
 
-def _allowed(settings: Settings) -> Settings:
+def allowed(settings: Settings) -> Settings:
     """Returns the settings without what does not work on several ranks: quantised moments of bfloat16 weights."""
-    if settings.ranks > 1 and settings.weights == "bf16-sr":
+    if settings.shards > 1 and settings.weights == "bf16-sr":
         return replace(settings, optimizer="adamw")
     return settings
 

@@ -58,11 +58,11 @@ def settings_of(policy: Policy, model: ModelConfig, fit: FitConfig, live_anchor:
         fit.optimizer,
         model.gradient_checkpointing,
         model.lora_rank,
-        model.lora_targets,
         torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
         policy.compute_dtype,
         live_anchor,
         fit.loss_mode,
+        model.lora_targets,
     )
 
 
@@ -73,7 +73,7 @@ def with_token_budget(config: Config, policy: Policy, prompt_tokens: int) -> Con
         prompt_tokens: of the longest prompt.
 
     Raises:
-        UserError: if a step does not fit the device; names settings that do.
+        UserError: if a step does not fit the device, and names settings that do; or if the model in float32 does not.
     """
     planner = planner_of(policy, config.loss_backend)
     group = longest_group(config, prompt_tokens, config.max_new_tokens)
@@ -95,6 +95,11 @@ def with_token_budget(config: Config, policy: Policy, prompt_tokens: int) -> Con
 
 
 def _refusal(planner: Planner, plan: Plan, group: TokenGroup) -> str:
+    if not planner.loads(plan):
+        return (
+            f"loading and checks take {plan.loading / GIB:.1f} GiB on every rank, for the whole model in float32, and "
+            f"the {planner.device.type} has {planner.memory / GIB:.1f} GiB: take a smaller model or a larger device"
+        )
     return (
         f"an optimizer step would take {plan.total / GIB:.1f} GiB at {plan.tokens} tokens a micro-batch, and "
         f"{planner.usable / GIB:.1f} GiB of the {planner.device.type} may be used; {advice(planner, plan, group)}"
@@ -124,7 +129,7 @@ class MemoryWatch:
     The first step has no optimizer states beside its backward passes, so that its peak is lower.
 
     Raises:
-        UserError: if the step does not fit the device.
+        UserError: if the step, or the model in float32, does not fit the device.
     """
 
     def __init__(
@@ -146,6 +151,12 @@ class MemoryWatch:
             self.plan = planner.plan(settings, largest, several)
             if not planner.fits(self.plan):
                 raise UserError(_refusal(planner, self.plan, max(largest, key=_tokens)))
+            # what is measured is that of the first two steps, whose micro-batches may be smaller
+            first, *second = (
+                planner.plan(settings, *_largest_microbatch(policy, groups, [batch], fit.token_budget))
+                for batch in batches[:2]
+            )
+            self.planned = max([first.total_of_first_step, *(plan.total for plan in second)])
         except CannotCount as error:
             say(f"the memory of a fit is not known before it: the family {policy.family} cannot be counted ({error})")
             return
@@ -159,10 +170,11 @@ class MemoryWatch:
         """Returns the record of metrics.jsonl after the step that is compared with the plan; None after others."""
         if self.plan is None or step != min(2, self.steps):
             return None
-        peak, planned = peak_bytes(self.device), self.plan.total if self.steps > 1 else self.plan.total_of_first_step
+        peak = peak_bytes(self.device)
         if peak is not None:
-            say(f"memory of step {step}: {peak / GIB:.2f} GiB measured, {planned / GIB:.2f} planned")
-        return {"planned": dict(self.plan.at_peak), "planned_memory_bytes": planned, "peak_memory_bytes": peak}
+            what = "step 1" if step == 1 else "steps 1 and 2"
+            say(f"memory of {what}: {peak / GIB:.2f} GiB measured, {self.planned / GIB:.2f} planned")
+        return {"planned": dict(self.plan.at_peak), "planned_memory_bytes": self.planned, "peak_memory_bytes": peak}
 
 
 def _largest_microbatch(

@@ -16,22 +16,29 @@ from .device import device_of
 # Below it the forward pass in bfloat16 does not see a fit of float32 weights, and rounding to nearest bfloat16 removes
 # the fit from what is saved (docs/tuning.md).
 SMALL_LEARNING_RATE = 1e-5
-FP32_STATE_BYTES = 16  # bytes a parameter: float32 weights and gradients, and two moments of AdamW
+# bytes a parameter with float32 weights: 4 of the weights, 4 of gradients, and two moments by --optimizer
+FP32_STATE_BYTES = {"adamw": 16, "adamw-8bit": 10, "adamw-4bit": 9}
 HALF = (torch.bfloat16, torch.float16)
 
 
-def choose_weights(model: ModelConfig, fit: FitConfig, parameters: Callable[[], int]) -> tuple[str, str]:
+def choose_weights(
+    model: ModelConfig, fit: FitConfig, parameters: Callable[[], int], ranks: int = 1, memory: int | None = None
+) -> tuple[str, str]:
     """Resolves --weights auto.
 
     Args:
         parameters: counts the parameters of the model; called only if the choice depends on it.
+        ranks: that share weights, gradients and states.
+        memory: bytes of a GPU to choose for, whatever device there is; None: --device and its own memory.
 
     Returns:
         "fp32" or "bf16-sr", and the reason in words.
     """
-    device = device_of(model.device)
-    if device.type != "cuda":
-        return "fp32", f"the device is {device.type}"
+    if memory is None:
+        device = device_of(model.device)
+        if device.type != "cuda":
+            return "fp32", f"the device is {device.type}"
+        memory = torch.cuda.get_device_properties(device).total_memory
     if model.dtype == "float32":
         return "fp32", "--dtype is float32"
     if model.lora_rank is not None:
@@ -40,11 +47,11 @@ def choose_weights(model: ModelConfig, fit: FitConfig, parameters: Callable[[], 
         return "bf16-sr", (
             f"a bfloat16 forward pass does not see float32 weights change at a learning rate of {fit.learning_rate:g}"
         )
-    needed, memory = FP32_STATE_BYTES * parameters(), torch.cuda.get_device_properties(device).total_memory
+    needed = FP32_STATE_BYTES[fit.optimizer] * parameters() // ranks
     if needed > memory:
         return "bf16-sr", (
-            f"float32 weights, gradients and AdamW states take {needed / 2**30:.0f} GiB, and the device has "
-            f"{memory / 2**30:.0f} GiB"
+            f"float32 weights, gradients and optimizer states take {needed / 2**30:.0f} GiB"
+            f"{' on each rank' if ranks > 1 else ''}, and the device has {memory / 2**30:.0f} GiB"
         )
     return "fp32", f"the learning rate is {fit.learning_rate:g}, and {needed / 2**30:.0f} GiB of states fit the device"
 

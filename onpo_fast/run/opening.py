@@ -142,7 +142,7 @@ def open_run(config: Config, resume: bool = False, force: bool = False, world: W
             began with something else.
     """
     world = world or World()
-    config, reason = world.from_main(_with_weights, config)
+    config, reason = world.from_main(_with_weights, config, world.size)
     run = _open(config, resume, force, world, reason) if world.is_main else None
     told = world.from_main(lambda: {name: getattr(run, name) for name in TOLD})
     return run or OpenRun(
@@ -168,7 +168,7 @@ def _open(config: Config, resume: bool, force: bool, world: World, reason: str) 
         raise
 
 
-def _with_weights(config: Config) -> tuple[Config, str]:
+def _with_weights(config: Config, ranks: int = 1) -> tuple[Config, str]:
     """Resolves --weights auto; returns the options with its value, and where that is from.
 
     A run that is resumed keeps the value that it began with, float32 if it began before there was a choice.
@@ -179,7 +179,7 @@ def _with_weights(config: Config) -> tuple[Config, str]:
     if config.weights != "auto":
         return config, "--weights"
     sections = config.section(ModelConfig), config.section(FitConfig)
-    weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)))
+    weights, reason = choose_weights(*sections, lambda: count_parameters(base_of(config.model)), ranks)
     return replace(config, weights=weights), reason
 
 

@@ -163,6 +163,24 @@ def test_auto_on_a_gpu_goes_by_learning_rate_and_size(
     assert reason
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "ranks", "gibibytes", "expected"),
+    [
+        ("adamw", 1, 80, "bf16-sr"),  # 119 GiB
+        ("adamw", 2, 80, "fp32"),
+        ("adamw", 2, 40, "bf16-sr"),
+        ("adamw-8bit", 1, 80, "fp32"),  # 75 GiB
+        ("adamw-8bit", 1, 70, "bf16-sr"),
+        ("adamw-4bit", 1, 70, "fp32"),  # 67 GiB
+    ],
+)
+def test_auto_counts_the_states_of_a_rank(optimizer: str, ranks: int, gibibytes: int, expected: str) -> None:
+    """The memory that is given counts, and not the device of these tests."""
+    fit = FitConfig(learning_rate=1e-4, optimizer=optimizer)
+    chosen, _ = precision.choose_weights(ModelConfig(), fit, lambda: 8 * 10**9, ranks, gibibytes * 2**30)
+    assert chosen == expected
+
+
 def test_auto_on_a_cpu_is_float32() -> None:
     chosen, _ = precision.choose_weights(ModelConfig(device="cpu"), FitConfig(learning_rate=5e-7), lambda: 10**11)
     assert chosen == "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from onpo_fast.config import Config, FitConfig, ModelConfig, parse
 from onpo_fast.errors import UserError
 from onpo_fast.fit import fit
 from onpo_fast.memory import watch
-from onpo_fast.memory.__main__ import main, settings_of
+from onpo_fast.memory.__main__ import main, settings_of, verdict
 from onpo_fast.memory.counting import CannotCount, LiveStorages
 from onpo_fast.memory.plan import ACTIVATIONS, GRADIENTS, HEAD, LOSS, STATES, WEIGHTS, Planner, Settings
 from onpo_fast.memory.shapes import builder, read_config
@@ -212,7 +213,7 @@ def test_what_does_not_fit_is_refused_with_what_would(on_device, planner: Planne
         with_token_budget(config, on_device(least - 1), 20)
     for name in re.findall(r"--(\w+) ", str(error.value)):
         assert name in {"weights", "optimizer", "lora_rank", "gradient_checkpointing"}
-    with pytest.raises(UserError, match="no other settings"):
+    with pytest.raises(UserError, match="smaller model"):
         with_token_budget(config, on_device(1000), 20)
 
 
@@ -258,6 +259,73 @@ def test_the_command_prints_a_table(tiny_model, capsys) -> None:
     out = capsys.readouterr().out
     assert "on a CPU with" in out
     assert "allocator" in out
+    main(["--model", str(tiny_model), "--gpus", "0", "--prompt_tokens", "20"])
+    assert 512 < int(re.search(r"(\d+) tokens a micro-batch", capsys.readouterr().out)[1]) <= 1024  # a CPU's default
+
+
+def rows(capsys) -> dict[str, str]:
+    """Returns the verdict of each row that the command has printed."""
+    found = [
+        re.match(r"((?:fp32|bf16-sr) \S+(?: LoRA \d+)?) .* (yes|no.*)$", line)
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    return {match[1]: match[2] for match in found if match}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "weights"),
+    [
+        (1, [], "bf16-sr"),
+        (2, [], "fp32"),
+        (1, ["--optimizer=adamw-8bit"], "fp32"),
+        (2, ["--learning_rate=5e-7"], "bf16-sr"),
+    ],
+    ids=str,
+)
+def test_the_command_plans_the_weights_that_training_takes(
+    tiny_model, monkeypatch, capsys, gpus: int, options: list[str], weights: str
+) -> None:
+    monkeypatch.setattr(Planner, "count_parameters", lambda planner: 80 * 10**6)  # 1.2 GiB of states in float32
+    main(["--model", str(tiny_model), "--gpus", str(gpus), "--memory", "1", *options])
+    assert next(iter(rows(capsys))).split()[0] == weights
+
+
+def test_loading_must_fit_too(planner: Planner, on_device, monkeypatch) -> None:
+    """The whole model is float32 on every rank, however many share the step."""
+    settings = Settings("bf16-sr", ranks=64, compute_dtype=torch.bfloat16)
+    plan = replace(planner.plan(settings, [GROUP]), backward={WEIGHTS: 1}, update={})
+    assert plan.loading == 4 * planner.count_parameters()
+    enough, less = replace(planner, memory=plan.loading), replace(planner, memory=plan.loading - 1)
+    assert (verdict(enough, plan, 0), verdict(less, plan, 0)) == ("yes", "no (loading)")
+    assert (enough.fits(plan), less.fits(plan)) == (True, False)
+    policy = on_device(plan.loading - 1)
+    monkeypatch.setattr(Planner, "largest", lambda *_: plan)
+    with pytest.raises(UserError, match="loading and checks take"):
+        with_token_budget(replace_tokens(Config(), 100), policy, 20)
+
+
+def test_sampling_that_does_not_fit_is_said(tiny_model, capsys) -> None:
+    line = ["--model", str(tiny_model), "--memory", "1", "--tokens_per_microbatch", "64"]
+    main([*line, "--sampling_batch_size", "1000000"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].endswith("fits")
+    assert "no (sampling)" in out
+    fewer = re.search(r"fits with --sampling_batch_size (\d+)", out)[1]
+    main([*line, "--sampling_batch_size", fewer])
+    assert next(iter(rows(capsys).values())) == "yes"
+
+
+def test_the_targets_of_adapters_count(planner: Planner) -> None:
+    every, some = (
+        planner.plan(Settings(lora_rank=4, lora_targets=names), [GROUP]) for names in ("all-linear", "q_proj, v_proj")
+    )
+    assert some.backward[STATES] < every.backward[STATES]
+
+
+def test_an_adapter_is_planned_as_its_base(tiny_model, tmp_path, capsys) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    main(["--model", str(tmp_path), "--memory", "1", "--tokens_per_microbatch", "64"])
+    assert set(rows(capsys).values()) == {"yes"}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +334,12 @@ def test_the_command_prints_a_table(tiny_model, capsys) -> None:
         (["--gpus", "-1"], "--gpus"),
         (["--memory", "0"], "--memory"),
         (["--memory", "nan"], "--memory"),
+        (["--memory", "inf"], "--memory"),
+        (["--memory", "1e300"], "--memory"),
         (["--prompt_tokens", "0"], "--prompt_tokens"),
+        (["--prompt_tokens", str(10**13)], "--prompt_tokens"),
+        (["--gpus", "2", "--weights", "bf16-sr", "--optimizer", "adamw-8bit"], "--optimizer adamw-8bit"),
+        (["--lora_rank", "4", "--lora_targets", "no_such"], "--lora_targets no_such"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--gpu", "1"], "--gpu"),
     ],
@@ -288,6 +361,6 @@ def test_the_papers_settings_take_what_their_files_say(name: str, shape: str) ->
     group = longest_group(config, 1024, config.max_new_tokens)
     for gpus, memory, planned in ((1, 80, said[1]), (8, 40, said[2])):
         planner = Planner(builder(read_config(shape), shape), masked=False, memory=memory * 2**30)
-        plan = planner.largest(settings_of(config, True, gpus), group, config.tokens_per_microbatch)
+        plan = planner.largest(settings_of(config, config.weights, True, gpus), group, config.tokens_per_microbatch)
         assert f"{plan.total / 2**30:.1f}" == planned
         assert planner.fits(plan)
