@@ -26,6 +26,7 @@ from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.models.scoring import PairLossOptions
 from onpo_fast.objectives import Onpo
 from onpo_fast.packing import pack
+from onpo_fast.reports.exports import export_merged
 from onpo_fast.run.digest import run_digest
 from onpo_fast.run.fingerprint import model_fingerprint
 from onpo_fast.run.tracking import Tracker
@@ -216,6 +217,13 @@ def test_a_policy_is_the_same_in_peft_in_transformers_and_merged(work: Path, cap
     with pytest.raises(SystemExit):
         export.main([str(work / "run"), "--merge"])
     assert "merged_3 exists: give a new name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_a_run_of_a_gpu_is_merged_on_a_cpu(work: Path, tmp_path: Path, attention: str) -> None:
+    model = ModelConfig(model=str(work / "model"), lora_rank=4, attention=attention)
+    export_merged(work / "run", tmp_path / "merged", 3, model)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_over_a_base_in_bfloat16(work: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from onpo_fast.batches import split
 from onpo_fast.config import Config, ModelConfig
@@ -15,6 +18,8 @@ from onpo_fast.distributed import World, joined, rank_device
 from onpo_fast.errors import UserError
 from onpo_fast.models.loading import check_saved, load
 from onpo_fast.models.policy import Policy
+from onpo_fast.models.sharding import ShardedPolicy
+from onpo_fast.packing import pack
 from onpo_fast.run.opening import check_ranks
 from onpo_fast.run.shards import OFFSETS, StoredShards, copy_shards, write_shards
 
@@ -101,6 +106,31 @@ def test_a_saved_policy_that_differs_from_memory_is_refused(tiny_model, tmp_path
         weight += weight * 2**-9  # less than half the spacing of bfloat16
     with pytest.raises(UserError, match=r"not saved as it is in memory \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         check_saved(tmp_path / "policy", policy, config)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_a_sharded_policy_is_gathered_from_its_rows(tiny_model, mesh: DeviceMesh) -> None:
+    """In float32 under autocast, of a tied model; not from the copies that a forward pass without backward leaves."""
+    policy = load(tiny_model, ModelConfig(device="cpu", dtype="bfloat16"))
+    assert policy.model.config.tie_word_embeddings
+    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    sharded = ShardedPolicy.of(policy, mesh)
+    rows = list(sharded.model.parameters())  # as the optimizer has them
+    with torch.no_grad(), sharded.autocast():
+        sharded.scoring(pack([([1, 2, 3], [[4, 5], [6]])], "separate"))
+        for parameter in rows:
+            parameter.mul_(1 + 2**-12)
+    whole = sharded.whole()
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, before[name] * (1 + 2**-12)), name
+    assert whole.model.get_output_embeddings().weight is whole.model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cpu:0"])
