@@ -42,13 +42,13 @@ class World:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        how_to_go_on: what a message says when a rank has died.
+        continuation: what a message says of how to go on when a rank has died.
         minutes: the longest that a rank waits for another one.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.how_to_go_on, self.minutes = "start again with --resume", float(JOIN_MINUTES)
+        self.continuation, self.minutes = "start again with --resume", float(JOIN_MINUTES)
         self.control: dist.ProcessGroup | None = None  # gloo: objects and numbers on the host
         self.mesh: DeviceMesh | None = None  # of the ranks' devices: what the weights of a fit are sharded over
 
@@ -166,7 +166,7 @@ def joined() -> Iterator[World]:
         watch.end(error)  # returns if this rank is the one to say it
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # gloo has no type of its own for it
             waited = f"rank {rank} has waited for another for {world.minutes:g} minutes (--rank_timeout)"
-            raise UserError(f"{waited}; {world.how_to_go_on}") from error
+            raise UserError(f"{waited}; {world.continuation}") from error
         raise
     watch.leave()
     dist.destroy_process_group()
@@ -205,12 +205,12 @@ class _Watch(threading.Thread):
             for rank in dead:
                 if not self.store.check([f"left {rank}"]):
                     if self.claim(1):
-                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.how_to_go_on}"
+                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.continuation}"
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
         except RuntimeError:
             if os.environ["LOCAL_RANK"] == "0":  # ranks can no longer agree on one of them
-                message = f"torchrun has ended on the first machine; {self.world.how_to_go_on}"
+                message = f"torchrun has ended on the first machine; {self.world.continuation}"
                 print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from onpo_fast.distributed import World, joined, rank_device
 from onpo_fast.errors import UserError
 from onpo_fast.models.loading import check_saved, load
 from onpo_fast.models.policy import Policy
-from onpo_fast.models.sharding import ShardedPolicy
+from onpo_fast.models.sharding import ShardedPolicy, check_shardable
 from onpo_fast.packing import pack
-from onpo_fast.run.opening import check_ranks
+from onpo_fast.run.opening import check_ranks, open_run
 from onpo_fast.run.shards import OFFSETS, StoredShards, copy_shards, write_shards
+from onpo_fast.train import continuation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -131,6 +133,39 @@ def test_a_sharded_policy_is_gathered_from_its_rows(tiny_model, mesh: DeviceMesh
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, before[name] * (1 + 2**-12)), name
     assert whole.model.get_output_embeddings().weight is whole.model.get_input_embeddings().weight
+
+
+def test_weights_of_two_dtypes_are_refused_before_sampling(tiny_model, tmp_path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(9)))
+    config = Config(model=str(tiny_model), prompts=str(prompts), out=str(tmp_path / "run"), batch_pairs=200)
+    policy = load(tiny_model, ModelConfig(device="cpu"))
+    check_shardable(policy)
+    policy.model.model.norm.bfloat16()
+    with pytest.raises(UserError, match="--weights bf16-sr: a model of the family llama keeps some weights"):
+        check_shardable(policy)
+    refuse = mock.Mock(side_effect=UserError("no"))
+    with mock.patch("onpo_fast.run.opening.check_shardable", refuse), pytest.raises(UserError, match="^no$"):
+        open_run(config, world=AsOneOfTwo())
+    assert not (tmp_path / "run").exists()
+
+
+class AsOneOfTwo(World):
+    """Rank 0 of two, whose calls for the other go nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def from_main(self, function, *arguments):
+        return function(*arguments)
+
+
+@pytest.mark.parametrize(("size", "here", "launcher"), [(8, 8, "--nproc-per-node 8"), (16, 8, "--nnodes 2 ")])
+def test_the_command_that_goes_on_has_the_nodes(monkeypatch, size: int, here: int, launcher: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    line = continuation(Config(out="runs/a b"), size)
+    assert line.startswith(f"torchrun {launcher}")
+    assert f"--nproc-per-node {here} -m onpo_fast.train --resume --out 'runs/a b'" in line
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cpu:0"])
