@@ -32,6 +32,7 @@ Value = TypeVar("Value")
 JOIN_MINUTES = 10  # for all ranks to start, until --rank_timeout is known
 POLL_SECONDS = 0.5  # how often a rank looks whether another one has ended
 GRACE_SECONDS = 10  # for a rank to end by itself once another one has
+REPORT_SECONDS = 3  # for the rank that reports an error: torchrun names the first that ends
 
 
 class World:
@@ -191,14 +192,14 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self.left.wait(POLL_SECONDS):
             if (status := self.ended()) is not None:
-                time.sleep(GRACE_SECONDS)  # as it has been told: a state may be on its way to the disk
+                time.sleep(GRACE_SECONDS)  # it may be ending by itself, with a state on its way to the disk
                 if not self.left.is_set():
                     _exit(status)
 
     def ended(self) -> int | None:
         """Returns the exit status of a rank that has ended before its time; None if there is none."""
         try:
-            # in this order: a rank that has ended as it should has said so before
+            # processes before the store, where a rank that ends as it should has already said so
             dead = [rank for rank, process in self.neighbours.items() if not _is_alive(process)]
             if self.store.check(["ended"]):
                 return int(self.store.get("ended"))
@@ -209,7 +210,7 @@ class _Watch(threading.Thread):
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
         except RuntimeError:
-            if os.environ["LOCAL_RANK"] == "0":  # ranks can no longer agree on one of them
+            if os.environ["LOCAL_RANK"] == "0":  # without the store, ranks cannot choose the one that prints
                 message = f"torchrun has ended on the first machine; {self.world.continuation}"
                 print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
@@ -234,7 +235,7 @@ class _Watch(threading.Thread):
         self.left.set()
         console.quiet = False
         # a thread of a process group may keep a process from ending
-        last = threading.Timer(GRACE_SECONDS, _exit, [status])
+        last = threading.Timer(REPORT_SECONDS, _exit, [status])
         last.daemon = True
         last.start()
 
@@ -246,12 +247,15 @@ class _Watch(threading.Thread):
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this machine exists, and is not one that has ended and that nobody has asked about."""
+    """Whether a process of this machine exists and, as far as /proc is there to say so, is no zombie."""
     try:
+        os.kill(process, 0)
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         return False
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self/stat")
 
 
 def _status(error: BaseException) -> int:

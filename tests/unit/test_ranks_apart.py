@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from unittest import mock
 
@@ -15,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from onpo_fast.batches import split
 from onpo_fast.config import Config, ModelConfig
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.distributed import World, joined, rank_device
+from onpo_fast.distributed import World, _is_alive, joined, rank_device
 from onpo_fast.errors import UserError
 from onpo_fast.models.loading import check_saved, load
 from onpo_fast.models.policy import Policy
@@ -145,7 +147,7 @@ def test_weights_of_two_dtypes_are_refused_before_sampling(tiny_model, tmp_path)
     with pytest.raises(UserError, match="--weights bf16-sr: a model of the family llama keeps some weights"):
         check_shardable(policy)
     refuse = mock.Mock(side_effect=UserError("no"))
-    with mock.patch("onpo_fast.run.opening.check_shardable", refuse), pytest.raises(UserError, match="^no$"):
+    with mock.patch("onpo_fast.run.opening.check_shardable", refuse), pytest.raises(UserError, match=r"^no$"):
         open_run(config, world=AsOneOfTwo())
     assert not (tmp_path / "run").exists()
 
@@ -166,6 +168,23 @@ def test_the_command_that_goes_on_has_the_nodes(monkeypatch, size: int, here: in
     line = continuation(Config(out="runs/a b"), size)
     assert line.startswith(f"torchrun {launcher}")
     assert f"--nproc-per-node {here} -m onpo_fast.train --resume --out 'runs/a b'" in line
+
+
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_a_process_is_alive_until_it_ends(monkeypatch, has_proc: bool) -> None:
+    """A zombie is seen with /proc only."""
+    if not has_proc:
+        monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
+        monkeypatch.setattr("os.path.exists", lambda path: False)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    assert _is_alive(child)
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert _is_alive(child) == (not has_proc)
+    os.waitpid(child, 0)
+    assert not _is_alive(child)
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cpu:0"])
