@@ -164,11 +164,14 @@ def joined() -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        watch.end(error)  # returns if this rank is the one to say it
+        cause = error
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # gloo has no type of its own for it
             waited = f"rank {rank} has waited for another for {world.minutes:g} minutes (--rank_timeout)"
-            raise UserError(f"{waited}; {world.continuation}") from error
-        raise
+            error = UserError(f"{waited}; {world.continuation}")
+        watch.end(error)  # returns if this rank is the one to say it
+        if error is cause:
+            raise
+        raise error from cause
     watch.leave()
     dist.destroy_process_group()
 
