@@ -32,6 +32,7 @@ Value = TypeVar("Value")
 JOIN_MINUTES = 10  # for all ranks to start, until --rank_timeout is known
 POLL_SECONDS = 0.5  # how often a rank looks whether another one has ended
 GRACE_SECONDS = 10  # for a rank to end by itself once another one has
+REPORT_SECONDS = 3  # for the rank that reports an error: torchrun names the first that ends
 
 
 class World:
@@ -42,13 +43,13 @@ class World:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        how_to_go_on: what a message says when a rank has died.
+        continuation: what a message says of how to go on when a rank has died.
         minutes: the longest that a rank waits for another one.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.how_to_go_on, self.minutes = "start again with --resume", float(JOIN_MINUTES)
+        self.continuation, self.minutes = "start again with --resume", float(JOIN_MINUTES)
         self.control: dist.ProcessGroup | None = None  # gloo: objects and numbers on the host
         self.mesh: DeviceMesh | None = None  # of the ranks' devices: what the weights of a fit are sharded over
 
@@ -163,11 +164,14 @@ def joined() -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        watch.end(error)  # returns if this rank is the one to say it
+        cause = error
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # gloo has no type of its own for it
             waited = f"rank {rank} has waited for another for {world.minutes:g} minutes (--rank_timeout)"
-            raise UserError(f"{waited}; {world.how_to_go_on}") from error
-        raise
+            error = UserError(f"{waited}; {world.continuation}")
+        watch.end(error)  # returns if this rank is the one to say it
+        if error is cause:
+            raise
+        raise error from cause
     watch.leave()
     dist.destroy_process_group()
 
@@ -191,26 +195,26 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self.left.wait(POLL_SECONDS):
             if (status := self.ended()) is not None:
-                time.sleep(GRACE_SECONDS)  # as it has been told: a state may be on its way to the disk
+                time.sleep(GRACE_SECONDS)  # it may be ending by itself, with a state on its way to the disk
                 if not self.left.is_set():
                     _exit(status)
 
     def ended(self) -> int | None:
         """Returns the exit status of a rank that has ended before its time; None if there is none."""
         try:
-            # in this order: a rank that has ended as it should has said so before
+            # processes before the store, where a rank that ends as it should has already said so
             dead = [rank for rank, process in self.neighbours.items() if not _is_alive(process)]
             if self.store.check(["ended"]):
                 return int(self.store.get("ended"))
             for rank in dead:
                 if not self.store.check([f"left {rank}"]):
                     if self.claim(1):
-                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.how_to_go_on}"
+                        message = f"rank {rank} (process {self.neighbours[rank]}) has died; {self.world.continuation}"
                         print(f"error: {message}", file=sys.stderr, flush=True)
                     return 1
         except RuntimeError:
-            if os.environ["LOCAL_RANK"] == "0":  # ranks can no longer agree on one of them
-                message = f"torchrun has ended on the first machine; {self.world.how_to_go_on}"
+            if os.environ["LOCAL_RANK"] == "0":  # without the store, ranks cannot choose the one that prints
+                message = f"torchrun has ended on the first machine; {self.world.continuation}"
                 print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
         return None
@@ -234,7 +238,7 @@ class _Watch(threading.Thread):
         self.left.set()
         console.quiet = False
         # a thread of a process group may keep a process from ending
-        last = threading.Timer(GRACE_SECONDS, _exit, [status])
+        last = threading.Timer(REPORT_SECONDS, _exit, [status])
         last.daemon = True
         last.start()
 
@@ -246,12 +250,15 @@ class _Watch(threading.Thread):
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this machine exists, and is not one that has ended and that nobody has asked about."""
+    """Whether a process of this machine exists and, as far as /proc is there to say so, is no zombie."""
     try:
+        os.kill(process, 0)
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         return False
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self/stat")
 
 
 def _status(error: BaseException) -> int:

@@ -14,6 +14,7 @@ other one, and two least-squares fits take the optimistic mirror-descent step:
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from rich.table import Table
@@ -110,8 +111,13 @@ def _publish(run: OpenRun, config: Config, result: dict) -> None:
 
 
 def continuation(config: Config, ranks: int) -> str:
-    """The command that goes on with a run."""
-    launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    """The command that goes on with a run; on several nodes, the one to start on each."""
+    launcher = "python"
+    if ranks > 1:
+        ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = ranks // ranks_here
+        several = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if nodes > 1 else ""
+        launcher = f"torchrun {several}--nproc-per-node {ranks_here}"
     trust = " --trust_run" if configuration.options_needing_trust(config) else ""
     return f"{launcher} -m onpo_fast.train --resume --out {printable(shlex.quote(config.out))}{trust}"
 
@@ -123,7 +129,7 @@ def main(argv: list[str]) -> None:
             config, resume = world.from_main(lambda: configuration.parse_run(argv))
             signals.listen()
             world.set_up(config.device, config.rank_timeout)
-            world.how_to_go_on = f"to go on: {continuation(config, world.size)}"
+            world.continuation = f"to go on: {continuation(config, world.size)}"
             train(config, resume, "--force" in argv, world)
     except signals.Stopped as stopped:
         console.print(f"{stopped}; to go on: {continuation(config, world.size)}")

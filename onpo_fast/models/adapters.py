@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config.sections import ModelConfig
+from ..config.sections import LARGEST_RANK, ModelConfig
 from ..errors import UserError, nearest
 from ..files import MODEL_CARD
 from ..sources import quiet
 from .checkpoint import ADAPTER_CONFIG, adapter_settings, adapter_weights, loading_errors
+
+LARGEST_ALPHA = 2**20  # beyond any use; a product with it stays finite in float32
 
 
 class Adapter:
@@ -38,12 +41,15 @@ class Adapter:
         config: rank, scale and targets.
 
     Raises:
-        UserError: if peft is not installed or a target is not a linear layer; names the option.
+        UserError: if peft is not installed, the scale is too large or a target is not a linear layer; names the
+            option.
     """
 
     def __init__(self, model: PreTrainedModel, base: str | Path, config: ModelConfig) -> None:
         self.model, self.base, self.config = model, base, config
         self.alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        if self.alpha > LARGEST_ALPHA:
+            raise UserError(f"--lora_alpha must be at most {LARGEST_ALPHA}, not {self.alpha:g}")
         self.peft_model = self._wrap()
         self.switch(on=False)
 
@@ -215,6 +221,7 @@ def merge_into_base(model: PreTrainedModel, source: str) -> None:
 def _plain_settings(source: str, peft: ModuleType) -> dict[str, Any]:
     """Returns the settings in ``MERGED``. Raises ``UserError`` if another one would change what is added."""
     settings, default = adapter_settings(source), peft.LoraConfig().to_dict()
+    file = f"{source}/{ADAPTER_CONFIG}"
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{source} is an adapter of the kind {settings.get('peft_type')!r}, and only LORA is read")
     for name, value in settings.items():
@@ -222,15 +229,38 @@ def _plain_settings(source: str, peft: ModuleType) -> dict[str, Any]:
             continue
         if name == "init_lora_weights" and value == "gaussian":
             continue  # other ways change the base
-        raise UserError(f"{source}/{ADAPTER_CONFIG} has {name}, which is not known here: {_merge_yourself(source)}")
-    chosen = {name: settings[name] for name in MERGED if settings.get(name)}
-    patterns = [(key, value) for name in MERGED[3:] for key, value in dict(chosen.get(name, {})).items()]
-    numbers = [settings.get("r"), settings.get("lora_alpha"), *(value for _, value in patterns)]
-    if not all(type(number) in (int, float) and number > 0 for number in numbers):
-        raise UserError(f"{source}/{ADAPTER_CONFIG} has ranks or scales that are not positive numbers")
-    if odd := [key for key, _ in patterns if not PLAIN_PATTERN.fullmatch(key)]:
-        raise UserError(f"{source}/{ADAPTER_CONFIG} has the pattern {odd[0]!r}: {_merge_yourself(source)}")
+        raise UserError(f"{file} has {name}, which is not known here: {_merge_yourself(source)}")
+    chosen = {name: settings[name] for name in MERGED if settings.get(name) is not None}
+    if not isinstance(chosen.get("use_rslora", False), bool):
+        raise UserError(f"{file}: use_rslora must be true or false, not {_shortly(chosen['use_rslora'])}")
+    for name, pattern_name, is_valid, wanted in (
+        ("r", "rank_pattern", _is_rank, f"an integer from 1 to {LARGEST_RANK}"),
+        ("lora_alpha", "alpha_pattern", _is_scale, f"a positive number up to {LARGEST_ALPHA}"),
+    ):
+        if not is_valid(chosen.get(name)):
+            raise UserError(f"{file}: {name} must be {wanted}, not {_shortly(chosen.get(name))}")
+        patterns = chosen.get(pattern_name, {})
+        if not isinstance(patterns, dict):
+            raise UserError(f"{file}: {pattern_name} must be an object, not {_shortly(patterns)}")
+        for key, value in patterns.items():
+            if not PLAIN_PATTERN.fullmatch(key):
+                raise UserError(f"{file} has the pattern {_shortly(key)}: {_merge_yourself(source)}")
+            if not is_valid(value):
+                raise UserError(f"{file}: {pattern_name}[{_shortly(key)}] must be {wanted}, not {_shortly(value)}")
     return chosen
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_RANK
+
+
+def _is_scale(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= LARGEST_ALPHA
+
+
+def _shortly(value: object) -> str:
+    """Returns a value of somebody else's file for a message."""
+    return reprlib.repr(value)
 
 
 def _check_layers(model: PreTrainedModel, layers: list[str], source: str) -> None:

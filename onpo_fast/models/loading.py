@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from .checkpoint import (
     generation_settings,
     loading_errors,
     locate,
+    naming_adapter,
     processor_files,
     tensor_names,
     weight_files,
@@ -56,7 +58,8 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
     location, is_adapter = locate(base), base != name
     is_gguf = "gguf_file" in location
     tokenizer = _read_tokenizer(name, _tokenizer_location(name, location, config) if is_adapter else location, config)
-    model, model_config, dequantised = _read_model(base, location, config, device)
+    with naming_adapter(name) if is_adapter else nullcontext():
+        model, model_config, dequantised = _read_model(base, location, config, device)
     if is_adapter:
         with weights_in(model, torch.float32):
             merge_into_base(model, name)

@@ -51,7 +51,7 @@ class ResidentPolicy:
             policy = self._load(self.initial)
             policy.adapter = Adapter(policy.model, self.initial, self.config)
             self.policy = policy
-        self.source = None  # until the adapter is whole
+        self.source = None  # while the adapter is being replaced
         if source == self.initial:
             self.policy.adapter.switch(on=False)
         else:

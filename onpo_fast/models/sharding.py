@@ -36,14 +36,8 @@ class ShardedPolicy(Policy):
     def of(cls, policy: Policy, mesh: DeviceMesh) -> ShardedPolicy:
         """Shards a policy that every rank has whole, in place: each rank keeps its rows.
 
-        Raises:
-            UserError: if its weights do not have one dtype, which FSDP2 needs of those that it gathers together.
+        ``check_shardable`` says whether it can be.
         """
-        if len({parameter.dtype for parameter in policy.model.parameters()}) > 1:
-            raise UserError(
-                f"a model of the family {policy.family} keeps some weights in float32, which cannot be sharded with "
-                "those in bfloat16: take --weights fp32, or one rank"
-            )
         skeleton = _without_weights(policy.model) if mesh.get_rank() == 0 else None
         sharded = cls(**{one.name: getattr(policy, one.name) for one in fields(policy)}, skeleton=skeleton)
         # gradients of half-precision weights are summed over the ranks in float32
@@ -85,6 +79,15 @@ class ShardedPolicy(Policy):
             return None
         values = {one.name: getattr(self, one.name) for one in fields(Policy)}
         return replace(Policy(**values), model=self.skeleton.to(self.device))
+
+
+def check_shardable(policy: Policy) -> None:
+    """Raises ``UserError`` if weights do not have one dtype, which FSDP2 needs of those that it gathers together."""
+    if len({parameter.dtype for parameter in policy.model.parameters()}) > 1:
+        raise UserError(
+            f"--weights bf16-sr: a model of the family {policy.family} keeps some weights in float32, which cannot be "
+            "sharded with those in bfloat16: take --weights fp32, or one rank"
+        )
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:

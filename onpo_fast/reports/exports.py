@@ -164,7 +164,7 @@ def export_merged(directory: Path, out: Path, policy: int, model: ModelConfig) -
     source = _chosen(policies, policy, directory)
     if model.lora_rank is None or policy == 1:
         raise UserError(f"--merge: π_{policy} is no adapter but a whole model already: {source}")
-    whole = ResidentPolicy(replace(model, device="cpu", dtype="auto"), policies[1])(source)
+    whole = ResidentPolicy(replace(model, device="cpu", dtype="auto", attention="auto"), policies[1])(source)
     convert_parameters(whole.model, torch.float32)  # bfloat16, as of the base in the run, may not hold the adapter
     whole.adapter.merge()
     whole.adapter = None

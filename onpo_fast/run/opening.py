@@ -38,6 +38,7 @@ from ..models.policy import Policy
 from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
+from ..models.sharding import check_shardable
 from ..objectives import Sppo
 from ..pairing import PAIRINGS
 from .cache import StageCache
@@ -211,6 +212,8 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     to_judge = anything_to_judge(directory, config.iterations)
     skipped = Skipped() if config.skip_bad_prompts else None
     prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
+    if ranks > 1 and config.lora_rank is None:  # the base of adapters stays whole on every rank
+        check_shardable(policies(config.model))
     return _Checked(oracle, to_judge, policies, skipped, *prompts)
 
 

@@ -26,6 +26,7 @@ from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.models.scoring import PairLossOptions
 from onpo_fast.objectives import Onpo
 from onpo_fast.packing import pack
+from onpo_fast.reports.exports import export_merged
 from onpo_fast.run.digest import run_digest
 from onpo_fast.run.fingerprint import model_fingerprint
 from onpo_fast.run.tracking import Tracker
@@ -218,6 +219,13 @@ def test_a_policy_is_the_same_in_peft_in_transformers_and_merged(work: Path, cap
     assert "merged_3 exists: give a new name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_a_run_of_a_gpu_is_merged_on_a_cpu(work: Path, tmp_path: Path, attention: str) -> None:
+    model = ModelConfig(model=str(work / "model"), lora_rank=4, attention=attention)
+    export_merged(work / "run", tmp_path / "merged", 3, model)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_over_a_base_in_bfloat16(work: Path) -> None:
     """As on a GPU: adapters and merged policies are float32, and a fit starts at its anchor exactly."""
     config = replace(small_run(work, "bfloat16"), **LORA, weights="bf16-sr")
@@ -387,8 +395,12 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "message"),
     [
         (lambda d: edit(d, base_model_name_or_path=None), "names no base model (base_model_name_or_path)"),
-        (lambda d: edit(d, base_model_name_or_path="./gone"), "cannot load the model ./gone: there is no such"),
-        (lambda d: edit(d, base_model_name_or_path="."), "is an adapter: merge it into its model first"),
+        (lambda d: edit(d, base_model_name_or_path="./gone"), "adapter_config.json names it as the base model"),
+        (lambda d: edit(d, base_model_name_or_path="."), "adapter_config.json names it as the base model"),
+        *(
+            (lambda d, name=name: edit(d, base_model_name_or_path=name), "adapter_config.json names it as the base")
+            for name in ("my model", "C:\\models\\x", "unsloth/llama:latest", "\ud800", "a" * 5000)
+        ),
         (lambda d: (d / "adapter_config.json").write_text("3"), "adapter_config.json is not a JSON object"),
         (pickled, "adapter has no adapter_model.safetensors: of adapters, too, only safetensors are read"),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "cannot load the adapter "),
@@ -397,10 +409,20 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: edit(d, init_lora_weights="pissa"), "adapter_config.json has init_lora_weights, which is not"),
         (lambda d: edit(d, modules_to_save=["lm_head"]), "adapter_config.json has modules_to_save, which is not"),
         (lambda d: edit(d, new_thing={"a": 1}), "adapter_config.json has new_thing, which is not known here"),
-        (lambda d: edit(d, r=10**12), "cannot load the adapter "),
-        (lambda d: edit(d, r=-1), "has ranks or scales that are not positive numbers"),
-        (lambda d: edit(d, lora_alpha=None), "has ranks or scales that are not positive numbers"),
-        (lambda d: edit(d, lora_alpha=1e300), "cannot load the adapter "),
+        (lambda d: (d / "adapter_config.json").write_text(" " * (2**26 + 1)), "adapter_config.json has 67,108,865"),
+        *(
+            (lambda d, name=name, value=value: edit(d, **{name: value}), f"adapter_config.json: {name} must be ")
+            for name, values in {
+                "r": (10**12, 65537, -1, 0, True, 2.0, "2", None, [2]),
+                "lora_alpha": (None, 1e300, 10**400, 0, float("nan"), float("inf"), "3", True),
+                "use_rslora": ("false", 1, [0]),
+                "rank_pattern": ([1], "abc", 5),
+                "alpha_pattern": (5, [["a", 1]], "abc"),
+            }.items()
+            for value in values
+        ),
+        (lambda d: edit(d, rank_pattern={"x": "5"}), "adapter_config.json: rank_pattern['x'] must be an integer"),
+        (lambda d: edit(d, alpha_pattern={"x": 1e300}), "adapter_config.json: alpha_pattern['x'] must be a positive"),
         (lambda d: edit(d, rank_pattern={"(.*)*x": 5}), "has the pattern '(.*)*x'"),
         (tensors(lambda t: t.pop(QUERY)), "cannot load the adapter "),
         (tensors(lambda t: t.update({QUERY: t[QUERY][:, :7].clone()})), "cannot load the adapter "),
@@ -461,6 +483,12 @@ def test_options_that_are_refused(options: dict, message: str) -> None:
 def test_targets_that_are_refused(tiny_model: Path, targets: str, message: str) -> None:
     config = ModelConfig(model=str(tiny_model), lora_rank=2, lora_targets=targets)
     with pytest.raises(UserError, match=message):
+        ResidentPolicy(config)(str(tiny_model))
+
+
+def test_a_scale_that_is_too_large(tiny_model: Path) -> None:
+    config = ModelConfig(model=str(tiny_model), lora_rank=2, lora_alpha=1e300)
+    with pytest.raises(UserError, match="--lora_alpha must be at most 1048576"):
         ResidentPolicy(config)(str(tiny_model))
 
 

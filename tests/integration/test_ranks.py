@@ -66,6 +66,7 @@ def ended(work: Path) -> dict[str, Ended]:
         "one, untied": Job(1, [*untied, "--gradient_checkpointing"], ""),
         "two, untied": Job(2, [*untied, "--gradient_checkpointing", "--anchor", "live"], ""),
         "two, half": Job(2, half, ""),
+        "two, autocast": Job(2, [*tied, "--dtype", "bfloat16"], ""),
         "one, LoRA": Job(1, [*tied, *LORA], ""),
         "two, LoRA": Job(2, [*tied, *LORA], ""),
         "stopped, LoRA": Job(2, [*tied, *LORA], "", at=(1, 2, "SIGTERM")),
@@ -78,6 +79,7 @@ def ended(work: Path) -> dict[str, Ended]:
         "one, stopped": Job(1, tied, "", at=(0, 2, "SIGTERM")),
         "one, stopped, then two": Job(2, ["--resume"], "", begun="one, stopped"),
         "error on one": Job(2, tied, "", at=(1, 2, "error")),
+        "hung": Job(2, [*tied, "--rank_timeout", "0.1"], "", at=(1, 2, "hang")),
         "too many": Job(3, tied, ""),
     }
     for name, job in jobs.items():
@@ -190,6 +192,15 @@ def test_an_error_is_one_line(ended: dict[str, Ended], name: str, names: str) ->
     assert failed.seconds < 60
 
 
+def test_a_rank_that_hangs_ends_the_others_after_the_time_out(ended: dict[str, Ended]) -> None:
+    hung = ended["hung"]
+    assert hung.statuses == [2, 2]
+    assert hung.errors.count("error: ") == hung.errors.count("--rank_timeout") == 1
+    assert "to go on: torchrun --nproc-per-node 2" in hung.errors
+    assert "Traceback" not in hung.errors
+    assert hung.seconds < 60
+
+
 def test_rank_0_alone_writes_metrics(ended: dict[str, Ended], work: Path) -> None:
     """With the numbers of one process: each pair counts once, whichever rank had it."""
     one, two = records(work / "one"), records(work / "two")
@@ -205,6 +216,17 @@ def test_bfloat16_weights_are_saved_as_they_are_in_memory(ended: dict[str, Ended
     """``check_saved`` compares them on rank 0."""
     assert ended["two, half"].statuses == [0, 0], ended["two, half"].errors
     assert {weight.dtype for weight in weights(work / "two, half").values()} == {torch.bfloat16}
+
+
+def test_float32_weights_under_autocast_are_saved_in_float32(ended: dict[str, Ended], work: Path) -> None:
+    """Of a tied model too: autocast's copies of gathered weights are no weights."""
+    assert ended["two, autocast"].statuses == [0, 0], ended["two, autocast"].errors
+    start = weights(work / "model", ".")
+    for policy in (AUXILIARY, LAST):
+        fitted = weights(work / "two, autocast", policy)
+        assert 0 < difference(fitted, start) < 100 * OPTIONS["learning_rate"]
+        for name, weight in fitted.items():
+            assert (weight != weight.bfloat16().float()).float().mean() > 0.5, name
 
 
 def test_states_are_a_checkpoint_of_torch_distributed(ended: dict[str, Ended], work: Path) -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from onpo_fast.batches import split
 from onpo_fast.config import Config, ModelConfig
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.distributed import World, joined, rank_device
+from onpo_fast.distributed import World, _is_alive, joined, rank_device
 from onpo_fast.errors import UserError
 from onpo_fast.models.loading import check_saved, load
 from onpo_fast.models.policy import Policy
-from onpo_fast.run.opening import check_ranks
+from onpo_fast.models.sharding import ShardedPolicy, check_shardable
+from onpo_fast.packing import pack
+from onpo_fast.run.opening import check_ranks, open_run
 from onpo_fast.run.shards import OFFSETS, StoredShards, copy_shards, write_shards
+from onpo_fast.train import continuation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -101,6 +110,81 @@ def test_a_saved_policy_that_differs_from_memory_is_refused(tiny_model, tmp_path
         weight += weight * 2**-9  # less than half the spacing of bfloat16
     with pytest.raises(UserError, match=r"not saved as it is in memory \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         check_saved(tmp_path / "policy", policy, config)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_a_sharded_policy_is_gathered_from_its_rows(tiny_model, mesh: DeviceMesh) -> None:
+    """In float32 under autocast, of a tied model; not from the copies that a forward pass without backward leaves."""
+    policy = load(tiny_model, ModelConfig(device="cpu", dtype="bfloat16"))
+    assert policy.model.config.tie_word_embeddings
+    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    sharded = ShardedPolicy.of(policy, mesh)
+    rows = list(sharded.model.parameters())  # as the optimizer has them
+    with torch.no_grad(), sharded.autocast():
+        sharded.scoring(pack([([1, 2, 3], [[4, 5], [6]])], "separate"))
+        for parameter in rows:
+            parameter.mul_(1 + 2**-12)
+    whole = sharded.whole()
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, before[name] * (1 + 2**-12)), name
+    assert whole.model.get_output_embeddings().weight is whole.model.get_input_embeddings().weight
+
+
+def test_weights_of_two_dtypes_are_refused_before_sampling(tiny_model, tmp_path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(9)))
+    config = Config(model=str(tiny_model), prompts=str(prompts), out=str(tmp_path / "run"), batch_pairs=200)
+    policy = load(tiny_model, ModelConfig(device="cpu"))
+    check_shardable(policy)
+    policy.model.model.norm.bfloat16()
+    with pytest.raises(UserError, match="--weights bf16-sr: a model of the family llama keeps some weights"):
+        check_shardable(policy)
+    refuse = mock.Mock(side_effect=UserError("no"))
+    with mock.patch("onpo_fast.run.opening.check_shardable", refuse), pytest.raises(UserError, match=r"^no$"):
+        open_run(config, world=AsOneOfTwo())
+    assert not (tmp_path / "run").exists()
+
+
+class AsOneOfTwo(World):
+    """Rank 0 of two, whose calls for the other go nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def from_main(self, function, *arguments):
+        return function(*arguments)
+
+
+@pytest.mark.parametrize(("size", "here", "launcher"), [(8, 8, "--nproc-per-node 8"), (16, 8, "--nnodes 2 ")])
+def test_the_command_that_goes_on_has_the_nodes(monkeypatch, size: int, here: int, launcher: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    line = continuation(Config(out="runs/a b"), size)
+    assert line.startswith(f"torchrun {launcher}")
+    assert f"--nproc-per-node {here} -m onpo_fast.train --resume --out 'runs/a b'" in line
+
+
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_a_process_is_alive_until_it_ends(monkeypatch, has_proc: bool) -> None:
+    """A zombie is seen with /proc only."""
+    if not has_proc:
+        monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
+        monkeypatch.setattr("os.path.exists", lambda path: False)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    assert _is_alive(child)
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert _is_alive(child) == (not has_proc)
+    os.waitpid(child, 0)
+    assert not _is_alive(child)
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cpu:0"])
