@@ -158,6 +158,15 @@ def count_parameters(source: str) -> int:
     return count
 
 
+def has_float32(source: str) -> bool:
+    """Returns whether a checkpoint's safetensors files hold a float32 tensor."""
+    for path in weight_files(source):
+        with loading_errors("the model", source), safe_open(path, "pt") as file:
+            if any(file.get_slice(name).get_dtype() == "F32" for name in list(file.keys())):
+                return True
+    return False
+
+
 def weight_files(source: str) -> list[Path]:
     """Returns the safetensors files of a model as transformers chooses them: a single file, or the shards of an index.
 

@@ -28,6 +28,7 @@ from .attention import FLEX
 from .checkpoint import (
     base_of,
     generation_settings,
+    has_float32,
     loading_errors,
     locate,
     naming_adapter,
@@ -84,6 +85,11 @@ def load(source: str | Path, config: ModelConfig) -> Policy:
         template_variables=config.chat_template_kwargs or {},
         save_dtype=None if save_dtype == weights else save_dtype,
     )
+    if weights == torch.bfloat16 and not is_gguf and not dequantised and has_float32(base):
+        policy.notes.append(
+            f"the weights of {base} are float32 on disk and rounded to bfloat16: what a small learning rate changed in "
+            "them is lost (docs/tuning.md). Save them with --save_dtype bfloat16, or take --weights fp32"
+        )
     if is_adapter:
         policy.notes.append(f"{name} is an adapter: merged into its base model {base}, in {str(weights)[6:]}")
     _check_template(policy, name)

@@ -116,7 +116,8 @@ OTHER_COMMANDS = {
     "export, AlpacaEval": "alpaca merge model_outputs",
     "report": "picture",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
-    "bench": "kills errors only budget benchmark-only",
+    "memory": "gpus memory prompt_tokens",
+    "bench": "kills errors only budget benchmark-only tokens",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
     "sbatch": "nodes ntasks-per-node gpus-per-node time signal",
@@ -133,7 +134,7 @@ def test_options_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    commands = "train evaluate report export games bench env COMMAND".split()
+    commands = "train evaluate report export memory games bench env COMMAND".split()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"onpo-fast (\w+)", page.read_text(encoding="utf-8")))
         assert named <= set(commands), (page.name, named)

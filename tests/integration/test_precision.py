@@ -181,6 +181,13 @@ def test_auto_counts_the_states_of_a_rank(optimizer: str, ranks: int, gibibytes:
     assert chosen == expected
 
 
+def test_float32_weights_that_are_rounded_while_loading_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    policy = load(tiny_model, Config(weights="bf16-sr"))
+    assert any("float32 on disk" in note for note in policy.notes)
+    policy.save(tmp_path / "half")
+    assert load(tmp_path / "half", Config(weights="bf16-sr")).notes == []
+
+
 def test_auto_on_a_cpu_is_float32() -> None:
     chosen, _ = precision.choose_weights(ModelConfig(device="cpu"), FitConfig(learning_rate=5e-7), lambda: 10**11)
     assert chosen == "fp32"
