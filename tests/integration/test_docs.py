@@ -115,6 +115,7 @@ OTHER_COMMANDS = {
     "dashes for underscores": "learning-rate",
     "export, AlpacaEval": "alpaca merge model_outputs",
     "report": "picture",
+    "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
     "bench": "kills errors only budget benchmark-only",
     "gpu-check": "part dry-run",
@@ -133,7 +134,7 @@ def test_options_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    commands = "train evaluate report export games bench env COMMAND".split()
+    commands = "train evaluate report export memory games bench env COMMAND".split()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"onpo-fast (\w+)", page.read_text(encoding="utf-8")))
         assert named <= set(commands), (page.name, named)
