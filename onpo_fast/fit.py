@@ -252,7 +252,7 @@ def _backward(
 
 def _forward(policy: Policy, microbatch: MicroBatch, loss: PairLossOptions) -> PairLossOutput | Tensor:
     """Computes the loss of a micro-batch, or its responses' log-probs."""
-    with policy.autocast():
+    with policy.autocast(cached=False):  # a cache would hold all weights in half precision beside the loss
         return policy.scoring(microbatch.packed, microbatch.labelled, loss)
 
 

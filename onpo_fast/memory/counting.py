@@ -206,7 +206,7 @@ class FakeModel:
                 counter.assign(tensor, None)
             handles = [self._on_gradient(one, counter, sharded) for one in self.parameters(trained=True)]
             with counter:
-                self._pass(self._fake(packed), counter, gradient_dtype, masked, cached=not sharded)
+                self._pass(self._fake(packed), counter, gradient_dtype, masked)
             for handle in handles:
                 handle.remove()
             self.model.zero_grad(set_to_none=True)
@@ -228,11 +228,9 @@ class FakeModel:
         counter: LiveStorages,
         gradient_dtype: torch.dtype,
         masked: bool,
-        cached: bool,
     ) -> None:
-        head, policy = self.model.get_output_embeddings(), self.policy
-        half = policy.compute_dtype != policy.weights_dtype
-        with torch.autocast("cpu", policy.compute_dtype if half else None, half, cache_enabled=cached):
+        head = self.model.get_output_embeddings()
+        with self.policy.autocast(cached=False):  # as in a fit
             if masked:
                 hidden = self.policy.scoring.hidden_states(packed)
             else:

@@ -168,7 +168,7 @@ class Planner:
         if sharded > 1:
             backward[GRADIENTS] = gradients // sharded
         if self.device.type == "cpu":
-            backward[ALLOCATOR] = update[ALLOCATOR] = _kept_by_allocator(backward, trained)
+            backward[ALLOCATOR] = update[ALLOCATOR] = _kept_by_allocator(settings.weights, backward, trained)
         loading = 4 * sum(one.numel() for one in model.parameters()) + sum(self.baseline.values())
         return Plan(settings, _ordered(backward), _ordered(update), packed.input_ids.numel(), several, loading)
 
@@ -297,19 +297,19 @@ class Planner:
         return (2 if plain else EAGER_COPIES) * 4 * largest
 
 
-EAGER_COPIES = 6  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
-# What glibc keeps of freed memory, in gaps between the tensors of its heap, as a share of what it holds there
-# (measured: docs/tuning.md). Larger tensors go back to the system when they are freed.
-KEPT = 0.31
+EAGER_COPIES = 10  # float32 copies of a weight, its gradient and moments in torchao's step, which is eager on a CPU
+# What glibc keeps of freed memory, in gaps between the tensors of its heap, as a share of what it holds there, by
+# weights: torchao's eager step leaves more gaps (measured: docs/tuning.md). Larger tensors go back to the system.
+KEPT = {"fp32": 0.31, "bf16-sr": 0.85}
 LARGEST_IN_HEAP = 32 * 2**20  # bytes
 
 
-def _kept_by_allocator(parts: Mapping[str, int], trained: list[nn.Parameter]) -> int:
+def _kept_by_allocator(weights: str, parts: Mapping[str, int], trained: list[nn.Parameter]) -> int:
     """Returns the bytes that a process on a CPU holds beside its tensors."""
     sizes = [one.numel() * one.element_size() for one in trained]
     small = sum(size for size in sizes if size < LARGEST_IN_HEAP) / max(sum(sizes), 1)
     held = small * (parts.get(GRADIENTS, 0) + parts.get(STATES, 0)) + parts.get(ACTIVATIONS, 0)
-    return round(KEPT * held)
+    return round(KEPT[weights] * held)
 
 
 def _changes(settings: Settings, device: torch.device) -> list[dict[str, object] | None]:

@@ -172,10 +172,15 @@ class Policy:
         for layer in checkpointed_layers(self.model):
             layer.training = True
 
-    def autocast(self) -> torch.autocast:
-        """Returns the context in which the model computes; autocast is off where the weights have its dtype."""
+    def autocast(self, cached: bool = True) -> torch.autocast:
+        """Returns the context in which the model computes; autocast is off where the weights have its dtype.
+
+        Args:
+            cached: whether weights in half precision are kept until its end: for several forward passes.
+        """
         enabled = self.compute_dtype != self.weights_dtype
-        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+        dtype = self.compute_dtype if enabled else None
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=cached)
 
     def frozen(self) -> Policy:
         """Turns gradients off, as a live anchor needs, and returns the same policy."""

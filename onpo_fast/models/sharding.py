@@ -47,11 +47,9 @@ class ShardedPolicy(Policy):
         fully_shard(sharded.scoring, mesh=mesh, mp_policy=precision)
         return sharded
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, cached: bool = False) -> torch.autocast:
         """Returns the policy's autocast without its cache, which would keep every gathered weight in half precision."""
-        enabled = self.compute_dtype != self.weights_dtype
-        dtype = self.compute_dtype if enabled else None
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+        return super().autocast(cached=False)
 
     def reshard(self) -> None:
         """Frees gathered weights, after which the model's parameters are this rank's rows.

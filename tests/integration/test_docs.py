@@ -115,6 +115,7 @@ OTHER_COMMANDS = {
     "dashes for underscores": "learning-rate",
     "export, AlpacaEval": "alpaca merge model_outputs",
     "report": "picture",
+    "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
     "memory": "gpus memory prompt_tokens",
     "bench": "kills errors only budget benchmark-only tokens",

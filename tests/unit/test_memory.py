@@ -83,7 +83,7 @@ def test_a_step_allocates_what_is_counted(tiny_model, checkpointing: bool, dtype
         parameter.grad = torch.zeros_like(parameter)
         counter.assign(parameter.grad, GRADIENTS)
     with counter:
-        with policy.autocast():
+        with policy.autocast(cached=False):
             loss = policy.scoring(microbatch.packed, microbatch.labelled, PairLossOptions(Onpo(eta=2.0))).loss
         loss.backward()
     settings = watch.settings_of(policy, ModelConfig(**options), FitConfig(), live_anchor=False)
