@@ -117,7 +117,6 @@ OTHER_COMMANDS = {
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
-    "memory": "gpus memory prompt_tokens",
     "bench": "kills errors only budget benchmark-only tokens",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
