@@ -3,7 +3,6 @@
 >>> from onpo_fast import fused_linear_pair_loss, linear_logprobs, objectives
 """
 
-import logging
 import os
 import sys
 
@@ -36,6 +35,8 @@ if (_is_module or _is_script) and "OMP_WAIT_POLICY" not in os.environ:
 # transformers imports torchao where it is installed, which warns of its extensions for other devices, and of its own
 # use of torch. Nothing here needs those.
 if _is_module or _is_script:
+    import logging  # not before the path is safe
+
     for _name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(_name).setLevel(logging.ERROR)
 
