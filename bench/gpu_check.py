@@ -322,7 +322,10 @@ def part_4(at: Setting) -> list[tuple[Step, ...]]:
 
 
 def trainers_step(at: Setting, model: str) -> Step:
-    size = "--tokens 16 --timed_steps 2 --trl_batches 2" if at.dry else "--tokens 512 --timed_steps 4 --trl_batches 4"
+    if at.dry:
+        size = "--tokens 16 --timed_steps 2 --trl_batches 2 --microbatches 64"
+    else:
+        size = "--tokens 512 --timed_steps 4 --trl_batches 4 --microbatches 16384"
     return Step(
         f"{model} against TRL",
         150,

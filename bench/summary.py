@@ -234,7 +234,8 @@ def trainer_table(rows: list[Row]) -> list[str]:
             if other["trainer"] == "trl" and other["responses"] == row["responses"] and other["status"] == "measured"
         ]
         ratio = f"{row['pairs_per_second'] / max(peers):.2f}" if peers and measured else "-"
-        name = row["trainer"] if row["trainer"] != "trl" else f"TRL DPOTrainer, {row['at_once']} pairs at once"
+        ours = f"onpo_fast, {row.get('microbatch') or 1024} tokens at once"
+        name = ours if row["trainer"] != "trl" else f"TRL DPOTrainer, {row['at_once']} pairs at once"
         lines.append(
             [
                 str(row["responses"]),

@@ -59,6 +59,7 @@ class Case:
     steps: int  # timed ones, after a first one
     tokens: int = 128  # mean length of prompts and responses
     at_once: int = 4  # pairs: TRL's per_device_train_batch_size
+    microbatch: int | None = None  # tokens: this package's tokens_per_microbatch; None for its default
     seed: int = 0
 
     @property
@@ -142,7 +143,8 @@ Train = Callable[[Policy, list[Group]], None]
 
 def _ours(case: Case) -> Train:
     def train(policy: Policy, groups: list[Group]) -> None:
-        config = Config(device=case.device, learning_rate=1e-6, batch_pairs=case.pairs)
+        sizes = {"batch_pairs": case.pairs, "tokens_per_microbatch": case.microbatch}
+        config = Config(device=case.device, learning_rate=1e-6, **sizes)
         pairs = [Pair(g, i, j, 1.0) for g in range(len(groups)) for i, j in combinations(range(case.responses), 2)]
         batches = plan_steps(pairs, 1, case.pairs, [case.seed])
         anchor = score(policy, groups, batches, config)

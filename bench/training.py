@@ -97,6 +97,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PAIRS",
         help="TRL's per_device_train_batch_size: it is measured with each (default: 1 2 4).",
     )
+    trl.add_argument(
+        "--microbatches",
+        type=int,
+        nargs="+",
+        default=[512, 1024] if not gpu else [4096, 16384],
+        metavar="TOKENS",
+        help="This package's tokens_per_microbatch: it is measured with each (default: 512 1024; on a GPU 4096 16384).",
+    )
     fit = parser.add_argument_group("options of --part fit")
     fit.add_argument(
         "--shape",
@@ -203,7 +211,7 @@ class TrainingBench:
         return json.loads(output.splitlines()[-1]) if output else row
 
     def against_trl(self) -> None:
-        """Measures a fit by this package, then by TRL's trainer with each batch size, for each number of responses."""
+        """Measures fits by this package and by TRL's trainer, each with its batch sizes, by number of responses."""
         chosen = self.options
         for responses in chosen.responses:
             pairs = responses * (responses - 1) // 2
@@ -215,7 +223,8 @@ class TrainingBench:
                 "steps": chosen.timed_steps,
                 "tokens": chosen.tokens,
             }
-            for trainer in ({"trainer": "onpo_fast"}, *({"trainer": "trl", "at_once": n} for n in chosen.trl_batches)):
+            ours = [{"trainer": "onpo_fast", "microbatch": tokens} for tokens in chosen.microbatches]
+            for trainer in (*ours, *({"trainer": "trl", "at_once": n} for n in chosen.trl_batches)):
                 row = {**trainer, **case, **self.job("bench.trainers", **trainer, **case)}
                 self.data["trainers"].append(row)
                 self.ended(f"{trainer['trainer']}, {responses} responses a prompt", row)

@@ -146,7 +146,7 @@ def test_both_trainers_take_the_same_steps_on_the_same_pairs(bench, monkeypatch,
     """As many pairs and FLOPs that they need a step, whichever trainer it is."""
     pytest.importorskip("trl")
     tried = bench(part="trl", model="tiny", responses=[responses], pairs_per_step=6, timed_steps=2, tokens=12)
-    tried.options.trl_batches = [2]
+    tried.options.trl_batches, tried.options.microbatches = [2], [64]
     monkeypatch.setattr(tried, "job", lambda module, **case: trainers.measure(trainers.Case(**case)))
     tried.against_trl()
     tried.show()
