@@ -88,7 +88,7 @@ def _is_mask(value: object) -> bool:
 
 
 class PlainPolicy(Policy):
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self, cached: bool = True) -> AbstractContextManager:
         return nullcontext()  # torch knows none for "meta"
 
 
