@@ -22,6 +22,7 @@ from ..loss import LossShape, footprint
 from ..models.adapters import Adapter
 from ..models.execution import checkpoint_layers
 from ..models.heads import logit_options
+from ..models.precision import weights_dtype
 from ..packing import Layout, Packed, TokenGroup, microbatches, pack, row_length
 from .counting import ACTIVATIONS, GRADIENTS, HEAD, LOSS, FakeModel, LiveStorages
 
@@ -34,7 +35,6 @@ WEIGHTS, STATES, GATHERED, ANCHOR, PROCESS, ALLOCATOR = (
     "allocator",
 )
 PARTS = (WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, LOSS, HEAD, GATHERED, ANCHOR, PROCESS, ALLOCATOR)  # in this order
-DTYPES = {"fp32": torch.float32, "bf16-sr": torch.bfloat16}
 # bytes a parameter of both moments: codes, and a float32 scale for 256 or 128 of them
 QUANTISED = {"adamw-8bit": 2 * (1 + 4 / 256), "adamw-4bit": 2 * (0.5 + 4 / 128)}
 BUDGETS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, MOST_TOKENS)
@@ -270,7 +270,7 @@ class Planner:
                 if adapters is not None:
                     add_adapters(model, *adapters)
 
-            return FakeModel(lambda: self.build(DTYPES[weights]), self.layout, compute, prepare)
+            return FakeModel(lambda: self.build(weights_dtype(weights)), self.layout, compute, prepare)
 
         return make
 
