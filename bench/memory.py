@@ -7,13 +7,15 @@ On a GPU it is the memory allocated by PyTorch. On a CPU it is the resident set 
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from onpo_fast.device_memory import peak_bytes as peak_bytes_of
+from onpo_fast.device_memory import reset_peak, resident_bytes
 
 from .peers import METHODS, TASKS, Method, Task, run
 from .problems import SHAPES, Problem, Shape
@@ -41,29 +43,20 @@ def gradient_bytes(task: Task, problem: Problem) -> int:
 
 
 class Gauge:
-    """Bytes in use: allocated by PyTorch on a GPU, resident set size of this process on a CPU."""
+    """Bytes in use: allocated by PyTorch on a GPU, resident set size of this process on a CPU (Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.gpu = device.type == "cuda"
 
     def held(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.gpu else _resident("VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
 
     def peak(self) -> int:
         """Peak bytes since the last ``reset``."""
-        return torch.cuda.max_memory_allocated(self.device) if self.gpu else _resident("VmHWM")
+        return peak_bytes_of(self.device)
 
     def reset(self) -> None:
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set size
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+        reset_peak(self.device)
 
 
 def main(method_name: str, task_name: str, shape_name: str) -> None:
