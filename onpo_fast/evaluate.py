@@ -51,7 +51,7 @@ from .run.opening import config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
-from .sampling import Sampler, TruncationWarning, all_truncated, make_sampler
+from .sampling import Sampler, TruncationWarning, all_truncated, open_sampler
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
@@ -204,7 +204,7 @@ class Evaluator:
 
         def compute(part: Sequence[Messages], first: int) -> list[Group]:
             nonlocal sampler
-            sampler = sampler or make_sampler(self.policies(source), self.sampling)
+            sampler = sampler or open_sampler(self.policies, source, self.sampling)
             return stages.sample(sampler, part, count, seed, done, first)
 
         with progress(f"evaluate: sample {name}", len(prompts) * count) as done:

@@ -44,7 +44,7 @@ from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
-from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, make_sampler
+from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, open_sampler
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -328,10 +328,8 @@ class LanguageGame:
         return groups
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
-        if not isinstance(policy, Mixture):
-            return make_sampler(self.run.policies(policy), self.sampling)
-        if policy.initial == policy.policy:
-            return make_sampler(self.run.policies(policy.policy), self.sampling)
+        if (only := _policy_of(policy)) is not None:
+            return open_sampler(self.run.policies, only, self.sampling)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()

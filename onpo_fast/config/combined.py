@@ -26,8 +26,18 @@ DEFAULTS_BY_DEVICE = {  # on a GPU, on a CPU
     "sampling_batch_size": (256, 32),
 }
 
-# options that may change while a run goes on: where it is, where its last policy is uploaded to, how long ranks wait
-NO_RESULT_DEPENDS_ON_THEM = ("out", "push_to_hub", "rank_timeout")
+# options that may change while a run goes on: where things are, how long is waited, how much is asked at a time
+NO_RESULT_DEPENDS_ON_THEM = (
+    "out",
+    "push_to_hub",
+    "rank_timeout",
+    "vllm_python",
+    "sampler_url",
+    "sampler_key_variable",
+    "sampler_concurrency",
+    "sampler_timeout",
+    "sampler_retries",
+)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from .messages import (
     with_written_names,
 )
 from .sections import SECTIONS
-from .trust import TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
+from .trust import KEY_VARIABLES, TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
 from .yaml_files import OptionsFile, hints_with_variants, read_options
 
 DESCRIPTION = "Train a language model by self-play with Optimistic Nash Policy Optimization (arXiv 2502.16852)."
@@ -81,7 +81,8 @@ def parse(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Config:
     """
     parsed = parse_with_sources(argv, defaults)
     if not parsed.trusted:
-        check_key_variable(parsed.config, parsed.sources)
+        for name in KEY_VARIABLES:
+            check_key_variable(name, parsed.config, parsed.sources)
     return print_if_asked(parsed)
 
 

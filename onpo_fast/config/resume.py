@@ -13,7 +13,7 @@ from .aliases import canonical_options, fold_variants, with_underscores
 from .combined import DEFAULTS_BY_DEVICE, NO_RESULT_DEPENDS_ON_THEM, Config
 from .command_line import Parsed, parse, parse_with_sources, print_if_asked
 from .messages import check_values
-from .trust import NEEDS_TRUST, check_trust
+from .trust import KEY_VARIABLES, NEEDS_TRUST, check_trust
 from .yaml_files import hints_with_variants, read_options
 
 CONFIG_FILE = "config.yaml"  # in a run directory
@@ -126,7 +126,7 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[str]:
     known = (*before, *COMPUTED_DEFAULTS)
     newer = {one.name: BEFORE.get(one.name, one.default) for one in fields(Config) if one.name not in known}
     return [
-        f"--{name}" if name == "judge_key_variable" else f"--{name} {was!r} → {now!r}"
+        f"--{name}" if name in KEY_VARIABLES else f"--{name} {was!r} → {now!r}"
         for name, was in {**before, **newer}.items()
         if before
         and name not in NO_RESULT_DEPENDS_ON_THEM

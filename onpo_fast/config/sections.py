@@ -7,9 +7,7 @@ filled in by ``Config``.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -18,64 +16,21 @@ from ..errors import UserError
 from ..objectives import Objective
 from ..pairing import PAIRINGS
 from .aliases import OTHER_VALUES
+from .oracle_sections import JudgeConfig, OracleConfig
+from .sampling_section import SamplingConfig
+from .values import check_at_least, check_at_most, check_positive, check_share, check_values
 
-LARGEST_INTEGER = 2**63  # exclusive: torch and numpy count in int64
 LARGEST_COUNT = 10**4  # of things that a run holds in lists or matrices: more would fill the memory or never end
 LARGEST_ITERATIONS = 10**6
 LARGEST_MINUTES = 10**6  # two years
 LARGEST_RANK = 2**16  # of adapters: no layer is as wide
 MOST_TOKENS = 16384  # of a micro-batch that a run chooses: larger ones are hardly faster
-VARIABLE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # parameters of ``apply_chat_template`` that are not variables of its template
 TEMPLATE_PARAMETERS = frozenset(
     "self conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize "
     "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
     "tokenizer_kwargs processor_kwargs strftime_now raise_exception".split()
 )
-
-
-def _check_values(options: object, section: type) -> None:
-    """Checks what every option of a section must satisfy: not empty, no NUL character, integers below 2**63.
-
-    Raises:
-        UserError: names the option.
-    """
-    for field in fields(section):
-        name, value = field.name, getattr(options, field.name)
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--{name} holds a NUL character, which no file name can have")
-        # a shell passes "" for a variable that is not set
-        if value == "" or (value is None and field.default is not None):
-            raise UserError(f"--{name} must not be empty")
-        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
-            raise UserError(f"--{name} must be smaller than 2**63")
-
-
-def _check_at_least(options: object, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= least:  # also refuses NaN
-            wanted = "not be negative" if least == 0 else f"be at least {least}"
-            raise UserError(f"--{name} must {wanted}, not {value}")
-
-
-def _check_at_most(options: object, most: int, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) > most:
-            raise UserError(f"--{name} must be at most {most}, not {getattr(options, name)}")
-
-
-def _check_positive(options: object, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name} must be positive and finite, not {value}")
-
-
-def _check_share(options: object, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(options, name) <= 1:
-            raise UserError(f"--{name} must be in (0, 1], not {getattr(options, name)}")
 
 
 @dataclass
@@ -126,7 +81,7 @@ class ModelConfig:
     between them, as in q_proj,v_proj."""
 
     def __post_init__(self) -> None:
-        _check_values(self, ModelConfig)
+        check_values(self, ModelConfig)
         variables = self.chat_template_kwargs or {}
         if taken := [name for name in variables if not isinstance(name, str) or name in TEMPLATE_PARAMETERS]:
             raise UserError(
@@ -143,10 +98,10 @@ class ModelConfig:
                 if getattr(self, name) != default:
                     raise UserError(f"--{name} needs --lora_rank: without it all weights are trained")
             return
-        _check_at_least(self, 1, "lora_rank")
-        _check_at_most(self, LARGEST_RANK, "lora_rank")
+        check_at_least(self, 1, "lora_rank")
+        check_at_most(self, LARGEST_RANK, "lora_rank")
         if self.lora_alpha is not None:
-            _check_positive(self, "lora_alpha")
+            check_positive(self, "lora_alpha")
         if not all(name.strip() for name in self.lora_targets.split(",")):
             raise UserError(f"--lora_targets must be all-linear or names with commas between, not {self.lora_targets}")
         if self.save_dtype != "auto":
@@ -175,109 +130,8 @@ class DataConfig:
     --eval_prompts."""
 
     def __post_init__(self) -> None:
-        _check_values(self, DataConfig)
-        _check_share(self, "eval_fraction")
-
-
-@dataclass
-class SamplingConfig:
-    """How responses are sampled from the policy."""
-
-    max_new_tokens: int = 32
-    """Maximum length of a response in tokens. Raise it until few responses are cut off (the workflow that the paper
-    follows: 2048)."""
-    temperature: float = 1.0
-    """Sampling temperature. Keep it at 1: the theory assumes responses drawn from the policy itself."""
-    top_p: float = 1.0
-    """Nucleus sampling: only the likeliest tokens with this total probability are sampled, in (0, 1]. Keep it at 1
-    (off): the theory assumes responses drawn from the policy itself."""
-    sampling_batch_size: int | None = None
-    """Responses generated at the same time. Lower it when sampling runs out of memory; random numbers do not depend on
-    it. Default: 256 on a GPU, 32 on a CPU."""
-
-    def __post_init__(self) -> None:
-        _check_values(self, SamplingConfig)
-        _check_at_least(self, 1, "max_new_tokens", "sampling_batch_size")
-        _check_positive(self, "temperature")
-        _check_share(self, "top_p")
-
-
-@dataclass
-class OracleConfig:
-    """The oracle: who decides which response is preferred (docs/oracles.md)."""
-
-    oracle: str = "population"
-    """Preference oracle: "population" (bundled, needs no model), "pair-model" or "reward-model" (a local model, see
-    --oracle_model), "judge" (a chat model behind an API, see --judge_url), or "module:function" with your Python
-    function f(prompt, responses) -> K×K matrix of P(response i ≻ response j), where prompt is the list of messages.
-    Oracles are mixed with weights as in 0.7*population+0.3*judge; weights are normalised. NAME=MODEL gives one its own
-    model."""
-    oracle_model: str | None = None
-    """Model of the oracles "pair-model" and "reward-model": a Hugging Face id or a directory (the paper's pair model:
-    RLHFlow/pair-preference-model-LLaMA3-8B)."""
-    oracle_max_tokens: int = 3072
-    """Maximum input of "pair-model" and "reward-model" in tokens; a longer one stops the run and is never cut off. The
-    default is what the paper's pair model was trained with."""
-    oracle_batch_tokens: int = 12288
-    """Tokens, padding included, in one forward pass of "pair-model" or "reward-model". Lower it when the oracle runs
-    out of memory; preferences change only by rounding."""
-
-    def __post_init__(self) -> None:
-        _check_values(self, OracleConfig)
-        _check_at_least(self, 1, "oracle_max_tokens", "oracle_batch_tokens")
-
-
-@dataclass
-class JudgeConfig:
-    """The oracle "judge": a chat model behind an OpenAI-compatible API (docs/oracles.md)."""
-
-    judge_url: str | None = None
-    """Base URL of the judge's OpenAI-compatible API, such as http://localhost:8000/v1."""
-    judge_model: str | None = None
-    """Name of the judge's model, as its API calls it."""
-    judge_prompt: str | None = None
-    """Text file with the judge's instructions, which contains {conversation}, {response_a} and {response_b}. A copy is
-    kept in the run directory as judge_prompt.txt, and it must not change during a run. Default: the prompt in
-    docs/oracles.md."""
-    judge_key_variable: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the API key, if the server needs a key. Keys are never saved. A
-    variable other than the default must be set; if a file names it, it must end in _API_KEY or _TOKEN."""
-    judge_max_tokens: int = 16
-    """Maximum length of a judge's answer in tokens. Raise it to thousands for a model that reasons before it
-    answers."""
-    judge_request: dict | None = None
-    """Fields to add to or change in each request to the judge, as a JSON object; null removes a field:
-    '{"max_tokens": null, "max_completion_tokens": 4000}'. Never put a key here: it is saved in config.yaml."""
-    judge_concurrency: int = 8
-    """Maximum number of requests to the judge at the same time."""
-    judge_timeout: float = 60.0
-    """Time limit of one request to the judge, in seconds."""
-    judge_retries: int = 15
-    """Retries of a failed request to the judge before the run stops. The wait before a retry doubles up to a minute, so
-    that 15 retries give a server at least five minutes to restart."""
-    judge_max_invalid_rate: float = 0.5
-    """Stop the run when more than this share of the judge's answers, in [0, 1], contains no verdict. Such an answer
-    counts as a tie."""
-    judge_cache: str | None = None
-    """SQLite file with the judge's answers, which several runs may share. Default: judge.sqlite in the run
-    directory."""
-
-    def __post_init__(self) -> None:
-        if not VARIABLE_NAME.fullmatch(self.judge_key_variable or ""):
-            raise UserError(
-                "--judge_key_variable must be the NAME of an environment variable, such as OPENAI_API_KEY (the value "
-                "is not repeated here: it may be the key)"
-            )
-        _check_values(self, JudgeConfig)
-        _check_at_least(self, 1, "judge_max_tokens", "judge_concurrency")
-        try:
-            json.dumps(self.judge_request)
-        except (TypeError, ValueError, RecursionError) as error:  # YAML has dates, and values that contain themselves
-            raise UserError(f"--judge_request must be a JSON object ({error})") from None
-        _check_at_least(self, 0, "judge_retries")
-        _check_positive(self, "judge_timeout")
-        if not 0 <= self.judge_max_invalid_rate <= 1:
-            raise UserError(f"--judge_max_invalid_rate must be in [0, 1], not {self.judge_max_invalid_rate}")
+        check_values(self, DataConfig)
+        check_share(self, "eval_fraction")
 
 
 @dataclass
@@ -319,7 +173,7 @@ class AlgorithmConfig:
     which gives the same weights up to rounding. inpo, nash_md and egpo mix two policies and need "cached"."""
 
     def __post_init__(self) -> None:
-        _check_values(self, AlgorithmConfig)
+        check_values(self, AlgorithmConfig)
         for name, other_values in OTHER_VALUES.items():
             setattr(self, name, other_values.get(getattr(self, name), getattr(self, name)))
         for name, known in (
@@ -329,14 +183,14 @@ class AlgorithmConfig:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        _check_at_least(self, 1, "iterations", "prompts_per_iteration", "refresh_reference")
-        _check_at_least(self, 2, "responses_per_prompt")
-        _check_at_most(self, LARGEST_ITERATIONS, "iterations")
-        _check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
+        check_at_least(self, 1, "iterations", "prompts_per_iteration", "refresh_reference")
+        check_at_least(self, 2, "responses_per_prompt")
+        check_at_most(self, LARGEST_ITERATIONS, "iterations")
+        check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
         self._set_defaults()
         self.make_objective()
         if algorithms.named(self.objective).mixes:
-            _check_positive(self, "tau")
+            check_positive(self, "tau")
         if self.initial_weight > 1:
             raise UserError(
                 f"--objective {self.objective}: tau must be at most 1/eta: η·τ is the weight of π_1, "
@@ -425,15 +279,15 @@ class FitConfig:
         return self.tokens_per_microbatch or MOST_TOKENS
 
     def __post_init__(self) -> None:
-        _check_values(self, FitConfig)
-        _check_at_least(self, 1, "batch_pairs", "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy")
-        _check_at_most(self, LARGEST_COUNT, "epochs_auxiliary", "epochs_policy")
-        _check_positive(self, "learning_rate", "max_grad_norm")
+        check_values(self, FitConfig)
+        check_at_least(self, 1, "batch_pairs", "tokens_per_microbatch", "epochs_auxiliary", "epochs_policy")
+        check_at_most(self, LARGEST_COUNT, "epochs_auxiliary", "epochs_policy")
+        check_positive(self, "learning_rate", "max_grad_norm")
         if self.learning_rate > 1e30:
             raise UserError(f"--learning_rate must be at most 1e30, for AdamW's float32, not {self.learning_rate}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
-        _check_at_least(self, 0, "max_skipped_steps")
+        check_at_least(self, 0, "max_skipped_steps")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"--weight_decay must be finite and not negative, not {self.weight_decay}")
 
@@ -466,12 +320,12 @@ class RunConfig:
     token comes from HF_TOKEN or `hf auth login` and is never saved."""
 
     def __post_init__(self) -> None:
-        _check_values(self, RunConfig)
-        _check_at_least(self, 0, "seed", "checkpoint_minutes")
-        _check_positive(self, "rank_timeout")
-        _check_at_most(self, LARGEST_MINUTES, "rank_timeout")
-        _check_at_least(self, 1, "eval_samples", "checkpoint_steps")
-        _check_at_most(self, LARGEST_COUNT, "eval_samples")
+        check_values(self, RunConfig)
+        check_at_least(self, 0, "seed", "checkpoint_minutes")
+        check_positive(self, "rank_timeout")
+        check_at_most(self, LARGEST_MINUTES, "rank_timeout")
+        check_at_least(self, 1, "eval_samples", "checkpoint_steps")
+        check_at_most(self, LARGEST_COUNT, "eval_samples")
 
 
 SECTIONS = {

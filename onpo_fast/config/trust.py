@@ -21,6 +21,11 @@ NEEDS_TRUST = {  # options that only the user may set, and what a value other th
     "judge_key_variable": "for a key from the environment",  # its name is not repeated: it may be the key
     "judge_prompt": "to read {value} and send it to the judge",
     "judge_cache": "to write {value}",
+    "sampler_url": "to send prompts to {value}",
+    "sampler_key_variable": "for a key from the environment",
+    "sampler_reload": "to run the command {value}",
+    "vllm_python": "to run {value}",
+    "vllm_options": "to start vLLM with {value}",
     "push_to_hub": "to upload the policy to {value} with your Hugging Face token",
     "report_to": "to report to Weights & Biases with your key",
 }
@@ -33,6 +38,7 @@ TRUST_RUN_HELP = (
     "Accept every option that the run directory sets, also those that run code or send data. Only if you trust whoever "
     "made the directory (docs/trust.md)."
 )
+KEY_VARIABLES = ("judge_key_variable", "sampler_key_variable")
 KEY_ENDINGS = ("_API_KEY", "_TOKEN")  # of the names of environment variables that a file may ask for
 
 Sources = Mapping[str, tuple[str, int] | None]  # option → (file, line), or None if the command line sets it
@@ -73,25 +79,26 @@ def check_trust(directory: Path, config: Config, sources: Sources, names: Iterab
         shown = text if len(text) <= 100 else f"{text[:100]}…"
         where = f"{source[0]}, line {source[1]}" if source[1] else source[0]
         problems.append(f"{where}: {name} asks {NEEDS_TRUST[name].format(value=shown)}")
-        given = "NAME" if name == "judge_key_variable" else shlex.quote(shown)
+        given = "NAME" if name in KEY_VARIABLES else shlex.quote(shown)
         remedies.append(f"--{name}" if value is True else f"--{name} {given}")
     if problems:
         raise UserError(
             f"{'; '.join(problems)}. If you want that, give {' '.join(remedies)} on the command line, or --trust_run "
             f"if you trust whoever made {directory}"
         )
-    if "judge_key_variable" in names:
-        check_key_variable(config, sources)
+    for name in KEY_VARIABLES:
+        if name in names:
+            check_key_variable(name, config, sources)
 
 
-def check_key_variable(config: Config, sources: Sources) -> None:
+def check_key_variable(name: str, config: Config, sources: Sources) -> None:
     """Refuses a file that names an environment variable which is not made for the key of a service."""
-    source = sources.get("judge_key_variable")
-    if source is not None and not config.judge_key_variable.upper().endswith(KEY_ENDINGS):
+    source = sources.get(name)
+    if source is not None and not getattr(config, name).upper().endswith(KEY_ENDINGS):
         raise UserError(
-            f"{source[0]}, line {source[1]}: judge_key_variable must end in {' or '.join(KEY_ENDINGS)}. Give another "
-            "NAME on the command line itself, as --judge_key_variable NAME, or --trust_run if you trust the file (the "
-            "value is not repeated here: it may be the key)"
+            f"{source[0]}, line {source[1]}: {name} must end in {' or '.join(KEY_ENDINGS)}. Give another NAME on the "
+            f"command line itself, as --{name} NAME, or --trust_run if you trust the file (the value is not repeated "
+            "here: it may be the key)"
         )
 
 

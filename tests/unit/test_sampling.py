@@ -17,7 +17,8 @@ from onpo_fast.errors import UserError
 from onpo_fast.kernels import noise
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
-from onpo_fast.sampling import MixtureSampler, TransformersSampler, _Draw, _keys
+from onpo_fast.sampling import MixtureSampler, TransformersSampler
+from onpo_fast.sampling.draw import TokenDraw, stream_keys
 
 PROMPTS = [
     [{"role": "user", "content": text}]
@@ -152,7 +153,7 @@ class TestDraw:
 
     def counts(self, temperature: float, top_p: float, rows: int = 2000, steps: int = 500) -> np.ndarray:
         """Of a million draws."""
-        draw = _Draw(_keys([[0, i] for i in range(rows)], torch.device("cpu")), temperature, top_p)
+        draw = TokenDraw(stream_keys([[0, i] for i in range(rows)], torch.device("cpu")), temperature, top_p)
         total = np.zeros(self.LOGITS.shape[1], int)
         for step in range(steps):
             chosen = draw(torch.zeros(rows, 1, dtype=torch.int64), self.LOGITS.repeat(rows, 1)).argmax(1)
@@ -187,7 +188,7 @@ class TestDraw:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_any_size_and_dtype(self, vocabulary: int, dtype: torch.dtype) -> None:
         wide = torch.randn(11, 2 * vocabulary, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
-        keys = _keys([[i] for i in range(11)], torch.device("cpu"))
+        keys = stream_keys([[i] for i in range(11)], torch.device("cpu"))
         for logits in (wide[:, :vocabulary], wide[:, ::2], wide[:1, :vocabulary].expand(11, -1)):
             tokens, logps = noise.draw(logits, keys, 5, 0.7)
             scores = logits.float() / np.float32(0.7) + torch.from_numpy(noise.gumbel(keys.numpy(), 5, 0, vocabulary))
@@ -197,7 +198,7 @@ class TestDraw:
 
 
 class TestNoise:
-    KEYS = _keys([[0, 7, 5, 3]], torch.device("cpu")).numpy()
+    KEYS = stream_keys([[0, 7, 5, 3]], torch.device("cpu")).numpy()
 
     @pytest.mark.parametrize(
         ("key", "counter", "words"),
@@ -242,7 +243,7 @@ class TestNoise:
         n = 1_000_000
 
         def stream(seed: int = 7, prompt: int = 5, response: int = 3, position: int = 11) -> np.ndarray:
-            key = _keys([[seed, 0, prompt, response]], torch.device("cpu")).numpy()
+            key = stream_keys([[seed, 0, prompt, response]], torch.device("cpu")).numpy()
             return noise.gumbel(key, position, 0, n)[0]
 
         here = stream()
@@ -264,7 +265,7 @@ class TestNoise:
 
     def test_keys_and_positions_are_independent(self) -> None:
         """The noise of one token for 500 keys at 200 positions."""
-        keys = _keys([[0, i // 25, i % 25] for i in range(500)], torch.device("cpu")).numpy()
+        keys = stream_keys([[0, i // 25, i % 25] for i in range(500)], torch.device("cpu")).numpy()
         first = np.stack([noise.gumbel(keys, position, 0, 1)[:, 0] for position in range(200)])
         assert stats.kstest(first.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
         assert len(np.unique(first)) > 0.99 * first.size

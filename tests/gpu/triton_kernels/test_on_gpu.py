@@ -43,9 +43,9 @@ def test_nothing_waits_for_the_device(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_drawing_tokens_waits_for_nothing(top_p: float) -> None:
-    from onpo_fast.sampling import _Draw, _keys  # needs transformers, as no other test here does
+    from onpo_fast.sampling.draw import TokenDraw, stream_keys  # needs transformers, as no other test here does
 
-    draw = _Draw(_keys([[0, row] for row in range(64)], torch.device("cuda")), 0.7, top_p)
+    draw = TokenDraw(stream_keys([[0, row] for row in range(64)], torch.device("cuda")), 0.7, top_p)
     logits = torch.randn(64, 49152, device="cuda")
     draw(None, logits.clone())  # compiles
     torch.cuda.synchronize()

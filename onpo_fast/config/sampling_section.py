@@ -1,0 +1,79 @@
+"""Options of sampling: how responses are drawn, and which program draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+from .values import check_at_least, check_key_name, check_object, check_positive, check_share, check_values
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are sampled from the policy."""
+
+    max_new_tokens: int = 32
+    """Maximum length of a response in tokens. Raise it until few responses are cut off (the workflow that the paper
+    follows: 2048)."""
+    temperature: float = 1.0
+    """Sampling temperature. Keep it at 1: the theory assumes responses drawn from the policy itself."""
+    top_p: float = 1.0
+    """Nucleus sampling: only the likeliest tokens with this total probability are sampled, in (0, 1]. Keep it at 1
+    (off): the theory assumes responses drawn from the policy itself."""
+    sampling_batch_size: int | None = None
+    """Responses generated at the same time. Lower it when sampling runs out of memory; random numbers do not depend on
+    it. Default: 256 on a GPU, 32 on a CPU."""
+
+    sampler: Literal["local", "vllm", "server"] = "local"
+    """Program that samples. "local": this one. "vllm": vLLM, started anew in each stage, one engine on each GPU of the
+    run (--vllm_python). "server": an OpenAI-compatible server with completions, such as vLLM or SGLang (--sampler_url).
+    Responses of the last two are checked against the policy (docs/sampling.md)."""
+    vllm_python: str | None = None
+    """Python interpreter of an environment with vLLM, which --sampler vllm starts. Default: the one of this program."""
+    vllm_options: dict | None = None
+    """Arguments of vLLM's engine with --sampler vllm, a JSON object such as '{"gpu_memory_utilization": 0.8}'."""
+    sampler_url: str | None = None
+    """Base URL of the server that samples, such as http://localhost:8000/v1."""
+    sampler_model: str | None = None
+    """Name of the model that the server samples from. Default: the only one that it lists."""
+    sampler_reload: str | None = None
+    """How the server gets new weights. "vllm": vLLM reads them from the policy's directory in place, for models whose
+    LM head is not tied to the embedding, or loads the adapter; otherwise a command that returns when the server has
+    them: the environment variable ONPO_POLICY holds the directory."""
+    sampler_key_variable: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the API key of the server that samples, if it needs one. Keys are
+    never saved. A variable other than the default must be set; if a file names it, it must end in _API_KEY or
+    _TOKEN."""
+    sampler_concurrency: int = 64
+    """Maximum number of requests to the server that samples at the same time; a request is for one response."""
+    sampler_timeout: float = 600.0
+    """Time limit of one request to the server that samples, in seconds."""
+    sampler_retries: int = 15
+    """Retries of a failed request to the server that samples before the run stops. The wait before a retry doubles up
+    to a minute."""
+
+    def __post_init__(self) -> None:
+        check_key_name(self, "sampler_key_variable")
+        check_values(self, SamplingConfig)
+        check_at_least(self, 1, "max_new_tokens", "sampling_batch_size", "sampler_concurrency")
+        check_at_least(self, 0, "sampler_retries")
+        check_positive(self, "temperature", "sampler_timeout")
+        check_share(self, "top_p")
+        check_object(self, "vllm_options")
+        self._check_program()
+
+    def _check_program(self) -> None:
+        """Checks that the options of a program are given for it alone, and that a server has its address."""
+        owners = {
+            "vllm": ("vllm_python", "vllm_options"),
+            "server": ("sampler_url", "sampler_model", "sampler_reload"),
+        }
+        for owner, names in owners.items():
+            for name in names:
+                if getattr(self, name) is not None and self.sampler != owner:
+                    raise UserError(f"--{name} needs --sampler {owner}")
+        if self.sampler == "server":
+            for name, example in (("sampler_url", " URL"), ("sampler_reload", ' vllm or "COMMAND"')):
+                if getattr(self, name) is None:
+                    raise UserError(f"--sampler server needs --{name}{example}")

@@ -1,0 +1,45 @@
+"""Sampling of responses from a policy.
+
+A sampler turns prompts into groups of K responses. Random numbers depend on the seed, the index of the prompt, the
+index of the response, the position and the token, never on the batch: so the batch changes a response only where
+rounding decides between two tokens, which has not been seen on a CPU in float32.
+"""
+
+from __future__ import annotations
+
+from ..config import SamplingConfig
+from ..models.policy import Policy
+from ..models.resident import ResidentPolicy, Source
+from .generate import TransformersSampler
+from .interface import Sampler, TruncationWarning, all_truncated
+from .mixture import MixtureSampler
+
+__all__ = [
+    "MixtureSampler",
+    "Sampler",
+    "TransformersSampler",
+    "TruncationWarning",
+    "all_truncated",
+    "make_sampler",
+    "open_sampler",
+]
+
+
+def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
+    """Returns a sampler in this process that has been checked.
+
+    Raises:
+        UserError: if the policy's implementation generates from another distribution than it is scored by.
+    """
+    sampler = TransformersSampler(policy, config)
+    sampler.check()
+    return sampler
+
+
+def open_sampler(policies: ResidentPolicy, source: Source, config: SamplingConfig) -> Sampler:
+    """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
+
+    Raises:
+        UserError: if the program is not there, or does not sample from the policy.
+    """
+    return make_sampler(policies(source), config)
