@@ -44,12 +44,11 @@ from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
-from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, open_sampler
+from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
 SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
-CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
 @dataclass(frozen=True)
@@ -295,33 +294,27 @@ class LanguageGame:
         """Responses of a policy to the iteration's prompts."""
         run, count = self.run, responses or self.algorithm.responses_per_prompt
         seed = [self.run_config.seed, stream, self.t]
-        sampler: Sampler | None = None
-
-        def prepare() -> None:
-            nonlocal sampler
-            sampler = self._sampler(policy)
-
-        groups = run.cache.cached_in_parts(
-            f"{iteration_folder(self.t)}/{name}.jsonl",
-            self._prompts(),
-            ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
-            lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
-            lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
-            lambda file, part: read_groups(file, part, count, run.vocabulary),
-            write_groups,
-            stage="sample",
-            title=f"iteration {self.t}: sample",
-            ticks=count,
-            prepare=prepare,
-            metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
-        )
-        if sampler is None:
-            self.truncation.said |= all_truncated(groups)  # when they were sampled
-        else:
-            source = policy.policy if isinstance(policy, Mixture) else policy
+        source = policy.policy if isinstance(policy, Mixture) else policy
+        with StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy)) as sampler:
+            groups = run.cache.cached_in_parts(
+                f"{iteration_folder(self.t)}/{name}.jsonl",
+                self._prompts(),
+                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+                lambda part, first, done: sampler(part, count, seed, done, first),
+                lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
+                lambda file, part: read_groups(file, part, count, run.vocabulary),
+                write_groups,
+                stage="sample",
+                title=f"iteration {self.t}: sample",
+                ticks=count,
+                prepare=sampler.open,
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+                check=sampler.check if self._checks(policy, stream) else None,
+            )
+        if sampler.was_opened:
             self.truncation(f"iteration {self.t}", run.policies(source), groups, self.sampling.max_new_tokens)
-            if self.t == 1 and stream == SAMPLING and _policy_of(policy) == run.initial:
-                self._check_sampled(groups[:CHECKED_GROUPS])
+        else:
+            self.truncation.said |= all_truncated(groups)  # when they were sampled
         if stream == SAMPLING:
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
@@ -335,12 +328,15 @@ class LanguageGame:
         sampler.check()
         return sampler
 
-    def _check_sampled(self, groups: list[Group]) -> None:
-        """Compares what π_1 said of its first responses with what it is scored by, before a judge is paid for them."""
-        run = self.run
-        with progress(f"iteration {self.t}: check the log-probs", len(groups)) as done:
-            scores = stages.score(run.policies(run.initial), groups, self.fitting, done)
-        stages.check_sampled(groups, scores, run.compute_dtype, f"{run.initial} (family {run.family})")
+    def _checks(self, policy: Source | Mixture, stream: int) -> bool:
+        """Whether responses are compared with their policy: all that another program sampled, else π_1's first ones.
+
+        A mixture has no log-probs of its own to compare with.
+        """
+        only = _policy_of(policy)
+        if self.sampling.sampler == "local":
+            return self.t == 1 and stream == SAMPLING and only == self.run.initial
+        return only is not None
 
     def _judge(self, groups: list[Group], suffix: str) -> list[np.ndarray]:
         run = self.run
