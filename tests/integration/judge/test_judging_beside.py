@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.servers import Error, serving
 
 from onpo_fast import oracles, train
 from onpo_fast.config import Config
+from onpo_fast.errors import UserError
 from onpo_fast.language_game import LanguageGame
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.sampling import TransformersSampler
@@ -75,7 +77,7 @@ def events(monkeypatch) -> Events:
 @pytest.fixture
 def run(tiny_model, tmp_path, write_lines) -> Callable[..., Path]:
     """Trains for two iterations with a judge, and returns the run directory."""
-    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(2 * PROMPTS + 2)))
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i} plus {i}?"} for i in range(5 * PROMPTS // 2)))
 
     def train_with(url: str, name: str, **options) -> Path:
         config = Config(
@@ -130,13 +132,13 @@ def test_a_run_that_dies_while_it_samples_and_judges_asks_nothing_twice(run, eve
     def die(batch: int) -> None:
         time.sleep(0.02)
         if batch == 13:
-            raise MemoryError("killed")
+            raise RuntimeError("killed")
 
     with serving(events.answer) as server:
         whole = outputs(run(server.url, "whole"))
         events.all.clear()
         events.before_batch = die
-        with pytest.raises(Exception, match="memory"):
+        with pytest.raises(UserError, match="killed"):
             run(server.url, "cut")
         parts = list((tmp_path / "cut/iteration_02/preferences.jsonl.parts").iterdir())
         assert parts
@@ -146,17 +148,29 @@ def test_a_run_that_dies_while_it_samples_and_judges_asks_nothing_twice(run, eve
     assert len(events.questions) == len(set(events.questions))
 
 
-def test_a_judge_that_fails_stops_sampling(run, events: Events) -> None:
+def test_a_judge_that_fails_stops_sampling(run, events: Events, tmp_path: Path) -> None:
+    refused = threading.Event()
+
     def refuse(body: dict) -> object:
-        return Error(401) if events.all.count(("iteration", 2)) and len(events.questions) > questions else shorter(body)
+        if ("iteration", 2) not in events.all or events.of_iteration(2).count("asked") <= 6:
+            return shorter(body)
+        refused.set()
+        return Error(401)
+
+    def wait(batch: int) -> None:
+        if batch == PROMPTS // 2:
+            assert refused.wait(30)
+        time.sleep(0.1)
 
     with serving(events.answer) as server:
-        questions = PROMPTS * 2 + 8
-        events.reply = refuse
+        events.reply, events.before_batch = refuse, wait
         with raises(RequestRefused, "member judge", "401"):
             run(server.url, "run")
-        assert 0 < events.of_iteration(2).count("sampled") < PROMPTS
-        events.reply = shorter
-        events.all.clear()
+        assert PROMPTS // 2 < events.of_iteration(2).count("sampled") < PROMPTS
+        assert list((tmp_path / "run/iteration_02/preferences.jsonl.parts").iterdir())
+        (stopped,) = [record for record in judged(tmp_path / "run") if record.get("stopped")]
+        assert stopped["failures"] >= 1
+        events.reply, events.before_batch = shorter, lambda batch: None
         directory = run(server.url, "run", resume=True)
-        assert judged(directory)
+    (second,) = [record for record in judged(directory) if record["iteration"] == 2 and not record.get("stopped")]
+    assert second["comparisons"] == PROMPTS
