@@ -3,8 +3,8 @@
     PYTHON bench/vllm_offline.py RESULT < JOB
 
 JOB is a JSON object: "model" (a directory), "dtype", "prompts" (token ids), "n" responses to each, "max_tokens",
-"stop_token_ids", "times". RESULT is the file that the result is written to, as JSON. vLLM samples from the model's distribution
-at temperature 1, without penalties and truncation, all requests at once.
+"stop_token_ids", "times". RESULT is the file that the result is written to, as JSON. vLLM samples at temperature 1,
+without penalties and truncation, all requests at once.
 """
 
 import json
