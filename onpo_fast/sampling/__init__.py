@@ -11,11 +11,12 @@ from ..config import SamplingConfig
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
-from .interface import Sampler, TruncationWarning, all_truncated
+from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
 
 __all__ = [
     "MixtureSampler",
+    "OnGroup",
     "Sampler",
     "TransformersSampler",
     "TruncationWarning",
