@@ -13,11 +13,13 @@ from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
+from .stage import StageSampler
 
 __all__ = [
     "MixtureSampler",
     "OnGroup",
     "Sampler",
+    "StageSampler",
     "TransformersSampler",
     "TruncationWarning",
     "all_truncated",
