@@ -301,20 +301,24 @@ class LanguageGame:
             nonlocal sampler
             sampler = self._sampler(policy)
 
-        groups = run.cache.cached_in_parts(
-            f"{iteration_folder(self.t)}/{name}.jsonl",
-            self._prompts(),
-            ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
-            lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
-            lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
-            lambda file, part: read_groups(file, part, count, run.vocabulary),
-            write_groups,
-            stage="sample",
-            title=f"iteration {self.t}: sample",
-            ticks=count,
-            prepare=prepare,
-            metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
-        )
+        try:
+            groups = run.cache.cached_in_parts(
+                f"{iteration_folder(self.t)}/{name}.jsonl",
+                self._prompts(),
+                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+                lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
+                lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
+                lambda file, part: read_groups(file, part, count, run.vocabulary),
+                write_groups,
+                stage="sample",
+                title=f"iteration {self.t}: sample",
+                ticks=count,
+                prepare=prepare,
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+            )
+        finally:
+            if sampler is not None:
+                sampler.close()
         if sampler is None:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         else:
@@ -329,7 +333,7 @@ class LanguageGame:
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
         if (only := _policy_of(policy)) is not None:
-            return open_sampler(self.run.policies, only, self.sampling)
+            return open_sampler(self.run.policies, only, self.sampling, self.run.directory)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()

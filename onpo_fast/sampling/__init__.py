@@ -13,12 +13,13 @@ from ..config import SamplingConfig
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
-from .interface import Sampler, TruncationWarning, all_truncated
+from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
 from .vllm import VllmSampler
 
 __all__ = [
     "MixtureSampler",
+    "OnGroup",
     "Sampler",
     "TransformersSampler",
     "TruncationWarning",

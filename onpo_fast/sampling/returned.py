@@ -65,7 +65,9 @@ class ResponseReader:
         if eos & set(tokens[:-1]):
             raise ValueError("it goes on after an end-of-sequence token")
         if ended != (tokens[-1] in eos):
-            raise ValueError("it ends with no end-of-sequence token" if ended else "it ends with one, and is said not to")
+            raise ValueError(
+                "it ends with no end-of-sequence token" if ended else "it ends with one, and is said not to"
+            )
         if not ended and len(tokens) < most:
             raise ValueError(f"it was cut off at {len(tokens)} tokens, before the maximum of {most}")
         return make_response(tokens, math.fsum(logps), self.tokenizer, self.eos_tokens)

@@ -34,7 +34,9 @@ LOG_BYTES = 4 * MIB  # that are kept of what vLLM prints
 MESSAGE_BYTES = 64 * MIB  # of a line: a response of a million tokens has fewer
 SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)  # in names of environment variables
 # of Python's paths and of torchrun, which would send vLLM to other packages and into the group of the ranks
-OURS = re.compile("PYTHONPATH|PYTHONHOME|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+OURS = re.compile(
+    "PYTHONPATH|PYTHONHOME|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 
 
 class VllmProcess:
@@ -156,7 +158,9 @@ class VllmProcess:
 
     def _check_time(self, deadline: float, seconds: float) -> None:
         if time.monotonic() > deadline:
-            raise UserError(f"vLLM has made no progress for {seconds / 60:.0f} minutes: --resume tries again{self._where()}")
+            raise UserError(
+                f"vLLM has made no progress for {seconds / 60:.0f} minutes: --resume tries again{self._where()}"
+            )
 
     def _ended(self) -> UserError:
         try:
