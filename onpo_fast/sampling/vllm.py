@@ -176,8 +176,8 @@ class VllmSampler:
         longest = max(map(len, rendered), default=0)
         if longest + self.config.max_new_tokens > self.most_tokens:
             raise UserError(
-                f"vLLM takes {self.most_tokens} tokens of a prompt and its response, and there is a prompt of {longest} "
-                f"tokens with --max_new_tokens {self.config.max_new_tokens}: a longer max_model_len in --vllm_options, "
+                f"vLLM takes {self.most_tokens} tokens of a prompt and its response, and a prompt has {longest} tokens "
+                f"with --max_new_tokens {self.config.max_new_tokens}: a longer max_model_len in --vllm_options, "
                 "or more memory for its cache (gpu_memory_utilization, on a CPU kv_cache_memory_bytes), may help"
             )
 

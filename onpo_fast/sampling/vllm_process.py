@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,10 +141,8 @@ class VllmProcess:
     def close(self) -> None:
         """Kills the process with all that it has started, and waits until it is gone."""
         self.socket.close()
-        try:
+        with suppress(ProcessLookupError):  # of a group that has ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # of a group that has ended
-            pass
         self.process.wait(END_SECONDS)
         self.reader.join(END_SECONDS)
 
