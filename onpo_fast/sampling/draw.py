@@ -40,7 +40,7 @@ class TokenDraw(LogitsProcessor):
 def draw_function(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """Returns the Triton kernel on a GPU that runs it, else numpy's function. triton is imported only if it is used."""
     if choose_backend("auto", device, torch.float32) == "triton":
-        from .kernels import sampled_tokens
+        from ..kernels import sampled_tokens
 
         return sampled_tokens.draw
     return noise.draw
