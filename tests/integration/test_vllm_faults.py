@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from support import small_runs
-from support.vllm_engines import make_uniform, write_engine, write_vllm
+from support.vllm_engines import ends, make_uniform, parts, start_run, wait_for, write_engine, write_vllm
 
 from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import read_groups
@@ -41,21 +39,6 @@ def sample(policies: ResidentPolicy, python: str, directory: Path, **options) ->
         return sampler(PROMPTS, 3, [5], lambda n: None)
     finally:
         sampler.close()
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def ends(pid: int, seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not is_running(pid)
 
 
 def test_responses_come_by_prompt_as_they_end(policies, tmp_path) -> None:
@@ -226,37 +209,8 @@ def prepare(work: Path, model: Path) -> None:
     make_uniform(work / "model")
 
 
-COMMAND = "import sys; from onpo_fast.train import main; main(sys.argv[1:])"
-
-
-def start_run(work: Path, python: str, *options: str) -> subprocess.Popen:
-    """Starts a small run after ``prepare``: iterations of two parts, and a policy that stays what it is."""
-    options = (
-        "--learning_rate=1e-12",
-        "--prompts_per_iteration=4",
-        "--eval_fraction=0.2",
-        "--sampling_batch_size=1",
-        *options,
-    )
-    flags = [f"--{name}={value}" for name, value in small_runs.SMALL.items()]
-    files = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--out", str(work / "run")]
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *flags, *files, "--sampler", "vllm", "--vllm_python", python, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def parts(run: Path) -> dict[str, bytes]:
-    """The recorded parts of the responses, by name."""
-    return {path.name: path.read_bytes() for path in (run / "iteration_01" / "responses.jsonl.parts").glob("*.jsonl")}
+# in each iteration; the policy stays what it is
+TWO_PARTS = ("--prompts_per_iteration=4", "--eval_fraction=0.2", "--sampling_batch_size=1", "--learning_rate=1e-12")
 
 
 def test_nothing_is_lost_where_the_trainer_is_killed(tiny_model, tmp_path, without_plots) -> None:
@@ -272,7 +226,7 @@ if number == 7:
     open({str(second)!r}, "w").close()
     time.sleep(100)
 """
-    run = start_run(tmp_path, write_vllm(tmp_path / "hangs", worker, hang))
+    run = start_run(tmp_path, write_vllm(tmp_path / "hangs", worker, hang), *TWO_PARTS)
     wait_for(second, run)
     kept = parts(tmp_path / "run")
     assert len(kept) == 1
@@ -281,7 +235,7 @@ if number == 7:
     assert all(ends(int(pid)) for pid in pids.read_text().split())
     count = f"open({str(numbers)!r}, 'a').write(f'{{number}}\\n')"
     good = write_vllm(tmp_path / "good", at_step=count)
-    resumed = start_run(tmp_path, good, "--resume")
+    resumed = start_run(tmp_path, good, *TWO_PARTS, "--resume")
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
     assert numbers.read_text().splitlines()[:6] == ["5", "4", "3", "2", "1", "0"]  # those of the second part
@@ -301,7 +255,7 @@ if number == 7:
 def test_nothing_is_lost_where_the_engine_dies(tiny_model, tmp_path, without_plots) -> None:
     prepare(tmp_path, tiny_model)
     dies = write_vllm(tmp_path / "dies", at_step="os._exit(9) if number == 7 else None")
-    run = start_run(tmp_path, dies)
+    run = start_run(tmp_path, dies, *TWO_PARTS)
     output, _ = run.communicate()
     assert run.returncode == 2
     assert output.splitlines()[-1].startswith("error: ")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from . import small_runs
 
 # the engine that every fault starts from: tokens are hashes of the seed, and every third response ends by itself
 ENGINE = """
@@ -134,3 +138,44 @@ def vllm_python() -> str:
     if not os.path.exists(python):
         pytest.skip(f"no environment with vLLM: make vllm-env makes {default}, or set ONPO_VLLM_PYTHON")
     return python
+
+
+COMMAND = "import sys; from onpo_fast.train import main; main(sys.argv[1:])"
+
+
+def start_run(work: Path, python: str, *options: str) -> subprocess.Popen:
+    """Starts a small run in the folder "run", after ``small_runs.prepare``; ``options`` are its others."""
+    flags = [f"--{name}={value}" for name, value in small_runs.SMALL.items()]
+    files = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--out", str(work / "run")]
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *flags, *files, "--sampler", "vllm", "--vllm_python", python, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def parts(run: Path) -> dict[str, bytes]:
+    """The recorded parts of the responses, by name."""
+    return {path.name: path.read_bytes() for path in (run / "iteration_01" / "responses.jsonl.parts").glob("*.jsonl")}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_running(pid)
