@@ -60,6 +60,7 @@ class ChatJudge(BatchOracle):
     """
 
     keeps_files = True  # the answers and the judging prompt
+    computes_elsewhere = True
 
     def __init__(self, model: str | None, config: JudgeConfig, directory: Path | None) -> None:
         for option, value in (("--judge_url", config.judge_url), ("--judge_model", model)):

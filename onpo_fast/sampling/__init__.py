@@ -15,12 +15,14 @@ from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
+from .stage import StageSampler
 from .vllm import VllmSampler
 
 __all__ = [
     "MixtureSampler",
     "OnGroup",
     "Sampler",
+    "StageSampler",
     "TransformersSampler",
     "TruncationWarning",
     "VllmSampler",

@@ -25,7 +25,7 @@ from transformers.generation import TopPLogitsWarper
 
 from ..config import SamplingConfig
 from ..data import Group, Response
-from ..errors import UserError
+from ..errors import UnusableResults
 from ..kernels.head import Head
 from ..models.checks import computing
 from ..models.heads import head_arguments
@@ -77,11 +77,11 @@ def check(policy: Policy, groups: Sequence[Group], config: SamplingConfig) -> di
         "fault_evidence": logarithm of the largest likelihood ratio of a fault, nats.
 
     Raises:
-        UserError: if they were not sampled from it; says the difference and likely causes.
+        UnusableResults: if they were not sampled from it; says the difference and likely causes.
     """
     chosen = choose(groups)
     if not chosen:
-        raise UserError(f"--sampler {config.sampler} returned no tokens")
+        raise UnusableResults(f"--sampler {config.sampler} returned no tokens")
     tokens = torch.tensor([len(response.tokens) for _, response in chosen], dtype=torch.float64)
     sampled = torch.tensor([response.logp for _, response in chosen], dtype=torch.float64)
     responses = [(prompt, [response.tokens]) for prompt, response in chosen]
@@ -107,9 +107,9 @@ def check(policy: Policy, groups: Sequence[Group], config: SamplingConfig) -> di
     if differ is None and policy.compute_dtype != torch.float32 and not error <= _allowed(rounding, len(chosen)):
         differ = f"by {error:.2g} nats for the square root of a token, and rounding explains {rounding:.2g}"
     if differ is not None:
-        raise UserError(_describe_difference(policy, config, differ, found["logp_difference"]))
+        raise UnusableResults(_describe_difference(policy, config, differ, found["logp_difference"]))
     if evidence[fault] > math.log(len(evidence) / FALSE_ALARMS):
-        raise UserError(_describe_fault(config, fault, evidence[fault]))
+        raise UnusableResults(_describe_fault(config, fault, evidence[fault]))
     return found
 
 
@@ -266,11 +266,11 @@ def _allowed(rounding: float, responses: int) -> float:
 
 
 def _check_tokens(policy: Policy, responses: Sequence[TokenGroup], config: SamplingConfig) -> None:
-    """Raises ``UserError`` if a response has tokens that the policy has not."""
+    """Raises ``UnusableResults`` if a response has tokens that the policy has not."""
     rows = min(policy.vocabulary, policy.head_rows)
     for _, (response,) in responses:
         if wrong := [token for token in response if not 0 <= token < rows]:
-            raise UserError(
+            raise UnusableResults(
                 f"--sampler {config.sampler} returned the token {wrong[0]}, and the policy has {rows}: it has another "
                 "model or tokenizer"
             )
