@@ -201,7 +201,10 @@ class Evaluator:
         """The responses of a policy, which is loaded if any are missing."""
         count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
         sampler = StageSampler(
-            self.policies, source, self.sampling, lambda: open_sampler(self.policies, source, self.sampling)
+            self.policies,
+            source,
+            self.sampling,
+            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory),
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(

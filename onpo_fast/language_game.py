@@ -360,7 +360,7 @@ class LanguageGame:
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
         if (only := _policy_of(policy)) is not None:
-            return open_sampler(self.run.policies, only, self.sampling)
+            return open_sampler(self.run.policies, only, self.sampling, self.run.directory)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()

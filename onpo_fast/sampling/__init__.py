@@ -7,6 +7,8 @@ rounding decides between two tokens, which has not been seen on a CPU in float32
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..config import SamplingConfig
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
@@ -14,6 +16,7 @@ from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
 from .stage import StageSampler
+from .vllm import VllmSampler
 
 __all__ = [
     "MixtureSampler",
@@ -22,6 +25,7 @@ __all__ = [
     "StageSampler",
     "TransformersSampler",
     "TruncationWarning",
+    "VllmSampler",
     "all_truncated",
     "make_sampler",
     "open_sampler",
@@ -39,10 +43,17 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     return sampler
 
 
-def open_sampler(policies: ResidentPolicy, source: Source, config: SamplingConfig) -> Sampler:
+def open_sampler(
+    policies: ResidentPolicy, source: Source, config: SamplingConfig, directory: Path | None = None
+) -> Sampler:
     """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
+
+    Args:
+        directory: of the run, where a program's log goes; None: it is not kept.
 
     Raises:
         UserError: if the program is not there, or does not sample from the policy.
     """
+    if config.sampler == "vllm":
+        return VllmSampler(policies, source, config, directory)
     return make_sampler(policies(source), config)
