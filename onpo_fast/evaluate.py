@@ -204,14 +204,16 @@ class Evaluator:
 
         def compute(part: Sequence[Messages], first: int) -> list[Group]:
             nonlocal sampler
-            sampler = sampler or open_sampler(self.policies, source, self.sampling)
+            sampler = sampler or open_sampler(
+                self.policies, source, self.sampling, self.cache.directory, self.cache.world
+            )
             return stages.sample(sampler, part, count, seed, done, first)
 
         with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(
                 f"{PARTS}/responses_{index:02d}",
                 prompts,
-                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 compute,
                 lambda file, part: read_groups(file, part, count),
                 write_groups,

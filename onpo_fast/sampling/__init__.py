@@ -7,12 +7,16 @@ rounding decides between two tokens, which has not been seen on a CPU in float32
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..config import SamplingConfig
+from ..distributed import World
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
 from .interface import Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
+from .server_sampler import open_server
 
 __all__ = [
     "MixtureSampler",
@@ -36,10 +40,22 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     return sampler
 
 
-def open_sampler(policies: ResidentPolicy, source: Source, config: SamplingConfig) -> Sampler:
+def open_sampler(
+    policies: ResidentPolicy,
+    source: Source,
+    config: SamplingConfig,
+    directory: Path | None = None,
+    world: World | None = None,
+) -> Sampler:
     """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
+
+    Args:
+        directory: the run directory, where a sampler may keep files; None: it keeps none.
+        world: the ranks of the run, which all call this.
 
     Raises:
         UserError: if the program is not there, or does not sample from the policy.
     """
+    if config.sampler == "server":
+        return open_server(policies, source, config, directory, world or World())
     return make_sampler(policies(source), config)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from ..data import Group, Messages, Response
+from ..data import Group, Messages
 from ..models.policy import Policy
 from ..run.progress import Progress
 from ..run.tracking import say
@@ -43,20 +40,6 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Ends what the sampler has started, and frees its memory. It may be called twice."""
         ...
-
-
-def read_response(
-    tokens: Sequence[int], logps: Sequence[float], eos_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Response:
-    """Returns the response in a row of sampled tokens, which ends with the first end-of-sequence token.
-
-    Args:
-        tokens, logps: the tokens and their log-probs at temperature 1, in nats; tokens after the end are ignored.
-    """
-    end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
-    kept = list(tokens) if end is None else list(tokens[: end + 1])
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Response(text, kept, "length" if end is None else "eos", math.fsum(logps[: len(kept)]))
 
 
 class TruncationWarning:

@@ -122,7 +122,7 @@ def serving(reply: Callable[[dict], object]) -> Iterator[Server]:
         def do_POST(self) -> None:
             server.handle(self)
 
-        def do_GET(self) -> None:  # no judge sends one, unless it follows a redirect
+        def do_GET(self) -> None:  # for /models; no judge sends one, unless it follows a redirect
             self.headers["content-length"] = "2"
             self.rfile = io.BytesIO(b"{}")
             server.handle(self)
