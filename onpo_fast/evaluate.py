@@ -204,9 +204,8 @@ class Evaluator:
 
         def compute(part: Sequence[Messages], first: int) -> list[Group]:
             nonlocal sampler
-            sampler = sampler or open_sampler(
-                self.policies, source, self.sampling, self.cache.directory, self.cache.world
-            )
+            where = self.cache.directory, self.cache.world
+            sampler = sampler or open_sampler(self.policies, source, self.sampling, *where)
             return stages.sample(sampler, part, count, seed, done, first)
 
         with progress(f"evaluate: sample {name}", len(prompts) * count) as done:

@@ -108,9 +108,9 @@ def check_not_tied(policy: Policy, source: Source) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if tied or (head is not None and head.weight is embedding.weight):
         raise UserError(
-            f"--sampler_reload vllm: the LM head of {source} is tied to its embedding, and vLLM keeps the old head when "
-            'it reloads in place. Give a command that restarts the server on "$ONPO_POLICY", use --sampler vllm, or '
-            "train an adapter (--lora_rank)"
+            f"--sampler_reload vllm: the LM head of {source} is tied to its embedding, and vLLM keeps the old head "
+            'when it reloads in place. Give a command that restarts the server on "$ONPO_POLICY", use --sampler vllm, '
+            "or train an adapter (--lora_rank)"
         )
 
 

@@ -34,9 +34,9 @@ Job = tuple[int, int]  # indices of the prompt in its part, and of the response
 class ServerSampler:
     """Samples from a server that was given the policy.
 
-    Responses are compared with the policy (``handover.check``) at the beginning of the stage, by a few short ones. Later
-    the first group of each part is, before others are trusted; so is the first after any request has failed, as the
-    server may have been restarted with other weights; and each with responses that a killed process has left.
+    Responses are compared with the policy (``handover.check``) at the beginning of the stage, by a few short ones.
+    Later the first group of each part is, before others are trusted; so is the first after any request has failed, as
+    the server may have been restarted with other weights; and each with responses that a killed process has left.
 
     Args:
         server: the server.
