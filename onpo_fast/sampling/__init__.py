@@ -14,12 +14,13 @@ from ..distributed import World
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from .generate import TransformersSampler
-from .interface import Sampler, TruncationWarning, all_truncated
+from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
 from .server_sampler import open_server
 
 __all__ = [
     "MixtureSampler",
+    "OnGroup",
     "Sampler",
     "TransformersSampler",
     "TruncationWarning",

@@ -20,6 +20,7 @@ from ..out_of_memory import in_halves
 from ..run.progress import Progress
 from ..run.tracking import say_once
 from .draw import TokenDraw, stream_keys
+from .interface import OnGroup
 
 Job = TypeVar("Job")
 
@@ -48,6 +49,7 @@ class TransformersSampler:
         seed: Sequence[int],
         progress: Progress = lambda n: None,
         first: int = 0,
+        on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
         """Samples responses and returns the groups in the order of the prompts.
 
@@ -58,6 +60,8 @@ class TransformersSampler:
             progress: called with the number of responses of every batch.
             first: the index of the first prompt among all prompts of the seed, so that a part of them gets the same
                 responses.
+            on_group: called with each group as soon as its K responses are there, and its index among all prompts of
+                the seed.
 
         Raises:
             UserError: if a prompt and a response exceed the model's context.
@@ -67,6 +71,7 @@ class TransformersSampler:
         self.policy.model.eval()
         jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
         responses: dict[tuple[int, int], Response] = {}
+        groups: dict[int, Group] = {}
         for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
 
             def generate(some: Sequence[tuple[int, int]]) -> list[Response]:
@@ -76,11 +81,13 @@ class TransformersSampler:
 
             generated = in_halves(generate, batch, "responses are sampled", "--sampling_batch_size")
             responses.update(zip(batch, generated))
+            for p in {p: None for p, _ in batch}:
+                found = [responses[p, k] for k in range(responses_per_prompt) if (p, k) in responses]
+                if len(found) == responses_per_prompt:
+                    groups[p] = Group(prompts[p], rendered[p], found)
+                    on_group(first + p, groups[p])
             progress(len(batch))
-        return [
-            Group(prompt, rendered[p], [responses[p, k] for k in range(responses_per_prompt)])
-            for p, prompt in enumerate(prompts)
-        ]
+        return [groups[p] for p in range(len(prompts))]
 
     def close(self) -> None:
         """Does nothing: the policy is the caller's."""
