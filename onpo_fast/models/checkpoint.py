@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import cached_file
@@ -68,20 +67,6 @@ def _check_directory(source: str) -> None:
         if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(f"{source} has its weights in {pickles[0]}: {SAFETENSORS.format(source=source)}")
         raise UserError(f"{source} has no weights: expected model.safetensors, as save_pretrained writes it")
-
-
-def directory_of(source: str | Path) -> Path:
-    """Returns the absolute directory of a policy's files: one that is given, or the cache's of a Hugging Face id.
-
-    Raises:
-        UserError: if an id is not in the cache, where loading it leaves it.
-    """
-    if os.path.isdir(source):
-        return Path(os.path.abspath(source))
-    try:
-        return Path(snapshot_download(str(source), local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} is no directory, and not in the cache of Hugging Face: {error}") from None
 
 
 def base_of(source: str) -> str:
