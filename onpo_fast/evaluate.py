@@ -208,18 +208,22 @@ class Evaluator:
             sampler = sampler or open_sampler(self.policies, source, self.sampling, *where)
             return stages.sample(sampler, part, count, seed, done, first)
 
-        with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
-            groups, cost = self.cache.in_parts(
-                f"{PARTS}/responses_{index:02d}",
-                prompts,
-                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
-                compute,
-                lambda file, part: read_groups(file, part, count),
-                write_groups,
-                lambda known: done(known * count),
-                "evaluate",
-                self.weights,
-            )
+        try:
+            with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
+                groups, cost = self.cache.in_parts(
+                    f"{PARTS}/responses_{index:02d}",
+                    prompts,
+                    ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
+                    compute,
+                    lambda file, part: read_groups(file, part, count),
+                    write_groups,
+                    lambda known: done(known * count),
+                    "evaluate",
+                    self.weights,
+                )
+        finally:
+            if sampler is not None:
+                sampler.close()
         self.cost.update(cost)
         if sampler is None:
             self.truncation.said |= all_truncated(groups)  # when they were sampled

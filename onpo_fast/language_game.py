@@ -301,20 +301,24 @@ class LanguageGame:
             nonlocal sampler
             sampler = self._sampler(policy)
 
-        groups = run.cache.cached_in_parts(
-            f"{iteration_folder(self.t)}/{name}.jsonl",
-            self._prompts(),
-            ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
-            lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
-            lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
-            lambda file, part: read_groups(file, part, count, run.vocabulary),
-            write_groups,
-            stage="sample",
-            title=f"iteration {self.t}: sample",
-            ticks=count,
-            prepare=prepare,
-            metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
-        )
+        try:
+            groups = run.cache.cached_in_parts(
+                f"{iteration_folder(self.t)}/{name}.jsonl",
+                self._prompts(),
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
+                lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
+                lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
+                lambda file, part: read_groups(file, part, count, run.vocabulary),
+                write_groups,
+                stage="sample",
+                title=f"iteration {self.t}: sample",
+                ticks=count,
+                prepare=prepare,
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+            )
+        finally:
+            if sampler is not None:
+                sampler.close()
         if sampler is None:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         else:

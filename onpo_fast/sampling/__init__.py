@@ -17,6 +17,7 @@ from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .mixture import MixtureSampler
 from .server_sampler import open_server
+from .vllm import VllmSampler
 
 __all__ = [
     "MixtureSampler",
@@ -24,6 +25,7 @@ __all__ = [
     "Sampler",
     "TransformersSampler",
     "TruncationWarning",
+    "VllmSampler",
     "all_truncated",
     "make_sampler",
     "open_sampler",
@@ -51,12 +53,15 @@ def open_sampler(
     """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
 
     Args:
-        directory: the run directory, where a sampler may keep files; None: it keeps none.
+        directory: of the run, where a program's log goes and responses that are not in a part yet; None: nothing is
+            kept.
         world: the ranks of the run, which all call this.
 
     Raises:
         UserError: if the program is not there, or does not sample from the policy.
     """
+    if config.sampler == "vllm":
+        return VllmSampler(policies, source, config, directory)
     if config.sampler == "server":
         return open_server(policies, source, config, directory, world or World())
     return make_sampler(policies(source), config)

@@ -21,6 +21,7 @@ from ..run.progress import Progress
 from ..run.tracking import say_once
 from .draw import TokenDraw, stream_keys
 from .interface import OnGroup
+from .returned import make_response
 
 Job = TypeVar("Job")
 
@@ -191,5 +192,4 @@ class TransformersSampler:
         eos = self.policy.eos_tokens
         end = next((i for i, token in enumerate(tokens) if token in eos), None)
         kept = tokens if end is None else tokens[: end + 1]
-        text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
-        return Response(text, kept, "length" if end is None else "eos", float(logps[: len(kept)].sum()))
+        return make_response(kept, float(logps[: len(kept)].sum()), self.policy.tokenizer, eos)

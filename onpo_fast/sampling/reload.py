@@ -42,7 +42,7 @@ def run_command(command: str, source: Source, endpoint: Endpoint, directory: Pat
         UserError: if it fails.
         signals.Stopped: after a signal; the command is ended.
     """
-    policy = str(directory_of(source))
+    policy = _directory(source)
     log = Path(os.devnull) if directory is None else directory / RELOAD_LOG
     say(f"--sampler_reload: the server is given {policy}")
     with open(log, "ab") as output:
@@ -120,7 +120,7 @@ async def reload_vllm(connection: Connection, source: Source) -> None:
     Raises:
         UserError: if it does not.
     """
-    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(directory_of(source))}}
+    weights = {"method": "reload_weights", "kwargs": {"weights_path": _directory(source)}}
     await _call(connection, _root(connection.endpoint, "collective_rpc"), weights, DEVELOPER_MODE)
     reset = _root(connection.endpoint, "reset_prefix_cache")
     for _ in range(CACHE_TRIES):
@@ -145,10 +145,15 @@ async def load_adapter(connection: Connection, source: Source) -> str:
         "start vLLM with --enable-lora, --max-lora-rank of at least --lora_rank, and "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
     )
-    directory = directory_of(source)
+    directory = Path(_directory(source))
     name = f"{directory.parent.name}-{directory.name}-{secrets.token_hex(4)}"
     await _call(connection, "/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, advice)
     return name
+
+
+def _directory(source: Source) -> str:
+    """Returns the absolute directory of a policy's files, an adapter's included."""
+    return os.path.abspath(source) if os.path.isdir(source) else directory_of(str(source))
 
 
 async def _call(connection: Connection, path: str, body: dict[str, Any], advice: str) -> str:

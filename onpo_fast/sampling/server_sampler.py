@@ -22,8 +22,8 @@ from .returned import request_seeds
 from .server import SamplingServer, server_of
 from .unfinished import UnfinishedPart
 
-PROBES = 16  # responses that are compared with the policy before a stage begins
-PROBE_TOKENS = 64  # most tokens of each
+PROBES = 16  # responses that are compared with the policy before others are trusted
+PROBE_TOKENS = 64  # most tokens of each of those that a stage begins with
 PROBE_STREAM = 1  # the last of their seeds' numbers, which keeps them apart from responses
 SAVED = -1  # in place of the number of failed requests, for responses that another process has left
 UNFINISHED = "unfinished_responses"  # file of the part in work, in the run directory
@@ -35,8 +35,9 @@ class ServerSampler:
     """Samples from a server that was given the policy.
 
     Responses are compared with the policy (``handover.check``) at the beginning of the stage, by a few short ones.
-    Later the first group of each part is, before others are trusted; so is the first after any request has failed, as
-    the server may have been restarted with other weights; and each with responses that a killed process has left.
+    Later the first groups of each part are, before they and others are handed on; so are the first after a request has
+    failed, as the server may have been restarted with other weights, and all with responses that a killed process has
+    left.
 
     Args:
         server: the server.
@@ -98,8 +99,12 @@ class ServerSampler:
         """Closes the file of the part in work, which a resumed run reads."""
         self.unfinished.close()
 
-    def trust(self, groups: list[Group], times: set[int]) -> None:
-        """Checks responses unless others that were asked for at the same times were right.
+    def check(self, groups: list[Group], times: set[int]) -> None:
+        """Compares responses with the policy, and trusts others that are asked for at the same times.
+
+        A group is there the sooner the shorter its responses are, and so the first are no random ones. As they are one
+        choice among those that are asked for at a time, this multiplies the probability of a false alarm by the number
+        of choices at most, which is allowed for (``handover.FALSE_ALARMS``).
 
         Args:
             times: numbers of failed requests when the responses were asked for.
@@ -108,8 +113,6 @@ class ServerSampler:
             UserError: if they are not the policy's. The server is then given the policy again before it is asked for
                 anything else.
         """
-        if times <= self.trusted:
-            return
         try:
             handover.check(self.policies(self.source), groups, self.config)
         except UserError:
@@ -137,6 +140,7 @@ class _Part:
         self.responses: dict[Job, Response] = {}
         self.times: dict[Job, int] = {}  # numbers of failed requests when they were asked for
         self.groups: dict[int, Group] = {}
+        self.held: dict[int, Group] = {}  # complete, and not checked yet
         self._check_room()
 
     def _check_room(self) -> None:
@@ -164,7 +168,7 @@ class _Part:
 
         self.sampler.server.run(jobs, work)
         groups = [Group(self.prompts[job[0]], self.rendered[job[0]], [found[job]]) for job in jobs]
-        self.sampler.trust(groups, times)
+        self.sampler.check(groups, times)
 
     def begin(self) -> None:
         """Takes the responses that a killed process has left."""
@@ -193,6 +197,7 @@ class _Part:
                 progress(1)
 
         self.sampler.server.run(self.asked, work)
+        self._check_held(on_group)
         return [self.groups[p] for p in range(len(self.prompts))]
 
     async def _ask(self, connection: Connection, asked: Asked) -> tuple[Response, int]:
@@ -202,24 +207,46 @@ class _Part:
         )
 
     def _complete(self, p: int, on_group: Callable[[int, Group], None]) -> None:
-        """Checks and hands on the group of a prompt, if its responses are there.
+        """Hands on the group of a prompt if its responses are there; or holds it until enough of them can be checked.
+
+        Raises:
+            UserError: as ``_check_held``.
+        """
+        jobs = self._jobs(p)
+        if p in self.groups or p in self.held or not all(job in self.responses for job in jobs):
+            return
+        group = Group(self.prompts[p], self.rendered[p], [self.responses[job] for job in jobs])
+        if all(self.times[job] in self.sampler.trusted for job in jobs):
+            self.groups[p] = group
+            on_group(p, group)
+            return
+        self.held[p] = group
+        if self.count * len(self.held) >= PROBES:
+            self._check_held(on_group)
+
+    def _check_held(self, on_group: Callable[[int, Group], None]) -> None:
+        """Checks the groups that are held, and hands them on.
 
         Raises:
             UserError: if they are not the policy's. Only responses that are known to be right stay in the file.
         """
-        jobs = [(p, k) for k in range(self.count)]
-        if p in self.groups or not all(job in self.responses for job in jobs):
+        if not self.held:
             return
-        group = Group(self.prompts[p], self.rendered[p], [self.responses[job] for job in jobs])
+        times = {self.times[job] for p in self.held for job in self._jobs(p)}
         try:
-            self.sampler.trust([group], {self.times[job] for job in jobs})
+            self.sampler.check(list(self.held.values()), times)
         except UserError:
             trusted = self.sampler.trusted
             right = [job for job, time in self.times.items() if job[0] in self.groups or time in trusted]
             self.sampler.unfinished.end_with({self.keys[job] for job in right})
             raise
-        self.groups[p] = group
-        on_group(p, group)
+        for p, group in self.held.items():
+            self.groups[p] = group
+            on_group(p, group)
+        self.held.clear()
+
+    def _jobs(self, p: int) -> list[Job]:
+        return [(p, k) for k in range(self.count)]
 
 
 def open_server(
