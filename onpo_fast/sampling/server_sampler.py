@@ -59,7 +59,7 @@ class ServerSampler:
     ) -> None:
         self.server, self.policies, self.source, self.config = server, policies, source, config
         self.unfinished = UnfinishedPart(directory and directory / f"{UNFINISHED}_{rank}.jsonl")
-        self.probed = False
+        self.probed = self.part_is_complete = False
         self.trusted: set[int] = set()  # numbers of failed requests after which a response was right
 
     def __call__(
@@ -90,14 +90,18 @@ class ServerSampler:
         if not self.probed:
             part.probe()
             self.probed = True
+        self.part_is_complete = False
         part.begin()
         groups = part.run(progress, lambda p, group: on_group(first + p, group))
+        self.part_is_complete = True
         self.trusted.clear()  # the server may be restarted before the next part
         return groups
 
     def close(self) -> None:
-        """Closes the file of the part in work, which a resumed run reads."""
+        """Closes the file of the part in work, which a resumed run reads; without one, it is removed."""
         self.unfinished.close()
+        if self.part_is_complete:
+            self.unfinished.remove()
 
     def check(self, groups: list[Group], times: set[int]) -> None:
         """Compares responses with the policy, and trusts others that are asked for at the same times.

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from ..files import advising, parse_json, read_lines, write_jsonl
+from ..files import advising, parse_json, read_lines, remove, write_jsonl
 
 
 class UnfinishedPart:
@@ -62,6 +62,11 @@ class UnfinishedPart:
         """Keeps only the responses with these keys, and takes no further ones."""
         self.begin(keys)
         self.close()
+
+    def remove(self) -> None:
+        """Removes the file, if there is one."""
+        if self.path is not None:
+            remove(self.path)
 
     def close(self) -> None:
         """Closes the file and keeps it."""
