@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections import deque
@@ -52,6 +53,7 @@ class VllmProcess:
     def __init__(self, python: str, device: torch.device, log: Path | None) -> None:
         self.python, self.log = python, log
         self.socket, theirs = socket.socketpair()
+        self.temporary = tempfile.TemporaryDirectory(prefix="onpo_vllm_")  # vLLM, once killed, leaves files there
         self.received = b""  # the beginning of a line
         with theirs:
             try:
@@ -59,13 +61,14 @@ class VllmProcess:
                     [python, str(SCRIPT), str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C in a terminal is for this process, which ends the other
-                    env=child_environment(device),
+                    env=child_environment(device) | {"TMPDIR": self.temporary.name},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                 )
             except OSError as error:
                 self.socket.close()
+                self.temporary.cleanup()
                 raise UserError(f"--vllm_python {python} cannot be started: {error.strerror}") from None
         self.last_lines: deque[str] = deque(maxlen=20)
         self.reader = threading.Thread(target=self._keep_output, args=[self.process.stdout], daemon=True)
@@ -145,6 +148,7 @@ class VllmProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(END_SECONDS)
         self.reader.join(END_SECONDS)
+        self.temporary.cleanup()
 
     def _keep_output(self, output: IO[bytes]) -> None:
         """Keeps what the process prints: the first ``LOG_BYTES`` in the log, and the last lines for a message."""
