@@ -31,7 +31,7 @@ class ResumableStage:
         world: the ranks of the run. All of them make a part together; rank 0 writes and records it.
     """
 
-    SAMPLING_BATCHES = 8  # batches in a part that is sampled
+    SAMPLING_BATCHES = 32  # batches in a part that is sampled
     GROUPS = 512  # groups in a part that is judged: a judge model may be loaded once for each part
 
     def __init__(

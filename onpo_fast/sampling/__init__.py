@@ -10,11 +10,14 @@ from __future__ import annotations
 from ..config import SamplingConfig
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
+from ..run.tracking import say_once
 from .generate import TransformersSampler
 from .interface import Sampler, TruncationWarning, all_truncated
+from .local import LocalSampler
 from .mixture import MixtureSampler
 
 __all__ = [
+    "LocalSampler",
     "MixtureSampler",
     "Sampler",
     "TransformersSampler",
@@ -31,6 +34,10 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     Raises:
         UserError: if the policy's implementation generates from another distribution than it is scored by.
     """
+    local = LocalSampler(policy, config)
+    if (reason := local.why_not()) is None:
+        return local
+    say_once(("local", policy.family), f"responses are sampled with transformers' generate, as {reason}")
     sampler = TransformersSampler(policy, config)
     sampler.check()
     return sampler
