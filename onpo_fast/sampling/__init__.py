@@ -13,14 +13,17 @@ from ..config import SamplingConfig
 from ..distributed import World
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
+from ..run.tracking import say_once
 from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
+from .local import LocalSampler
 from .mixture import MixtureSampler
 from .server_sampler import open_server
 from .stage import StageSampler
 from .vllm import VllmSampler
 
 __all__ = [
+    "LocalSampler",
     "MixtureSampler",
     "OnGroup",
     "Sampler",
@@ -40,6 +43,10 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     Raises:
         UserError: if the policy's implementation generates from another distribution than it is scored by.
     """
+    local = LocalSampler(policy, config)
+    if (reason := local.why_not()) is None:
+        return local
+    say_once(("local", policy.family), f"responses are sampled with transformers' generate, as {reason}")
     sampler = TransformersSampler(policy, config)
     sampler.check()
     return sampler
