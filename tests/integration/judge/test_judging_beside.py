@@ -17,22 +17,22 @@ from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.language_game import LanguageGame
 from onpo_fast.run.resumable import ResumableStage
-from onpo_fast.sampling import TransformersSampler
+from onpo_fast.sampling.gathering import Gathering
 from onpo_fast.servers import RequestRefused
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
-PROMPTS = 16  # in an iteration: 8 parts that are judged, 2 that are sampled, 16 batches
+PROMPTS, RESPONSES = 16, 32  # in an iteration: 8 parts that are judged, 2 that are sampled
 OUTPUTS = ("responses.jsonl", "preferences.jsonl", "pairs.jsonl", "policy/model.safetensors")
 
 
 class Events:
-    """What has happened: ("iteration", t), ("sampled", None) for a batch, ("asked", key of a question)."""
+    """What has happened: ("iteration", t), ("sampled", None) for a response, ("asked", key of a question)."""
 
     def __init__(self) -> None:
         self.all: list[tuple[str, object]] = []
         self.reply: Callable[[dict], object] = shorter
-        self.before_batch: Callable[[int], None] = lambda batch: time.sleep(0.02)
+        self.before_response: Callable[[int], None] = lambda count: time.sleep(0.01)
 
     def answer(self, body: dict) -> object:
         if set(asked(body)) != set(oracles.PROBE_TEXTS):
@@ -55,20 +55,19 @@ class Events:
 def events(monkeypatch) -> Events:
     """Slows sampling down, makes parts small, and notes what happens."""
     events = Events()
-    generate, begin = TransformersSampler._generate, LanguageGame.begin_iteration
+    add, begin = Gathering.add, LanguageGame.begin_iteration
 
-    def generated(self, *arguments):
+    def added(self, *arguments):
         if ("iteration", 2) in events.all:
-            events.before_batch(events.of_iteration(2).count("sampled"))
+            events.before_response(events.of_iteration(2).count("sampled"))
         events.all.append(("sampled", None))
-        return generate(self, *arguments)
+        return add(self, *arguments)
 
     def begun(self, t: int) -> None:
         events.all.append(("iteration", t))
         begin(self, t)
 
-    monkeypatch.setattr(TransformersSampler, "_generate", generated)
-    monkeypatch.setattr(TransformersSampler, "check", lambda self: None)
+    monkeypatch.setattr(Gathering, "add", added)
     monkeypatch.setattr(LanguageGame, "begin_iteration", begun)
     monkeypatch.setattr(ResumableStage, "GROUPS_BESIDE", 2)
     return events
@@ -116,7 +115,7 @@ def test_the_same_bits_as_afterwards(run, events: Events, monkeypatch) -> None:
         beside = run(server.url, "beside")
         first, second = events.of_iteration(1), events.of_iteration(2)
         assert "asked" not in first[: len(first) - first[::-1].index("sampled")]  # the sampler is checked before
-        assert second.index("asked") < PROMPTS - 1
+        assert second.index("asked") < RESPONSES - 1
         events.all.clear()
         monkeypatch.setattr(LanguageGame, "judges_beside", False)
         afterwards = run(server.url, "afterwards")
@@ -129,20 +128,20 @@ def test_the_same_bits_as_afterwards(run, events: Events, monkeypatch) -> None:
 
 
 def test_a_run_that_dies_while_it_samples_and_judges_asks_nothing_twice(run, events: Events, tmp_path: Path) -> None:
-    def die(batch: int) -> None:
+    def die(count: int) -> None:
         time.sleep(0.02)
-        if batch == 13:
+        if count == RESPONSES - 5:
             raise RuntimeError("killed")
 
     with serving(events.answer) as server:
         whole = outputs(run(server.url, "whole"))
         events.all.clear()
-        events.before_batch = die
+        events.before_response = die
         with pytest.raises(UserError, match="killed"):
             run(server.url, "cut")
         parts = list((tmp_path / "cut/iteration_02/preferences.jsonl.parts").iterdir())
         assert parts
-        events.before_batch = lambda batch: None
+        events.before_response = lambda count: None
         cut = run(server.url, "cut", resume=True)
     assert outputs(cut) == whole
     assert len(events.questions) == len(set(events.questions))
@@ -157,20 +156,20 @@ def test_a_judge_that_fails_stops_sampling(run, events: Events, tmp_path: Path) 
         refused.set()
         return Error(401)
 
-    def wait(batch: int) -> None:
-        if batch == PROMPTS // 2:
+    def wait(count: int) -> None:
+        if count == RESPONSES // 2:
             assert refused.wait(30)
-        time.sleep(0.1)
+        time.sleep(0.05)
 
     with serving(events.answer) as server:
-        events.reply, events.before_batch = refuse, wait
+        events.reply, events.before_response = refuse, wait
         with raises(RequestRefused, "member judge", "401"):
             run(server.url, "run")
-        assert PROMPTS // 2 < events.of_iteration(2).count("sampled") < PROMPTS
+        assert 0 < events.of_iteration(2).count("sampled") < RESPONSES
         assert list((tmp_path / "run/iteration_02/preferences.jsonl.parts").iterdir())
         (stopped,) = [record for record in judged(tmp_path / "run") if record.get("stopped")]
         assert stopped["failures"] >= 1
-        events.reply, events.before_batch = shorter, lambda batch: None
+        events.reply, events.before_response = shorter, lambda count: None
         directory = run(server.url, "run", resume=True)
     (second,) = [record for record in judged(directory) if record["iteration"] == 2 and not record.get("stopped")]
     assert second["comparisons"] == PROMPTS
