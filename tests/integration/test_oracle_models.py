@@ -373,3 +373,40 @@ def test_a_run_under_models(tiny_model, reward_directory, tmp_path, monkeypatch,
     assert in_memory
     assert not any(in_memory)
     assert result["oracle"] == oracle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On another device than the policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_on_another_device_stays_there_and_judges_while_the_policy_samples(
+    model_directory, monkeypatch
+) -> None:
+    here = make(PairModel, model_directory, oracle_device="cpu")
+    assert oracles.holds_model(here) and not oracles.computes_elsewhere(here)
+    monkeypatch.setattr("onpo_fast.oracles.model_oracle.same_device", lambda one, other: False)  # there is only one
+    there = make(PairModel, model_directory, oracle_device="cpu")
+    assert oracles.computes_elsewhere(there)
+    assert not oracles.holds_model(there) and not oracles.is_shared(there)
+    for oracle, stays in ((here, False), (there, True)):
+        oracle.model = object()
+        oracle.release()
+        assert (oracle.model is not None) == stays
+
+
+def test_a_panel_judges_while_the_policy_samples_if_all_its_members_can() -> None:
+    def function(prompt, responses):
+        raise AssertionError
+
+    class Elsewhere(oracles.BatchOracle):
+        computes_elsewhere = True
+
+    def panel(*members: oracles.Oracle) -> oracles.Panel:
+        return oracles.Panel([(1.0, str(i), member) for i, member in enumerate(members)])
+
+    assert oracles.computes_elsewhere(Elsewhere())
+    assert oracles.computes_elsewhere(panel(Elsewhere(), oracles.Population()))
+    assert not oracles.computes_elsewhere(panel(Elsewhere(), function))
+    assert not oracles.computes_elsewhere(oracles.Population())
+    assert not oracles.computes_elsewhere(function)

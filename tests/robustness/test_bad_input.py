@@ -116,6 +116,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--pairing random", "--pairing must be one of iid, all_pairs, best_worst, knockout, not 'random'"),
         ("--skip_bad_prompts perhaps", "--skip_bad_prompts must be true or false, not perhaps"),
         ("--oracle nowhere:f", "--oracle nowhere:f: cannot import it (ModuleNotFoundError: No module named 'nowhere')"),
+        ("--oracle pair-model --oracle_model x/y --oracle_device gpu7", "--oracle_device gpu7 is not a device"),
         ("--report_to wandb", "--report_to wandb needs"),
         # YAML files
         ("--config typo.yaml", "typo.yaml, line 3: there is no option itarations; did you mean iterations?"),
