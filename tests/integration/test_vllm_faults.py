@@ -210,7 +210,13 @@ def prepare(work: Path, model: Path) -> None:
 
 
 # in each iteration; the policy stays what it is
-TWO_PARTS = ("--prompts_per_iteration=4", "--eval_fraction=0.2", "--sampling_batch_size=1", "--learning_rate=1e-12")
+TWO_PARTS = (
+    "--iterations=1",
+    "--prompts_per_iteration=4",
+    "--eval_fraction=0.2",
+    "--sampling_batch_size=1",
+    "--learning_rate=1e-12",
+)
 
 
 def test_nothing_is_lost_where_the_trainer_is_killed(tiny_model, tmp_path, without_plots) -> None:
