@@ -18,6 +18,7 @@ noise is 33·log 2 = 22.9, and P(noise > x) is exact to one part in 2²⁴ plus 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -38,16 +39,16 @@ def block(vocabulary: int) -> int:
 def draw(
     logits: Tensor,  # (B, V) any float dtype, computed with in float32
     keys: Tensor,  # (B,) int64
-    position: int,
+    positions: Tensor | int,  # (B,) int64, or one position for all rows
     temperature: float = 1.0,
     allowed: Tensor | None = None,  # (B, V) bool
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for every row. Tensors on another device are copied to the CPU and back.
+    """Draw a token for every row, on as many threads as torch has. Tensors elsewhere are copied to the CPU and back.
 
     Args:
         logits: tokens with −inf are never drawn.
         keys: keys of the rows' random streams.
-        position: index of the token in its response.
+        positions: index of each row's token in its response.
         temperature: the draw is from softmax(logits / temperature).
         allowed: the tokens that may be drawn; default all.
 
@@ -60,11 +61,21 @@ def draw(
     step = max(CACHED_TOKENS // width, 1)
     tokens, logps = np.empty(rows, np.int64), np.empty(rows, np.float32)
     values, streams = logits.float().cpu().numpy(), keys.cpu().numpy()
+    places = np.broadcast_to(positions.cpu().numpy() if isinstance(positions, Tensor) else positions, rows)
     among = None if allowed is None else allowed.cpu().numpy()
-    for start in range(0, rows, step):
+
+    def draw_from(start: int) -> None:
         r = slice(start, start + step)
         some = None if among is None else among[r]
-        tokens[r], logps[r] = _draw_rows(values[r], streams[r], position, temperature, some, width)
+        tokens[r], logps[r] = _draw_rows(values[r], streams[r], places[r], temperature, some, width)
+
+    starts = range(0, rows, step)
+    if len(starts) > 1 and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's loops run without the interpreter's lock
+            list(pool.map(draw_from, starts))
+    else:
+        for start in starts:
+            draw_from(start)
     return torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device)
 
 
@@ -72,7 +83,7 @@ def draw(
 def _draw_rows(
     logits: np.ndarray,  # (R, V) float32
     keys: np.ndarray,  # (R,) int64
-    position: int,
+    positions: np.ndarray,  # (R,) int64
     temperature: float,
     allowed: np.ndarray | None,  # (R, V) bool
     width: int,
@@ -85,7 +96,7 @@ def _draw_rows(
     for start in range(0, vocabulary, width):
         x = logits[:, start : start + width]
         score = x * np.float32(1 / temperature)
-        score += gumbel(keys, position, start, x.shape[1])
+        score += gumbel(keys, positions, start, x.shape[1])
         if allowed is not None:
             score[~allowed[:, start : start + width]] = -np.inf
         np.putmask(score, score != score, -np.inf)  # NaN is not drawn
@@ -106,7 +117,7 @@ def _draw_rows(
 
 def gumbel(
     keys: np.ndarray,  # (R,) int64
-    position: int,
+    positions: np.ndarray | int,  # (R,) int64, or one position for all rows
     start: int,  # a multiple of 4
     count: int,
 ) -> np.ndarray:
@@ -115,8 +126,9 @@ def gumbel(
     words = np.empty((len(keys), groups, 4), np.float32)
     key = keys.view(np.uint64)[:, None]
     group = start // 4 + np.arange(groups, dtype=np.uint64)[None]
-    rest_of_counter = np.array([position, 0, 0], np.uint64)[:, None, None]
-    for i, word in enumerate(philox((key & MASK, key >> HALF), (group, *rest_of_counter))):
+    position = np.asarray(positions, np.uint64).reshape(-1, 1)
+    zero = np.zeros((1, 1), np.uint64)
+    for i, word in enumerate(philox((key & MASK, key >> HALF), (group, position, zero, zero))):
         words[..., i] = word
     u = words.reshape(len(keys), -1)[:, :count]
     u += 0.5

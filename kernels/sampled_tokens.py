@@ -36,23 +36,25 @@ def gumbel(key, position, start, BLOCK: tl.constexpr):
     return -tl.log(lost - tl.log(complement))
 
 
-@triton.jit(do_not_specialize=["position"])
+@triton.jit
 def sampled_tokens_kernel(
     logits,  # (B, V)
     keys,  # (B,) int64
+    positions,  # (B,) int64
     allowed,  # (B, V) bool, or anything without RESTRICTED
     tokens,  # (B,) int64
     logps,  # (B,) float32
     logits_stride,
+    positions_stride,
     allowed_stride,
     vocabulary,
-    position,
     inverse_temperature,
     RESTRICTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     key = tl.load(keys + row)
+    position = tl.load(positions + row * positions_stride).to(tl.int32)
     best, token = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
     peak, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
@@ -82,7 +84,7 @@ def sampled_tokens_kernel(
 def draw(
     logits: Tensor,  # (B, V) any float dtype, computed with in float32
     keys: Tensor,  # (B,) int64
-    position: int,
+    positions: Tensor | int,  # (B,) int64, or one position for all rows
     temperature: float = 1.0,
     allowed: Tensor | None = None,  # (B, V) bool
 ) -> tuple[Tensor, Tensor]:
@@ -92,12 +94,15 @@ def draw(
         logits = logits.contiguous()
     if allowed is not None and allowed.stride(1) != 1:
         allowed = allowed.contiguous()
+    if isinstance(positions, int):
+        positions = torch.full((1,), positions, device=logits.device).expand(rows)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         sampled_tokens_kernel[(rows,)](
-            logits, keys, logits if allowed is None else allowed, tokens, logps,
-            logits.stride(0), 0 if allowed is None else allowed.stride(0), vocabulary, position, 1 / temperature,
+            logits, keys, positions, logits if allowed is None else allowed, tokens, logps,
+            logits.stride(0), positions.stride(0), 0 if allowed is None else allowed.stride(0), vocabulary,
+            1 / temperature,
             RESTRICTED=allowed is not None,
             BLOCK=noise.block(vocabulary) if INTERPRETED else 2048, num_warps=8,
         )  # fmt: skip

@@ -204,13 +204,13 @@ class Evaluator:
             self.policies,
             source,
             self.sampling,
-            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory),
+            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory, self.cache.world),
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(
                 f"{PARTS}/responses_{index:02d}",
                 prompts,
-                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 lambda part, first: sampler(part, count, seed, done, first),
                 lambda file, part: read_groups(file, part, count),
                 write_groups,

@@ -335,7 +335,7 @@ class LanguageGame:
             groups = run.cache.cached_in_parts(
                 f"{iteration_folder(self.t)}/{name}.jsonl",
                 self._prompts(),
-                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 lambda part, first, done: sampler(part, count, seed, done, first, on_group),
                 lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
                 lambda file, part: read_groups(file, part, count, run.vocabulary),
@@ -360,7 +360,7 @@ class LanguageGame:
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
         if (only := _policy_of(policy)) is not None:
-            return open_sampler(self.run.policies, only, self.sampling, self.run.directory)
+            return open_sampler(self.run.policies, only, self.sampling, self.run.directory, self.run.world)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()

@@ -85,6 +85,11 @@ class SamplingConfig:
         check_object(self, "vllm_options")
         self._check_program()
 
+    @property
+    def responses_at_a_time(self) -> int:
+        """Responses that are sampled at the same time, of which the parts of a stage have a multiple."""
+        return self.sampler_concurrency if self.sampler == "server" else self.sampling_batch_size
+
     def _check_program(self) -> None:
         """Checks that the options of a program are given for it alone, and that a server has its address."""
         owners = {

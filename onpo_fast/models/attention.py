@@ -67,9 +67,36 @@ def attention_arguments(model: PreTrainedModel, packed: Packed) -> dict[str, obj
     window = window_of(config)
     if window is not None:
         windowed = full if packed.longest <= window else _mask(packed, window, config._attn_implementation, dtype)
-        by_type = {"full_attention": full, "sliding_attention": windowed}
-        mask = by_type if getattr(config, "layer_types", None) else windowed
+        mask = _by_layer_type(config, full, windowed)
     return {"attention_mask": mask, "position_ids": packed.position_ids}
+
+
+def cached_attention_arguments(model: PreTrainedModel, positions: Tensor, columns: int) -> dict[str, object]:
+    """Returns the arguments that ``attention_arguments`` does, for one more token in each row of a cache.
+
+    A token sees the columns up to its own position, of the window in layers that have one.
+
+    Args:
+        positions: (n,) int64, the position of each row's token; earlier tokens are in the columns of their positions.
+        columns: number of columns of the cache that attention reads.
+    """
+    config = model.config.get_text_config()
+    dtype = model.get_input_embeddings().weight.dtype
+    places, index = positions[:, None, None, None], torch.arange(columns, device=positions.device)
+    sees = index <= places
+    mask = _as_taken(sees, config._attn_implementation, dtype)
+    window = window_of(config)
+    if window is not None:
+        windowed = _as_taken(sees & (places - index < window), config._attn_implementation, dtype)
+        mask = _by_layer_type(config, mask, windowed)
+    return {"attention_mask": mask, "position_ids": positions[:, None]}
+
+
+def _by_layer_type(config: PretrainedConfig, full: object, windowed: object) -> object:
+    """Returns the masks of a model with a sliding window: for each type of its layers, or one for all."""
+    if getattr(config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": windowed}
+    return windowed
 
 
 def _mask(packed: Packed, window: int | None, attention: str, dtype: torch.dtype) -> Tensor | BlockMask:
@@ -83,7 +110,11 @@ def _mask(packed: Packed, window: int | None, attention: str, dtype: torch.dtype
         create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
         return create(sees, batch, None, length, length, device)
     row, index = torch.arange(batch, device=device), torch.arange(length, device=device)
-    mask = sees(row[:, None, None], None, index[:, None], index)[:, None]
+    return _as_taken(sees(row[:, None, None], None, index[:, None], index)[:, None], attention, dtype)
+
+
+def _as_taken(mask: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """Returns a mask, bool, as the attention implementation takes it: eager attention adds numbers to the logits."""
     if attention == "eager":
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     return mask

@@ -78,7 +78,7 @@ def _why_not(policy: Policy, attention: str, layout: Layout) -> str | None:
     try:
         agrees = _agrees(policy, attention, layout)
         if agrees and window:  # most windows are longer than the probe, and masks are made from the configuration
-            with _window(config, min(window, PROBE_WINDOW)):
+            with narrow_window(config, PROBE_WINDOW):
                 agrees = _agrees(policy, attention, layout)
     except Exception as error:  # families without such masks fail in their own ways
         reason = str(error).partition("\n")[0]
@@ -138,10 +138,10 @@ def _embedding_gradient(policy: Policy, layout: Layout) -> Tensor:
 
 
 @contextmanager
-def _window(config: PretrainedConfig, window: int) -> Iterator[None]:
-    """Gives layers with a sliding window another window within the block."""
+def narrow_window(config: PretrainedConfig, window: int) -> Iterator[None]:
+    """Gives layers with a sliding window one of at most ``window`` positions within the block."""
     before = config.sliding_window
-    config.sliding_window = window
+    config.sliding_window = min(before, window)
     try:
         yield
     finally:

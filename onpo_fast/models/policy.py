@@ -157,9 +157,14 @@ class Policy:
             self.compute_dtype = dtype
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Replaces flex_attention within the block, which would compile for every length of the KV cache."""
-        with self.using(self.plain_attention if self.attention == FLEX else self.attention, self.layout):
+    def generating(self, masked: bool = False) -> Iterator[None]:
+        """Replaces flex_attention within the block, which would compile for every length of the KV cache.
+
+        Args:
+            masked: whether the model is given masks of its rows, which flash-attention does not take either.
+        """
+        replaced = masked or self.attention == FLEX
+        with self.using(self.plain_attention if replaced else self.attention, self.layout):
             yield
 
     def begin_fit(self) -> None:

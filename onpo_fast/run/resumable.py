@@ -32,7 +32,7 @@ class ResumableStage:
         world: the ranks of the run. All of them make a part together; rank 0 writes and records it.
     """
 
-    SAMPLING_BATCHES = 8  # batches in a part that is sampled
+    SAMPLING_BATCHES = 32  # batches in a part that is sampled
     GROUPS = 512  # groups in a part that is judged: a judge model may be loaded once for each part
     PARTS_BESIDE = 8  # parts, at least, of what is judged while it is sampled
     GROUPS_BESIDE = 10  # groups in such a part, at least, so that invalid answers are no share of a few

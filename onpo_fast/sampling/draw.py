@@ -17,22 +17,44 @@ from ..kernels import noise
 from ..loss import choose_backend
 
 
+class Draw:
+    """Draws one token for each row.
+
+    Args:
+        device: of the logits.
+        temperature, top_p: of sampling.
+    """
+
+    def __init__(self, device: torch.device, temperature: float, top_p: float) -> None:
+        self.temperature = temperature
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.draw = draw_function(device)
+
+    def __call__(self, logits: Tensor, keys: Tensor, positions: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Returns (n,) int64 tokens and their (n,) float32 log-probs at temperature 1, nats.
+
+        Args:
+            logits: (n, V).
+            keys: (n,) int64, from ``stream_keys``.
+            positions: (n,) int64 indices of the tokens in their responses, or one for all rows.
+        """
+        allowed = None
+        if self.nucleus is not None:
+            allowed = self.nucleus(None, logits / self.temperature) > -torch.inf
+        with torch.cuda.device_of(logits):
+            return self.draw(logits, keys, positions, self.temperature, allowed)
+
+
 class TokenDraw(LogitsProcessor):
     """Draws the next token of every row, makes it the argmax of the logits, and records its log-prob."""
 
     def __init__(self, keys: Tensor, temperature: float, top_p: float) -> None:
         self.keys = keys  # (batch,) int64
-        self.temperature = temperature
-        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self.draw = draw_function(keys.device)
+        self.draw = Draw(keys.device, temperature, top_p)
         self.logps: list[Tensor] = []  # (batch,) log-probs at temperature 1 per step, nats
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        allowed = None
-        if self.nucleus is not None:
-            allowed = self.nucleus(input_ids, scores / self.temperature) > -torch.inf
-        with torch.cuda.device_of(scores):
-            tokens, logps = self.draw(scores, self.keys, len(self.logps), self.temperature, allowed)
+        tokens, logps = self.draw(scores, self.keys, len(self.logps))
         self.logps.append(logps)
         return scores.scatter_(1, tokens[:, None], torch.inf)
 

@@ -1,4 +1,7 @@
-"""Sampling with transformers' ``generate``, in batches that run to their longest response."""
+"""Sampling with transformers' ``generate``, in batches that run to their longest response.
+
+For families that the decode loop of ``local`` cannot sample from, and for mixtures.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,16 @@ from ..config import SamplingConfig
 from ..data import Group, Messages, Response
 from ..errors import UserError
 from ..models.checks import computing
-from ..models.policy import LOGP_TOLERANCE, Policy, pad_token, score
+from ..models.policy import LOGP_TOLERANCE, Policy, pad_token
 from ..out_of_memory import in_halves
 from ..run.progress import Progress
 from ..run.tracking import say_once
 from .draw import TokenDraw, stream_keys
+from .gathering import Gathering, make_response
 from .interface import OnGroup
-from .returned import make_response
+from .probe import difference
 
 Job = TypeVar("Job")
-
-PROBE_LENGTHS = (3, 9, 22)  # lengths in tokens of the prompts that a sampler is checked with
-PROBE_TOKENS = 6  # tokens sampled after each
 
 
 class TransformersSampler:
@@ -52,17 +53,7 @@ class TransformersSampler:
         first: int = 0,
         on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
-        """Samples responses and returns the groups in the order of the prompts.
-
-        Args:
-            prompts: conversations that end with the user.
-            responses_per_prompt: K.
-            seed: non-negative integers; equal seeds give equal responses.
-            progress: called with the number of responses of every batch.
-            first: the index of the first prompt among all prompts of the seed, so that a part of them gets the same
-                responses.
-            on_group: called with each group as soon as its K responses are there, and its index among all prompts of
-                the seed.
+        """Samples responses and returns the groups in the order of the prompts; see ``Sampler``.
 
         Raises:
             UserError: if a prompt and a response exceed the model's context.
@@ -70,10 +61,8 @@ class TransformersSampler:
         max_new_tokens, renderer = self.config.max_new_tokens, self.policy.renderer
         rendered = [renderer.render(prompt, max_new_tokens) for prompt in prompts]
         self.policy.model.eval()
-        jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
-        responses: dict[tuple[int, int], Response] = {}
-        groups: dict[int, Group] = {}
-        for batch in self._batches(jobs, lambda job: len(rendered[job[0]])):
+        gathering = Gathering(prompts, rendered, responses_per_prompt, progress, first, on_group)
+        for batch in self._batches(gathering.places(), lambda job: len(rendered[job[0]])):
 
             def generate(some: Sequence[tuple[int, int]]) -> list[Response]:
                 keys = stream_keys([[*seed, first + p, k] for p, k in some], self.policy.device)
@@ -81,14 +70,9 @@ class TransformersSampler:
                     return self._generate([rendered[p] for p, _ in some], keys, max_new_tokens)
 
             generated = in_halves(generate, batch, "responses are sampled", "--sampling_batch_size")
-            responses.update(zip(batch, generated))
-            for p in {p: None for p, _ in batch}:
-                found = [responses[p, k] for k in range(responses_per_prompt) if (p, k) in responses]
-                if len(found) == responses_per_prompt:
-                    groups[p] = Group(prompts[p], rendered[p], found)
-                    on_group(first + p, groups[p])
-            progress(len(batch))
-        return [groups[p] for p in range(len(prompts))]
+            for place, response in zip(batch, generated):
+                gathering.add(place, response)
+        return gathering.groups()
 
     def close(self) -> None:
         """Does nothing: the policy is the caller's."""
@@ -120,35 +104,17 @@ class TransformersSampler:
             f"prompts are in one batch: {done}",
         )
 
-    @torch.no_grad()
     def _difference(self) -> float:
-        """Returns the largest difference between sampled and scored log-probs of a few responses.
+        """Returns the largest difference between sampled and scored log-probs of a few responses; see ``probe``."""
 
-        In nats, divided by the square root of a response's number of tokens.
-        """
-        policy = self.policy
-        size = policy.head_rows
-        prompts = [
-            [(7 * i + 3 * length) % size for i in range(length)]
-            for length in PROBE_LENGTHS
-            for _ in range(2)
-            if length + PROBE_TOKENS <= policy.safe_length
-        ]
-        if not prompts:
-            return 0.0
-        policy.model.eval()
-        groups: list[Group] = []
-        with policy.in_float32(), computing(f"a model of the family {policy.family}"):
+        def generate(prompts: list[list[int]], keys: list[int], max_new_tokens: int) -> list[Response]:
+            found: dict[int, Response] = {}
             for batch in self._batches(range(len(prompts)), lambda p: len(prompts[p])):
-                chosen = [prompts[p] for p in batch]
-                keys = stream_keys([[p] for p in batch], policy.device)
-                responses = self._generate(chosen, keys, PROBE_TOKENS)
-                groups += [Group([], prompt, [one]) for prompt, one in zip(chosen, responses)]
-            scored = torch.cat(score(policy, groups, len(prompts) * (max(PROBE_LENGTHS) + PROBE_TOKENS)))
-        sampled = torch.tensor([group.responses[0].logp for group in groups], dtype=torch.float64)
-        tokens = torch.tensor([len(group.responses[0].tokens) for group in groups])
-        difference = ((sampled - scored).abs() / tokens.sqrt()).max()
-        return float(difference.nan_to_num(math.inf))
+                chosen = torch.tensor([keys[p] for p in batch], device=self.policy.device)
+                found.update(zip(batch, self._generate([prompts[p] for p in batch], chosen, max_new_tokens)))
+            return [found[p] for p in range(len(prompts))]
+
+        return difference(self.policy, generate)
 
     def _batches(self, jobs: Sequence[Job], length: Callable[[Job], int]) -> Iterator[list[Job]]:
         """Yields jobs in batches, the shortest prompts first; ``length`` returns that of a job's prompt in tokens."""
@@ -189,7 +155,7 @@ class TransformersSampler:
         return []
 
     def _response(self, tokens: list[int], logps: Tensor) -> Response:
+        """Returns a row of a batch, which may go on after the response's end, as a response."""
         eos = self.policy.eos_tokens
-        end = next((i for i, token in enumerate(tokens) if token in eos), None)
-        kept = tokens if end is None else tokens[: end + 1]
-        return make_response(kept, float(logps[: len(kept)].sum()), self.policy.tokenizer, eos)
+        kept = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+        return make_response(tokens[:kept], float(logps[:kept].sum()), self.policy.tokenizer, eos)

@@ -75,6 +75,19 @@ def test_columns_apart_and_one_row_for_all(device: str) -> None:
         same(logps, want_logps)
 
 
+def test_every_row_at_its_own_position(device: str) -> None:
+    logits, keys = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)), random_keys(5)
+    positions = torch.tensor([7, 0, 2**31 - 1, 7, 130])
+    for places in (positions, positions.repeat_interleave(2)[::2]):  # also columns apart
+        tokens, logps = sampled_tokens.draw(logits.to(device), keys.to(device), places.to(device))
+        want, want_logps = noise.draw(logits, keys, places)
+        assert torch.equal(tokens.cpu(), want)
+        same(logps, want_logps)
+    for row, position in enumerate(positions.tolist()):
+        r = slice(row, row + 1)
+        assert noise.draw(logits[r], keys[r], position)[0] == want[row]
+
+
 def test_nan_is_never_drawn(device: str) -> None:
     logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
     logits[0, 7] = logits[1, 17_000] = float("nan")

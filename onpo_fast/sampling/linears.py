@@ -1,0 +1,57 @@
+"""Linear layers as a decode loop, with few rows and the same weights at every step, computes them fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@contextmanager
+def fast_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Changes how the linear layers of a model compute within the block; their weights stay as they are.
+
+    In float32 on a CPU they use oneDNN, where PyTorch would use MKL: with 32 rows it is about twice as fast on AMD's
+    processors. Where ``dtype`` is another than that of the weights, which autocast would convert at every step or keep
+    converted, they are converted once, and the copies are freed at the end.
+
+    Args:
+        dtype: of the products.
+    """
+    changed: list[nn.Module] = []
+    try:
+        for module in model.modules():
+            if type(module) is nn.Linear and "forward" not in vars(module):
+                forward = _forward(module, dtype)
+                if forward is not None:
+                    module.forward = forward
+                    changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _forward(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Returns a faster forward of a linear layer; None where its own is as good, or its weight is of a kind apart."""
+    weight, bias = linear.weight, linear.bias
+    if type(weight.data) is not Tensor or not weight.is_floating_point():
+        return None
+    if weight.dtype != dtype:
+        return partial(F.linear, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+    if dtype == torch.float32 and weight.device.type == "cpu" and _has_onednn():
+        return partial(_onednn, weight.detach(), bias)
+    return None
+
+
+def _has_onednn() -> bool:
+    """Returns whether this build of PyTorch has oneDNN, and the operator that compiled models use it through."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
