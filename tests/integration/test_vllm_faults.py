@@ -262,8 +262,9 @@ if number == 7:
         sampler.close()
 
 
-def test_nothing_is_lost_where_the_engine_dies(tiny_model, tmp_path) -> None:
+def test_nothing_is_lost_where_the_engine_dies(tiny_model, tmp_path, monkeypatch) -> None:
     prepare(tmp_path, tiny_model)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a process leaves that dies at once
     dies = write_vllm(tmp_path / "dies", at_step="os._exit(9) if number == 7 else None")
     run = start_run(tmp_path, dies, *TWO_PARTS)
     output, _ = run.communicate()
