@@ -39,6 +39,7 @@ SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)  # in na
 OURS = re.compile(
     "PYTHONPATH|PYTHONHOME|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
+MEMORY = re.compile("memory|OutOfMemory|KV cache", re.IGNORECASE)  # in an error for lack of it
 
 
 class VllmProcess:
@@ -182,16 +183,13 @@ class VllmProcess:
         what = "does not start" if kind == "start" else "failed while it sampled"
         hint = ""
         if MEMORY.search(error):
-            hint = """; --vllm_options '{"gpu_memory_utilization": 0.6}' takes less memory"""
+            hint = """; --vllm_options '{"gpu_memory_utilization": 0.8}' sets the share of the memory that it takes"""
         return UserError(f"vLLM {what}: {error}{hint}{self._where()}")
 
     def _where(self) -> str:
         """The end of a message: the last line that the process printed, and where the others are."""
         last = f"; its last line: {self.last_lines[-1]}" if self.last_lines else ""
         return f"{last} (all of them: {self.log})" if self.log else last
-
-
-MEMORY = re.compile("memory|OutOfMemory|KV cache", re.IGNORECASE)  # in an error for lack of it
 
 
 def child_environment(device: torch.device) -> dict[str, str]:
