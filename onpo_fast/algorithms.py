@@ -198,6 +198,11 @@ class Algorithm:
         """Whether an anchor mixes π_1 with the current policy, so that there is a weight τ."""
         return self.play in (regularised, nash_md, egpo)
 
+    @property
+    def samples_mixture(self) -> bool:
+        """Whether responses are sampled from such a mixture."""
+        return self.play is nash_md
+
 
 ALGORITHMS: dict[str, Algorithm] = {
     "onpo": Algorithm(onpo, Onpo, "optimistic mirror descent (arXiv 2502.16852, Algorithm 1)"),

@@ -20,6 +20,10 @@ class UserError(Exception):
     """Bad input. The message names the file, line, field or flag and says what to do."""
 
 
+class UnusableResults(UserError):
+    """Results of a stage that must not be used, so that they are discarded and made anew."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean …?" with the known name most like this one, or "" if none is like it.
 

@@ -51,7 +51,7 @@ from .run.opening import config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
-from .sampling import Sampler, TruncationWarning, all_truncated, open_sampler
+from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
@@ -200,30 +200,30 @@ class Evaluator:
     def _sample(self, name: str, source: Source, prompts: Sequence[Messages], index: int) -> list[Group]:
         """The responses of a policy, which is loaded if any are missing."""
         count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
-        sampler: Sampler | None = None
-
-        def compute(part: Sequence[Messages], first: int) -> list[Group]:
-            nonlocal sampler
-            sampler = sampler or open_sampler(self.policies, source, self.sampling)
-            return stages.sample(sampler, part, count, seed, done, first)
-
-        with progress(f"evaluate: sample {name}", len(prompts) * count) as done:
+        sampler = StageSampler(
+            self.policies,
+            source,
+            self.sampling,
+            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory, self.cache.world),
+        )
+        with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(
                 f"{PARTS}/responses_{index:02d}",
                 prompts,
-                ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
-                compute,
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
+                lambda part, first: sampler(part, count, seed, done, first),
                 lambda file, part: read_groups(file, part, count),
                 write_groups,
                 lambda known: done(known * count),
                 "evaluate",
                 self.weights,
+                check=sampler.check if self.sampling.sampler != "local" else None,
             )
         self.cost.update(cost)
-        if sampler is None:
-            self.truncation.said |= all_truncated(groups)  # when they were sampled
-        else:
+        if sampler.was_opened:
             self.truncation(f"{name} in the evaluation", self.policies(source), groups, self.sampling.max_new_tokens)
+        else:
+            self.truncation.said |= all_truncated(groups)  # when they were sampled
         return groups
 
     def _divergences(self, initial: Source, samples: Sequence[list[Group]]) -> list[float]:

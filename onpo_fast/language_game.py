@@ -8,7 +8,7 @@ log-prob a response (``--anchor live`` keeps the anchor itself in memory instead
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from .data import (
 )
 from .errors import UserError
 from .fit import Batch, plan_steps
+from .judging_beside import JudgingBeside
 from .memory.watch import MemoryWatch
 from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
@@ -44,12 +45,11 @@ from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
-from .sampling import MixtureSampler, Sampler, TruncationWarning, all_truncated, open_sampler
+from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
 SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
-CHECKED_GROUPS = 32  # of the first responses, whose log-probs are compared with the sampler's
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class _FitLog:
 class LanguageGame:
     """The ``algorithms.Game`` of a run on a language model; a policy is a folder, a Hugging Face id or "smollm2"."""
 
+    judges_beside = True  # whether an oracle that computes elsewhere judges while the policy samples
+
     def __init__(
         self,
         run: OpenRun,
@@ -117,6 +119,7 @@ class LanguageGame:
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
         self.watched = False  # whether the memory of a fit has been planned
+        self.sampler_checked = False  # whether responses of --sampler were compared with their policy, in any process
 
     # An iteration ----------------------------------------------------------------------------------------------------
 
@@ -126,6 +129,7 @@ class LanguageGame:
         self.sampled: dict[Source | Mixture, tuple[list[Group], str]] = {}  # with the suffix of their file
         self.comparisons = 0
         self.metrics: dict[str, float | None] = {}
+        self.sampler_checked |= t > 1 and self.sampling.sampler == "local"  # π_1's were, in iteration 1
         self.run.cache.begin_iteration(t)
 
     def end_iteration(self) -> None:
@@ -164,13 +168,14 @@ class LanguageGame:
         """Responses of a policy to the iteration's prompts, compared with each other, or each with an opponent's."""
         self.comparisons += 1
         suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
-        if policy not in self.sampled:  # once an iteration
-            self.sampled[policy] = self._sample(policy, f"responses{suffix}", SAMPLING), suffix
-        groups, sampled_as = self.sampled[policy]
-        if opponent is None:
-            preferences, step = self._judge(groups, suffix), 1
-        else:
-            preferences, step = self._judge_against(opponent, groups, suffix), 2
+        with self._judging_beside(policy, opponent, suffix) as beside:
+            if policy not in self.sampled:  # once an iteration
+                self.sampled[policy] = self._sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
+            groups, sampled_as = self.sampled[policy]
+            if opponent is None:
+                preferences, step = self._judge(groups, suffix, beside), 1
+            else:
+                preferences, step = self._judge_against(opponent, groups, suffix), 2
         return Comparisons(groups, self._pair(groups, preferences, suffix), policy, step, sampled_as)
 
     def fit(
@@ -291,37 +296,63 @@ class LanguageGame:
         config = self.algorithm
         return prompts_of_iteration(self.run.prompts, self.t, config.iterations, config.prompts_per_iteration)
 
-    def _sample(self, policy: Source, name: str, stream: int, responses: int | None = None) -> list[Group]:
-        """Responses of a policy to the iteration's prompts."""
+    def _judging_beside(
+        self, policy: Source | Mixture, opponent: Source | None, suffix: str
+    ) -> AbstractContextManager[JudgingBeside | None]:
+        """Judges responses while they are sampled, where that is possible; None where they are judged afterwards.
+
+        No judge is paid for responses before some of the same program have been compared with their policy: a server's
+        are when it gets new weights, π_1's at the end of the first stage.
+        """
+        run, checked = self.run, self.sampler_checked or self.sampling.sampler == "server"
+        outputs = [f"{iteration_folder(self.t)}/{name}{suffix}.jsonl" for name in ("responses", "preferences")]
+        if (
+            not (self.judges_beside and checked and oracles.computes_elsewhere(run.oracle))
+            or opponent is not None
+            or policy in self.sampled
+            or run.world.size > 1
+            or any(run.journal.note(name) is not None for name in outputs)
+        ):
+            return nullcontext()
+        stage = run.cache.resumable(outputs[1], run.oracle_files)
+        title = f"iteration {self.t}: judge"
+        return JudgingBeside(stage, len(self._prompts()), run.oracle, run.oracle_name, title, run.cache.log)
+
+    def _sample(
+        self,
+        policy: Source | Mixture,
+        name: str,
+        stream: int,
+        responses: int | None = None,
+        beside: JudgingBeside | None = None,
+    ) -> list[Group]:
+        """Responses of a policy to the iteration's prompts, which are judged meanwhile if ``beside`` is given."""
         run, count = self.run, responses or self.algorithm.responses_per_prompt
         seed = [self.run_config.seed, stream, self.t]
-        sampler: Sampler | None = None
-
-        def prepare() -> None:
-            nonlocal sampler
-            sampler = self._sampler(policy)
-
-        groups = run.cache.cached_in_parts(
-            f"{iteration_folder(self.t)}/{name}.jsonl",
-            self._prompts(),
-            ResumableStage.sampling_size(self.sampling.sampling_batch_size, count),
-            lambda part, first, done: stages.sample(sampler, part, count, seed, done, first),
-            lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
-            lambda file, part: read_groups(file, part, count, run.vocabulary),
-            write_groups,
-            stage="sample",
-            title=f"iteration {self.t}: sample",
-            ticks=count,
-            prepare=prepare,
-            metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
-        )
-        if sampler is None:
-            self.truncation.said |= all_truncated(groups)  # when they were sampled
-        else:
-            source = policy.policy if isinstance(policy, Mixture) else policy
+        source = policy.policy if isinstance(policy, Mixture) else policy
+        on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
+        with StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy)) as sampler:
+            groups = run.cache.cached_in_parts(
+                f"{iteration_folder(self.t)}/{name}.jsonl",
+                self._prompts(),
+                ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
+                lambda part, first, done: sampler(part, count, seed, done, first, on_group),
+                lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
+                lambda file, part: read_groups(file, part, count, run.vocabulary),
+                write_groups,
+                stage="sample",
+                title=f"iteration {self.t}: sample",
+                ticks=count,
+                prepare=sampler.open,
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+                check=sampler.check if (checks := self._checks(policy, stream)) else None,
+                on_part=on_part,
+            )
+        if sampler.was_opened:
+            self.sampler_checked |= checks
             self.truncation(f"iteration {self.t}", run.policies(source), groups, self.sampling.max_new_tokens)
-            if self.t == 1 and stream == SAMPLING and _policy_of(policy) == run.initial:
-                self._check_sampled(groups[:CHECKED_GROUPS])
+        else:
+            self.truncation.said |= all_truncated(groups)  # when they were sampled
         if stream == SAMPLING:
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
@@ -329,25 +360,30 @@ class LanguageGame:
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
         if (only := _policy_of(policy)) is not None:
-            return open_sampler(self.run.policies, only, self.sampling)
+            return open_sampler(self.run.policies, only, self.sampling, self.run.directory, self.run.world)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()
         return sampler
 
-    def _check_sampled(self, groups: list[Group]) -> None:
-        """Compares what π_1 said of its first responses with what it is scored by, before a judge is paid for them."""
-        run = self.run
-        with progress(f"iteration {self.t}: check the log-probs", len(groups)) as done:
-            scores = stages.score(run.policies(run.initial), groups, self.fitting, done)
-        stages.check_sampled(groups, scores, run.compute_dtype, f"{run.initial} (family {run.family})")
+    def _checks(self, policy: Source | Mixture, stream: int) -> bool:
+        """Whether responses are compared with their policy: all that another program sampled, else π_1's first ones.
 
-    def _judge(self, groups: list[Group], suffix: str) -> list[np.ndarray]:
+        A mixture has no log-probs of its own to compare with.
+        """
+        only = _policy_of(policy)
+        if self.sampling.sampler == "local":
+            return self.t == 1 and stream == SAMPLING and only == self.run.initial
+        return only is not None
+
+    def _judge(self, groups: list[Group], suffix: str, beside: JudgingBeside | None = None) -> list[np.ndarray]:
         run = self.run
+        if beside is not None:
+            beside.finish()  # its parts are read below
         preferences = run.cache.cached_in_parts(
             f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
             groups,
-            ResumableStage.judging_size(len(groups)),
+            ResumableStage.judging_size(len(groups), oracles.computes_elsewhere(run.oracle)),
             lambda part, first, done: stages.judge(run.oracle, part, run.oracle_name, done, first),
             lambda file: read_preferences(file, groups),
             read_preferences,

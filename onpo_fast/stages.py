@@ -1,4 +1,4 @@
-"""The stages of an iteration as plain functions: sample, judge, pair, score, fit, and what is logged of each.
+"""The stages of an iteration as plain functions: judge, pair, score, fit, and what is logged of each.
 
 They take what they need and return what they made. ``language_game`` makes them resumable, through ``run.cache``.
 """
@@ -14,25 +14,17 @@ from torch import Tensor
 from . import fit as fitting
 from . import oracles, pairing
 from .config import AlgorithmConfig, FitConfig
-from .data import Group, Messages, Pair
+from .data import Group, Pair
 from .device_memory import highest_peak_bytes
 from .distributed import World
 from .errors import UserError
-from .models.policy import Policy, disagreement
+from .models.policy import Policy
 from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
 from .run.progress import Progress
 from .run.tracking import progress
-from .sampling import Sampler
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
-
-
-def sample(
-    sampler: Sampler, prompts: Sequence[Messages], responses: int, seed: Sequence[int], done: Progress, first: int = 0
-) -> list[Group]:
-    """``responses`` responses to each prompt; ``first`` is the index of the first prompt among all of the seed's."""
-    return sampler(prompts, responses, seed, done, first)
 
 
 def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.device) -> dict[str, object]:
@@ -48,18 +40,6 @@ def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.devi
         "stopped_by_length": float(np.mean([response.stop_reason == "length" for response in responses])),
         "peak_memory_bytes": highest_peak_bytes(device),
     }
-
-
-def check_sampled(groups: Sequence[Group], scores: Scores, dtype: torch.dtype, model: str) -> None:
-    """Raises ``UserError`` if the log-probs that π_1 sampled with are not those that it is scored by."""
-    tokens = torch.tensor([len(response.tokens) for group in groups for response in group.responses])
-    sampled = torch.tensor([response.logp for group in groups for response in group.responses], dtype=torch.float64)
-    if differ := disagreement(sampled, torch.cat(scores), tokens, dtype):
-        raise UserError(
-            f"the log-probs that {model} generates with differ from those that it is scored by {differ}: it would "
-            "learn from wrong numbers. Another version of transformers, or kernels that the family can use "
-            "(mamba-ssm, causal-conv1d), may agree"
-        )
 
 
 def judge(

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import yaml
 
+from .. import algorithms
+from ..errors import UserError
 from ..models.device import device_of
 from .sections import (
     SECTIONS,
@@ -51,6 +53,11 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
     def __post_init__(self) -> None:
         for section in SECTIONS.values():
             section.__post_init__(self)
+        if self.sampler != "local" and algorithms.named(self.objective).samples_mixture and self.initial_weight < 1:
+            raise UserError(
+                f"--sampler {self.sampler} samples from one policy, and --objective {self.objective} from a mixture "
+                "of two: use --sampler local"
+            )
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)

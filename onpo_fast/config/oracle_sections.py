@@ -21,6 +21,9 @@ class OracleConfig:
     oracle_model: str | None = None
     """Model of the oracles "pair-model" and "reward-model": a Hugging Face id or a directory (the paper's pair model:
     RLHFlow/pair-preference-model-LLaMA3-8B)."""
+    oracle_device: str | None = None
+    """Device of the models of "pair-model" and "reward-model", such as cuda:1. On another device than --device they
+    stay in memory beside the policy, and judge while it samples. Default: --device."""
     oracle_max_tokens: int = 3072
     """Maximum input of "pair-model" and "reward-model" in tokens; a longer one stops the run and is never cut off. The
     default is what the paper's pair model was trained with."""

@@ -8,6 +8,28 @@ from typing import Literal
 from ..errors import UserError
 from .values import check_at_least, check_key_name, check_object, check_positive, check_share, check_values
 
+VLLM_TEMPERATURES = (0.01, 2.0)  # that vLLM takes as they are
+_ONE_GPU = "there is one engine on each GPU of the run"
+_CHECKED = "the responses must be samples of the policy itself"
+SET_BY_THE_RUN = {  # arguments of vLLM's engine that a run sets, and why
+    "model": "it is the policy",
+    "tokenizer": "prompts are tokens",
+    "skip_tokenizer_init": "prompts are tokens",
+    "dtype": "it is that of --dtype",
+    "seed": "every response has its own, from --seed",
+    "trust_remote_code": "it is --trust_remote_code",
+    "hf_token": "the model is a directory, and keys are never saved",
+    "enable_lora": "it follows --lora_rank",
+    "max_lora_rank": "it follows --lora_rank",
+    "generation_config": _CHECKED,
+    "override_generation_config": _CHECKED,
+    "logits_processors": _CHECKED,
+    "logprobs_mode": "log-probs are those at temperature 1",
+    "tensor_parallel_size": _ONE_GPU,
+    "pipeline_parallel_size": _ONE_GPU,
+    "data_parallel_size": _ONE_GPU,
+}
+
 
 @dataclass
 class SamplingConfig:
@@ -63,6 +85,11 @@ class SamplingConfig:
         check_object(self, "vllm_options")
         self._check_program()
 
+    @property
+    def responses_at_a_time(self) -> int:
+        """Responses that are sampled at the same time, of which the parts of a stage have a multiple."""
+        return self.sampler_concurrency if self.sampler == "server" else self.sampling_batch_size
+
     def _check_program(self) -> None:
         """Checks that the options of a program are given for it alone, and that a server has its address."""
         owners = {
@@ -73,6 +100,13 @@ class SamplingConfig:
             for name in names:
                 if getattr(self, name) is not None and self.sampler != owner:
                     raise UserError(f"--{name} needs --sampler {owner}")
+        if self.sampler != "local" and not VLLM_TEMPERATURES[0] <= self.temperature <= VLLM_TEMPERATURES[1]:
+            raise UserError(
+                f"--temperature must be from {VLLM_TEMPERATURES[0]} to {VLLM_TEMPERATURES[1]} with --sampler "
+                f"{self.sampler}, not {self.temperature}: vLLM takes no other, and replaces smaller ones"
+            )
+        if taken := [name for name in self.vllm_options or {} if name in SET_BY_THE_RUN]:
+            raise UserError(f"--vllm_options must leave {taken[0]} alone: {SET_BY_THE_RUN[taken[0]]}")
         if self.sampler == "server":
             for name, example in (("sampler_url", " URL"), ("sampler_reload", ' vllm or "COMMAND"')):
                 if getattr(self, name) is None:

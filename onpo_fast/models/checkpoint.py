@@ -200,6 +200,18 @@ def weight_files(source: str) -> list[Path]:
     return found
 
 
+def directory_of(source: str) -> str:
+    """Returns the directory with the files of a model that has been loaded: for a hub's id, in the hub's cache.
+
+    Raises:
+        UserError: if the model has no config.json, as a GGUF file.
+    """
+    config = _file_of(locate(source)["pretrained_model_name_or_path"], "config.json")
+    if config is None:
+        raise UserError(f"the model {source} has no directory in Hugging Face format: it has no config.json")
+    return str(config.parent.resolve())
+
+
 def generation_settings(source: str) -> dict[str, object]:
     """Returns the content of the model's generation_config.json; empty if there is none."""
     path = _file_of(source, "generation_config.json")

@@ -10,8 +10,12 @@ from torch import Tensor
 from ..errors import UserError
 
 
-def device_of(name: str) -> torch.device:
-    """Returns the device that --device names; "auto" is a GPU if there is one.
+def device_of(name: str, option: str = "device") -> torch.device:
+    """Returns the device of this name; "auto" is a GPU if there is one.
+
+    Args:
+        name: the value of an option.
+        option: name of the option, for messages.
 
     Raises:
         UserError: if there is no such device, or torch cannot compute on it.
@@ -21,15 +25,25 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is not a device; try auto, cpu or cuda") from None
+        raise UserError(f"--{option} {name} is not a device; try auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no GPU is available to torch here")
+        raise UserError(f"--{option} {name}: no GPU is available to torch here")
     try:
         torch.ones(1, dtype=torch.float64, device=device).item()  # sums of log-probs are float64 everywhere
     except Exception as error:  # devices raise their own types
         reason = re.split(r"\n|\. ", str(error))[0]
-        raise UserError(f"--device {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
+        raise UserError(f"--{option} {name}: torch cannot compute there ({reason}); try auto, cpu or cuda") from None
     return device
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Returns whether two devices are the same; "cuda" is the current GPU."""
+
+    def index(device: torch.device) -> int:
+        current = torch.cuda.current_device() if device.type == "cuda" else 0
+        return current if device.index is None else device.index
+
+    return one.type == other.type and index(one) == index(other)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -42,6 +42,7 @@ __all__ = [
     "Panel",
     "Population",
     "checked",
+    "computes_elsewhere",
     "cyclic_triples",
     "fingerprint",
     "holds_model",
@@ -192,6 +193,17 @@ def is_shared(oracle: Oracle) -> bool:
     """
     members = [member for _, _, member in oracle.members] if isinstance(oracle, Panel) else [oracle]
     return all(map(holds_model, members))
+
+
+def computes_elsewhere(oracle: Oracle) -> bool:
+    """Returns whether the oracle may judge in a thread while the policy samples.
+
+    True for a judge behind a server and a model on another device than the policy's, also in a panel with the
+    population. Not for a user's function, which may not be made for threads.
+    """
+    members = [member for _, _, member in oracle.members] if isinstance(oracle, Panel) else [oracle]
+    elsewhere = [getattr(member, "computes_elsewhere", False) for member in members]
+    return any(elsewhere) and all(one or isinstance(member, Population) for one, member in zip(elsewhere, members))
 
 
 def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:

@@ -21,7 +21,7 @@ from ..conversations import Messages, in_words
 from ..errors import UserError
 from ..files import atomic_write_text, read_regular
 from ..run.tracking import say
-from ..servers import ChatClient, Endpoint, check_url, read_key, run_async
+from ..servers import Client, Endpoint, check_url, read_key, run_async
 from .interface import BatchOracle, Progress, PromptAndResponses
 from .judge_session import JudgeSession
 
@@ -60,6 +60,7 @@ class ChatJudge(BatchOracle):
     """
 
     keeps_files = True  # the answers and the judging prompt
+    computes_elsewhere = True
 
     def __init__(self, model: str | None, config: JudgeConfig, directory: Path | None) -> None:
         for option, value in (("--judge_url", config.judge_url), ("--judge_model", model)):
@@ -76,7 +77,7 @@ class ChatJudge(BatchOracle):
             timeout=config.judge_timeout,
             retries=config.judge_retries,
         )
-        self.client = ChatClient(endpoint, "judge", self._tell_of_no_logprobs)
+        self.client = Client(endpoint, "judge", self._tell_of_no_logprobs)
         self.prompt = PROMPT if config.judge_prompt is None else read_prompt(Path(config.judge_prompt))
         if config.judge_cache is None and directory is None:
             raise UserError("--oracle judge needs --judge_cache where there is no run directory")

@@ -32,6 +32,9 @@ class BatchOracle:
 
     holds_model = False  # whether it needs memory on the device; the policy is moved out of the way then
     keeps_files = False  # whether it writes into the run directory when it is asked
+    # whether it waits for a server or computes on another device than the policy's: it is asked in a thread then, while
+    # the policy samples
+    computes_elsewhere = False
 
     def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
         """Judges groups.

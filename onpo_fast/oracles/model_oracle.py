@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from ..config import ModelConfig, OracleConfig
 from ..errors import UserError
 from ..models.checkpoint import loading_errors, locate
-from ..models.device import device_of
+from ..models.device import device_of, same_device
 from ..models.execution import without_cudnn_attention
 from ..models.loading import check_shapes
 from ..models.precision import weights_in
@@ -41,13 +41,15 @@ class ModelOracle(BatchOracle):
     Args:
         source: a Hugging Face id or a directory.
         config: the options of oracles that are models.
-        policy: the options of the policy, whose device and dtype are used.
+        policy: the options of the policy, whose dtype is used, and whose device unless there is --oracle_device.
+
+    Attributes:
+        holds_model: whether it is on the policy's device. On another one it stays in memory between questions.
 
     Raises:
         UserError: if the model cannot be loaded, or its files show that it is of another kind.
     """
 
-    holds_model = True
     kind: str  # the name in --oracle
     auto_class: Any  # the class of transformers that loads the model
     configurations: Container[type]  # configuration classes of the models that ``auto_class`` loads
@@ -59,7 +61,9 @@ class ModelOracle(BatchOracle):
         self.source, self.config, self.policy = source, config, policy
         self.model: PreTrainedModel | None = None
         self.can_pad: bool | None = None  # whether padding leaves the answers unchanged; None if not yet tried
-        self.device = device_of(policy.device)
+        self.device = device_of(config.oracle_device or policy.device, "oracle_device")
+        self.holds_model = same_device(self.device, device_of(policy.device))
+        self.computes_elsewhere = not self.holds_model
         locate(source)  # raises for a directory without a model, and for what cannot be an id
         with loading_errors("the model", source):
             model_config = AutoConfig.from_pretrained(source, trust_remote_code=policy.trust_remote_code)
@@ -144,7 +148,7 @@ class ModelOracle(BatchOracle):
         """
 
     def release(self) -> None:
-        if self.model is not None:
+        if self.model is not None and self.holds_model:
             self.model = self.can_pad = None
             gc.collect()  # modules refer to each other, and the policy needs the memory now
 

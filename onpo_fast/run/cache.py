@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..distributed import World
-from ..errors import UserError
+from ..errors import UnusableResults, UserError
 from ..files import is_amount
 from . import signals
 from .journal import Journal, JournalElsewhere, not_made
 from .progress import Progress
-from .resumable import Item, ResumableStage
+from .resumable import Item, OnPart, ResumableStage
 from .tracking import Tracker, progress, say
 
 Result = TypeVar("Result")
 Keep = Callable[[dict], bool]  # whether a record of metrics.jsonl, left by an earlier attempt, still holds
 Counters = Callable[[], dict[str, int]]
+Check = Callable[[list], dict[str, float]]  # of all results of a stage; returns fields of a record of metrics.jsonl
 
 
 def was_stopped(record: dict) -> bool:
@@ -131,6 +132,8 @@ class StageCache:
         config_key: object = None,
         take_counters: Counters = dict,
         shared: bool = True,
+        check: Check | None = None,
+        on_part: OnPart = lambda first, results: None,
     ) -> list[Result]:
         """``cached`` for a long stage, which is computed in parts: a run that is killed loses one part at most.
 
@@ -142,6 +145,7 @@ class StageCache:
             metrics: given the results and their cost ("seconds" and the counters), the fields of a record.
             config_key: what results depend on beside the items and the run's own key.
             shared: whether each rank computes its share of a part, or rank 0 all of it.
+            check, on_part: as for ``in_parts``.
         """
         cost: dict[str, float] = {}
 
@@ -159,6 +163,8 @@ class StageCache:
                     config_key,
                     take_counters,
                     shared,
+                    check,
+                    on_part,
                 )
             cost.update(spent)
             return results
@@ -190,10 +196,20 @@ class StageCache:
         config_key: object = None,
         take_counters: Counters = dict,
         shared: bool = True,
+        check: Check | None = None,
+        on_part: OnPart = lambda first, results: None,
     ) -> tuple[list[Result], dict[str, float]]:
         """``ResumableStage.make`` over the ranks; if it fails, what the failed attempt has cost is logged first.
 
         A part has ``size`` items for each rank that computes a share of it.
+
+        Args:
+            check: called on rank 0 with all results, also if their parts existed already. What it returns is logged as
+                the stage "check".
+            on_part: called on each rank with the index of a part's first item and its results.
+
+        Raises:
+            UnusableResults: if the check raises it; the parts are discarded.
         """
         parts = self.resumable(name, config_key)
 
@@ -208,11 +224,21 @@ class StageCache:
 
         try:
             size *= self.world.size if shared else 1
-            return parts.make(items, size, compute_part, read, write, on_known, take_counters)
+            results, cost = parts.make(items, size, compute_part, read, write, on_known, take_counters, on_part)
         except Exception:
             if any((spent := take_counters()).values()):
                 self.log(stage, seconds=time.perf_counter() - parts.began, stopped=True, **spent)
             raise
+        if check is not None:
+            self.world.from_main(self._check, check, results, parts)
+        return results, cost
+
+    def _check(self, check: Check, results: list, parts: ResumableStage) -> None:
+        try:
+            self.log("check", **check(results))
+        except UnusableResults as error:
+            parts.clear()
+            raise UnusableResults(f"{error}. What was sampled is discarded: --resume samples it anew") from error
 
     def resumable(self, name: str, config_key: object = None) -> ResumableStage:
         """The parts of an output; ``config_key`` is what they depend on beside the run's own key."""

@@ -15,6 +15,7 @@ from ..files import is_amount
 from .journal import Journal, JournalElsewhere, not_made
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+OnPart = Callable[[int, list], None]
 
 RESERVED = {"time", "stage", "iteration", "part", "self"}  # fields of every record in metrics.jsonl
 
@@ -33,6 +34,8 @@ class ResumableStage:
 
     SAMPLING_BATCHES = 32  # batches in a part that is sampled
     GROUPS = 512  # groups in a part that is judged: a judge model may be loaded once for each part
+    PARTS_BESIDE = 8  # parts, at least, of what is judged while it is sampled
+    GROUPS_BESIDE = 10  # groups in such a part, at least, so that invalid answers are no share of a few
 
     def __init__(
         self,
@@ -56,9 +59,16 @@ class ResumableStage:
         return max(1, cls.SAMPLING_BATCHES * batch_size // responses)
 
     @classmethod
-    def judging_size(cls, groups: int) -> int:
-        """Groups in a part that is judged. Parts have one size, since invalid answers are counted in each."""
+    def judging_size(cls, groups: int, beside: bool = False) -> int:
+        """Groups in a part that is judged. Parts have one size, since invalid answers are counted in each.
+
+        Args:
+            groups: number of all groups.
+            beside: whether the oracle can judge while groups are sampled: in more parts, so that it begins early.
+        """
         count = max(1, -(-groups // cls.GROUPS))
+        if beside:
+            count = max(count, min(cls.PARTS_BESIDE, groups // cls.GROUPS_BESIDE))
         return max(1, -(-groups // count))
 
     def make(
@@ -70,6 +80,7 @@ class ResumableStage:
         write: Callable[[Path, Iterable[Result]], None],
         on_known: Callable[[int], None],
         take_counters: Callable[[], dict[str, int]] = dict,
+        on_part: OnPart = lambda first, results: None,
     ) -> tuple[list[Result], dict[str, float]]:
         """Returns all results in order, and their cost: "seconds" and the counters, summed over all processes.
 
@@ -81,6 +92,7 @@ class ResumableStage:
             write: given the file of a part and its results.
             on_known: told the number of items whose results existed already.
             take_counters: asked after each part what it cost, by name.
+            on_part: given the index of the first item of a part and its results, once they are on disk.
 
         Raises:
             UserError: from ``read``, or if the journal's note on a part is damaged; names the part.
@@ -88,21 +100,31 @@ class ResumableStage:
         results: list[Result] = []
         totals: Counter[str] = Counter()
         for first in range(0, len(items), size):
-            name = f"{self.name}/{first:08d}.jsonl"
             part = items[first : first + size]
-            spent = self.world.from_main(self._known, name, part)
+            spent = self.world.from_main(self.known, first, part)
             if spent is not None:
                 on_known(len(part))
             else:
                 self.began = time.perf_counter()
                 computed = compute(part, first)
-                spent = self.world.from_main(self._record, name, part, computed, write, take_counters)
-            results += read(self.journal.directory / name, part)
+                spent = self.world.from_main(self._record_computed, first, part, computed, write, take_counters)
+            found = list(read(self.journal.directory / self._name_of(first), part))
+            on_part(first, found)
+            results += found
             totals.update(spent)
         return results, dict(totals)
 
-    def _known(self, name: str, part: Sequence[Item]) -> dict[str, float] | None:
-        """What a part has cost, if its results exist; else None. Raises ``UserError`` if the note on it is damaged."""
+    def known(self, first: int, part: Sequence[Item]) -> dict[str, float] | None:
+        """What a part has cost, if its results exist; else None.
+
+        Args:
+            first: index of the first item of the part.
+            part: its items.
+
+        Raises:
+            UserError: if the journal's note on it is damaged.
+        """
+        name = self._name_of(first)
         note = self.journal.note(name)
         if note is None or note.get("from") != self._input_hash(part):
             return None
@@ -110,19 +132,35 @@ class ResumableStage:
             raise UserError(not_made(self.journal, name))
         return note["spent"]
 
-    def _record(
+    def record(
         self,
-        name: str,
+        first: int,
+        part: Sequence[Item],
+        results: Sequence[Result],
+        write: Callable[[Path, Iterable[Result]], None],
+        spent: Callable[[], dict[str, float]],
+    ) -> dict[str, float]:
+        """Writes and records the results of a part; returns their cost, which ``spent`` tells once they are written."""
+        name = self._name_of(first)
+        write(self.journal.directory / name, results)
+        cost = spent()
+        self.journal.record(name, {"from": self._input_hash(part), "spent": cost})
+        return cost
+
+    def _record_computed(
+        self,
+        first: int,
         part: Sequence[Item],
         results: list[Result],
         write: Callable[[Path, Iterable[Result]], None],
         take_counters: Callable[[], dict[str, int]],
     ) -> dict[str, float]:
-        """Writes and records the results of a part; returns their cost."""
-        write(self.journal.directory / name, results)
-        spent = {"seconds": time.perf_counter() - self.began, **take_counters()}
-        self.journal.record(name, {"from": self._input_hash(part), "spent": spent})
-        return spent
+        return self.record(
+            first, part, results, write, lambda: {"seconds": time.perf_counter() - self.began, **take_counters()}
+        )
+
+    def _name_of(self, first: int) -> str:
+        return f"{self.name}/{first:08d}.jsonl"
 
     def _input_hash(self, part: Sequence[Item]) -> str:
         return hashlib.sha256(repr((self.config_key, part)).encode()).hexdigest()

@@ -71,9 +71,14 @@ def say_once(topic: object, message: str) -> None:
         say(message)
 
 
+_bars: list[Progress] = []  # the one that is shown, if any: several bars are in one
+
+
 @contextmanager
 def progress(description: str, total: int, stoppable: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with the time left; yields a function that advances it by a number of steps.
+
+    Within another one, it is shown below that. The function may be called in another thread.
 
     Args:
         description: text before the bar.
@@ -88,7 +93,7 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    with nullcontext(_bars[0]) if _bars else _shown(Progress(*columns, console=console)) as bars:
         task = bars.add_task(description, total=total)
 
         def advance(done: int) -> None:
@@ -97,6 +102,16 @@ def progress(description: str, total: int, stoppable: bool = True) -> Iterator[C
                 signals.stop_if_asked()
 
         yield advance
+
+
+@contextmanager
+def _shown(bars: Progress) -> Iterator[Progress]:
+    with bars:
+        _bars.append(bars)
+        try:
+            yield bars
+        finally:
+            _bars.clear()
 
 
 def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item]:

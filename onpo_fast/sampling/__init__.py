@@ -7,21 +7,30 @@ rounding decides between two tokens, which has not been seen on a CPU in float32
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..config import SamplingConfig
+from ..distributed import World
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from ..run.tracking import say_once
 from .generate import TransformersSampler
-from .interface import Sampler, TruncationWarning, all_truncated
+from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .local import LocalSampler
 from .mixture import MixtureSampler
+from .server_sampler import open_server
+from .stage import StageSampler
+from .vllm import VllmSampler
 
 __all__ = [
     "LocalSampler",
     "MixtureSampler",
+    "OnGroup",
     "Sampler",
+    "StageSampler",
     "TransformersSampler",
     "TruncationWarning",
+    "VllmSampler",
     "all_truncated",
     "make_sampler",
     "open_sampler",
@@ -43,10 +52,25 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     return sampler
 
 
-def open_sampler(policies: ResidentPolicy, source: Source, config: SamplingConfig) -> Sampler:
+def open_sampler(
+    policies: ResidentPolicy,
+    source: Source,
+    config: SamplingConfig,
+    directory: Path | None = None,
+    world: World | None = None,
+) -> Sampler:
     """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
+
+    Args:
+        directory: of the run, where a program's log goes and responses that are not in a part yet; None: nothing is
+            kept.
+        world: the ranks of the run, which all call this.
 
     Raises:
         UserError: if the program is not there, or does not sample from the policy.
     """
+    if config.sampler == "vllm":
+        return VllmSampler(policies, source, config, directory)
+    if config.sampler == "server":
+        return open_server(policies, source, config, directory, world or World())
     return make_sampler(policies(source), config)

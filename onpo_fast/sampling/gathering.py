@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..data import Group, Messages, Response
-from ..models.policy import Policy
 from ..run.progress import Progress
+from .interface import OnGroup
 
 
 class Gathering:
@@ -27,8 +27,8 @@ class Gathering:
         rendered: Sequence[list[int]],
         responses_per_prompt: int,
         progress: Progress,
-        first: int = 0,
-        on_group: Callable[[int, Group], None] | None = None,
+        first: int,
+        on_group: OnGroup,
     ) -> None:
         self.prompts, self.rendered, self.count = prompts, rendered, responses_per_prompt
         self.progress, self.first, self.on_group = progress, first, on_group
@@ -45,7 +45,7 @@ class Gathering:
         self.progress(1)
         prompt = place[0]
         self.missing[prompt] -= 1
-        if self.missing[prompt] == 0 and self.on_group is not None:
+        if self.missing[prompt] == 0:
             self.on_group(self.first + prompt, self._group(prompt))
 
     def groups(self) -> list[Group]:
@@ -54,9 +54,3 @@ class Gathering:
 
     def _group(self, p: int) -> Group:
         return Group(self.prompts[p], self.rendered[p], [self.responses[p, k] for k in range(self.count)])
-
-
-def as_response(policy: Policy, tokens: list[int], logp: float) -> Response:
-    """Returns tokens, of which the last may end the response, as a response with its summed log-prob, nats."""
-    text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
-    return Response(text, tokens, "eos" if tokens[-1] in policy.eos_tokens else "length", logp)

@@ -23,8 +23,10 @@ from ..out_of_memory import in_halves
 from ..run.progress import Progress
 from ..run.tracking import say_once
 from .draw import TokenDraw, stream_keys
-from .gathering import Gathering, as_response
+from .gathering import Gathering
+from .interface import OnGroup
 from .probe import difference
+from .returned import make_response
 
 Job = TypeVar("Job")
 
@@ -50,7 +52,7 @@ class TransformersSampler:
         seed: Sequence[int],
         progress: Progress = lambda n: None,
         first: int = 0,
-        on_group: Callable[[int, Group], None] | None = None,
+        on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
         """Samples responses and returns the groups in the order of the prompts; see ``Sampler``.
 
@@ -157,4 +159,4 @@ class TransformersSampler:
         """Returns a row of a batch, which may go on after the response's end, as a response."""
         eos = self.policy.eos_tokens
         kept = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
-        return as_response(self.policy, tokens[:kept], float(logps[:kept].sum()))
+        return make_response(tokens[:kept], float(logps[:kept].sum()), self.policy.tokenizer, eos)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..data import Group, Messages
 from ..models.policy import Policy
 from ..run.progress import Progress
 from ..run.tracking import say
+
+OnGroup = Callable[[int, Group], None]  # called with the index of a prompt and the group of its K responses
 
 
 class Sampler(Protocol):
@@ -21,6 +23,7 @@ class Sampler(Protocol):
         seed: Sequence[int],
         progress: Progress,
         first: int = 0,
+        on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
         """Samples responses and returns the groups in the order of the prompts.
 
@@ -31,6 +34,8 @@ class Sampler(Protocol):
             progress: called with the number of responses that were finished.
             first: the index of the first prompt among all prompts of the seed, so that a part of them gets the same
                 responses.
+            on_group: called in this thread with each group as soon as its K responses are there, in any order, and its
+                index among all prompts of the seed.
 
         Raises:
             UserError: if a prompt and a response exceed the model's context.

@@ -24,9 +24,11 @@ from ..models.scoring import backbone
 from ..out_of_memory import with_fewer
 from ..run.progress import Progress
 from .draw import Draw, stream_keys
-from .gathering import Gathering, as_response
+from .gathering import Gathering
+from .interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
+from .returned import make_response
 from .slots import SlotCache
 
 PROMPT_TOKENS = 512  # tokens of prompts, with padding, in one forward pass; a longer prompt goes alone
@@ -76,7 +78,7 @@ class LocalSampler:
         seed: Sequence[int],
         progress: Progress = lambda n: None,
         first: int = 0,
-        on_group: Callable[[int, Group], None] | None = None,
+        on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
         """Samples responses and returns the groups in the order of the prompts; see ``Sampler``.
 
@@ -228,7 +230,8 @@ class DecodeLoop:
                 if last is not row:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
-                finish(row.request.place, as_response(self.policy, row.tokens, sum(row.logps)))
+                response = make_response(row.tokens, math.fsum(row.logps), self.policy.tokenizer, eos)
+                finish(row.request.place, response)
 
 
 def _together(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

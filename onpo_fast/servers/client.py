@@ -1,4 +1,4 @@
-"""Requests to a chat endpoint.
+"""Requests to an OpenAI-compatible server.
 
 Retries are tenacity's. Those of the openai client are turned off: they do not count requests, do not limit the time of
 a reply that arrives slowly, do not cover replies that are not chat completions, and keep waiting after another request
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from ..errors import UserError
 from .endpoint import Endpoint, authorization_headers, proxies_in_environment
@@ -24,14 +24,16 @@ from .failures import (
     request_without,
 )
 from .logprobs import LogprobsRefusal, logprobs_refusal, without_logprobs
-from .replies import Reply, bound_reply, read_reply
+from .replies import Reply, bound_replies, read_reply
 from .retries import wait_before_retry
 from .workers import Workers
 
 COUNTERS = ("requests", "failures", "prompt_tokens", "completion_tokens")
 
+Value = TypeVar("Value")
 
-class ChatClient:
+
+class Client:
     """A client of one server. It counts the requests of all its connections, and remembers that log-probs are refused.
 
     Args:
@@ -84,7 +86,8 @@ class ChatClient:
         """
         key = self.endpoint.key or "none"  # the openai client requires one
         try:
-            http = self.openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [bound_reply]})
+            hooks = {"response": [bound_replies(self.endpoint.most_bytes)]}
+            http = self.openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks=hooks)
         except Exception as error:  # httpx raises several types for a proxy that it cannot use
             if not (names := proxies_in_environment()):
                 raise
@@ -102,20 +105,32 @@ class ChatClient:
 
 
 class Connection:
-    """An open connection pool of a ``ChatClient``."""
+    """An open connection pool of a ``Client``."""
 
-    def __init__(self, client: ChatClient, http_client: Any, workers: Workers) -> None:
+    def __init__(self, client: Client, http_client: Any, workers: Workers) -> None:
         self.client, self.endpoint, self.workers = client, client.endpoint, workers
         self._http_client = http_client
 
     async def ask_with_retries(self, body: dict[str, Any]) -> tuple[Reply, bool]:
-        """Tries a request until there is a reply.
+        """Tries a request for a chat completion until there is a reply.
 
         Args:
             body: the JSON of the request.
 
         Returns:
             The reply, and whether it is to ``body`` as it is; False if log-probs had to be left out.
+
+        Raises:
+            ServerError, Halted: as ``with_retries``.
+        """
+        return await self.with_retries(lambda: self.send(body), body)
+
+    async def with_retries(self, send: Callable[[], Awaitable[Value]], body: dict[str, Any]) -> Value:
+        """Calls a function that sends a request until it returns, waiting longer after every failure.
+
+        Args:
+            send: sends the request once, by ``request``.
+            body: the JSON of the request, whose fields a refusal may name.
 
         Raises:
             RequestRefused: if the server refuses the request.
@@ -135,7 +150,7 @@ class Connection:
                 reraise=True,
             ):
                 with attempt:
-                    return await self.send(body)
+                    return await send()
         except Exception as error:
             if not is_server_failure(error, openai):
                 raise
@@ -146,7 +161,7 @@ class Connection:
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def send(self, body: dict[str, Any]) -> tuple[Reply, bool]:
-        """Tries a request once, and without log-probs if the server refuses them.
+        """Tries a request for a chat completion once, and without log-probs if the server refuses them.
 
         If the failure may have another cause, log-probs count as refused only if they fail once more after a request
         without them has succeeded: the server may just have recovered.
@@ -185,24 +200,33 @@ class Connection:
         return reply, False
 
     async def _post(self, body: dict[str, Any]) -> Reply:
-        """Sends one request. It ends after the time-out: the openai client's own restarts with every byte."""
-        counters = self.client.counters
-        rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        counters["requests"] += 1
-        try:
-            raw = await asyncio.wait_for(
-                self._http_client.chat.completions.with_raw_response.create(
-                    model=body["model"], messages=body["messages"], extra_body=rest
-                ),
-                self.endpoint.timeout,
-            )
-            reply = read_reply(raw.text)
-        except Exception:
-            counters["failures"] += 1
-            raise
-        counters["prompt_tokens"] += reply.prompt_tokens
-        counters["completion_tokens"] += reply.completion_tokens
+        """Sends one request for a chat completion."""
+        reply = await self.request("POST", "/chat/completions", body, read_reply)
+        self.client.counters["prompt_tokens"] += reply.prompt_tokens
+        self.client.counters["completion_tokens"] += reply.completion_tokens
         return reply
+
+    async def request(
+        self, method: Literal["GET", "POST"], path: str, body: dict[str, Any], read: Callable[[str], Value]
+    ) -> Value:
+        """Sends one request. It ends after the time-out: the openai client's own restarts with every byte.
+
+        Args:
+            path: below the server's base URL, or a whole URL of the same server.
+            body: the JSON of the request; not sent with GET.
+            read: reads the text of the reply; raises ``MalformedReply`` if it is not what was asked for.
+
+        Raises:
+            Exception: ``is_server_failure`` tells failures of the server from others.
+        """
+        http = self._http_client
+        self.client.counters["requests"] += 1
+        try:
+            sent = http.get(path, cast_to=str) if method == "GET" else http.post(path, body=body, cast_to=str)
+            return read(await asyncio.wait_for(sent, self.endpoint.timeout))
+        except Exception:
+            self.client.counters["failures"] += 1
+            raise
 
 
 def _refusal(error: Any, body: dict[str, Any]) -> LogprobsRefusal:

@@ -32,6 +32,10 @@ class Endpoint:
     """Seconds that one request may take, from the connection to the last byte of the reply."""
     retries: int = 15
     """Further tries of a request that failed."""
+    most_bytes: int = 2**22
+    """Largest reply that is read, after decompression."""
+    fields_are_optional: bool = True
+    """Whether an option leaves fields out of requests, such as --judge_request. Messages name it."""
 
     def __str__(self) -> str:
         return f"the {self.role} at {self.url}"

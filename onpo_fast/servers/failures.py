@@ -28,7 +28,7 @@ class ServerUnavailable(ServerError):
 
 
 class MalformedReply(Exception):
-    """A reply that is not a chat completion."""
+    """A reply that is not what was asked for."""
 
 
 def is_server_failure(error: BaseException, openai: Any) -> bool:
@@ -87,7 +87,8 @@ def describe_redirect(response: Any) -> str:
 
 def named_fields(text: str, body: dict[str, Any]) -> list[str]:
     """Returns the fields of a request that a refusal names, without those that every request has."""
-    return [name for name in body if name not in ("model", "messages") and re.search(rf"\b{re.escape(name)}\b", text)]
+    everywhere = ("model", "messages", "prompt")
+    return [name for name in body if name not in everywhere and re.search(rf"\b{re.escape(name)}\b", text)]
 
 
 def request_without(names: list[str], endpoint: Endpoint) -> str:
@@ -96,8 +97,8 @@ def request_without(names: list[str], endpoint: Endpoint) -> str:
 
 
 def _hint_on_fields(text: str, body: dict[str, Any], endpoint: Endpoint) -> str:
-    """Returns a hint on how to leave out the fields of a request that a refusal names; "" if it names none."""
-    names = named_fields(text, body)
+    """Returns a hint on how to leave out the fields of a request that a refusal names; "" if none is or none can be."""
+    names = named_fields(text, body) if endpoint.fields_are_optional else []
     if any("logprobs" in name for name in names):
         names = ["logprobs", "top_logprobs"]
     return f" (leave the field out with {request_without(names, endpoint)})" if names else ""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .failures import MalformedReply
-
-MAX_REPLY_BYTES = 2**22  # after decompression
 
 
 @dataclass(frozen=True)
@@ -59,23 +57,27 @@ def read_reply(raw: str) -> Reply:
     return Reply(text, choice, *(int(n) if isinstance(n, int) and 0 <= n < 2**31 else 0 for n in counts))
 
 
-async def bound_reply(response: Any) -> None:
-    """Limits the size of a reply to ``MAX_REPLY_BYTES`` and reads it as UTF-8 whatever charset it claims.
+def bound_replies(most_bytes: int) -> Callable[[Any], Awaitable[None]]:
+    """Returns a hook for the HTTP client, called before the body of a reply is read.
 
-    A hook for the HTTP client, called before the body is read. JSON has no other encoding.
+    It limits the size of a reply, and reads it as UTF-8 whatever charset it claims: JSON has no other encoding.
     """
-    response.encoding = "utf-8-sig"
-    read_chunks = response.aiter_bytes
 
-    async def bounded(*arguments: Any) -> AsyncIterator[bytes]:
-        size = 0
-        async for chunk in read_chunks(*arguments):
-            size += len(chunk)
-            if size > MAX_REPLY_BYTES:
-                raise MalformedReply(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB")
-            yield chunk
+    async def bound_reply(response: Any) -> None:
+        response.encoding = "utf-8-sig"
+        read_chunks = response.aiter_bytes
 
-    response.aiter_bytes = bounded
+        async def bounded(*arguments: Any) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in read_chunks(*arguments):
+                size += len(chunk)
+                if size > most_bytes:
+                    raise MalformedReply(f"a reply of more than {most_bytes >> 20} MiB")
+                yield chunk
+
+        response.aiter_bytes = bounded
+
+    return bound_reply
 
 
 def _message_text(content: object) -> str:

@@ -42,21 +42,24 @@ class Workers:
         self._halt.set()
 
     async def run(
-        self, items: Iterator[Item], work: Callable[[Item], Awaitable[None]], background: Coroutine[Any, Any, None]
+        self,
+        items: Iterator[Item],
+        work: Callable[[Item], Awaitable[None]],
+        background: Coroutine[Any, Any, None] | None = None,
     ) -> None:
         """Works on all items.
 
         Args:
             items: the iterator; it may raise.
             work: what is done for one item.
-            background: a coroutine that runs beside the workers and is cancelled when they are done.
+            background: a coroutine that runs beside the workers and is cancelled when they are done; default none.
 
         Raises:
             Exception: the first of ``items`` or ``work``, or that ``stop`` was called with.
             signals.Stopped: after a signal.
         """
         tasks = {asyncio.create_task(self._work_through(items, work)) for _ in range(self.count)}
-        beside = asyncio.create_task(background)
+        beside = [] if background is None else [asyncio.create_task(background)]
         deadline = math.inf
         try:
             while tasks:
@@ -67,9 +70,9 @@ class Workers:
                 if now > deadline:
                     break
         finally:
-            for task in (beside, *tasks):
+            for task in (*beside, *tasks):
                 task.cancel()
-            await asyncio.gather(beside, *tasks, return_exceptions=True)
+            await asyncio.gather(*beside, *tasks, return_exceptions=True)
         if self.error is not None:
             raise self.error
 

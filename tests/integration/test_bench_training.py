@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from bench import fits, trainers, training
+from bench import fits, jobs, trainers, training
 from bench.fits import WORKLOADS, Marks, large, materialised_pair_loss
 from bench.problems import ONPO, Problem, Shape
+from bench.runner import ROOT
 from onpo_fast import fused_linear_pair_loss
 from onpo_fast.data import Group
 
@@ -252,7 +253,7 @@ def test_rates_are_written_as_they_come(bench, tmp_path, monkeypatch) -> None:
 
 
 def test_a_process_is_looked_at_while_it_runs_and_stopped_in_time(bench, monkeypatch) -> None:
-    monkeypatch.setattr(training, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)
     tried, looks = bench(budget=1.0), []
     row, _ = tried.process(["http.server", "0", "--bind", "127.0.0.1"], meanwhile=lambda: looks.append(1))
     assert (row["status"], row["reason"]) == ("stopped", "no time left after 1 s")
@@ -261,5 +262,5 @@ def test_a_process_is_looked_at_while_it_runs_and_stopped_in_time(bench, monkeyp
 
 def test_fits_are_processes() -> None:
     command = [sys.executable, "-m", "bench.fits", json.dumps({"loss": "torch", **SIZE})]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=training.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "measured"

@@ -501,6 +501,12 @@ ASKED = [  # options; what the refusal says of one, and what it says to add
     ),
     ({"judge_request": {"a": 1}}, 'judge_request asks to send {"a": 1} with', """--judge_request '{"a": 1}'"""),
     ({"judge_key_variable": "SOME_SECRET"}, "judge_key_variable asks for a key from", "--judge_key_variable NAME"),
+    ({"sampler_key_variable": "SOME_SECRET"}, "sampler_key_variable asks for a key", "--sampler_key_variable NAME"),
+    (
+        {"sampler": "server", "sampler_reload": "./evil", "sampler_url": "http://x/v1"},
+        "sampler_url asks to send prompts to http://x/v1; run",
+        "--sampler_url http://x/v1 --sampler_reload ./evil",
+    ),
     ({"judge_prompt": "secret.txt"}, "judge_prompt asks to read secret.txt", "--judge_prompt secret.txt"),
     ({"judge_cache": "/x/y"}, "judge_cache asks to write /x/y", "--judge_cache /x/y"),
 ]
@@ -558,8 +564,9 @@ def test_what_is_given_or_allowed_is_obeyed(here: Path, options: dict, message: 
     (here / "mine.yaml").write_text(mine)
     line = ["--resume", "--out", "run"]
     for added in (remedies, ["--trust_run"], ["--config", "mine.yaml"]):
-        if added[0] == "--config" and "judge_key_variable" in options:
-            with pytest.raises(UserError, match=r"^mine.yaml, line 1: judge_key_variable must end in _API_KEY or _TOK"):
+        name = next(iter(options))
+        if added[0] == "--config" and name.endswith("_key_variable"):
+            with pytest.raises(UserError, match=rf"^mine.yaml, line 1: {name} must end in _API_KEY or _TOK"):
                 parse_run([*line, *added])
             continue
         config, _ = parse_run([*line, *added])

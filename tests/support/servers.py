@@ -29,11 +29,13 @@ class Server:
     """Answers each chat request with what ``reply(body)`` returns.
 
     That is a text; a dict, sent as the JSON of the whole reply; bytes, sent as they are; an ``Error``; or a function of
-    the handler, which does what it likes.
+    the handler, which does what it likes. ``routes`` answers requests whose path ends with a name.
     """
 
-    def __init__(self, reply: Callable[[dict], object]) -> None:
-        self.reply = reply
+    def __init__(
+        self, reply: Callable[[dict], object], routes: dict[str, Callable[[dict], object]] | None = None
+    ) -> None:
+        self.reply, self.routes = reply, routes or {}
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.busy = self.busiest = 0
@@ -51,7 +53,9 @@ class Server:
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
         try:
-            answer = self.reply(body)
+            path = handler.path.partition("?")[0]
+            route = next((reply for name, reply in self.routes.items() if path.endswith(name)), self.reply)
+            answer = route(body)
         finally:
             with self.lock:
                 self.busy -= 1
@@ -115,14 +119,16 @@ def _send(handler: BaseHTTPRequestHandler, status: int, content: bytes, headers:
 
 
 @contextmanager
-def serving(reply: Callable[[dict], object]) -> Iterator[Server]:
-    server = Server(reply)
+def serving(
+    reply: Callable[[dict], object], routes: dict[str, Callable[[dict], object]] | None = None, port: int = 0
+) -> Iterator[Server]:
+    server = Server(reply, routes)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             server.handle(self)
 
-        def do_GET(self) -> None:  # no judge sends one, unless it follows a redirect
+        def do_GET(self) -> None:  # for /models; no judge sends one, unless it follows a redirect
             self.headers["content-length"] = "2"
             self.rfile = io.BytesIO(b"{}")
             server.handle(self)
@@ -136,7 +142,7 @@ def serving(reply: Callable[[dict], object]) -> Iterator[Server]:
         def handle_error(self, request: object, address: object) -> None:
             pass  # clients that hang up are part of the test
 
-    http = Quiet(("127.0.0.1", 0), Handler)
+    http = Quiet(("127.0.0.1", port), Handler)
     server.port = http.server_port
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import pytest
 
 from onpo_fast.errors import UserError
-from onpo_fast.servers import ChatClient, Endpoint, Halted, Workers, check_url, logprobs, read_key, retries, run_async
+from onpo_fast.servers import Client, Endpoint, Halted, Workers, check_url, logprobs, read_key, retries, run_async
 from onpo_fast.servers.failures import MalformedReply
 from onpo_fast.servers.replies import read_reply
 
@@ -48,7 +48,7 @@ def test_options_are_named_by_the_servers_role(monkeypatch) -> None:
         read_key("no name", "sampler")
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"--sampler_url .*openai.*onpo_fast\[judge\]"):
-        ChatClient(ENDPOINT, "judge")
+        Client(ENDPOINT, "judge")
 
 
 def test_the_key_is_redacted() -> None:
