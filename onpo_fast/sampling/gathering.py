@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data import Group, Messages, Response
 from ..run.progress import Progress
 from .interface import OnGroup
@@ -27,8 +29,8 @@ class Gathering:
         rendered: Sequence[list[int]],
         responses_per_prompt: int,
         progress: Progress,
-        first: int,
-        on_group: OnGroup,
+        first: int = 0,
+        on_group: OnGroup = lambda index, group: None,
     ) -> None:
         self.prompts, self.rendered, self.count = prompts, rendered, responses_per_prompt
         self.progress, self.first, self.on_group = progress, first, on_group
@@ -54,3 +56,15 @@ class Gathering:
 
     def _group(self, p: int) -> Group:
         return Group(self.prompts[p], self.rendered[p], [self.responses[p, k] for k in range(self.count)])
+
+
+def make_response(
+    tokens: list[int], logp: float, tokenizer: PreTrainedTokenizerBase, eos_tokens: Sequence[int]
+) -> Response:
+    """Returns a response of these tokens, the end-of-sequence token included.
+
+    Args:
+        logp: summed log-prob, nats.
+    """
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Response(text, tokens, "eos" if tokens[-1] in eos_tokens else "length", logp)

@@ -23,10 +23,9 @@ from ..out_of_memory import in_halves
 from ..run.progress import Progress
 from ..run.tracking import say_once
 from .draw import TokenDraw, stream_keys
-from .gathering import Gathering
+from .gathering import Gathering, make_response
 from .interface import OnGroup
 from .probe import difference
-from .returned import make_response
 
 Job = TypeVar("Job")
 

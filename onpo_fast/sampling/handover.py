@@ -26,7 +26,7 @@ from transformers.generation import TopPLogitsWarper
 from ..config import SamplingConfig
 from ..data import Group, Response
 from ..errors import UnusableResults
-from ..kernels.head import Head
+from ..loss import Head
 from ..models.checks import computing
 from ..models.heads import head_arguments
 from ..models.policy import OUTLIERS, Policy, disagreement

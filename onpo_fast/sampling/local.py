@@ -24,11 +24,10 @@ from ..models.scoring import backbone
 from ..out_of_memory import with_fewer
 from ..run.progress import Progress
 from .draw import Draw, stream_keys
-from .gathering import Gathering
+from .gathering import Gathering, make_response
 from .interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
-from .returned import make_response
 from .slots import SlotCache
 
 PROMPT_TOKENS = 512  # tokens of prompts, with padding, in one forward pass; a longer prompt goes alone
@@ -230,8 +229,7 @@ class DecodeLoop:
                 if last is not row:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
-                response = make_response(row.tokens, math.fsum(row.logps), self.policy.tokenizer, eos)
-                finish(row.request.place, response)
+                finish(row.request.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
 
 
 def _together(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SamplingConfig
 from ..data import Response
 from .draw import stream_keys
+from .gathering import make_response
 
 
 def request_seeds(streams: Sequence[Sequence[int]]) -> list[int]:
@@ -71,15 +72,3 @@ class ResponseReader:
         if not ended and len(tokens) < most:
             raise ValueError(f"it was cut off at {len(tokens)} tokens, before the maximum of {most}")
         return make_response(tokens, math.fsum(logps), self.tokenizer, self.eos_tokens)
-
-
-def make_response(
-    tokens: list[int], logp: float, tokenizer: PreTrainedTokenizerBase, eos_tokens: Sequence[int]
-) -> Response:
-    """Returns a response of these tokens, the end-of-sequence token included.
-
-    Args:
-        logp: summed log-prob, nats.
-    """
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Response(text, tokens, "eos" if tokens[-1] in eos_tokens else "length", logp)

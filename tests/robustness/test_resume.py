@@ -112,7 +112,7 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
     monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 1)  # of three responses: a prompt's
     monkeypatch.setattr(ResumableStage, "GROUPS", 1)
     done: list[int] = []
-    make, judge = language_game.make_sampler, oracles.judge
+    make, judge = sampling.make_sampler, oracles.judge
     fails_at = 2
 
     def sampler(policy, config):
@@ -124,7 +124,7 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
                 raise Killed
             done.append(first)
 
-    monkeypatch.setattr(language_game, "make_sampler", sampler)
+    monkeypatch.setattr(sampling, "make_sampler", sampler)
     monkeypatch.setattr(oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1])
     config = replace(whole.config, out=str(tmp_path / "run"), iterations=1)
     with pytest.raises(Killed):

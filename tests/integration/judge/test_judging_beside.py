@@ -15,7 +15,7 @@ from onpo_fast import oracles, train
 from onpo_fast.config import Config
 from onpo_fast.language_game import LanguageGame
 from onpo_fast.run.resumable import ResumableStage
-from onpo_fast.sampling import TransformersSampler
+from onpo_fast.sampling import LocalSampler, TransformersSampler
 from onpo_fast.servers import RequestRefused
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -51,7 +51,7 @@ class Events:
 
 @pytest.fixture
 def events(monkeypatch) -> Events:
-    """Slows sampling down, makes parts small, and notes what happens."""
+    """Slows sampling down, in batches, makes parts small, and notes what happens."""
     events = Events()
     generate, begin = TransformersSampler._generate, LanguageGame.begin_iteration
 
@@ -67,6 +67,7 @@ def events(monkeypatch) -> Events:
 
     monkeypatch.setattr(TransformersSampler, "_generate", generated)
     monkeypatch.setattr(TransformersSampler, "check", lambda self: None)
+    monkeypatch.setattr(LocalSampler, "why_not", lambda self: "this test notes batches")
     monkeypatch.setattr(LanguageGame, "begin_iteration", begun)
     monkeypatch.setattr(ResumableStage, "GROUPS_BESIDE", 2)
     return events
