@@ -384,11 +384,13 @@ def test_a_model_on_another_device_stays_there_and_judges_while_the_policy_sampl
     model_directory, monkeypatch
 ) -> None:
     here = make(PairModel, model_directory, oracle_device="cpu")
-    assert oracles.holds_model(here) and not oracles.computes_elsewhere(here)
+    assert oracles.holds_model(here)
+    assert not oracles.computes_elsewhere(here)
     monkeypatch.setattr("onpo_fast.oracles.model_oracle.same_device", lambda one, other: False)  # there is only one
     there = make(PairModel, model_directory, oracle_device="cpu")
     assert oracles.computes_elsewhere(there)
-    assert not oracles.holds_model(there) and not oracles.is_shared(there)
+    assert not oracles.holds_model(there)
+    assert not oracles.is_shared(there)
     for oracle, stays in ((here, False), (there, True)):
         oracle.model = object()
         oracle.release()
