@@ -183,9 +183,13 @@ class Policy:
         Args:
             cached: whether weights in half precision are kept until its end: for several forward passes.
         """
-        enabled = self.compute_dtype != self.weights_dtype
-        dtype = self.compute_dtype if enabled else None
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=cached)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cached)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that autocast converts operands of products to; None where it is off."""
+        return None if self.compute_dtype == self.weights_dtype else self.compute_dtype
 
     def frozen(self) -> Policy:
         """Turns gradients off, as a live anchor needs, and returns the same policy."""

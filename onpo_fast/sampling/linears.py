@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def fast_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def fast_linears(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """Changes how the linear layers of a model compute within the block; their weights stay as they are.
 
-    In float32 on a CPU they use oneDNN, where PyTorch would use MKL: with 32 rows it is about twice as fast on AMD's
-    processors. Where ``dtype`` is another than that of the weights, which autocast would convert at every step or keep
-    converted, they are converted once, and the copies are freed at the end.
+    Under autocast, which would convert weights at every step or keep them converted, they are converted once, and the
+    copies are freed at the end. Without it, layers in float32 on a CPU use oneDNN, where PyTorch would use MKL: with 32
+    rows it is about twice as fast on AMD's processors.
 
     Args:
-        dtype: of the products.
+        autocast_dtype: the dtype that autocast converts to within the block; None where it is off.
     """
     changed: list[nn.Module] = []
     try:
         for module in model.modules():
             if type(module) is nn.Linear and "forward" not in vars(module):
-                forward = _forward(module, dtype)
+                forward = _forward(module, autocast_dtype)
                 if forward is not None:
                     module.forward = forward
                     changed.append(module)
@@ -36,14 +36,15 @@ def fast_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             del module.forward
 
 
-def _forward(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+def _forward(linear: nn.Linear, autocast_dtype: torch.dtype | None) -> Callable[[Tensor], Tensor] | None:
     """Returns a faster forward of a linear layer; None where its own is as good, or its weight is of a kind apart."""
     weight, bias = linear.weight, linear.bias
-    if type(weight.data) is not Tensor or not weight.is_floating_point():
+    if type(weight.data) is not Tensor or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    if weight.dtype != dtype:
-        return partial(F.linear, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
-    if dtype == torch.float32 and weight.device.type == "cpu" and _has_onednn():
+    if autocast_dtype is not None:
+        converted = None if bias is None else bias.to(autocast_dtype)
+        return partial(F.linear, weight=weight.to(autocast_dtype), bias=converted)
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and _has_onednn():
         return partial(_onednn, weight.detach(), bias)
     return None
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from ..config import SamplingConfig
 from ..data import Group, Messages, Response
+from ..errors import UserError
 from ..models.attention import cached_attention_arguments, limits_unknown_here, window_of
 from ..models.checks import computing
 from ..models.layouts import PROBE_WINDOW, narrow_window
@@ -98,11 +99,11 @@ class LocalSampler:
 
             def sample(slots: int, alike: list[Request] = alike) -> None:
                 missing = [one for one in alike if one.place not in gathering.responses]
-                with computing(f"a model of the family {self.policy.family}"):
-                    self._decode(missing, slots, max_new_tokens, gathering.add)
+                self._decode(missing, slots, max_new_tokens, gathering.add)
 
-            slots = min(self.config.sampling_batch_size, len(alike))
-            with_fewer(sample, slots, "responses are sampled", "--sampling_batch_size")
+            if alike:
+                slots = min(self.config.sampling_batch_size, len(alike))
+                with_fewer(sample, slots, "responses are sampled", "--sampling_batch_size")
         return gathering.groups()
 
     def close(self) -> None:
@@ -118,9 +119,8 @@ class LocalSampler:
             if window_of(model.config):  # most windows are longer than the probe
                 with narrow_window(model.config.get_text_config(), PROBE_WINDOW):
                     found = max(found, self._difference())
-        except Exception as error:  # families without such a cache fail in their own ways
-            reason = str(error).partition("\n")[0]
-            return f"{family} does not compute with its cache ({type(error).__name__}: {reason})"
+        except UserError as error:  # families without such a cache fail in their own ways
+            return str(error)
         if found > LOGP_TOLERANCE[torch.float32]:
             return f"{family} gives log-probs there that are up to {found:.2g} nats a token off"
         return None
@@ -141,7 +141,7 @@ class LocalSampler:
         policy = self.policy
         policy.model.eval()
         draw = Draw(policy.device, self.config.temperature, self.config.top_p)
-        with policy.autocast(), policy.generating(masked=True), fast_linears(policy.model, policy.compute_dtype):
+        with policy.autocast(), policy.generating(masked=True), fast_linears(policy.model, policy.autocast_dtype):
             DecodeLoop(policy, draw, requests, slots, max_new_tokens).run(finish)
 
 
@@ -161,9 +161,10 @@ class DecodeLoop:
     def run(self, finish: Finish) -> None:
         """Samples all responses."""
         while self.waiting or self.rows:
-            if self.waiting and (not self.rows or self.slots - len(self.rows) >= max(1, self.slots // REFILL)):
-                self._enter()
-            self._step()
+            with computing(f"a model of the family {self.policy.family}"):
+                if self.waiting and (not self.rows or self.slots - len(self.rows) >= max(1, self.slots // REFILL)):
+                    self._enter()
+                self._step()
             self._leave(finish)
 
     def _enter(self) -> None:

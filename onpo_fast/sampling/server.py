@@ -135,9 +135,10 @@ _servers: weakref.WeakKeyDictionary[ResidentPolicy, SamplingServer] = weakref.We
 
 def server_of(policies: ResidentPolicy, config: SamplingConfig) -> SamplingServer:
     """Returns the server of a run, the same for all its stages: it knows which policy the server has."""
-    if policies not in _servers:
-        _servers[policies] = SamplingServer(config)
-    return _servers[policies]
+    known = _servers.get(policies)
+    if known is None or known.config != config:
+        known = _servers[policies] = SamplingServer(config)
+    return known
 
 
 async def _list_models(connection: Connection) -> list[dict[str, Any]]:

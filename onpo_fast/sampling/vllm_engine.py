@@ -20,12 +20,15 @@ it or was killed, this process ends with its process group, whatever it is doing
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +45,9 @@ class Parent:
 
     def __init__(self, descriptor: int) -> None:
         self.socket = socket.socket(fileno=descriptor)
+        self.folder = tempfile.mkdtemp(prefix="onpo_vllm_")
+        os.environ["TMPDIR"] = tempfile.tempdir = self.folder  # vLLM leaves files there when it is killed
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -51,6 +57,7 @@ class Parent:
                 for line in lines:
                     self.received.put(json.loads(line))
         finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
             os.killpg(os.getpgrp(), signal.SIGKILL)  # this process too, and workers of vLLM
 
     def send(self, **message: Any) -> None:

@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -31,6 +30,7 @@ SCRIPT = Path(__file__).with_name("vllm_engine.py")
 START_SECONDS = 1800  # for vLLM to load a model, compile it and measure its memory
 SILENCE_SECONDS = 900  # between two messages of a running engine, which sends one every few seconds
 POLL_SECONDS = 0.2  # between two looks whether the run is asked to stop or the process has ended
+GRACE_SECONDS = 2  # for the process to notice that the socket is closed
 END_SECONDS = 10  # for the process to be gone, once it is killed
 LOG_BYTES = 4 * MIB  # that are kept of what vLLM prints
 MESSAGE_BYTES = 64 * MIB  # of a line: a response of a million tokens has fewer
@@ -39,6 +39,7 @@ SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)  # in na
 OURS = re.compile(
     "PYTHONPATH|PYTHONHOME|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
+MEMORY = re.compile("memory|OutOfMemory|KV cache", re.IGNORECASE)  # in an error for lack of it
 
 
 class VllmProcess:
@@ -53,7 +54,6 @@ class VllmProcess:
     def __init__(self, python: str, device: torch.device, log: Path | None) -> None:
         self.python, self.log = python, log
         self.socket, theirs = socket.socketpair()
-        self.temporary = tempfile.TemporaryDirectory(prefix="onpo_vllm_")  # vLLM, once killed, leaves files there
         self.received = b""  # the beginning of a line
         with theirs:
             try:
@@ -61,14 +61,13 @@ class VllmProcess:
                     [python, str(SCRIPT), str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C in a terminal is for this process, which ends the other
-                    env=child_environment(device) | {"TMPDIR": self.temporary.name},
+                    env=child_environment(device),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                 )
             except OSError as error:
                 self.socket.close()
-                self.temporary.cleanup()
                 raise UserError(f"--vllm_python {python} cannot be started: {error.strerror}") from None
         self.last_lines: deque[str] = deque(maxlen=20)
         self.reader = threading.Thread(target=self._keep_output, args=[self.process.stdout], daemon=True)
@@ -142,13 +141,14 @@ class VllmProcess:
             raise UserError(f"vLLM's process sent a line of more than {MESSAGE_BYTES} bytes{self._where()}")
 
     def close(self) -> None:
-        """Kills the process with all that it has started, and waits until it is gone."""
+        """Has the process end with all that it has started, kills what is left, and waits until it is gone."""
         self.socket.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)
         with suppress(ProcessLookupError):  # of a group that has ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(END_SECONDS)
         self.reader.join(END_SECONDS)
-        self.temporary.cleanup()
 
     def _keep_output(self, output: IO[bytes]) -> None:
         """Keeps what the process prints: the first ``LOG_BYTES`` in the log, and the last lines for a message."""
@@ -183,16 +183,13 @@ class VllmProcess:
         what = "does not start" if kind == "start" else "failed while it sampled"
         hint = ""
         if MEMORY.search(error):
-            hint = """; --vllm_options '{"gpu_memory_utilization": 0.6}' takes less memory"""
+            hint = """; --vllm_options '{"gpu_memory_utilization": 0.8}' sets the share of the memory that it takes"""
         return UserError(f"vLLM {what}: {error}{hint}{self._where()}")
 
     def _where(self) -> str:
         """The end of a message: the last line that the process printed, and where the others are."""
         last = f"; its last line: {self.last_lines[-1]}" if self.last_lines else ""
         return f"{last} (all of them: {self.log})" if self.log else last
-
-
-MEMORY = re.compile("memory|OutOfMemory|KV cache", re.IGNORECASE)  # in an error for lack of it
 
 
 def child_environment(device: torch.device) -> dict[str, str]:

@@ -22,6 +22,7 @@ from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
+from onpo_fast.sampling import LocalSampler
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -121,14 +122,15 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
     directory = tmp_path / "run"
     shutil.copytree(run.out, directory)
     config, oracle, sampled = replace(run, out=str(directory)), Counting(), []
-    make = evaluate.make_sampler
+    sample = LocalSampler.__call__
     monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
     monkeypatch.setattr(evaluate.oracles, "probe", lambda *given, **options: None)  # which would be counted
-    monkeypatch.setattr(
-        evaluate,
-        "make_sampler",
-        lambda *given: lambda prompts, *rest: (sampled.append(rest[-1]), make(*given)(prompts, *rest))[1],
-    )
+
+    def noted(self, prompts, responses, seed, progress, first, *rest):
+        sampled.append(first)
+        return sample(self, prompts, responses, seed, progress, first, *rest)
+
+    monkeypatch.setattr(LocalSampler, "__call__", noted)
 
     def go_on() -> None:
         if by_command:

@@ -25,7 +25,8 @@ from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
 from onpo_fast.run import tracking
 from onpo_fast.run.fingerprint import changes, model_fingerprint
-from onpo_fast.sampling import TransformersSampler, make_sampler
+from onpo_fast.sampling import LocalSampler, make_sampler
+from onpo_fast.sampling.draw import Draw
 
 SMALL = {
     "hidden_size": 32,
@@ -286,12 +287,13 @@ def test_one_response_at_a_time_where_a_batch_is_wrong(
 
 def test_a_family_that_generates_from_another_distribution_is_refused(build, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load(build("LlamaConfig", **SMALL), Config())
-    generate = TransformersSampler._generate
+    draw = Draw.__call__
 
     def biased(self, *arguments):
-        return [Response(r.text, r.tokens, r.stop_reason, r.logp + 0.05) for r in generate(self, *arguments)]
+        tokens, logps = draw(self, *arguments)
+        return tokens, logps + 0.02
 
-    monkeypatch.setattr(TransformersSampler, "_generate", biased)
+    monkeypatch.setattr(Draw, "__call__", biased)
     with pytest.raises(UserError, match=r"the family llama .* differ by up to 0\.0"):
         make_sampler(policy, Config())
 
@@ -309,7 +311,7 @@ def test_a_run_stops_where_its_samples_are_not_what_is_scored(
         prompts_per_iteration=4,
         report_to="none",
     )
-    call = TransformersSampler.__call__
+    call = LocalSampler.__call__
 
     def off(self, *arguments):
         def shifted(r: Response) -> Response:
@@ -317,7 +319,7 @@ def test_a_run_stops_where_its_samples_are_not_what_is_scored(
 
         return [Group(g.prompt, g.prompt_tokens, [shifted(r) for r in g.responses]) for g in call(self, *arguments)]
 
-    monkeypatch.setattr(TransformersSampler, "__call__", off)
+    monkeypatch.setattr(LocalSampler, "__call__", off)
     with pytest.raises(UserError, match=r"family llama\) generates with differ .* in 16 of 16 responses"):
         train.train(config)
     assert not (tmp_path / "run/iteration_01/preferences.jsonl").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from onpo_fast import evaluate, oracles, train
+from onpo_fast import evaluate, oracles, sampling, train
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
@@ -385,7 +385,7 @@ def test_an_evaluation_by_another_oracle_says_so(oracle_module, prompts, tiny_mo
     del sys.modules[file.stem]
     importlib.invalidate_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "make_sampler", lambda *arguments: pytest.fail("a policy was sampled"))
+        patch.setattr(sampling, "make_sampler", lambda *arguments: pytest.fail("a policy was sampled"))
         with pytest.raises(SystemExit):
             evaluate.main(["run", "--trust_run"])
     said = capsys.readouterr()

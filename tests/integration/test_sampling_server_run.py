@@ -22,7 +22,7 @@ from onpo_fast.run.digest import run_digest
 from onpo_fast.sampling.returned import request_seeds
 from onpo_fast.sampling.server_sampler import UNFINISHED
 
-pytestmark = pytest.mark.usefixtures("without_plots")
+pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.long]
 
 CALL = """
 import json, os, sys, urllib.request

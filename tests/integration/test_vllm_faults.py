@@ -210,12 +210,20 @@ def prepare(work: Path, model: Path) -> None:
 
 
 # in each iteration; the policy stays what it is
-TWO_PARTS = ("--prompts_per_iteration=4", "--eval_fraction=0.2", "--sampling_batch_size=1", "--learning_rate=1e-12")
+TWO_PARTS = (
+    "--iterations=1",
+    "--prompts_per_iteration=4",
+    "--eval_fraction=0.2",
+    "--sampling_batch_size=1",
+    "--learning_rate=1e-12",
+)
 
 
-def test_nothing_is_lost_where_the_trainer_is_killed(tiny_model, tmp_path, without_plots) -> None:
+def test_nothing_is_lost_where_the_trainer_is_killed(tiny_model, tmp_path, monkeypatch) -> None:
     """SIGKILL in the second part ends vLLM and what it has started; --resume samples what is missing, and no more."""
     prepare(tmp_path, tiny_model)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     pids, second, numbers = (tmp_path / name for name in ("pids", "second", "numbers"))
     worker = f"""
 child = subprocess.Popen(["sleep", "100"])
@@ -233,11 +241,13 @@ if number == 7:
     run.kill()
     run.communicate()
     assert all(ends(int(pid)) for pid in pids.read_text().split())
+    assert not list((tmp_path / "temporary").glob("onpo_vllm_*"))
     count = f"open({str(numbers)!r}, 'a').write(f'{{number}}\\n')"
     good = write_vllm(tmp_path / "good", at_step=count)
     resumed = start_run(tmp_path, good, *TWO_PARTS, "--resume")
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
+    assert not list((tmp_path / "temporary").glob("onpo_vllm_*"))
     assert numbers.read_text().splitlines()[:6] == ["5", "4", "3", "2", "1", "0"]  # those of the second part
     whole = read_groups(tmp_path / "run" / "iteration_01" / "responses.jsonl")
     assert len(whole) == 4
@@ -252,8 +262,9 @@ if number == 7:
         sampler.close()
 
 
-def test_nothing_is_lost_where_the_engine_dies(tiny_model, tmp_path, without_plots) -> None:
+def test_nothing_is_lost_where_the_engine_dies(tiny_model, tmp_path, monkeypatch) -> None:
     prepare(tmp_path, tiny_model)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a process leaves that dies at once
     dies = write_vllm(tmp_path / "dies", at_step="os._exit(9) if number == 7 else None")
     run = start_run(tmp_path, dies, *TWO_PARTS)
     output, _ = run.communicate()

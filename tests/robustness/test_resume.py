@@ -22,7 +22,7 @@ import pytest
 import torch
 from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 
-from onpo_fast import evaluate, files, language_game, oracles
+from onpo_fast import evaluate, files, oracles
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.config import Config, parse_run, read_run
@@ -36,6 +36,7 @@ from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, RESPONSES, finished_policies, initial_policy
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
+from onpo_fast.sampling import LocalSampler
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -112,11 +113,12 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
     monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 1)  # of three responses: a prompt's
     monkeypatch.setattr(ResumableStage, "GROUPS", 1)
     done: list[int] = []
-    make, judge = language_game.make_sampler, oracles.judge
+    sample, judge = LocalSampler.__call__, oracles.judge
     fails_at = 2
 
-    def sampler(policy, config):
-        return lambda prompts, *rest: (called("sample", rest[-1]), make(policy, config)(prompts, *rest))[1]
+    def sampled(self, prompts, responses, seed, progress, first, *rest):
+        called("sample", first)
+        return sample(self, prompts, responses, seed, progress, first, *rest)
 
     def called(by: str, first: int) -> None:
         if by == stage:
@@ -124,7 +126,7 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
                 raise Killed
             done.append(first)
 
-    monkeypatch.setattr(language_game, "make_sampler", sampler)
+    monkeypatch.setattr(LocalSampler, "__call__", sampled)
     monkeypatch.setattr(oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1])
     config = replace(whole.config, out=str(tmp_path / "run"), iterations=1)
     with pytest.raises(Killed):

@@ -20,7 +20,7 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
 from onpo_fast.out_of_memory import in_halves, is_out_of_memory
-from onpo_fast.sampling import TransformersSampler
+from onpo_fast.sampling import LocalSampler, TransformersSampler
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("Tea?", "Will it rain?", "Why?")]
 
@@ -168,8 +168,9 @@ def test_scores_are_computed_in_smaller_parts(policy: Policy, scores: Callable) 
         scores(policy, groups, config)
 
 
-def test_responses_are_sampled_in_smaller_batches(policy: Policy) -> None:
-    sampler = TransformersSampler(policy, Config(max_new_tokens=6))
+@pytest.mark.parametrize("kind", [LocalSampler, TransformersSampler])
+def test_responses_are_sampled_in_smaller_batches(policy: Policy, kind: type) -> None:
+    sampler = kind(policy, Config(max_new_tokens=6))
     want = sampler(MESSAGES, 2, [0])
     with limited(policy, 70, in_backward=False) as attempts:
         got = sampler(MESSAGES, 2, [0])

@@ -14,7 +14,6 @@ from support.servers import Error, serving
 
 from onpo_fast import oracles, train
 from onpo_fast.config import Config
-from onpo_fast.errors import UserError
 from onpo_fast.language_game import LanguageGame
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.sampling.gathering import Gathering
@@ -137,7 +136,7 @@ def test_a_run_that_dies_while_it_samples_and_judges_asks_nothing_twice(run, eve
         whole = outputs(run(server.url, "whole"))
         events.all.clear()
         events.before_response = die
-        with pytest.raises(UserError, match="killed"):
+        with pytest.raises(RuntimeError, match="killed"):
             run(server.url, "cut")
         parts = list((tmp_path / "cut/iteration_02/preferences.jsonl.parts").iterdir())
         assert parts

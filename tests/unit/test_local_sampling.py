@@ -1,0 +1,199 @@
+"""The decode loop: rows that come and go change no response, and it leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from onpo_fast.config import Config, SamplingConfig
+from onpo_fast.data import Group
+from onpo_fast.models.loading import load
+from onpo_fast.models.policy import LOGP_TOLERANCE, Policy, score
+from onpo_fast.sampling import LocalSampler, TransformersSampler, local
+from onpo_fast.sampling.draw import Draw
+from onpo_fast.sampling.linears import fast_linears
+
+PROMPTS = [
+    [{"role": "user", "content": text}] for text in ("Hi", "Is it far? " * 20, "Name a fruit.", "a", "Why not? " * 9)
+]
+
+
+@pytest.fixture(scope="module")
+def ending(tiny_model) -> Policy:
+    """A policy whose responses end at different steps: every 25th token ends one."""
+    policy = load(tiny_model, Config())
+    policy.model.generation_config.eos_token_id = list(range(2, policy.head_rows, 25))
+    return policy
+
+
+def sample(policy: Policy, size: int, responses: int = 5, **options) -> list[Group]:
+    config = SamplingConfig(**{"max_new_tokens": 24, "sampling_batch_size": size, **options})
+    return LocalSampler(policy, config)(PROMPTS, responses, [0, 7])
+
+
+def tokens(groups: list[Group]) -> list[list[list[int]]]:
+    return [[r.tokens for r in g.responses] for g in groups]
+
+
+@pytest.fixture(scope="module")
+def batches(ending: Policy) -> list[Group]:
+    """What transformers' ``generate`` samples with the same seed."""
+    config = SamplingConfig(max_new_tokens=24, sampling_batch_size=8)
+    return TransformersSampler(ending, config)(PROMPTS, 5, [0, 7])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_rows_that_leave_and_enter_change_nothing(ending: Policy, batches: list[Group], size: int) -> None:
+    groups = sample(ending, size)
+    assert tokens(groups) == tokens(batches)
+    lengths = {len(r.tokens) for g in groups for r in g.responses}
+    assert len(lengths) > 5
+    assert {r.stop_reason for g in groups for r in g.responses} == {"eos", "length"}
+    for group, scores in zip(groups, score(ending, groups, 4000)):
+        np.testing.assert_allclose([r.logp for r in group.responses], scores.numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 10**6], ids=["prompts alone", "prompts together"])
+def test_how_prompts_are_computed_changes_nothing(
+    ending: Policy, batches: list[Group], budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "PROMPT_TOKENS", budget)
+    assert tokens(sample(ending, 16)) == tokens(batches)
+
+
+def test_a_prompt_is_computed_once(ending: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    prefill = local.DecodeLoop._prefill
+    monkeypatch.setattr(local.DecodeLoop, "_prefill", lambda self, some: computed.extend(some) or prefill(self, some))
+    groups = sample(ending, 3)
+    assert computed == [group.prompt_tokens for group in groups]
+
+
+def test_one_response_a_prompt_and_the_nucleus(ending: Policy) -> None:
+    options = {"temperature": 0.7, "top_p": 0.8}
+    config = SamplingConfig(max_new_tokens=24, sampling_batch_size=8, **options)
+    want = TransformersSampler(ending, config)(PROMPTS, 1, [0, 7])
+    assert tokens(sample(ending, 2, 1, **options)) == tokens(want)
+
+
+def test_groups_are_handed_over_as_they_finish(ending: Policy) -> None:
+    handed: list[tuple[int, Group]] = []
+    done: list[int] = []
+    still_missing = []
+
+    def on_group(index: int, group: Group) -> None:
+        handed.append((index, group))
+        still_missing.append(len(PROMPTS) * 2 - sum(done))
+
+    sampler = LocalSampler(ending, SamplingConfig(max_new_tokens=24, sampling_batch_size=2))
+    groups = sampler(PROMPTS, 2, [0], done.append, 10, on_group)
+    assert {index: group for index, group in handed} == {10 + i: group for i, group in enumerate(groups)}
+    assert len(handed) == len(PROMPTS)
+    assert still_missing[0] >= 2 * (len(PROMPTS) - 2)
+    assert sum(done) == 2 * len(PROMPTS)
+
+
+def greedy(self: Draw, logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> tuple:
+    best = logits.argmax(1)
+    return best, logits.log_softmax(1).gather(1, best[:, None])[:, 0]
+
+
+def test_greedy_is_that_of_transformers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Draw, "__call__", greedy)
+    for group in sample(policy, 3, 1):
+        row = torch.tensor([group.prompt_tokens])
+        want = policy.model.generate(row, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, row.shape[1] :]
+        assert group.responses[0].tokens == want.tolist()
+
+
+def test_tokens_follow_the_models_distribution(policy: Policy) -> None:
+    """First tokens, and second tokens after the most frequent first one."""
+    count = 6000
+    sampler = LocalSampler(policy, SamplingConfig(max_new_tokens=2, sampling_batch_size=500))
+    group = sampler(PROMPTS[:1], count, [3])[0]
+    first = Counter(r.tokens[0] for r in group.responses)
+    (most, _), *_ = first.most_common()
+    second = Counter(r.tokens[1] for r in group.responses if r.tokens[0] == most and len(r.tokens) > 1)
+    for seen, row in ((first, group.prompt_tokens), (second, [*group.prompt_tokens, most])):
+        with torch.no_grad():
+            chances = policy.model(torch.tensor([row])).logits[0, -1].double().softmax(0).numpy()
+        total = seen.total()
+        common = np.flatnonzero(chances * total >= 5)
+        observed, expected = np.array([seen[t] for t in common]), chances[common] * total
+        rest = np.array([total - observed.sum()]), np.array([total - expected.sum()])
+        assert len(common) > 5
+        result = stats.chisquare(np.append(observed, rest[0]), np.append(expected, rest[1]))
+        assert result.pvalue > 1e-3
+
+
+def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
+    sample(policy, 4)
+
+    def fail(self: Draw, *arguments: object) -> tuple:
+        raise RuntimeError("of the test")
+
+    monkeypatch.setattr(Draw, "__call__", fail)
+    with pytest.raises(Exception, match="of the test"):
+        sample(policy, 4)
+    assert not [module for module in policy.model.modules() if "forward" in vars(module)]
+    assert [parameter.data_ptr() for parameter in policy.model.parameters()] == addresses
+    for name, value in policy.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_linear_layers_compute_the_same(policy: Policy) -> None:
+    row = torch.tensor([[5, 6, 7, 8]])
+    biased = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 3, bias=False))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, plain = policy.model(row).logits, biased(x)
+        with fast_linears(policy.model, None), fast_linears(biased, None):
+            assert "forward" in vars(biased[0])
+            torch.testing.assert_close(policy.model(row).logits, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(biased(x), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_weights_are_converted_once(tiny_model) -> None:
+    """The numbers are those of autocast; float32 weights stay."""
+    policy = replace(load(tiny_model, Config()), compute_dtype=torch.bfloat16)
+    row = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), policy.autocast():
+        want = policy.model(row).logits
+        with fast_linears(policy.model, policy.autocast_dtype):
+            kept = policy.model.lm_head.forward.keywords["weight"]
+            assert kept.dtype == torch.bfloat16
+            assert torch.equal(policy.model(row).logits, want)
+    assert policy.model.lm_head.weight.dtype == torch.float32
+    groups = sample(policy, 4)
+    allowed = LOGP_TOLERANCE[torch.bfloat16]
+    for group, scores in zip(groups, score(policy, groups, 4000)):
+        for response, scored in zip(group.responses, scores.tolist()):
+            assert abs(response.logp - scored) < allowed * len(response.tokens) ** 0.5
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters(tiny_model, weights: torch.dtype) -> None:
+    """LoRA layers in float32 over a base in either dtype."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    policy = load(tiny_model, Config())
+    model = copy.deepcopy(policy.model).to(weights)
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), model)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    adapted = replace(policy, model=model, compute_dtype=weights)
+    plain, groups = sample(policy, 4), sample(adapted, 4)
+    assert tokens(groups) != tokens(plain)
+    for group, scores in zip(groups, score(adapted, groups, 4000)):
+        for response, scored in zip(group.responses, scores.tolist()):
+            assert abs(response.logp - scored) < LOGP_TOLERANCE[weights] * len(response.tokens) ** 0.5
