@@ -25,8 +25,9 @@ from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
 from onpo_fast.run import tracking
 from onpo_fast.run.fingerprint import changes, model_fingerprint
-from onpo_fast.sampling import LocalSampler, local, make_sampler
+from onpo_fast.sampling import LocalSampler, make_sampler
 from onpo_fast.sampling.draw import Draw
+from onpo_fast.sampling.local import sampler as local
 
 SMALL = {
     "hidden_size": 32,
