@@ -140,7 +140,14 @@ def vllm_python() -> str:
     return python
 
 
-COMMAND = "import sys; from onpo_fast.train import main; main(sys.argv[1:])"
+# with parts of eight sampling batches, so that small runs have several
+COMMAND = """
+import sys
+from onpo_fast.run.resumable import ResumableStage
+from onpo_fast.train import main
+ResumableStage.SAMPLING_BATCHES = 8
+main(sys.argv[1:])
+"""
 
 
 def start_run(work: Path, python: str, *options: str) -> subprocess.Popen:
