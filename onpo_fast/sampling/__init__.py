@@ -14,13 +14,13 @@ from ..distributed import World
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from ..run.tracking import say_once
-from .generate import TransformersSampler
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
-from .local import LocalSampler
-from .mixture import MixtureSampler
-from .server_sampler import open_server
+from .local.generate import TransformersSampler
+from .local.mixture import MixtureSampler
+from .local.sampler import LocalSampler
+from .server.sampler import open_server
 from .stage import StageSampler
-from .vllm import VllmSampler
+from .vllm.sampler import VllmSampler
 
 __all__ = [
     "LocalSampler",

@@ -25,7 +25,7 @@ from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
 from onpo_fast.run import tracking
 from onpo_fast.run.fingerprint import changes, model_fingerprint
-from onpo_fast.sampling import LocalSampler, make_sampler
+from onpo_fast.sampling import LocalSampler, local, make_sampler
 from onpo_fast.sampling.draw import Draw
 
 SMALL = {
@@ -283,6 +283,28 @@ def test_one_response_at_a_time_where_a_batch_is_wrong(
     make_sampler(policy, config)
     assert capsys.readouterr().out.count("one response is sampled at a time") == 1
     torch.testing.assert_close(*sampled_and_scored(policy, sampler), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_the_decode_loop_knows_a_sliding_window(build, blind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its check sees masks without the window, although the window is longer than its rows."""
+    config = Config(max_new_tokens=40, sampling_batch_size=3)
+    policy = load(build("MistralConfig", **{**SMALL, "sliding_window": 48}), config)
+    if blind:
+        monkeypatch.setattr(local, "cached_attention_arguments", without_window)
+        assert "log-probs there" in LocalSampler(policy, config).why_not()
+        return
+    sampler = make_sampler(policy, config)
+    assert isinstance(sampler, LocalSampler)
+    groups = sampler([MESSAGES[0], [{"role": "user", "content": "Will it rain? " * 9}]], 2, [0])
+    assert len(groups[1].prompt_tokens) > 48
+    sampled = torch.tensor([r.logp for group in groups for r in group.responses], dtype=torch.float64)
+    torch.testing.assert_close(sampled, torch.cat(score(policy, groups, 1000)), atol=1e-3, rtol=0)
+
+
+def without_window(model, positions: torch.Tensor, columns: int) -> dict[str, object]:
+    sees = torch.arange(columns) <= positions[:, None, None, None]
+    return {"attention_mask": sees, "position_ids": positions[:, None]}
 
 
 def test_a_family_that_generates_from_another_distribution_is_refused(build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from onpo_fast.errors import UserError
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy
 from onpo_fast.packing import pack
-from onpo_fast.sampling import TransformersSampler
+from onpo_fast.sampling import LocalSampler
+from onpo_fast.sampling.draw import Draw
 
 PACKED = [
     ([10, 11, 12], [[20, 21, 22, 23], [30], [], [40, 41]]),
@@ -48,9 +49,28 @@ def test_hidden_states_of_the_real_model(real_policy: Policy, layout: str) -> No
 
 def test_some_responses_end_by_themselves(real_policy: Policy) -> None:
     prompt = [[{"role": "user", "content": "Answer with one word: is water wet?"}]]
-    sampler = TransformersSampler(real_policy, SamplingConfig(max_new_tokens=24, sampling_batch_size=8))
+    sampler = LocalSampler(real_policy, SamplingConfig(max_new_tokens=24, sampling_batch_size=8))
     reasons = {r.stop_reason for r in sampler(prompt, 12, [0])[0].responses}
     assert "eos" in reasons
+
+
+def test_greedy_tokens_are_those_of_transformers(real_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token for token, of prompts of different lengths in fewer rows."""
+
+    def greedy(self: Draw, logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> tuple:
+        best = logits.argmax(1)
+        return best, logits.log_softmax(1).gather(1, best[:, None])[:, 0]
+
+    monkeypatch.setattr(Draw, "__call__", greedy)
+    prompts = [
+        [user(text)] for text in ("Name a fruit.", "Why is the sky blue?", "Is water wet?", "Count to five. " * 9)
+    ]
+    for group in LocalSampler(real_policy, SamplingConfig(max_new_tokens=32, sampling_batch_size=3))(prompts, 1, [0]):
+        row = torch.tensor([group.prompt_tokens])
+        want = real_policy.model.generate(
+            row, do_sample=False, max_new_tokens=32, eos_token_id=real_policy.eos_tokens, pad_token_id=0
+        )
+        assert group.responses[0].tokens == want[0, row.shape[1] :].tolist()
 
 
 def test_a_prompt_of_megabytes_is_never_tokenised_whole(real_policy, monkeypatch) -> None:

@@ -24,7 +24,9 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.run import signals
-from onpo_fast.sampling import open_sampler, reload, server_sampler
+from onpo_fast.sampling import open_sampler
+from onpo_fast.sampling.server import reload
+from onpo_fast.sampling.server import sampler as server_sampler
 from onpo_fast.servers import RequestRefused, ServerUnavailable, retries
 
 PROMPTS = [[{"role": "user", "content": f"What is {i} plus {i}?"}] for i in range(4)]

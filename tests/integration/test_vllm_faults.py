@@ -17,8 +17,9 @@ from onpo_fast.data import read_groups
 from onpo_fast.errors import UserError
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.run import signals
-from onpo_fast.sampling import open_sampler, vllm_process
-from onpo_fast.sampling.vllm_process import child_environment
+from onpo_fast.sampling import open_sampler
+from onpo_fast.sampling.vllm import process as vllm_process
+from onpo_fast.sampling.vllm.process import child_environment
 
 PROMPTS = [[{"role": "user", "content": f"What is {i} plus {i}?"}] for i in range(4)]
 

@@ -15,9 +15,10 @@ from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.data import Group
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import LOGP_TOLERANCE, Policy, score
-from onpo_fast.sampling import LocalSampler, TransformersSampler, local
+from onpo_fast.sampling import LocalSampler, TransformersSampler
 from onpo_fast.sampling.draw import Draw
-from onpo_fast.sampling.linears import fast_linears
+from onpo_fast.sampling.local import sampler as local
+from onpo_fast.sampling.local.linears import fast_linears
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Is it far? " * 20, "Name a fruit.", "a", "Why not? " * 9)

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..config import SamplingConfig
-from ..data import Group, Messages, Response
-from ..device_memory import release_freed
-from ..errors import UserError
-from ..models.checkpoint import directory_of
-from ..models.resident import ResidentPolicy, Source
-from ..run.progress import Progress
-from .interface import OnGroup
-from .returned import ResponseReader, request_seeds
-from .vllm_process import VllmProcess
+from ...config import SamplingConfig
+from ...data import Group, Messages, Response
+from ...device_memory import release_freed
+from ...errors import UserError
+from ...models.checkpoint import directory_of
+from ...models.resident import ResidentPolicy, Source
+from ...run.progress import Progress
+from ..interface import OnGroup
+from ..returned import ResponseReader, request_seeds
+from .process import VllmProcess
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's values of max_lora_rank
 CPU_CACHE_BYTES = 2 * 2**30  # of vLLM's KV cache on a CPU, where it would take nearly all memory

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..config import SamplingConfig
-from ..data import Group, Messages, Response
-from ..distributed import World
-from ..errors import UserError
-from ..models.resident import ResidentPolicy, Source
-from ..run.progress import Progress
-from ..servers import Connection
-from . import handover
+from ...config import SamplingConfig
+from ...data import Group, Messages, Response
+from ...distributed import World
+from ...errors import UserError
+from ...models.resident import ResidentPolicy, Source
+from ...run.progress import Progress
+from ...servers import Connection
+from .. import handover
+from ..returned import request_seeds
 from .completions import Asked, CompletionReader
-from .returned import request_seeds
-from .server import SamplingServer, server_of
+from .session import SamplingServer, server_of
 from .unfinished import UnfinishedPart
 
 PROBES = 16  # responses that are compared with the policy before others are trusted

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from ..files import advising, parse_json, read_lines, remove, write_jsonl
+from ...files import advising, parse_json, read_lines, remove, write_jsonl
 
 
 class UnfinishedPart:

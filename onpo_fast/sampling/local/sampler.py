@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from ..config import SamplingConfig
-from ..data import Group, Messages, Response
-from ..errors import UserError
-from ..models.attention import cached_attention_arguments, limits_unknown_here, window_of
-from ..models.checks import computing
-from ..models.layouts import PROBE_WINDOW, narrow_window
-from ..models.policy import LOGP_TOLERANCE, Policy, pad_token
-from ..models.scoring import backbone
-from ..out_of_memory import with_fewer
-from ..run.progress import Progress
-from .draw import Draw, stream_keys
-from .gathering import Gathering, make_response
-from .interface import OnGroup
+from ...config import SamplingConfig
+from ...data import Group, Messages, Response
+from ...errors import UserError
+from ...models.attention import cached_attention_arguments, limits_unknown_here, window_of
+from ...models.checks import computing
+from ...models.layouts import PROBE_WINDOW, narrow_window
+from ...models.policy import LOGP_TOLERANCE, Policy, pad_token
+from ...models.scoring import backbone
+from ...out_of_memory import with_fewer
+from ...run.progress import Progress
+from ..draw import Draw, stream_keys
+from ..gathering import Gathering, make_response
+from ..interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
 from .slots import SlotCache

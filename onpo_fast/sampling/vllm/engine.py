@@ -1,6 +1,6 @@
 """Samples with vLLM for ``vllm.VllmSampler``, which starts this file by its path in an environment with vLLM.
 
-    PYTHON vllm_engine.py FD
+    PYTHON engine.py FD
 
 It imports vLLM and the standard library only. ``FD`` is a socket that carries a JSON object a line. To this program:
 

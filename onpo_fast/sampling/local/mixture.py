@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..config import SamplingConfig
-from ..data import Response
-from ..models.policy import Policy
+from ...config import SamplingConfig
+from ...data import Response
+from ...models.policy import Policy
 from .generate import TransformersSampler
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..data import Group, Response
-from ..models.checks import computing
-from ..models.policy import Policy, score
-from .draw import stream_keys
+from ...data import Group, Response
+from ...models.checks import computing
+from ...models.policy import Policy, score
+from ..draw import stream_keys
 
 PROBE_LENGTHS = (3, 9, 22)  # lengths in tokens of the prompts that a sampler is checked with
 PROBE_TOKENS = 6  # tokens sampled after each

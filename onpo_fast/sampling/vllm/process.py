@@ -1,6 +1,6 @@
 """The process of a vLLM engine: started, spoken to over a socket, watched and ended.
 
-Its messages are those of ``vllm_engine``. It is in a process group of its own with what vLLM starts, ends with the
+Its messages are those of ``engine``. It is in a process group of its own with what vLLM starts, ends with the
 socket, so that nothing is left behind if this process is killed, and gets no keys.
 """
 
@@ -22,11 +22,11 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import UserError
-from ..files import MIB
-from ..run import signals
+from ...errors import UserError
+from ...files import MIB
+from ...run import signals
 
-SCRIPT = Path(__file__).with_name("vllm_engine.py")
+SCRIPT = Path(__file__).with_name("engine.py")
 START_SECONDS = 1800  # for vLLM to load a model, compile it and measure its memory
 SILENCE_SECONDS = 900  # between two messages of a running engine, which sends one every few seconds
 POLL_SECONDS = 0.2  # between two looks whether the run is asked to stop or the process has ended

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import SamplingConfig
-from ..distributed import World
-from ..errors import UserError, nearest
-from ..models.resident import ResidentPolicy, Source
-from ..servers import Client, Connection, Endpoint, MalformedReply, Workers, check_url, read_key, run_async
+from ...config import SamplingConfig
+from ...distributed import World
+from ...errors import UserError, nearest
+from ...models.resident import ResidentPolicy, Source
+from ...servers import Client, Connection, Endpoint, MalformedReply, Workers, check_url, read_key, run_async
 from . import reload
 from .completions import Completions
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..config import SamplingConfig
-from ..data import Response
-from ..errors import UserError
-from ..models.policy import Policy
-from ..run.tracking import say
-from ..servers import Connection, Endpoint, MalformedReply
-from ..servers.failures import named_fields
-from .returned import ResponseReader
+from ...config import SamplingConfig
+from ...data import Response
+from ...errors import UserError
+from ...models.policy import Policy
+from ...run.tracking import say
+from ...servers import Connection, Endpoint, MalformedReply
+from ...servers.failures import named_fields
+from ..returned import ResponseReader
 
 TOKEN_ID = re.compile(r"token_id:(\d{1,9})")  # how vLLM writes a token that it is asked for by its id
 

@@ -1,0 +1,1 @@
+"""Sampling in this process, on the policy's device."""
