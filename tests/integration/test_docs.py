@@ -120,6 +120,8 @@ OTHER_COMMANDS = {
     "bench": "kills errors only budget benchmark-only tokens timed_steps trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
+    "vLLM": "enable-lora host max-lora-rank served-model-name",
+    "SGLang": "enable-deterministic-inference",
     "sbatch": "nodes ntasks-per-node gpus-per-node time signal",
 }
 
