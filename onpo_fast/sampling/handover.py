@@ -119,8 +119,8 @@ def most_evidence(faults: int, tokens: int, top_p: float) -> float:
     Args:
         faults: number of faults whose ratios are computed.
         tokens: number of tokens that are checked.
-        top_p: the value of --top_p. Below 1, what was asked for is computed with ``NUCLEUS_LEAK``, so that the mean of a
-            ratio may grow by 1/(1 − NUCLEUS_LEAK) with each token.
+        top_p: the value of --top_p. Below 1, what was asked for is computed with ``NUCLEUS_LEAK``, so that the mean of
+            a ratio may grow by 1/(1 − NUCLEUS_LEAK) with each token.
     """
     leak = 0.0 if top_p == 1 else -tokens * math.log1p(-NUCLEUS_LEAK)
     return math.log(faults / FALSE_ALARMS) + leak

@@ -122,7 +122,7 @@ def test_the_same_bits_as_afterwards(run, events: Events, monkeypatch) -> None:
     for one, other in zip(judged(beside), judged(afterwards), strict=True):
         for name in ("requests", "answered", "cached", "cyclic_triples", "comparisons"):
             assert one[name] == other[name]
-    assert judged(beside)[1]["hidden_seconds"] > 0.1
+    assert judged(beside)[1]["hidden_seconds"] > 0
     assert "hidden_seconds" not in judged(beside)[0] | judged(afterwards)[1]
 
 
