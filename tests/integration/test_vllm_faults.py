@@ -143,6 +143,7 @@ def test_a_run_finds_at_once_that_there_is_no_vllm(policies, tmp_path, write_lin
 def test_an_engine_that_hangs(policies, tmp_path, monkeypatch) -> None:
     """One that is slow says that it is alive."""
     monkeypatch.setattr(vllm_process, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(vllm_process, "GRACE_SECONDS", 0.1)
     slow = "for _ in range(3 * (index == 5)): send(alive=True); time.sleep(0.2)"
     assert len(sample(policies, write_engine(tmp_path / "slow", change=slow), tmp_path)) == 4
     hangs = [{"change": "time.sleep(60 * (index == 5))"}]
@@ -199,7 +200,7 @@ def test_the_memory_hint_is_for_the_device(policies, tmp_path) -> None:
     fault = "send(kind='start', error='No available memory for the cache blocks'); time.sleep(60)"
     process = vllm_process.VllmProcess(write_engine(tmp_path / "python", at_start=fault), torch.device("cuda:0"), None)
     try:
-        with pytest.raises(UserError, match="--vllm_options.*gpu_memory_utilization"):
+        with pytest.raises(UserError, match=r"--vllm_options.*gpu_memory_utilization"):
             process.start({"arguments": {"model": ""}})
     finally:
         process.close()
