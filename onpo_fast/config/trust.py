@@ -39,6 +39,7 @@ TRUST_RUN_HELP = (
     "made the directory (docs/trust.md)."
 )
 KEY_VARIABLES = ("judge_key_variable", "sampler_key_variable")
+MOST_SHOWN = 500  # characters of a value, which is shown whole or not at all: its end may be what does harm
 KEY_ENDINGS = ("_API_KEY", "_TOKEN")  # of the names of environment variables that a file may ask for
 
 Sources = Mapping[str, tuple[str, int] | None]  # option → (file, line), or None if the command line sets it
@@ -77,11 +78,12 @@ def check_trust(directory: Path, config: Config, sources: Sources, names: Iterab
         value = getattr(config, name)
         text = value if isinstance(value, str) else json.dumps(value)
         where = f"{source[0]}, line {source[1]}" if source[1] else source[0]
-        asks = NEEDS_TRUST[name].format(value=text)  # whole: what is allowed is what was shown
+        shown = text if len(text) <= MOST_SHOWN else f"(its {len(text)} characters are not shown)"
+        asks = NEEDS_TRUST[name].format(value=shown)
         if (name, value) == ("sampler_reload", "vllm"):  # no command
             asks = "to have the server load the policies of the run"
         problems.append(f"{where}: {name} asks {asks}")
-        given = "NAME" if name in KEY_VARIABLES else shlex.quote(text)
+        given = "NAME" if name in KEY_VARIABLES else shlex.quote(text) if shown == text else "VALUE"
         remedies.append(f"--{name}" if value is True else f"--{name} {given}")
     if problems:
         raise UserError(

@@ -588,6 +588,11 @@ def test_a_command_is_shown_whole(here: Path, capsys) -> None:
     command = "true " + 150 * "#" + "; ./evil"
     strangers_run(here, **{**SERVER, "sampler_reload": command})
     assert one_line(evaluate.main, ["run"], capsys).count(command) == 2
+    shutil.rmtree("run")
+    strangers_run(here, **{**SERVER, "sampler_reload": "true " + 5000 * "#" + "; ./evil"})
+    said = one_line(evaluate.main, ["run"], capsys)
+    assert "#" not in said
+    assert "--sampler_reload VALUE" in said
 
 
 def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:
