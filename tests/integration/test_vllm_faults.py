@@ -90,6 +90,7 @@ def test_responses_come_by_prompt_as_they_end(policies, tmp_path) -> None:
         ("response['logps'].pop()", "log-prob"),
         ("response['logps'][0] = float('nan')", "log-prob"),
         ("response['logps'][0] = None", "log-prob"),
+        ("response['logps'][0] = -(10**400)", "log-prob"),
         ("if index == 3: send(index=4, **response)", "not asked for"),
         ("send(index=99, **response)", "not asked for"),
         ("with_parent.sendall(b'hello\\n')", "no message"),
