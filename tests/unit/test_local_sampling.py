@@ -64,7 +64,7 @@ def test_rows_that_leave_and_enter_change_nothing(ending: Policy, batches: list[
 def test_how_prompts_are_computed_changes_nothing(
     ending: Policy, batches: list[Group], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "PROMPT_TOKENS", budget)
+    monkeypatch.setitem(local.PROMPT_TOKENS, "cpu", budget)
     assert tokens(sample(ending, 16)) == tokens(batches)
 
 

@@ -121,11 +121,13 @@ def test_a_row_without_a_finite_logit_is_not_a_number(device: str) -> None:
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_a_whole_sampler_draws_the_same_tokens(top_p: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_sampler_draws_the_same_tokens(
+    top_p: float, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that come and go, on the same device with the kernel and with numpy."""
     prompts = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit.", "Is it far?")]
     make_model(tmp_path / "model")
-    policy = load(tmp_path / "model", Config())
+    policy = load(tmp_path / "model", Config(device=device))
     config = SamplingConfig(max_new_tokens=6, sampling_batch_size=4, top_p=top_p)
     drawn = []
     for function in (sampled_tokens.draw, noise.draw):
