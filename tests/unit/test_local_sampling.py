@@ -17,6 +17,7 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import LOGP_TOLERANCE, Policy, score
 from onpo_fast.sampling import LocalSampler, TransformersSampler
 from onpo_fast.sampling.draw import Draw
+from onpo_fast.sampling.local import linears
 from onpo_fast.sampling.local import sampler as local
 from onpo_fast.sampling.local.linears import fast_linears
 
@@ -148,6 +149,25 @@ def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyP
     assert [parameter.data_ptr() for parameter in policy.model.parameters()] == addresses
     for name, value in policy.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("change", ["missing", "signature", "values"])
+def test_another_build_of_torch_uses_its_own_product(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*arguments: object) -> torch.Tensor:
+        if change == "missing":
+            raise AttributeError
+        if change == "signature":
+            raise RuntimeError("expected at most 5 arguments")
+        return torch.zeros(1, 2)
+
+    linears._has_onednn.cache_clear()
+    monkeypatch.setattr(linears, "_onednn", other)
+    try:
+        linear = torch.nn.Linear(4, 3)
+        with fast_linears(linear, None):
+            assert "forward" not in vars(linear)
+    finally:
+        linears._has_onednn.cache_clear()
 
 
 def test_linear_layers_compute_the_same(policy: Policy) -> None:
