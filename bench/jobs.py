@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,10 +46,11 @@ class Jobs:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            start_new_session=True,  # with what it starts, so that all end together
         )
         while child.returncode is None:
             if time.monotonic() >= self.end:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
                 return {"status": "stopped", "reason": f"no time left after {time.monotonic() - start:.0f} s"}, ""
             try:

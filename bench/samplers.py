@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, pad_token
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.sampling import TransformersSampler, make_sampler, open_sampler
+from onpo_fast.sampling.vllm.sampler import CPU_CACHE_BYTES
 
 from .kernels import surroundings
 from .memory import Gauge
@@ -41,6 +41,7 @@ from .runner import ROOT
 from .timing import Spread
 
 START_SECONDS = 600.0  # that a server may take to load the model
+STOP_SECONDS = 60.0  # that it may take to end
 Lengths = list[int]  # of responses, in tokens
 
 
@@ -135,7 +136,8 @@ def _server(case: Case) -> Iterator[Sample]:
     """``--sampler server`` with a vLLM server on this machine, which has the weights already."""
     with _serving(case) as url:
         # "true" is the command that does nothing: the server was started on these weights
-        options = case.config(sampler="server", sampler_url=url, sampler_reload="true")
+        program = {"sampler": "server", "sampler_url": url, "sampler_reload": "true"}
+        options = case.config(**program, sampler_concurrency=case.batch_size)
         sampler = open_sampler(ResidentPolicy(Config(model=case.model, device=case.device)), case.model, options)
         try:
             yield _with(sampler, case)
@@ -152,8 +154,10 @@ def _serving(case: Case) -> Iterator[str]:
     module = "vllm.entrypoints.openai.api_server"
     command = [case.vllm_python or sys.executable, "-m", module, "--model", case.model, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", _dtype(case)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    server = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
+    if case.device == "cpu":
+        command += ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
+    environment = _environment()
+    server = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     try:
         end = time.monotonic() + START_SECONDS
         while True:
@@ -166,8 +170,11 @@ def _serving(case: Case) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
+        server.terminate()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
             server.wait()
 
 
@@ -181,7 +188,10 @@ SAMPLERS = {
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds, tokens/s, lengths of responses and peak memory above that before the model was loaded."""
+    """Seconds, tokens/s, lengths of responses and peak memory above that before the model was loaded.
+
+    The memory of ``--sampler vllm`` and of a server is that of other processes: "vllm offline" has vLLM's.
+    """
     where = torch.device(case.device)
     gauge = Gauge(where)
     before = gauge.held()
@@ -210,8 +220,9 @@ def measure_vllm_offline(case: Case) -> dict[str, Any]:
         "max_tokens": case.max_new_tokens,
         "stop_token_ids": policy.eos_tokens,
         "times": case.times,
+        "cache_bytes": CPU_CACHE_BYTES if case.device == "cpu" else None,
     }
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = _environment()
     with tempfile.TemporaryDirectory() as work:
         result = Path(work) / "result.json"
         # -I keeps this folder, which has a kernels.py, out of the path of its imports
@@ -258,6 +269,12 @@ def _with(sampler: Any, case: Case) -> Sample:
 
 def _length(tokens: list[int], eos: list[int]) -> int:
     return next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+
+
+def _environment() -> dict[str, str]:
+    """Returns the environment of vLLM's processes: engines that are not processes of their own, all cores."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **kept, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _dtype(case: Case) -> str:
