@@ -45,7 +45,7 @@ def in_halves(
     try:
         return compute(items)
     except Exception as error:
-        check_can_halve(error, len(items), what, option)
+        _check_can_halve(error, len(items), what, option)
     # outside of the except block, whose traceback holds the tensors
     free()
     say_once((what, option), f"out of memory: {what} again in two halves; {_how(option)}")
@@ -53,13 +53,8 @@ def in_halves(
     return in_halves(compute, items[:half], what, option) + in_halves(compute, items[half:], what, option)
 
 
-def check_can_halve(error: Exception, count: int, what: str, option: str) -> None:
-    """Raises an error that is not of the memory, and a ``UserError`` if there is nothing to halve.
-
-    Args:
-        count: of the items that were computed together.
-        what, option: as for ``in_halves``.
-    """
+def _check_can_halve(error: Exception, count: int, what: str, option: str) -> None:
+    """Raises an error that is not of the memory, and a ``UserError`` if there is nothing to halve."""
     if not is_out_of_memory(error):
         raise error
     if count <= 1 or _several_ranks():

@@ -270,10 +270,10 @@ def test_the_number_of_rows_that_fit_is_kept(
     assert "out of memory" not in capsys.readouterr().out
 
 
-def test_one_row_that_does_not_fit_names_the_option(ending: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_that_does_not_fit_names_options(ending: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         memory(ending, monkeypatch, lambda call: call < 9),
-        pytest.raises(UserError, match="--sampling_batch_size") as error,
+        pytest.raises(UserError, match="--max_new_tokens") as error,
     ):
         sample(ending, 8)
     assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ from ...models.checks import computing
 from ...models.layouts import PROBE_WINDOW, narrow_window
 from ...models.policy import LOGP_TOLERANCE, Policy, pad_token
 from ...models.scoring import backbone
-from ...out_of_memory import check_can_halve, free, naming_settings
+from ...out_of_memory import free, is_out_of_memory, naming_settings
 from ...run.progress import Progress
 from ...run.tracking import say
 from ..draw import Draw, stream_keys
@@ -152,7 +152,7 @@ class LocalSampler:
         policy.model.eval()
         draw = Draw(policy.device, self.config.temperature, self.config.top_p)
         with (
-            naming_settings("responses are sampled"),
+            naming_settings("the sampling of a single response"),
             policy.autocast(),
             policy.generating(masked=True),
             fast_linears(policy.model, policy.autocast_dtype),
@@ -191,7 +191,8 @@ class DecodeLoop:
                         self._enter()
                     self._step()
             except Exception as error:
-                check_can_halve(error, self.slots, "responses are sampled", "--sampling_batch_size")
+                if not is_out_of_memory(error) or self.slots == 1:
+                    raise
             else:
                 self._leave(finish)
                 continue
