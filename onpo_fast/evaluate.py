@@ -51,7 +51,7 @@ from .run.opening import config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
-from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
+from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler, remove_unfinished
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
@@ -200,11 +200,13 @@ class Evaluator:
     def _sample(self, name: str, source: Source, prompts: Sequence[Messages], index: int) -> list[Group]:
         """The responses of a policy, which is loaded if any are missing."""
         count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
+        directory, world = self.cache.directory, self.cache.world
         sampler = StageSampler(
             self.policies,
             source,
             self.sampling,
-            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory, self.cache.world),
+            lambda: open_sampler(self.policies, source, self.sampling, directory, world, evaluation=True),
+            lambda: remove_unfinished(directory, evaluation=True),
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(

@@ -20,17 +20,23 @@ class StageSampler:
         source: where the policy is.
         config: the options of sampling.
         open_sampler: opens the sampler.
+        all_recorded: called when all parts of the stage are recorded, before they are checked.
 
     Attributes:
         was_opened: whether anything had to be sampled.
     """
 
     def __init__(
-        self, policies: ResidentPolicy, source: Source, config: SamplingConfig, open_sampler: Callable[[], Sampler]
+        self,
+        policies: ResidentPolicy,
+        source: Source,
+        config: SamplingConfig,
+        open_sampler: Callable[[], Sampler],
+        all_recorded: Callable[[], object] = lambda: None,
     ) -> None:
         self.policies, self.source, self.config = policies, source, config
         self.was_opened = False
-        self._open_sampler = open_sampler
+        self._open_sampler, self._all_recorded = open_sampler, all_recorded
         self._sampler: Sampler | None = None
 
     def __enter__(self) -> StageSampler:
@@ -71,8 +77,11 @@ class StageSampler:
     def check(self, groups: Sequence[Group]) -> dict[str, float]:
         """Closes the sampler, loads the policy and compares the stage's responses with it; see ``handover.check``.
 
+        It is called once all parts are recorded, on rank 0.
+
         Raises:
             UnusableResults: if they are not draws from the policy.
         """
         self.close()
+        self._all_recorded()
         return handover.check(self.policies(self.source), groups, self.config)
