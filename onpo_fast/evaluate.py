@@ -51,7 +51,7 @@ from .run.opening import config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
-from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler, remove_unfinished
+from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
@@ -206,7 +206,8 @@ class Evaluator:
             source,
             self.sampling,
             lambda: open_sampler(self.policies, source, self.sampling, directory, world, evaluation=True),
-            lambda: remove_unfinished(directory, evaluation=True),
+            directory,
+            evaluation=True,
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(

@@ -45,15 +45,7 @@ from .run.opening import OpenRun
 from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
-from .sampling import (
-    MixtureSampler,
-    Sampler,
-    StageSampler,
-    TruncationWarning,
-    all_truncated,
-    open_sampler,
-    remove_unfinished,
-)
+from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
 from .stages import Scores
 
 # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -339,13 +331,8 @@ class LanguageGame:
         seed = [self.run_config.seed, stream, self.t]
         source = policy.policy if isinstance(policy, Mixture) else policy
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
-        with StageSampler(
-            run.policies,
-            source,
-            self.sampling,
-            lambda: self._sampler(policy),
-            lambda: remove_unfinished(run.directory, evaluation=False),
-        ) as sampler:
+        stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
+        with stage as sampler:
             groups = run.cache.cached_in_parts(
                 f"{iteration_folder(self.t)}/{name}.jsonl",
                 self._prompts(),

@@ -35,7 +35,6 @@ __all__ = [
     "all_truncated",
     "make_sampler",
     "open_sampler",
-    "remove_unfinished",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..config import SamplingConfig
 from ..data import Group, Messages
@@ -10,6 +11,7 @@ from ..models.resident import ResidentPolicy, Source
 from ..run.progress import Progress
 from . import handover
 from .interface import OnGroup, Sampler
+from .server.unfinished import remove_unfinished
 
 
 class StageSampler:
@@ -20,7 +22,8 @@ class StageSampler:
         source: where the policy is.
         config: the options of sampling.
         open_sampler: opens the sampler.
-        all_recorded: called when all parts of the stage are recorded, before they are checked.
+        directory, evaluation: whose files of unfinished responses are removed once all parts are recorded; see
+            ``open_sampler``.
 
     Attributes:
         was_opened: whether anything had to be sampled.
@@ -32,11 +35,13 @@ class StageSampler:
         source: Source,
         config: SamplingConfig,
         open_sampler: Callable[[], Sampler],
-        all_recorded: Callable[[], object] = lambda: None,
+        directory: Path,
+        evaluation: bool = False,
     ) -> None:
         self.policies, self.source, self.config = policies, source, config
         self.was_opened = False
-        self._open_sampler, self._all_recorded = open_sampler, all_recorded
+        self.directory, self.evaluation = directory, evaluation
+        self._open_sampler = open_sampler
         self._sampler: Sampler | None = None
 
     def __enter__(self) -> StageSampler:
@@ -83,5 +88,5 @@ class StageSampler:
             UnusableResults: if they are not draws from the policy.
         """
         self.close()
-        self._all_recorded()
+        remove_unfinished(self.directory, self.evaluation)
         return handover.check(self.policies(self.source), groups, self.config)
