@@ -270,7 +270,7 @@ def test_a_file_that_cannot_be_written(tiny_model, server, tmp_path) -> None:
     with open("/dev/full", "w") as full:
         part._file.close()
         part._file = full
-        with pytest.raises(OSError) as error:
+        with pytest.raises(OSError, match="No space") as error:
             part.add("a", [1], -1.0)
     assert error.value.filename == str(part.path)
 
@@ -537,7 +537,6 @@ def aborted(choice: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
     "spoil",
     [beyond, beyond_everything, infinite, enormous, summed_beyond_floats, above_zero, fewer, boolean, aborted],
 )
