@@ -267,12 +267,12 @@ def test_another_fit_at_the_same_path(tiny_model, other_weights, server, model, 
 def test_a_file_that_cannot_be_written(tiny_model, server, tmp_path) -> None:
     part = UnfinishedPart(tmp_path / "unfinished_responses_0.jsonl")
     part.begin([])
-    with open("/dev/full", "w") as full:
-        part._file.close()
-        part._file = full
+    part.close()
+    part._file = open("/dev/full", "w")
+    for act in (lambda: part.add("a", [1], -1.0), part.close):
         with pytest.raises(OSError, match="No space") as error:
-            part.add("a", [1], -1.0)
-    assert error.value.filename == str(part.path)
+            act()
+        assert error.value.filename == str(part.path)
 
 
 def test_a_share_without_prompts(tiny_model, server, model) -> None:
