@@ -47,7 +47,7 @@ from .run.cache import StageCache, was_stopped
 from .run.fingerprint import changes
 from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import config_key, load_oracle
+from .run.opening import check_sampler, config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, progress, say
@@ -55,8 +55,10 @@ from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampl
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
-ORACLE_OPTIONS = tuple(  # options of the oracle, which may be given anew
-    option.name for option in fields(Config) if option.name in ASKS or option.name.startswith(("judge_", "oracle_"))
+OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, the program that samples
+    option.name
+    for option in fields(Config)
+    if option.name in ("sampler", *ASKS) or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -362,10 +364,11 @@ def main(argv: list[str]) -> None:
         epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
-    configuration.add_options(parser, ORACLE_OPTIONS)
+    configuration.add_options(parser, OPTIONS)
     options = parser.parse_args(argv)
     directory = options.directory
-    config = configuration.read_run(directory, configuration.given_options(options, ORACLE_OPTIONS), ASKS)
+    config = configuration.read_run(directory, configuration.given_options(options, OPTIONS), ASKS)
+    check_sampler(config)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)
         journal = Journal(directory)

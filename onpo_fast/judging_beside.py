@@ -78,7 +78,7 @@ class JudgingBeside:
         self._unrecorded = 0  # parts that the thread has, or has judged
         self._waiting: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._judged: queue.SimpleQueue[_Judged | None] = queue.SimpleQueue()  # None: the thread has failed
-        self._error: Exception | None = None  # of the thread
+        self._error: BaseException | None = None  # of the thread
         self._abandoned = False
         self._part_began = 0.0  # when the thread began its last part
         self._sampled_at: float | None = None  # when sampling had ended
@@ -141,8 +141,11 @@ class JudgingBeside:
         """
         self._sampled_at = time.perf_counter()
         while self._unrecorded:
+            lives = self._thread.is_alive()  # before the look at what it has judged, which may be its last
             self._record_judged(POLL_SECONDS)
             self._raise_error()
+            if self._unrecorded and not lives:
+                raise RuntimeError(f"the thread that judges has ended, and {self._unrecorded} parts are not judged")
             signals.stop_if_asked()
         self._bar.close()
 
@@ -183,7 +186,7 @@ class JudgingBeside:
             try:
                 found = stages.judge(self.oracle, part.groups, self.oracle_name, self._count, part.first)
                 counters = oracles.take_counters(self.oracle)
-            except Exception as error:  # raised again in the main thread
+            except BaseException as error:  # raised again in the main thread, whatever it is
                 self._error = error
                 self._judged.put(None)
                 return

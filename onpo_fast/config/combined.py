@@ -28,13 +28,17 @@ DEFAULTS_BY_DEVICE = {  # on a GPU, on a CPU
     "sampling_batch_size": (256, 32),
 }
 
-# options that may change while a run goes on: where things are, how long is waited, how much is asked at a time
+# options that may change while a run goes on: where things are, how long is waited, how much is asked at a time.
+# What a server or vLLM may do otherwise with other values, the check of responses finds
 NO_RESULT_DEPENDS_ON_THEM = (
     "out",
     "push_to_hub",
     "rank_timeout",
     "vllm_python",
+    "vllm_options",
     "sampler_url",
+    "sampler_model",
+    "sampler_reload",
     "sampler_key_variable",
     "sampler_concurrency",
     "sampler_timeout",

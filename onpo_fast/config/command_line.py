@@ -34,6 +34,7 @@ from .messages import (
     explain_tags,
     with_written_names,
 )
+from .sampling_section import options_of_other_samplers
 from .sections import SECTIONS
 from .trust import KEY_VARIABLES, TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
 from .yaml_files import OptionsFile, hints_with_variants, read_options
@@ -124,6 +125,11 @@ def parse_with_sources(argv: list[str], defaults: Mapping[str, Any] | None = Non
     places |= {name: None for name, value in given.items() if name in hints and values[name] == value}
     switches = {name: values.pop(name) for name in SWITCHES}
     del values["config"]
+    if "sampler" in given:  # options of the sampler that a file names are for that one
+        for name, default in options_of_other_samplers(values["sampler"]).items():
+            if places.get(name, ()) is not None:
+                values[name] = default
+                places.pop(name, None)
     layers = [defaults or {}, *(yaml.safe_load(read[file].text) for file in files.config), given]
     try:
         config = Config(**fold_variants(values, layers))

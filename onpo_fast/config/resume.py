@@ -76,8 +76,8 @@ def read_run(directory: Path, flags: Sequence[str] = (), names: Iterable[str] = 
     Raises:
         UserError: if there is no run, or an option is wrong; names each option that must be on the command line.
     """
-    if flags:
-        parse(list(flags))  # so that an error in them does not name the file
+    if flags:  # first without the file, so that an error in them does not name it
+        parse(list(flags), vars(_read(directory).config))
     parsed = _read(directory, flags)
     _check_trust(directory, parsed, names)
     return parsed.config

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import UserError
+from ..servers.endpoint import check_url
 from .values import check_at_least, check_key_name, check_object, check_positive, check_share, check_values
 
 VLLM_TEMPERATURES = (0.01, 2.0)  # that vLLM takes as they are
+OPTIONS_OF_SAMPLERS = {  # that are given for one value of --sampler alone
+    "vllm": ("vllm_python", "vllm_options"),
+    "server": (
+        "sampler_url",
+        "sampler_model",
+        "sampler_reload",
+        "sampler_key_variable",
+        "sampler_concurrency",
+        "sampler_timeout",
+        "sampler_retries",
+    ),
+}
 _ONE_GPU = "there is one engine on each GPU of the run"
 _CHECKED = "the responses must be samples of the policy itself"
 SET_BY_THE_RUN = {  # arguments of vLLM's engine that a run sets, and why
@@ -45,7 +58,7 @@ class SamplingConfig:
     (off): the theory assumes responses drawn from the policy itself."""
     sampling_batch_size: int | None = None
     """Responses generated at the same time. Lower it when sampling runs out of memory; random numbers do not depend on
-    it. Default: 256 on a GPU, 32 on a CPU."""
+    it. vLLM: max_num_seqs; a server: see --sampler_concurrency. Default: 256 on a GPU, 32 on a CPU."""
 
     sampler: Literal["local", "vllm", "server"] = "local"
     """Program that samples. "local": this one. "vllm": vLLM, started anew in each stage, one engine on each GPU of the
@@ -60,9 +73,9 @@ class SamplingConfig:
     sampler_model: str | None = None
     """Name of the model that the server samples from. Default: the only one that it lists."""
     sampler_reload: str | None = None
-    """How the server gets new weights. "vllm": vLLM reads them from the policy's directory in place, for models whose
-    LM head is not tied to the embedding, or loads the adapter; otherwise a command that returns when the server has
-    them: the environment variable ONPO_POLICY holds the directory."""
+    """How the server loads new weights; required with --sampler server. "vllm": vLLM reads them from the policy's
+    directory in place (not for models whose LM head is tied to the embedding), or loads the adapter. Otherwise a shell
+    command that returns once the server has loaded the directory in the environment variable ONPO_POLICY."""
     sampler_key_variable: str = "OPENAI_API_KEY"
     """Name of the environment variable that holds the API key of the server that samples, if it needs one. Keys are
     never saved. A variable other than the default must be set; if a file names it, it must end in _API_KEY or
@@ -92,14 +105,10 @@ class SamplingConfig:
 
     def _check_program(self) -> None:
         """Checks that the options of a program are given for it alone, and that a server has its address."""
-        owners = {
-            "vllm": ("vllm_python", "vllm_options"),
-            "server": ("sampler_url", "sampler_model", "sampler_reload"),
-        }
-        for owner, names in owners.items():
-            for name in names:
-                if getattr(self, name) is not None and self.sampler != owner:
-                    raise UserError(f"--{name} needs --sampler {owner}")
+        for name, default in options_of_other_samplers(self.sampler).items():
+            if getattr(self, name) != default:
+                owner = next(owner for owner, names in OPTIONS_OF_SAMPLERS.items() if name in names)
+                raise UserError(f"--{name} needs --sampler {owner}")
         if self.sampler != "local" and not VLLM_TEMPERATURES[0] <= self.temperature <= VLLM_TEMPERATURES[1]:
             raise UserError(
                 f"--temperature must be from {VLLM_TEMPERATURES[0]} to {VLLM_TEMPERATURES[1]} with --sampler "
@@ -111,3 +120,11 @@ class SamplingConfig:
             for name, example in (("sampler_url", " URL"), ("sampler_reload", ' vllm or "COMMAND"')):
                 if getattr(self, name) is None:
                     raise UserError(f"--sampler server needs --{name}{example}")
+            self.sampler_url = check_url(self.sampler_url, "sampler")
+
+
+def options_of_other_samplers(sampler: str) -> dict[str, object]:
+    """Returns the options that are given for other values of --sampler alone, with their defaults."""
+    defaults = {field.name: field.default for field in fields(SamplingConfig)}
+    others = (names for owner, names in OPTIONS_OF_SAMPLERS.items() if owner != sampler)
+    return {name: defaults[name] for names in others for name in names}

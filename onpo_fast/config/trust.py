@@ -76,10 +76,12 @@ def check_trust(directory: Path, config: Config, sources: Sources, names: Iterab
             continue
         value = getattr(config, name)
         text = value if isinstance(value, str) else json.dumps(value)
-        shown = text if len(text) <= 100 else f"{text[:100]}…"
         where = f"{source[0]}, line {source[1]}" if source[1] else source[0]
-        problems.append(f"{where}: {name} asks {NEEDS_TRUST[name].format(value=shown)}")
-        given = "NAME" if name in KEY_VARIABLES else shlex.quote(shown)
+        asks = NEEDS_TRUST[name].format(value=text)  # whole: what is allowed is what was shown
+        if (name, value) == ("sampler_reload", "vllm"):  # no command
+            asks = "to have the server load the policies of the run"
+        problems.append(f"{where}: {name} asks {asks}")
+        given = "NAME" if name in KEY_VARIABLES else shlex.quote(text)
         remedies.append(f"--{name}" if value is True else f"--{name} {given}")
     if problems:
         raise UserError(

@@ -41,6 +41,7 @@ from ..models.resident import ResidentPolicy, Source
 from ..models.sharding import check_shardable
 from ..objectives import Sppo
 from ..pairing import PAIRINGS
+from ..sampling.vllm.process import check_python
 from .cache import StageCache
 from .fingerprint import changes, model_fingerprint
 from .journal import Journal, JournalElsewhere
@@ -201,6 +202,7 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
     oracle = load_oracle(config, directory)
+    check_sampler(config)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
     weights = "fp32" if config.lora_rank else config.weights  # adapters are float32
@@ -263,6 +265,12 @@ def _begin(
         device=policy.device,
         compute_dtype=policy.compute_dtype,
     )
+
+
+def check_sampler(config: Config) -> None:
+    """Raises ``UserError`` if the program that samples is one to be started, and is not there."""
+    if config.sampler == "vllm":
+        check_python(config.vllm_python)
 
 
 def check_token_budget(config: Config) -> None:

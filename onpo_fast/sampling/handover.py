@@ -1,12 +1,12 @@
 """The check of responses that a sampler returned: are they draws from the policy, in the way that was asked for?
 
 A program that samples may hold the weights of an earlier policy, an old LM head, another tokenizer or chat template, or
-apply settings of its own. Two tests find that out, on responses chosen at random, whatever they say:
+apply settings of its own. Two tests detect this, on responses chosen at random, whatever they say:
 
 - **Log-probs.** What the sampler says of each response is compared with the policy's own log-prob in float32. In
   bfloat16 the policy itself is off by rounding, which is measured on the same responses.
 - **Draws.** Truncated or sharpened sampling leaves log-probs at temperature 1 right. So the responses' likelihood under
-  each of ``FAULTS`` is divided by that under what was asked. If sampling is right, the ratio has the mean 1, and by
+  each fault is divided by that under what was asked. If sampling is right, the ratio has a mean of at most 1, and by
   Markov's inequality it exceeds 1/α with a probability of at most α, whatever the lengths of the responses.
 
 docs/sampling.md says what they can see.
@@ -39,13 +39,13 @@ FALSE_ALARMS = 1e-9  # probability that a test stops a run whose sampler is righ
 KERNELS = 3.0  # times the policy's own rounding in bfloat16 that a sampler's may be
 
 TEMPERATURES = (0.5, 0.7, 0.9, 1.1, 1.5)  # times the one that was asked for
-TOP_K = (20, 50)
-TOP_P = (0.8, 0.9, 0.95, 1.0)
+TOP_K = (20, 50, 1024)
+TOP_P = (0.8, 0.9, 0.95, 0.98, 0.99)
 MIN_P = (0.05,)
 REPETITION_PENALTIES = (1.05, 1.2)
 FAULT_SHARE = 0.95  # of a fault in the alternative to what was asked, so that no single token excludes it
 NUCLEUS_LEAK = 1e-3  # share of all tokens in a nucleus that was asked for, since rounding may decide at its edge
-LIKELIEST = 1024  # tokens among which the truncated distribution of a fault is
+LIKELIEST = max(TOP_K)  # tokens among which the nucleus of a fault is sought
 
 MICROBATCH_TOKENS = 4096  # packed tokens in one forward pass
 ROWS = 64  # tokens whose logits are in memory at a time
@@ -111,9 +111,22 @@ def check(
         differ = f"by {error:.2g} nats for the square root of a token, and rounding explains {rounding:.2g}"
     if differ is not None:
         raise UnusableResults(_describe_difference(policy, config, differ, found["logp_difference"]))
-    if evidence[fault] > math.log(len(evidence) / FALSE_ALARMS):
+    if evidence[fault] > most_evidence(len(evidence), int(tokens.sum()), config.top_p):
         raise UnusableResults(_describe_fault(config, fault, evidence[fault]))
     return found
+
+
+def most_evidence(faults: int, tokens: int, top_p: float) -> float:
+    """Returns the largest logarithm of a likelihood ratio that chance may explain, nats.
+
+    Args:
+        faults: number of faults whose ratios are computed.
+        tokens: number of tokens that are checked.
+        top_p: the value of --top_p. Below 1, what was asked for is computed with ``NUCLEUS_LEAK``, so that the mean of
+            a ratio may grow by 1/(1 − NUCLEUS_LEAK) with each token.
+    """
+    leak = 0.0 if top_p == 1 else -tokens * math.log1p(-NUCLEUS_LEAK)
+    return math.log(faults / FALSE_ALARMS) + leak
 
 
 def choose(groups: Sequence[Group], enough_tokens: float = CHECKED_TOKENS) -> list[tuple[list[int], Response]]:
@@ -213,7 +226,8 @@ def fault_log_probs(logits: Tensor, targets: Tensor, seen: Tensor) -> dict[str, 
         seen: (n, V), whether a token is in the prompt or earlier in the response.
 
     Returns:
-        (n,) each, nats, by what the fault is called; −∞ for a token that it excludes.
+        (n,) each, nats, by what the fault is called; −∞ for a token that it excludes. Tokens as likely as the least
+        likely one that a fault allows are allowed too, so that each is a distribution, also with ties.
     """
     target = _at(logits, targets)
     found = {
@@ -234,9 +248,9 @@ def fault_log_probs(logits: Tensor, targets: Tensor, seen: Tensor) -> dict[str, 
         **{f"min_p {p:g}": top >= top[:, :1] + math.log(p) for p in MIN_P},
     }
     for name, keep in kept.items():
-        total = top.masked_fill(~keep, -math.inf).logsumexp(-1)
-        least = top.masked_fill(~keep, math.inf).amin(-1)
-        found[name] = (target - total).masked_fill(target < least, -math.inf)
+        least = top.masked_fill(~keep, math.inf).amin(-1, keepdim=True)
+        total = logits.masked_fill(logits < least, -math.inf).logsumexp(-1)
+        found[name] = (target - total).masked_fill(target < least[:, 0], -math.inf)
     return found
 
 

@@ -79,7 +79,7 @@ def test_a_run_that_was_killed(model: Path, vllm_python: str, tmp_path, without_
     run = start_run(tmp_path, vllm_python, *flags)
     first = tmp_path / "run" / "iteration_01" / "responses.jsonl.parts" / "00000000.jsonl"
     wait_for(first, run)
-    engine = int(subprocess.run(["pgrep", "-P", str(run.pid), "-f", "vllm_engine"], capture_output=True).stdout)
+    engine = int(subprocess.run(["pgrep", "-P", str(run.pid), "-f", "vllm/engine.py"], capture_output=True).stdout)
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert ends(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from onpo_fast.data import read_groups
 from onpo_fast.errors import UserError
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.run import signals
+from onpo_fast.run.opening import open_run
 from onpo_fast.sampling import open_sampler
 from onpo_fast.sampling.vllm import process as vllm_process
 from onpo_fast.sampling.vllm.process import child_environment
@@ -75,6 +77,9 @@ def test_responses_come_by_prompt_as_they_end(policies, tmp_path) -> None:
         ("response['tokens'][0] = 272", "vocabulary"),
         ("response['tokens'][0] = -1", "vocabulary"),
         ("response['tokens'][0] = 3.0", "integers"),
+        ("response['tokens'][0] = 10**400", "vocabulary"),
+        ("send(index=10**400, **response)", "not asked for"),
+        ("with_parent.sendall(b'1' * 5000 + b'\\n')", "no message"),
         ("response['tokens'] = []; response['logps'] = []", "0 tokens"),
         ("response['tokens'] += [5]; response['logps'] += [-1.0]; response['reason'] = 'length'", "tokens"),
         ("response.update(tokens=[5], logps=[-1.0], reason='length')", "cut off at 1"),
@@ -90,7 +95,8 @@ def test_responses_come_by_prompt_as_they_end(policies, tmp_path) -> None:
         ("with_parent.sendall(b'hello\\n')", "no message"),
         ("with_parent.sendall(b'[1]\\n')", "no message"),
         ("send(kind='sample', error='RuntimeError: no more')", "failed while it sampled: RuntimeError: no more"),
-        ("with_parent.close(); lines.close(); time.sleep(60)", "closed its socket"),
+        ("with_parent.sendall(b'[' * 100000 + b'\\n')", "no message"),
+        ("with_parent.close(); lines.close(); time.sleep(60)", "vllm.log"),
         ("sys.exit(3)", "status 3"),
         ("os.kill(os.getpid(), 9)", "SIGKILL"),
     ],
@@ -107,7 +113,7 @@ def test_what_was_not_asked_for_stops_the_run(fault: str, message: str, policies
     [
         ("send(kind='import', error=\"No module named 'vllm'\"); time.sleep(60)", "--vllm_python.*make vllm-env"),
         ("send(kind='start', error='ValueError: no such architecture'); time.sleep(60)", "no such architecture"),
-        ("send(kind='start', error='CUDA out of memory'); time.sleep(60)", "--vllm_options.*gpu_memory_utilization"),
+        ("send(kind='start', error='CUDA out of memory'); time.sleep(60)", "--vllm_options.*kv_cache_memory_bytes"),
         ("print('the last words', flush=True); sys.exit(1)", "status 1.*the last words.*vllm.log"),
         ("send(ready='0'); time.sleep(60)", "max_model_len"),
         ("send(ready='0', max_model_len=20); time.sleep(60)", "max_model_len"),
@@ -125,16 +131,30 @@ def test_a_python_without_vllm(policies, tmp_path) -> None:
         sample(policies, str(tmp_path / "nowhere"), tmp_path)
 
 
+def test_a_run_finds_at_once_that_there_is_no_vllm(policies, tmp_path, write_lines) -> None:
+    prompts = write_lines("prompts.jsonl", *({"prompt": f"What is {i}?"} for i in range(10)))
+    (tmp_path / "fails").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "fails").chmod(0o755)
+    files = {"model": str(policies.initial), "prompts": str(prompts), "out": str(tmp_path / "run")}
+    for python in (sys.executable, str(tmp_path / "nowhere"), str(tmp_path / "fails"), str(tmp_path)):
+        with pytest.raises(UserError, match=r"--vllm_python"):
+            open_run(Config(sampler="vllm", vllm_python=python, **files))
+        assert not (tmp_path / "run").exists()
+    vllm_process.check_python(write_vllm(tmp_path / "vllm"))
+
+
 def test_an_engine_that_hangs(policies, tmp_path, monkeypatch) -> None:
     """One that is slow says that it is alive."""
-    monkeypatch.setattr(vllm_process, "SILENCE_SECONDS", 1.0)
-    slow = "for _ in range(4 * (index == 5)): send(alive=True); time.sleep(0.4)"
+    monkeypatch.setattr(vllm_process, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(vllm_process, "GRACE_SECONDS", 0.1)
+    slow = "for _ in range(3 * (index == 5)): send(alive=True); time.sleep(0.2)"
     assert len(sample(policies, write_engine(tmp_path / "slow", change=slow), tmp_path)) == 4
-    with pytest.raises(UserError, match="no progress"):
-        sample(policies, write_engine(tmp_path / "hangs", change="time.sleep(60 * (index == 5))"), tmp_path)
+    hangs = [{"change": "time.sleep(60 * (index == 5))"}]
     monkeypatch.setattr(vllm_process, "START_SECONDS", 0.5)
-    with pytest.raises(UserError, match="no progress"):
-        sample(policies, write_engine(tmp_path / "never", at_start="time.sleep(60)"), tmp_path)
+    hangs.append({"at_start": "time.sleep(60)"})
+    for number, fault in enumerate(hangs):
+        with pytest.raises(UserError, match="--resume"):
+            sample(policies, write_engine(tmp_path / f"hangs{number}", **fault), tmp_path)
 
 
 def test_a_signal_ends_the_wait_and_the_engine(policies, tmp_path, monkeypatch) -> None:
@@ -157,12 +177,62 @@ def test_the_log_is_bounded(policies, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "vllm.log").stat().st_size == 1000
 
 
+@pytest.mark.parametrize("there", ["fifo", "link to a device", "link to a file", "folder"])
+def test_a_log_that_cannot_be_written_is_replaced_or_left_out(there: str, policies, tmp_path) -> None:
+    log, elsewhere = tmp_path / "vllm.log", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    if there == "fifo":
+        os.mkfifo(log)
+    elif there == "folder":
+        log.mkdir()
+    else:
+        log.symlink_to("/dev/full" if there == "link to a device" else elsewhere)
+    talks = "print('x' * 100000, flush=True)"
+    assert len(sample(policies, write_engine(tmp_path / "python", change=talks), tmp_path)) == 4
+    assert elsewhere.read_text() == "mine"
+    assert log.is_dir() if there == "folder" else log.stat().st_size > 100_000
+
+
+def test_a_full_disk_under_the_log_stops_nothing(policies, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_process, "_open_log", lambda path: open("/dev/full", "wb", buffering=0))
+    talks = "print('x' * 100000, flush=True)"
+    assert len(sample(policies, write_engine(tmp_path / "python", change=talks), tmp_path)) == 4
+
+
+def test_the_memory_hint_is_for_the_device(policies, tmp_path) -> None:
+    fault = "send(kind='start', error='No available memory for the cache blocks'); time.sleep(60)"
+    process = vllm_process.VllmProcess(write_engine(tmp_path / "python", at_start=fault), torch.device("cuda:0"), None)
+    try:
+        with pytest.raises(UserError, match=r"--vllm_options.*gpu_memory_utilization"):
+            process.start({"arguments": {"model": ""}})
+    finally:
+        process.close()
+
+
 def test_the_environment_of_the_engine(monkeypatch) -> None:
-    for name in ("OPENAI_API_KEY", "HF_TOKEN", "MY_SECRET", "PYTHONPATH", "RANK", "MASTER_PORT"):
+    for name in (
+        "OPENAI_API_KEY",
+        "HF_TOKEN",
+        "MY_SECRET",
+        "OPENAI_CUSTOM_HEADERS",
+        "PYTHONPATH",
+        "RANK",
+        "MASTER_PORT",
+    ):
         monkeypatch.setenv(name, "x")
+    for name, url in (
+        ("http_proxy", "me:x@host:1"),
+        ("HTTPS_PROXY", "http://me:x@host:1"),
+        ("DATABASE", "db://x@host"),
+    ):
+        monkeypatch.setenv(name, url)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("no_proxy", "localhost")
     environment = child_environment(torch.device("cpu"))
     assert "x" not in environment.values()
+    assert not {"http_proxy", "HTTPS_PROXY", "DATABASE"} & environment.keys()
+    assert {"TOKENIZERS_PARALLELISM": "false", "no_proxy": "localhost"}.items() <= environment.items()
     wanted = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
     assert wanted.items() <= environment.items()
     for visible, gpu in ((None, "1"), ("5,7", "7"), ("GPU-a, GPU-b", "GPU-b")):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -491,6 +493,7 @@ def strangers_run(here: Path, journal: bool = True, file: bool = True, **options
     return run
 
 
+SERVER = {"sampler": "server", "sampler_reload": "./evil", "sampler_url": "http://x/v1"}
 ASKED = [  # options; what the refusal says of one, and what it says to add
     ({"oracle": "evil:f"}, "oracle asks to run the Python code of evil:f", "--oracle evil:f"),
     ({"oracle": "population+2*evil:f"}, "oracle asks to run the Python code of p", "--oracle 'population+2*evil:f'"),
@@ -502,9 +505,13 @@ ASKED = [  # options; what the refusal says of one, and what it says to add
     ),
     ({"judge_request": {"a": 1}}, 'judge_request asks to send {"a": 1} with', """--judge_request '{"a": 1}'"""),
     ({"judge_key_variable": "SOME_SECRET"}, "judge_key_variable asks for a key from", "--judge_key_variable NAME"),
-    ({"sampler_key_variable": "SOME_SECRET"}, "sampler_key_variable asks for a key", "--sampler_key_variable NAME"),
     (
-        {"sampler": "server", "sampler_reload": "./evil", "sampler_url": "http://x/v1"},
+        {"sampler_key_variable": "SOME_SECRET", **SERVER},
+        "sampler_url asks to send prompts to",
+        "--sampler_url http://x/v1 --sampler_reload ./evil --sampler_key_variable NAME",
+    ),
+    (
+        SERVER,
         "sampler_url asks to send prompts to http://x/v1; run",
         "--sampler_url http://x/v1 --sampler_reload ./evil",
     ),
@@ -541,6 +548,46 @@ def test_what_a_run_directory_asks_for(
         assert f"give {remedy} on the command line, or --trust_run if you trust whoever made run" in said
         assert "SOME_SECRET" not in said
     assert sorted(here.rglob("*")) == before
+
+
+SAMPLED_ELSEWHERE = [
+    {**SERVER, "sampler_key_variable": "SOME_TOKEN", "sampler_concurrency": 3},
+    {**SERVER, "sampler_reload": "vllm"},
+    {"sampler": "vllm", "vllm_python": sys.executable, "vllm_options": {"enforce_eager": True}},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLED_ELSEWHERE)
+def test_an_evaluation_takes_what_its_refusal_asks_for(here: Path, options: dict, capsys, monkeypatch) -> None:
+    """And other options of the program that samples, or another program."""
+    strangers_run(here, **options)
+    seen: list[Config] = []
+    monkeypatch.setattr(evaluate, "check_sampler", seen.append)
+    monkeypatch.setattr(evaluate, "locked", lambda directory: sys.exit(0))
+
+    def accepted(*flags: str) -> Config:
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main(["run", *flags])
+        assert ended.value.code == 0, capsys.readouterr().err
+        return seen[-1]
+
+    said = one_line(evaluate.main, ["run"], capsys)
+    remedy = shlex.split(said.partition(", give ")[2].partition(" on the command line")[0])
+    flags = ["SOME_TOKEN" if flag == "NAME" else flag for flag in remedy]
+    assert options.items() <= vars(accepted(*flags)).items()
+    other = ["--sampler_timeout", "5"] if options["sampler"] == "server" else ["--vllm_options", '{"seed_": 1}']
+    changed = accepted(*flags, *other)
+    assert (changed.sampler_timeout, changed.vllm_options) in ((5.0, None), (600.0, {"seed_": 1}))
+    local = accepted("--sampler", "local")
+    assert local == replace(Config(out="run"), sampling_batch_size=local.sampling_batch_size)
+    wrong = ["--sampler", "server", "--sampler_url", "x", "--sampler_reload", "vllm"]
+    assert one_line(evaluate.main, ["run", *wrong], capsys).startswith("--sampler_url")
+
+
+def test_a_command_is_shown_whole(here: Path, capsys) -> None:
+    command = "true " + 150 * "#" + "; ./evil"
+    strangers_run(here, **{**SERVER, "sampler_reload": command})
+    assert one_line(evaluate.main, ["run"], capsys).count(command) == 2
 
 
 def test_a_run_reports_to_nobody_unasked(here: Path, capsys) -> None:

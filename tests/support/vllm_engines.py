@@ -1,4 +1,4 @@
-"""Programs in place of a Python with vLLM, which speak as ``vllm_engine`` does, with or without faults."""
+"""Programs in place of a Python with vLLM, which speak as ``sampling/vllm/engine.py`` does, with or without faults."""
 
 from __future__ import annotations
 

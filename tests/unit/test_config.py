@@ -70,6 +70,7 @@ def test_a_section_has_the_values_of_the_whole() -> None:
         (SamplingConfig, "sampler_timeout", 0.0),
         (SamplingConfig, "sampler_retries", -1),
         (SamplingConfig, "sampler_url", "http://localhost:8000/v1"),
+        (SamplingConfig, "sampler_concurrency", 3),
         (SamplingConfig, "sampler", "server"),
         (OracleConfig, "oracle_max_tokens", 0),
         (JudgeConfig, "judge_key_variable", "sk-1"),
@@ -89,6 +90,42 @@ def test_a_section_validates_its_own_options(section: type, option: str, value: 
     for kind in (section, Config):
         with pytest.raises(UserError, match=option):
             kind(**{option: value})
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://name:password@host/v1"])
+def test_an_address_that_no_server_has(url: str) -> None:
+    with pytest.raises(UserError, match="--sampler_url"):
+        SamplingConfig(sampler="server", sampler_url=url, sampler_reload="vllm")
+
+
+def test_another_sampler_leaves_the_options_of_that_in_the_file(tmp_path: Path) -> None:
+    server = {"sampler_url": "http://x/v1", "sampler_reload": "vllm", "sampler_concurrency": 3}
+    file = tmp_path / "options.yaml"
+    file.write_text(Config(sampler="server", **server).to_yaml())
+    line = ["--config", str(file), "--out", "run", "--sampler"]
+    assert parse([*line, "local"]) == Config(out="run")
+    assert parse([*line, "vllm"]) == Config(out="run", sampler="vllm")
+    assert parse([*line, "server"]) == Config(out="run", sampler="server", **server)
+    with pytest.raises(UserError, match="--sampler_url needs --sampler server"):
+        parse([*line, "local", "--sampler_url", "http://x/v1"])
+
+
+def test_how_another_program_samples_may_change_in_a_run(tmp_path: Path) -> None:
+    """What its errors advise; what it returns is checked."""
+    for number, (before, flag, value) in enumerate(
+        [
+            ({"sampler": "vllm"}, "vllm_options", {"gpu_memory_utilization": 0.5}),
+            ({"sampler": "server", "sampler_url": "http://x/v1", "sampler_reload": "vllm"}, "sampler_reload", "true"),
+            ({"sampler": "server", "sampler_url": "http://x/v1", "sampler_reload": "vllm"}, "sampler_model", "m"),
+        ]
+    ):
+        config = Config(out=str(tmp_path / str(number)), **before)
+        Path(config.out).mkdir()
+        Path(config.out, "config.yaml").write_text(config.to_yaml())
+        Journal(Path(config.out)).begin({"options": vars(config)})
+        line = ["--resume", "--out", config.out, f"--{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+        given = [f"--{name}={text}" for name, text in before.items() if name != flag]
+        assert getattr(parse_run([*line, *given])[0], flag) == value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_a_run_directory_uploads_nothing_unasked(tmp_path: Path, where: str, mon
         parse_run(["--resume", "--out", "run"])
     given = ["--resume", "--out", "run", "--push_to_hub", "stranger/model"]
     assert parse_run(given)[0].push_to_hub == "stranger/model"
-    assert "push_to_hub" not in evaluate.ORACLE_OPTIONS
+    assert "push_to_hub" not in evaluate.OPTIONS
 
 
 class LocalHub(BaseHTTPRequestHandler):

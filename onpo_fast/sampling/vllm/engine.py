@@ -1,4 +1,4 @@
-"""Samples with vLLM for ``vllm.VllmSampler``, which starts this file by its path in an environment with vLLM.
+"""Samples with vLLM for ``VllmSampler``, which starts this file by its path in an environment with vLLM.
 
     PYTHON engine.py FD
 
@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 ALIVE_SECONDS = 5  # between two messages that tokens are being sampled
@@ -132,6 +131,4 @@ def main(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    # the folder of this file has modules of the names of packages: vllm is one
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     main(int(sys.argv[1]))

@@ -13,10 +13,11 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,13 @@ GRACE_SECONDS = 2  # for the process to notice that the socket is closed
 END_SECONDS = 10  # for the process to be gone, once it is killed
 LOG_BYTES = 4 * MIB  # that are kept of what vLLM prints
 MESSAGE_BYTES = 64 * MIB  # of a line: a response of a million tokens has fewer
-SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)  # in names of environment variables
+# in names of environment variables; headers may hold a key
+SECRET = re.compile("key|(^|_)token$|secret|passw|credential|headers$", re.IGNORECASE)
+URL_WITH_USER = re.compile(r"://[^\s/]*@")  # in values, as of a proxy
+HAS_VLLM = (
+    "import sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; print(find_spec('vllm'))"
+)
+CHECK_SECONDS = 60  # for an interpreter to say whether it has vLLM, which takes a second at most
 # of Python's paths and of torchrun, which would send vLLM to other packages and into the group of the ranks
 OURS = re.compile(
     "PYTHONPATH|PYTHONHOME|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
@@ -48,11 +55,12 @@ class VllmProcess:
     Args:
         python: an interpreter of an environment with vLLM.
         device: the policy's, whose GPU the process gets.
-        log: the file to which its output goes, from the beginning; None: it is not kept.
+        log: the file to which its output goes, from the beginning, in place of what is there; None: it is not kept. A
+            log that cannot be written is left alone.
     """
 
     def __init__(self, python: str, device: torch.device, log: Path | None) -> None:
-        self.python, self.log = python, log
+        self.python, self.device = python, device
         self.socket, theirs = socket.socketpair()
         self.received = b""  # the beginning of a line
         with theirs:
@@ -70,7 +78,9 @@ class VllmProcess:
                 self.socket.close()
                 raise UserError(f"--vllm_python {python} cannot be started: {error.strerror}") from None
         self.last_lines: deque[str] = deque(maxlen=20)
-        self.reader = threading.Thread(target=self._keep_output, args=[self.process.stdout], daemon=True)
+        file = None if log is None else _open_log(log)
+        self.log = None if file is None else log
+        self.reader = threading.Thread(target=self._keep_output, args=[self.process.stdout, file], daemon=True)
         self.reader.start()
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class VllmProcess:
         line, _, self.received = self.received.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise UserError(f"vLLM's process sent {line[:100]!r}, which is no message{self._where()}")
@@ -150,14 +160,20 @@ class VllmProcess:
         self.process.wait(END_SECONDS)
         self.reader.join(END_SECONDS)
 
-    def _keep_output(self, output: IO[bytes]) -> None:
-        """Keeps what the process prints: the first ``LOG_BYTES`` in the log, and the last lines for a message."""
-        with output, open(self.log or os.devnull, "wb", buffering=0) as log:
-            left = LOG_BYTES
+    def _keep_output(self, output: IO[bytes], log: IO[bytes] | None) -> None:
+        """Keeps what the process prints: the first ``LOG_BYTES`` in the log, and the last lines for a message.
+
+        It is read to its end whatever becomes of the log: the process would wait, or fail, if nobody read.
+        """
+        with output, log or nullcontext():
+            left = 0 if log is None else LOG_BYTES
             while line := output.readline(MIB):
                 if text := line.decode(errors="replace").strip():
                     self.last_lines.append(text)
-                left -= log.write(line[:left]) if left else 0
+                try:
+                    left -= log.write(line[:left]) if left else 0
+                except OSError:  # a full disk: sampling needs no log
+                    left = 0
 
     def _check_time(self, deadline: float, seconds: float) -> None:
         if time.monotonic() > deadline:
@@ -176,20 +192,70 @@ class VllmProcess:
 
     def _reported(self, kind: str, error: str) -> UserError:
         if kind == "import":
-            return UserError(
-                f"{self.python} cannot import vLLM ({error}): --vllm_python FILE names the interpreter of an "
-                "environment that has it, and make vllm-env makes one"
-            )
+            return _no_vllm(self.python, error)
         what = "does not start" if kind == "start" else "failed while it sampled"
         hint = ""
         if MEMORY.search(error):
-            hint = """; --vllm_options '{"gpu_memory_utilization": 0.8}' sets the share of the memory that it takes"""
+            if self.device.type == "cuda":
+                hint = (
+                    """; --vllm_options '{"gpu_memory_utilization": 0.8}' sets the share of the memory that it takes"""
+                )
+            else:
+                hint = """; --vllm_options '{"kv_cache_memory_bytes": 1073741824}' sets the size of its KV cache"""
         return UserError(f"vLLM {what}: {error}{hint}{self._where()}")
 
     def _where(self) -> str:
-        """The end of a message: the last line that the process printed, and where the others are."""
+        """The end of a message: the last line that the process printed, and where its output is."""
         last = f"; its last line: {self.last_lines[-1]}" if self.last_lines else ""
-        return f"{last} (all of them: {self.log})" if self.log else last
+        return f"{last} (its output: {self.log})" if self.log else last
+
+
+def check_python(python: str | None) -> None:
+    """Checks that an interpreter is there and finds vLLM, which takes much less time than importing it.
+
+    Args:
+        python: the value of --vllm_python.
+
+    Raises:
+        UserError: if it is not, or has no vLLM.
+    """
+    python = python or sys.executable
+    environment, command = child_environment(torch.device("cpu")), [python, "-c", HAS_VLLM]
+    try:
+        answer = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_SECONDS
+        )
+    except OSError as error:
+        raise UserError(f"--vllm_python {python} cannot be started: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--vllm_python {python} did not answer for {CHECK_SECONDS} seconds: is it Python?") from None
+    if answer.returncode != 0:
+        last = answer.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"--vllm_python {python} ended with status {answer.returncode}: {''.join(last)}")
+    if answer.stdout.split()[-1:] == [b"None"]:
+        raise _no_vllm(python)
+
+
+def _no_vllm(python: str, error: str = "it is not installed") -> UserError:
+    return UserError(
+        f"{python} cannot import vLLM ({error}): --vllm_python FILE names the interpreter of an environment that has "
+        "it, and make vllm-env makes one"
+    )
+
+
+def _open_log(path: Path) -> IO[bytes] | None:
+    """Returns a new file in place of what has this name, which may be a link or a FIFO; None if that cannot be."""
+    try:
+        path.unlink(missing_ok=True)
+        return open(path, "xb", buffering=0)
+    except OSError:
+        return None
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable may hold a key or a password."""
+    in_url = URL_WITH_USER.search(value) or (name.lower().endswith("_proxy") and "@" in value)
+    return bool(SECRET.search(name) or in_url)
 
 
 def child_environment(device: torch.device) -> dict[str, str]:
@@ -197,7 +263,7 @@ def child_environment(device: torch.device) -> dict[str, str]:
 
     Nothing is asked of a hub or reported to anybody, and one GPU is visible, the device's.
     """
-    kept = {name: value for name, value in os.environ.items() if not (SECRET.search(name) or OURS.fullmatch(name))}
+    kept = {name: value for name, value in os.environ.items() if not (_is_secret(name, value) or OURS.fullmatch(name))}
     kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     # one process: errors arrive with their texts, and requests are scheduled in one order
     kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...models.checkpoint import directory_of
 from ...models.resident import ResidentPolicy, Source
 from ...run.progress import Progress
+from ..gathering import Gathering
 from ..interface import OnGroup
 from ..returned import ResponseReader, request_seeds
 from .process import VllmProcess
@@ -57,16 +58,7 @@ class VllmSampler:
         first: int = 0,
         on_group: OnGroup = lambda index, group: None,
     ) -> list[Group]:
-        """Samples responses and returns the groups in the order of the prompts.
-
-        Args:
-            prompts: conversations that end with the user.
-            responses_per_prompt: K.
-            seed: non-negative integers; equal seeds give equal tokens.
-            progress: called with the number of responses that were finished.
-            first: the index of the first prompt among all prompts of the seed.
-            on_group: called in this thread with each group as soon as its K responses are there, in any order, and its
-                index among all prompts of the seed.
+        """Samples responses; see ``Sampler``.
 
         Raises:
             UserError: if vLLM cannot be started, ends, or returns anything but what it was asked for; or if a prompt
@@ -76,19 +68,13 @@ class VllmSampler:
         rendered = [self.renderer.render(prompt, self.config.max_new_tokens) for prompt in prompts]
         self._start()
         self._check_lengths(rendered)
-        jobs = [(p, k) for p in range(len(prompts)) for k in range(responses_per_prompt)]
-        seeds = request_seeds([[*seed, first + p, k] for p, k in jobs])
-        self.process.send({"requests": [[rendered[p], one] for (p, _), one in zip(jobs, seeds)]})
-        responses: list[list[Response | None]] = [[None] * responses_per_prompt for _ in prompts]
-        groups: dict[int, Group] = {}
-        for index, response in self._responses(len(jobs)):
-            p, k = jobs[index]
-            responses[p][k] = response
-            if None not in responses[p]:
-                groups[p] = Group(prompts[p], rendered[p], responses[p])
-                on_group(first + p, groups[p])
-            progress(1)
-        return [groups[p] for p in range(len(prompts))]
+        gathering = Gathering(prompts, rendered, responses_per_prompt, progress, first, on_group)
+        places = gathering.places()
+        seeds = request_seeds([[*seed, first + p, k] for p, k in places])
+        self.process.send({"requests": [[rendered[p], one] for (p, _), one in zip(places, seeds)]})
+        for index, response in self._responses(len(places)):
+            gathering.add(places[index], response)
+        return gathering.groups()
 
     def _responses(self, count: int) -> Iterator[tuple[int, Response]]:
         """Yields as many responses as were asked for, as they end, each with the index of its request.
@@ -154,7 +140,7 @@ class VllmSampler:
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # not the model's, which may truncate what is sampled
             "logprobs_mode": "raw_logprobs",  # at temperature 1, over all tokens
-            "dtype": str(self.dtype)[6:],
+            "dtype": str(self.dtype).removeprefix("torch."),
             "seed": 0,
             "trust_remote_code": model.trust_remote_code,
             # -1: the model's, or as much as there is memory for. Beyond LongRoPE's boundary vLLM rotates all by others

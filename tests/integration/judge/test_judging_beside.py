@@ -12,8 +12,9 @@ import pytest
 from support.judging import asked, raises, shorter
 from support.servers import Error, serving
 
-from onpo_fast import oracles, train
+from onpo_fast import oracles, stages, train
 from onpo_fast.config import Config
+from onpo_fast.judging_beside import JudgingBeside
 from onpo_fast.language_game import LanguageGame
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.sampling.gathering import Gathering
@@ -122,7 +123,7 @@ def test_the_same_bits_as_afterwards(run, events: Events, monkeypatch) -> None:
     for one, other in zip(judged(beside), judged(afterwards), strict=True):
         for name in ("requests", "answered", "cached", "cyclic_triples", "comparisons"):
             assert one[name] == other[name]
-    assert judged(beside)[1]["hidden_seconds"] > 0.1
+    assert judged(beside)[1]["hidden_seconds"] > 0
     assert "hidden_seconds" not in judged(beside)[0] | judged(afterwards)[1]
 
 
@@ -172,3 +173,21 @@ def test_a_judge_that_fails_stops_sampling(run, events: Events, tmp_path: Path) 
         directory = run(server.url, "run", resume=True)
     (second,) = [record for record in judged(directory) if record["iteration"] == 2 and not record.get("stopped")]
     assert second["comparisons"] == PROMPTS
+
+
+@pytest.mark.parametrize("error", [SystemExit, RuntimeError])
+def test_a_thread_that_ends_is_not_waited_for(run, events: Events, error: type, monkeypatch) -> None:
+    """Whatever has ended it: the oracle's exit, or no error at all."""
+    judge = stages.judge
+
+    def leave(*arguments):
+        if threading.current_thread().name == "judge":
+            raise SystemExit
+        return judge(*arguments)
+
+    if error is SystemExit:
+        monkeypatch.setattr(stages, "judge", leave)
+    else:
+        monkeypatch.setattr(JudgingBeside, "_work", lambda self: None)
+    with serving(events.answer) as server, pytest.raises(error):
+        run(server.url, "run")
