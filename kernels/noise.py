@@ -18,7 +18,6 @@ noise is 33·log 2 = 22.9, and P(noise > x) is exact to one part in 2²⁴ plus 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -43,7 +42,9 @@ def draw(
     temperature: float = 1.0,
     allowed: Tensor | None = None,  # (B, V) bool
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for every row, on as many threads as torch has. Tensors elsewhere are copied to the CPU and back.
+    """Draw a token for every row. Tensors elsewhere are copied to the CPU and back.
+
+    On one thread: two were at most 14% faster with 32 rows of 49,152 tokens, as they wait for the interpreter's lock.
 
     Args:
         logits: tokens with −inf are never drawn.
@@ -64,18 +65,10 @@ def draw(
     places = np.broadcast_to(positions.cpu().numpy() if isinstance(positions, Tensor) else positions, rows)
     among = None if allowed is None else allowed.cpu().numpy()
 
-    def draw_from(start: int) -> None:
+    for start in range(0, rows, step):
         r = slice(start, start + step)
         some = None if among is None else among[r]
         tokens[r], logps[r] = _draw_rows(values[r], streams[r], places[r], temperature, some, width)
-
-    starts = range(0, rows, step)
-    if len(starts) > 1 and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's loops run without the interpreter's lock
-            list(pool.map(draw_from, starts))
-    else:
-        for start in starts:
-            draw_from(start)
     return torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device)
 
 

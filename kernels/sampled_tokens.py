@@ -45,6 +45,7 @@ def sampled_tokens_kernel(
     tokens,  # (B,) int64
     logps,  # (B,) float32
     logits_stride,
+    keys_stride,
     positions_stride,
     allowed_stride,
     vocabulary,
@@ -53,7 +54,7 @@ def sampled_tokens_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    key = tl.load(keys + row)
+    key = tl.load(keys + row * keys_stride)
     position = tl.load(positions + row * positions_stride).to(tl.int32)
     best, token = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
     peak, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -101,8 +102,8 @@ def draw(
     if rows:
         sampled_tokens_kernel[(rows,)](
             logits, keys, positions, logits if allowed is None else allowed, tokens, logps,
-            logits.stride(0), positions.stride(0), 0 if allowed is None else allowed.stride(0), vocabulary,
-            1 / temperature,
+            logits.stride(0), keys.stride(0), positions.stride(0), 0 if allowed is None else allowed.stride(0),
+            vocabulary, 1 / temperature,
             RESTRICTED=allowed is not None,
             BLOCK=noise.block(vocabulary) if INTERPRETED else 2048, num_warps=8,
         )  # fmt: skip

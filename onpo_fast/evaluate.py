@@ -202,11 +202,14 @@ class Evaluator:
     def _sample(self, name: str, source: Source, prompts: Sequence[Messages], index: int) -> list[Group]:
         """The responses of a policy, which is loaded if any are missing."""
         count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
+        directory, world = self.cache.directory, self.cache.world
         sampler = StageSampler(
             self.policies,
             source,
             self.sampling,
-            lambda: open_sampler(self.policies, source, self.sampling, self.cache.directory, self.cache.world),
+            lambda: open_sampler(self.policies, source, self.sampling, directory, world, evaluation=True),
+            directory,
+            evaluation=True,
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(

@@ -331,7 +331,8 @@ class LanguageGame:
         seed = [self.run_config.seed, stream, self.t]
         source = policy.policy if isinstance(policy, Mixture) else policy
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
-        with StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy)) as sampler:
+        stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
+        with stage as sampler:
             groups = run.cache.cached_in_parts(
                 f"{iteration_folder(self.t)}/{name}.jsonl",
                 self._prompts(),

@@ -53,27 +53,6 @@ def in_halves(
     return in_halves(compute, items[:half], what, option) + in_halves(compute, items[half:], what, option)
 
 
-def with_fewer(compute: Callable[[int], Result], count: int, what: str, option: str) -> Result:
-    """Returns ``compute(count)``; where that runs out of memory, that of half the count, and so on.
-
-    Args:
-        compute: given a number of rows; called again, it goes on with what it has not done.
-        count: the number to start with.
-        what, option: as for ``in_halves``.
-
-    Raises:
-        UserError: if a single row does not fit, or there are several ranks.
-    """
-    while True:
-        try:
-            return compute(count)
-        except Exception as error:
-            _check_can_halve(error, count, what, option)
-        free()
-        count //= 2
-        say_once((what, option), f"out of memory: {what} again with at most {count} at a time; {_how(option)}")
-
-
 def _check_can_halve(error: Exception, count: int, what: str, option: str) -> None:
     """Raises an error that is not of the memory, and a ``UserError`` if there is nothing to halve."""
     if not is_out_of_memory(error):

@@ -105,6 +105,11 @@ class Policy:
         """The number of rows of the LM head, V. Raises ``ValueError`` if ``head_arguments`` refuses the head."""
         return head_arguments(self.model)["weight"].shape[0]
 
+    @property
+    def token_bound(self) -> int:
+        """Exclusive upper bound of tokens: those below it have a row in the embedding and in the LM head."""
+        return min(self.vocabulary, self.head_rows)
+
     @cached_property
     def rotary_boundary(self) -> int | None:
         """The row length, in tokens, beyond which LongRoPE rotates a whole batch by other angles; None without it."""

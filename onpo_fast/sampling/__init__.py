@@ -19,6 +19,7 @@ from .local.generate import TransformersSampler
 from .local.mixture import MixtureSampler
 from .local.sampler import LocalSampler
 from .server.sampler import open_server
+from .server.unfinished import remove_unfinished
 from .stage import StageSampler
 from .vllm.sampler import VllmSampler
 
@@ -58,6 +59,7 @@ def open_sampler(
     config: SamplingConfig,
     directory: Path | None = None,
     world: World | None = None,
+    evaluation: bool = False,
 ) -> Sampler:
     """Returns a sampler of the policy at ``source`` by the program of --sampler. The caller closes it.
 
@@ -65,12 +67,15 @@ def open_sampler(
         directory: of the run, where a program's log goes and responses that are not in a part yet; None: nothing is
             kept.
         world: the ranks of the run, which all call this.
+        evaluation: whether it samples for the evaluation of a run, which may be between two parts of an iteration.
 
     Raises:
         UserError: if the program is not there, or does not sample from the policy.
     """
+    if config.sampler == "server":
+        return open_server(policies, source, config, directory, world or World(), evaluation)
+    if directory is not None:
+        remove_unfinished(directory, evaluation)  # a server's, which sampled until now
     if config.sampler == "vllm":
         return VllmSampler(policies, source, config, directory)
-    if config.sampler == "server":
-        return open_server(policies, source, config, directory, world or World())
     return make_sampler(policies(source), config)

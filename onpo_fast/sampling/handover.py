@@ -60,15 +60,18 @@ CAUSES = {
 
 
 @torch.no_grad()
-def check(policy: Policy, groups: Sequence[Group], config: SamplingConfig) -> dict[str, float]:
+def check(
+    policy: Policy, groups: Sequence[Group], config: SamplingConfig, enough_tokens: float = CHECKED_TOKENS
+) -> dict[str, float]:
     """Checks that responses were sampled from a policy as the options ask.
 
-    About ``CHECKED_TOKENS`` tokens are checked. Weights in half precision are converted to float32 meanwhile.
+    Weights in half precision are converted to float32 meanwhile.
 
     Args:
         policy: the policy; the model is whole on its device.
         groups: prompts and responses, with the sampler's log-probs.
         config: the options of sampling.
+        enough_tokens: of responses chosen at random, after which no others are checked; ``math.inf``: all are.
 
     Returns:
         What was found, for metrics.jsonl. "checked_responses", "checked_tokens"; "logp_difference": the sampler's
@@ -79,7 +82,7 @@ def check(policy: Policy, groups: Sequence[Group], config: SamplingConfig) -> di
     Raises:
         UnusableResults: if they were not sampled from it; says the difference and likely causes.
     """
-    chosen = choose(groups)
+    chosen = choose(groups, enough_tokens)
     if not chosen:
         raise UnusableResults(f"--sampler {config.sampler} returned no tokens")
     tokens = torch.tensor([len(response.tokens) for _, response in chosen], dtype=torch.float64)
@@ -126,7 +129,7 @@ def most_evidence(faults: int, tokens: int, top_p: float) -> float:
     return math.log(faults / FALSE_ALARMS) + leak
 
 
-def choose(groups: Sequence[Group]) -> list[tuple[list[int], Response]]:
+def choose(groups: Sequence[Group], enough_tokens: float = CHECKED_TOKENS) -> list[tuple[list[int], Response]]:
     """Returns prompt tokens and responses that are checked: in a random order until there are enough tokens.
 
     The order does not depend on the responses. If they were the shortest, or those that were there first, they would
@@ -136,7 +139,7 @@ def choose(groups: Sequence[Group]) -> list[tuple[list[int], Response]]:
     chosen: list[tuple[list[int], Response]] = []
     tokens = 0
     for index in np.random.default_rng(0).permutation(len(every)):
-        if tokens >= CHECKED_TOKENS:
+        if tokens >= enough_tokens:
             break
         chosen.append(every[index])
         tokens += len(every[index][1].tokens)
@@ -281,7 +284,7 @@ def _allowed(rounding: float, responses: int) -> float:
 
 def _check_tokens(policy: Policy, responses: Sequence[TokenGroup], config: SamplingConfig) -> None:
     """Raises ``UnusableResults`` if a response has tokens that the policy has not."""
-    rows = min(policy.vocabulary, policy.head_rows)
+    rows = policy.token_bound
     for _, (response,) in responses:
         if wrong := [token for token in response if not 0 <= token < rows]:
             raise UnusableResults(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..config import SamplingConfig
 from ..data import Response
 from .draw import stream_keys
 from .gathering import make_response
+
+LOWEST_LOGP, HIGHEST_LOGP = -1e6, 0.1  # nats, of a token; rounding may put one above 0
 
 
 def request_seeds(streams: Sequence[Sequence[int]]) -> list[int]:
@@ -33,26 +34,25 @@ class ResponseReader:
         tokenizer: the policy's.
         eos_tokens: the tokens that end a response.
         vocabulary: exclusive upper bound of tokens.
-        config: ``max_new_tokens`` is the most tokens of a response.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_tokens: Sequence[int]
     vocabulary: int
-    config: SamplingConfig
 
-    def __call__(self, tokens: Any, logps: Any, ended: bool) -> Response:
+    def __call__(self, tokens: Any, logps: Any, ended: bool, most: int) -> Response:
         """Returns a response after checking it.
 
         Args:
             tokens: as sampled, the end-of-sequence token included.
             logps: the log-prob of each, nats.
             ended: whether the program says that a token has ended the response, not the maximum length.
+            most: the maximum length.
 
         Raises:
             ValueError: says what is wrong.
         """
-        most, eos = self.config.max_new_tokens, set(self.eos_tokens)
+        eos = set(self.eos_tokens)
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise ValueError("its tokens are no list of integers")
         if not 0 < len(tokens) <= most:
@@ -61,8 +61,8 @@ class ResponseReader:
             raise ValueError(f"it has a token beyond the model's vocabulary of {self.vocabulary}")
         if not isinstance(logps, list) or len(logps) != len(tokens):
             raise ValueError("it does not have a log-prob for each token")
-        if not all(type(logp) in (int, float) and math.isfinite(logp) for logp in logps):
-            raise ValueError("it has a log-prob that is not a finite number")
+        if not all(type(logp) in (int, float) and LOWEST_LOGP <= logp <= HIGHEST_LOGP for logp in logps):  # nor a NaN
+            raise ValueError(f"it has a log-prob that is no number from {LOWEST_LOGP:g} to {HIGHEST_LOGP:g}")
         if eos & set(tokens[:-1]):
             raise ValueError("it goes on after an end-of-sequence token")
         if ended != (tokens[-1] in eos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..config import SamplingConfig
 from ..data import Group, Messages
@@ -10,6 +11,7 @@ from ..models.resident import ResidentPolicy, Source
 from ..run.progress import Progress
 from . import handover
 from .interface import OnGroup, Sampler
+from .server.unfinished import remove_unfinished
 
 
 class StageSampler:
@@ -20,16 +22,25 @@ class StageSampler:
         source: where the policy is.
         config: the options of sampling.
         open_sampler: opens the sampler.
+        directory, evaluation: whose files of unfinished responses are removed once all parts are recorded; see
+            ``open_sampler``.
 
     Attributes:
         was_opened: whether anything had to be sampled.
     """
 
     def __init__(
-        self, policies: ResidentPolicy, source: Source, config: SamplingConfig, open_sampler: Callable[[], Sampler]
+        self,
+        policies: ResidentPolicy,
+        source: Source,
+        config: SamplingConfig,
+        open_sampler: Callable[[], Sampler],
+        directory: Path,
+        evaluation: bool = False,
     ) -> None:
         self.policies, self.source, self.config = policies, source, config
         self.was_opened = False
+        self.directory, self.evaluation = directory, evaluation
         self._open_sampler = open_sampler
         self._sampler: Sampler | None = None
 
@@ -71,8 +82,11 @@ class StageSampler:
     def check(self, groups: Sequence[Group]) -> dict[str, float]:
         """Closes the sampler, loads the policy and compares the stage's responses with it; see ``handover.check``.
 
+        It is called once all parts are recorded, on rank 0.
+
         Raises:
             UnusableResults: if they are not draws from the policy.
         """
         self.close()
+        remove_unfinished(self.directory, self.evaluation)
         return handover.check(self.policies(self.source), groups, self.config)

@@ -19,6 +19,7 @@ from .failures import (
     RequestRefused,
     ServerUnavailable,
     describe_error,
+    is_outage,
     is_server_failure,
     may_be_temporary,
     request_without,
@@ -35,6 +36,9 @@ Value = TypeVar("Value")
 
 class Client:
     """A client of one server. It counts the requests of all its connections, and remembers that log-probs are refused.
+
+    Attributes:
+        outages: number of requests after which the server may have been restarted (``is_outage``).
 
     Args:
         endpoint: the server.
@@ -57,6 +61,7 @@ class Client:
         self.endpoint = endpoint
         self.gives_logprobs = True
         self.counters: Counter[str] = Counter()
+        self.outages = 0
         self._on_logprobs_refused = on_logprobs_refused
 
     def take_counters(self) -> dict[str, int]:
@@ -224,8 +229,9 @@ class Connection:
         try:
             sent = http.get(path, cast_to=str) if method == "GET" else http.post(path, body=body, cast_to=str)
             return read(await asyncio.wait_for(sent, self.endpoint.timeout))
-        except Exception:
+        except Exception as error:
             self.client.counters["failures"] += 1
+            self.client.outages += is_outage(error, self.client.openai)
             raise
 
 

@@ -36,6 +36,13 @@ def is_server_failure(error: BaseException, openai: Any) -> bool:
     return isinstance(error, (openai.OpenAIError, asyncio.TimeoutError, MalformedReply))
 
 
+def is_outage(error: BaseException, openai: Any) -> bool:
+    """Returns whether the server may have been restarted: the connection failed, timed out, or has a status of 5xx."""
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code >= 500
+    return isinstance(error, (openai.APIConnectionError, asyncio.TimeoutError))
+
+
 def may_be_temporary(error: BaseException, openai: Any) -> bool:
     """Returns whether another try may succeed: not if the server understood the request and refused it."""
     status = getattr(error, "status_code", None)

@@ -14,7 +14,7 @@ from onpo_fast import data
 from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.errors import UserError
 from onpo_fast.models.loading import load
-from onpo_fast.models.policy import Policy
+from onpo_fast.models.policy import Policy, score
 from onpo_fast.packing import pack
 from onpo_fast.sampling import LocalSampler
 from onpo_fast.sampling.draw import Draw
@@ -71,6 +71,22 @@ def test_greedy_tokens_are_those_of_transformers(real_policy: Policy, monkeypatc
             row, do_sample=False, max_new_tokens=32, eos_token_id=real_policy.eos_tokens, pad_token_id=0
         )
         assert group.responses[0].tokens == want[0, row.shape[1] :].tolist()
+
+
+def test_the_number_of_rows_changes_no_token(real_policy: Policy) -> None:
+    """64 responses at once, 7, and one; the log-probs are the scorer's."""
+    prompts = [[user(text)] for text in ("Name a fruit.", "Why is the sky blue?", "Is water wet?", "Count. " * 9)]
+
+    def sample(size: int, prompts: list[data.Messages]) -> list[data.Group]:
+        return LocalSampler(real_policy, SamplingConfig(max_new_tokens=3, sampling_batch_size=size))(prompts, 16, [5])
+
+    groups = sample(64, prompts)
+    want = [[r.tokens for r in group.responses] for group in groups]
+    assert len({tuple(tokens) for group in want for tokens in group}) > 32
+    assert [[r.tokens for r in group.responses] for group in sample(7, prompts)] == want
+    assert [r.tokens for r in sample(1, prompts[:1])[0].responses] == want[0]
+    for group, scores in zip(groups, score(real_policy, groups, 4000)):
+        torch.testing.assert_close(torch.tensor([r.logp for r in group.responses]).double(), scores, rtol=0, atol=1e-3)
 
 
 def test_a_prompt_of_megabytes_is_never_tokenised_whole(real_policy, monkeypatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +27,11 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.run import signals
-from onpo_fast.sampling import open_sampler
+from onpo_fast.sampling import StageSampler, handover, open_sampler
 from onpo_fast.sampling.server import reload
 from onpo_fast.sampling.server import sampler as server_sampler
+from onpo_fast.sampling.server.completions import refuses_type_of_prompt
+from onpo_fast.sampling.server.unfinished import UnfinishedPart, remove_unfinished
 from onpo_fast.servers import RequestRefused, ServerUnavailable, retries
 
 PROMPTS = [[{"role": "user", "content": f"What is {i} plus {i}?"}] for i in range(4)]
@@ -205,15 +210,75 @@ def test_what_is_saved_is_not_trusted(tiny_model, server, model, tmp_path) -> No
     file = tmp_path / "unfinished_responses_0.jsonl"
     lines: list[str] = []
     whole = run.sample(on_group=lambda index, group: lines.extend(file.read_text().splitlines(keepends=True)))
-    assert not file.exists()  # the part is the caller's
     lines = lines[-12:]
     model.asked.clear()
     file.write_text("".join(lines[:5]) + "[]\n\n" + lines[5][: len(lines[5]) // 2])
     assert tokens(run.sample()) == tokens(whole)
     assert len(model.seeds) == 7
+    huge = [lines[0].replace('"logp": -', f'"logp": -{10**400}'), lines[1].replace('"tokens": [', '"tokens": [true, ')]
+    file.write_text("".join(huge + lines[2:]))
+    model.asked.clear()
+    assert tokens(run.sample()) == tokens(whole)
+    assert len(model.seeds) == 2
     file.write_text(lines[0].replace('"logp": -', '"logp": -9') + "".join(lines[1:]))
     with pytest.raises(UserError, match="log-probs"):
         run.sample()
+
+
+def test_a_part_that_is_not_recorded_is_not_asked_for_again(tiny_model, server, model, tmp_path) -> None:
+    """Its responses stay until the stage's check, which comes when all parts are recorded; evaluating leaves them."""
+    run = Run(tiny_model, server.url, tmp_path)
+    file = tmp_path / "unfinished_responses_0.jsonl"
+    whole = run.sample()
+    assert file.exists()
+    sampler = open_sampler(run.policies, run.source, run.config, tmp_path, World(), evaluation=True)
+    sampler(PROMPTS, 1, (0, 9))
+    sampler.close()
+    remove_unfinished(tmp_path, evaluation=True)
+    assert [path.name for path in tmp_path.glob("unfinished*")] == [file.name]
+    model.asked.clear()
+    stage = StageSampler(
+        run.policies,
+        run.source,
+        run.config,
+        lambda: open_sampler(run.policies, run.source, run.config, tmp_path, World()),
+        tmp_path,
+    )
+    with stage:
+        assert stage(PROMPTS, 3, (0, 7), lambda n: None) == whole
+        assert len(model.asked) == 4  # the probes
+        stage.check(whole)
+    assert not file.exists()
+
+
+def test_another_fit_at_the_same_path(tiny_model, other_weights, server, model, tmp_path) -> None:
+    """What the old weights have said is not used."""
+    source = tmp_path / "policy"
+    shutil.copytree(tiny_model, source)
+    Run(source, server.url, tmp_path).sample()
+    shutil.rmtree(source)
+    shutil.copytree(other_weights, source)
+    model.load(source)
+    model.asked.clear()
+    Run(source, server.url, tmp_path).sample()
+    assert len(model.seeds) == 12
+
+
+def test_a_file_that_cannot_be_written(tiny_model, server, tmp_path) -> None:
+    part = UnfinishedPart(tmp_path / "unfinished_responses_0.jsonl")
+    part.begin([])
+    part.close()
+    part._file = open("/dev/full", "w")
+    for act in (lambda: part.add("a", [1], -1.0), part.close):
+        with pytest.raises(OSError, match="No space") as error:
+            act()
+        assert error.value.filename == str(part.path)
+
+
+def test_a_share_without_prompts(tiny_model, server, model) -> None:
+    """As that of a rank may be."""
+    assert Run(tiny_model, server.url).sample(prompts=[]) == []
+    assert not model.asked
 
 
 def test_stale_weights_are_found_before_anything_is_asked_for(tiny_model, other_weights, server, model) -> None:
@@ -247,6 +312,45 @@ def test_a_server_that_is_restarted_with_other_weights(tiny_model, other_weights
     assert not set(model.seeds) & set(old)
     assert len(set(model.seeds)) == 4
     assert tokens(groups) == tokens(Run(tiny_model, server.url).sample())
+
+
+def test_a_restart_late_in_a_long_group(tiny_model, other_weights, server, model, tmp_path, monkeypatch) -> None:
+    """The only wrong response of a group is looked at, however many tokens the others have."""
+    monkeypatch.setattr(server_sampler, "PROBES", 16)
+    count, new_tokens = 80, 64  # so many that a choice of 4096 tokens misses the last response
+    given: list[int] = []
+
+    def before(number: int, body: dict) -> object:
+        if number == 16 + count - 1:  # the last of the first group
+            model.load(other_weights)
+            return faults.hang_up
+        return None
+
+    model.before = before
+    run = Run(tiny_model, server.url, tmp_path, sampler_concurrency=1, max_new_tokens=new_tokens)
+    with pytest.raises(UserError, match="log-probs"):
+        run.sample(prompts=PROMPTS[:2], count=count, on_group=lambda index, group: given.append(index))
+    assert given == []
+    lines = (tmp_path / "unfinished_responses_0.jsonl").read_text().splitlines()
+    assert len(lines) == count - 1
+    assert sum(len(json.loads(line)["tokens"]) for line in lines) > handover.CHECKED_TOKENS
+    assert model.number == 16 + count + 16  # the first that failed, and 15 after the one that took its place
+
+
+@pytest.mark.parametrize(("answer", "checks"), [(Error(429), 1), (b"{}", 1), (Error(502), 2), (faults.hang_up, 2)])
+def test_what_counts_as_a_restart(tiny_model, server, model, monkeypatch, answer, checks: int) -> None:
+    """A server that is busy, or whose reply is malformed, has not been restarted."""
+    made: list[int] = []
+    check = handover.check
+
+    def counted(policy, groups, config, **options):
+        made.append(len(groups))
+        return check(policy, groups, config, **options)
+
+    monkeypatch.setattr(handover, "check", counted)
+    model.before = lambda number, body: answer if number == 6 else None
+    Run(tiny_model, server.url).sample()
+    assert made == [4] * checks
 
 
 def test_other_tokens_are_found(tiny_model, server, model) -> None:
@@ -288,6 +392,39 @@ def test_prompts_as_text(tiny_model, server, model) -> None:
     with raises(UserError, "usage.prompt_tokens"):
         Run(tiny_model, server.url).sample()
 
+    def a_truth(reply: dict) -> dict:
+        reply["usage"]["prompt_tokens"] = True
+        return reply
+
+    model.change = a_truth  # no count
+    with raises(UserError, "usage.prompt_tokens"):
+        Run(tiny_model, server.url).sample()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "of_type"),
+    [
+        ("prompt: Input should be a valid string", True),
+        ("'prompt' must be a string, not list", True),
+        ("token ids are not supported in prompt", True),
+        (
+            "This model's maximum context length is 64 tokens: reduce the length of the prompt (a list of token ids)",
+            False,
+        ),
+        ("the prompt is longer than the maximum model length", False),
+        ("the prompt is forbidden", False),
+    ],
+)
+def test_refusals_of_prompts(refusal: str, of_type: bool) -> None:
+    assert refuses_type_of_prompt(refusal) == of_type
+
+
+def test_a_prompt_that_is_too_long_is_not_sent_as_text(tiny_model, server, model) -> None:
+    model.before = lambda number, body: Error(400, "prompt is longer than the maximum model length")
+    with raises(RequestRefused, server.url, "longer"):
+        Run(tiny_model, server.url).sample()
+    assert not any(isinstance(body["prompt"], str) for body in server.bodies if "prompt" in body)
+
 
 def ids_as_words(reply: dict) -> dict:
     choice = reply["choices"][0]
@@ -307,14 +444,6 @@ def test_tokens_by_their_texts(tiny_model, server, model) -> None:
     model.refused = ("return_token_ids", "return_tokens_as_token_ids")
     with raises(UserError, server.url, "token ids"):
         Run(tiny_model, server.url).sample()
-
-    def readable(reply: dict) -> dict:
-        choice = reply["choices"][0]
-        words = choice["logprobs"]["tokens"]
-        count = next((i for i, word in enumerate(words) if word == "\ufffd"), len(words))
-        return reply if count else {}
-
-    model.change = readable
     reader = server_sampler.CompletionReader(None, load(tiny_model, Config()), SamplingConfig(sampling_batch_size=1))
     text = "plain <|im_end|>"
     ids = reader.tokenizer.encode(text)
@@ -378,6 +507,23 @@ def infinite(choice: dict) -> None:
     choice["logprobs"]["token_logprobs"][0] = float("nan")
 
 
+def enormous(choice: dict) -> None:
+    choice["logprobs"]["token_logprobs"][0] = -(10**400)
+
+
+def summed_beyond_floats(choice: dict) -> None:
+    choice["logprobs"]["token_logprobs"][:] = [-1e308] * len(choice["token_ids"])
+
+
+def above_zero(choice: dict) -> None:
+    choice["logprobs"]["token_logprobs"][0] = 3.0
+
+
+def beyond_everything(choice: dict) -> None:
+    choice["token_ids"][-1] = 10**400
+    choice["finish_reason"] = "length"
+
+
 def fewer(choice: dict) -> None:
     choice["logprobs"]["token_logprobs"].pop()
 
@@ -390,7 +536,10 @@ def aborted(choice: dict) -> None:
     choice["finish_reason"] = "abort"
 
 
-@pytest.mark.parametrize("spoil", [beyond, infinite, fewer, boolean, aborted])
+@pytest.mark.parametrize(
+    "spoil",
+    [beyond, beyond_everything, infinite, enormous, summed_beyond_floats, above_zero, fewer, boolean, aborted],
+)
 def test_nothing_in_a_reply_is_believed(tiny_model, server, model, spoil) -> None:
     def change(reply: dict) -> dict:
         spoil(reply["choices"][0])
@@ -451,6 +600,16 @@ def test_a_command_that_fails(tiny_model, server, model, tmp_path, monkeypatch) 
     assert not model.asked
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda log: os.symlink(log.parent / "elsewhere", log)])
+def test_a_log_that_is_no_file(tiny_model, server, tmp_path, make) -> None:
+    """A FIFO would wait for a reader, and a link may lead anywhere."""
+    log = tmp_path / reload.RELOAD_LOG
+    make(log)
+    with raises(UserError, str(log), "remove it"):
+        Run(tiny_model, server.url, tmp_path).sample()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def is_running(process: int) -> bool:
     """Whether a process runs; one that has ended may wait for its parent to notice."""
     try:
@@ -475,10 +634,11 @@ def test_a_command_that_waits_is_ended(tiny_model, server, tmp_path, monkeypatch
 
 def test_a_command_may_leave_a_server_behind(tiny_model, server, tmp_path) -> None:
     """A process in the background that keeps the command's output open is not waited for."""
-    began = time.monotonic()
-    run = Run(tiny_model, server.url, tmp_path, sampler_reload=f"{sys.executable} -c 'import time; time.sleep(8)' &")
+    run = Run(tiny_model, server.url, tmp_path, sampler_reload=f"sleep 600 & echo $! > {tmp_path}/started")
     run.sample(count=1)
-    assert time.monotonic() - began < 8
+    number = int((tmp_path / "started").read_text())
+    assert is_running(number)
+    os.kill(number, signal.SIGKILL)
 
 
 def test_vllms_own_reload(untied, server, model) -> None:

@@ -20,7 +20,7 @@ from onpo_fast.data import read_groups
 from onpo_fast.models.policy import Policy
 from onpo_fast.run.digest import run_digest
 from onpo_fast.sampling.returned import request_seeds
-from onpo_fast.sampling.server.sampler import UNFINISHED
+from onpo_fast.sampling.server.unfinished import UNFINISHED
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.long]
 

@@ -27,7 +27,7 @@ from onpo_fast.errors import UserError
 from onpo_fast.models.policy import score
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.sampling import open_sampler
-from onpo_fast.sampling.server.sampler import UNFINISHED
+from onpo_fast.sampling.server.unfinished import UNFINISHED
 
 pytestmark = pytest.mark.long
 

@@ -26,7 +26,7 @@ class SamplingServer:
         before: called with the number of a request, from 0, and its body; what it returns is answered instead.
         change: called with a reply before it is sent.
         refused: fields that it refuses with a 400.
-        tokens_only, text_only: whether it takes prompts as token ids, or as text, only.
+        text_only: whether it takes prompts as text only.
         models: what /models lists.
         calls: vLLM's calls, by name, with their bodies.
     """

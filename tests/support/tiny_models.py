@@ -65,6 +65,11 @@ _SHARED = {
 }
 FAMILIES = {
     "llama": ("LlamaConfig", {**_SHARED, "num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {**_SHARED, "num_key_value_heads": 2, "sliding_window": 16}),
+    "gemma2": (  # every other layer has the window
+        "Gemma2Config",
+        {**_SHARED, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
+    ),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
         {

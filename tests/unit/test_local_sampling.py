@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.tiny_models import make_family
 
 from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.data import Group
+from onpo_fast.errors import UserError
+from onpo_fast.models.attention import window_of
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import LOGP_TOLERANCE, Policy, score
 from onpo_fast.sampling import LocalSampler, TransformersSampler
 from onpo_fast.sampling.draw import Draw
+from onpo_fast.sampling.local import linears
 from onpo_fast.sampling.local import sampler as local
 from onpo_fast.sampling.local.linears import fast_linears
+from onpo_fast.sampling.local.slots import GROWTH, SlotLayer
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Is it far? " * 20, "Name a fruit.", "a", "Why not? " * 9)
@@ -49,31 +58,90 @@ def batches(ending: Policy) -> list[Group]:
     return TransformersSampler(ending, config)(PROMPTS, 5, [0, 7])
 
 
+@pytest.fixture(scope="module")
+def many(ending: Policy) -> list[Group]:
+    """As ``batches``, of 70 responses."""
+    config = SamplingConfig(max_new_tokens=24, sampling_batch_size=35)
+    return TransformersSampler(ending, config)(PROMPTS, 14, [0, 7])
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_rows_that_leave_and_enter_change_nothing(ending: Policy, batches: list[Group], size: int) -> None:
-    groups = sample(ending, size)
-    assert tokens(groups) == tokens(batches)
+def test_rows_that_leave_and_enter_change_nothing(ending: Policy, many: list[Group], size: int) -> None:
+    groups = sample(ending, size, 14)
+    assert tokens(groups) == tokens(many)
     lengths = {len(r.tokens) for g in groups for r in g.responses}
     assert len(lengths) > 5
     assert {r.stop_reason for g in groups for r in g.responses} == {"eos", "length"}
-    for group, scores in zip(groups, score(ending, groups, 4000)):
-        np.testing.assert_allclose([r.logp for r in group.responses], scores.numpy(), rtol=1e-5, atol=1e-4)
+    check_log_probs(ending, groups, 1e-4)
+
+
+def check_log_probs(policy: Policy, groups: list[Group], allowed: float) -> None:
+    """Log-probs are those of the scorer, up to ``allowed`` nats times the root of the number of tokens."""
+    for group, scores in zip(groups, score(policy, groups, 4000)):
+        for response, scored in zip(group.responses, scores.tolist()):
+            assert abs(response.logp - scored) < allowed * len(response.tokens) ** 0.5
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_responses_of_one_token(ending: Policy, many: list[Group], size: int) -> None:
+    groups = sample(ending, size, 14, max_new_tokens=1)
+    assert tokens(groups) == [[response[:1] for response in group] for group in tokens(many)]
+
+
+def test_a_cache_that_grows_while_rows_are_decoded(policy: Policy) -> None:
+    """Short prompts, whose responses pass the columns that the cache begins with, once and again."""
+    prompts = [PROMPTS[0], PROMPTS[3]]
+    config = SamplingConfig(max_new_tokens=2 * GROWTH, sampling_batch_size=3)
+    groups = LocalSampler(policy, config)(prompts, 2, [1])
+    assert tokens(groups) == tokens(TransformersSampler(policy, config)(prompts, 2, [1]))
+    assert all(len(group.prompt_tokens) < GROWTH for group in groups)
+    assert max(len(g.prompt_tokens) + len(r.tokens) for g in groups for r in g.responses) > 2 * GROWTH
+    check_log_probs(policy, groups, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows(family: str, tmp_path: Path) -> None:
+    """Layers that see 16 tokens, of contexts of hundreds: all of them, and every other one."""
+    make_family(family, tmp_path / family)
+    policy = load(tmp_path / family, Config())
+    assert window_of(policy.model.config) == 16
+    assert LocalSampler(policy, SamplingConfig(sampling_batch_size=4)).why_not() is None
+    want, *others = (sample(policy, size, 3) for size in (7, 1, 15))
+    assert all(tokens(groups) == tokens(want) for groups in others)
+    check_log_probs(policy, want, 1e-4)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "weights too"])
+def test_in_bfloat16_rounding_may_choose_another_token(tiny_model: Path, weights: torch.dtype) -> None:
+    """Log-probs are the scorer's up to rounding for any batch, and most responses are the same."""
+    loaded = load(tiny_model, Config())
+    policy = replace(loaded, model=loaded.model.to(weights), compute_dtype=torch.bfloat16)
+    some, others = sample(policy, 1), sample(policy, 25)
+    for groups in (some, others):
+        check_log_probs(policy, groups, LOGP_TOLERANCE[torch.bfloat16])
+    pairs = [(a, b) for one, other in zip(tokens(some), tokens(others)) for a, b in zip(one, other)]
+    assert sum(a == b for a, b in pairs) > len(pairs) // 2
 
 
 @pytest.mark.parametrize("budget", [1, 10**6], ids=["prompts alone", "prompts together"])
 def test_how_prompts_are_computed_changes_nothing(
     ending: Policy, batches: list[Group], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "PROMPT_TOKENS", budget)
+    monkeypatch.setitem(local.PROMPT_TOKENS, "cpu", budget)
     assert tokens(sample(ending, 16)) == tokens(batches)
 
 
-def test_a_prompt_is_computed_once(ending: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [3, 6, 64])
+def test_a_prompt_is_computed_once(
+    ending: Policy, many: list[Group], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its 14 responses enter in several refills."""
     computed = []
     prefill = local.DecodeLoop._prefill
     monkeypatch.setattr(local.DecodeLoop, "_prefill", lambda self, some: computed.extend(some) or prefill(self, some))
-    groups = sample(ending, 3)
+    groups = sample(ending, size, 14)
     assert computed == [group.prompt_tokens for group in groups]
+    assert tokens(groups) == tokens(many)
 
 
 def test_one_response_a_prompt_and_the_nucleus(ending: Policy) -> None:
@@ -133,6 +201,85 @@ def test_tokens_follow_the_models_distribution(policy: Policy) -> None:
         assert result.pvalue > 1e-3
 
 
+@contextmanager
+def memory(policy: Policy, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool]) -> Iterator[Counter]:
+    """A second layer that runs out of memory in the calls, counted from 1, that do not fit.
+
+    Yields the number of tokens that have been drawn, by key and position.
+    """
+    calls = itertools.count(1)
+    drawn: Counter = Counter()
+    draw = Draw.__call__
+
+    def counted(self: Draw, logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> tuple:
+        drawn.update(zip(keys.tolist(), positions.tolist()))
+        return draw(self, logits, keys, positions)
+
+    def check(module: torch.nn.Module, inputs: tuple) -> None:
+        if not fits(next(calls)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = policy.model.model.layers[1].mlp.register_forward_pre_hook(check)
+    monkeypatch.setattr(Draw, "__call__", counted)
+    try:
+        yield drawn
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("calls", [(1,), (2,), (3,), (9, 12), (4, 5, 40), (1, 2, 3)], ids=str)
+def test_out_of_memory_nothing_sampled_is_lost(
+    ending: Policy, batches: list[Group], calls: tuple[int, ...], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In computations of prompts and in steps: the same tokens, each drawn once, and all responses counted once."""
+    sampler = LocalSampler(ending, SamplingConfig(max_new_tokens=24, sampling_batch_size=8))
+    done: list[int] = []
+    handed: list[int] = []
+    with memory(ending, monkeypatch, lambda call: call not in calls) as drawn:
+        groups = sampler(PROMPTS, 5, [0, 7], done.append, 0, lambda index, group: handed.append(index))
+    assert tokens(groups) == tokens(batches)
+    check_log_probs(ending, groups, 1e-4)
+    assert set(drawn.values()) == {1}
+    assert drawn.total() == sum(len(r.tokens) for g in groups for r in g.responses)
+    assert done == [1] * 25
+    assert sorted(handed) == [0, 1, 2, 3, 4]
+    assert sampler.slots == 8 >> len(calls)
+    said = [line for line in capsys.readouterr().out.splitlines() if "--sampling_batch_size" in line]
+    assert [f"--sampling_batch_size {8 >> i + 1} " in line for i, line in enumerate(said)] == [True] * len(calls)
+    assert not [module for module in ending.model.modules() if "forward" in vars(module)]
+
+
+def test_the_number_of_rows_that_fit_is_kept(
+    ending: Policy, batches: list[Group], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that may have 1200 columns in all rows together, in which rows of about 300 tokens fit."""
+    reserve = SlotLayer._reserve
+
+    def limited(self: SlotLayer, columns: int) -> None:
+        reserve(self, columns)
+        if self.keys.shape[0] * self.keys.shape[2] > 1200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(SlotLayer, "_reserve", limited)
+    sampler = LocalSampler(ending, SamplingConfig(max_new_tokens=24, sampling_batch_size=25))
+    assert tokens(sampler(PROMPTS, 5, [0, 7])) == tokens(batches)
+    assert sampler.slots == 3
+    assert capsys.readouterr().out.count("out of memory") == 3
+    assert tokens(sampler(PROMPTS, 5, [0, 7])) == tokens(batches)
+    assert sampler.slots == 3
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_one_row_that_does_not_fit_names_options(ending: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        memory(ending, monkeypatch, lambda call: call < 9),
+        pytest.raises(UserError, match="--max_new_tokens") as error,
+    ):
+        sample(ending, 8)
+    assert "\n" not in str(error.value)
+    assert not [module for module in ending.model.modules() if "forward" in vars(module)]
+
+
 def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
@@ -148,6 +295,25 @@ def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyP
     assert [parameter.data_ptr() for parameter in policy.model.parameters()] == addresses
     for name, value in policy.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("change", ["missing", "signature", "values"])
+def test_another_build_of_torch_uses_its_own_product(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*arguments: object) -> torch.Tensor:
+        if change == "missing":
+            raise AttributeError
+        if change == "signature":
+            raise RuntimeError("expected at most 5 arguments")
+        return torch.zeros(1, 2)
+
+    linears._has_onednn.cache_clear()
+    monkeypatch.setattr(linears, "_onednn", other)
+    try:
+        linear = torch.nn.Linear(4, 3)
+        with fast_linears(linear, None):
+            assert "forward" not in vars(linear)
+    finally:
+        linears._has_onednn.cache_clear()
 
 
 def test_linear_layers_compute_the_same(policy: Policy) -> None:
@@ -173,11 +339,6 @@ def test_under_autocast_weights_are_converted_once(tiny_model) -> None:
             assert kept.dtype == torch.bfloat16
             assert torch.equal(policy.model(row).logits, want)
     assert policy.model.lm_head.weight.dtype == torch.float32
-    groups = sample(policy, 4)
-    allowed = LOGP_TOLERANCE[torch.bfloat16]
-    for group, scores in zip(groups, score(policy, groups, 4000)):
-        for response, scored in zip(group.responses, scores.tolist()):
-            assert abs(response.logp - scored) < allowed * len(response.tokens) ** 0.5
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
@@ -195,6 +356,4 @@ def test_adapters(tiny_model, weights: torch.dtype) -> None:
     adapted = replace(policy, model=model, compute_dtype=weights)
     plain, groups = sample(policy, 4), sample(adapted, 4)
     assert tokens(groups) != tokens(plain)
-    for group, scores in zip(groups, score(adapted, groups, 4000)):
-        for response, scored in zip(group.responses, scores.tolist()):
-            assert abs(response.logp - scored) < LOGP_TOLERANCE[weights] * len(response.tokens) ** 0.5
+    check_log_probs(adapted, groups, LOGP_TOLERANCE[weights])

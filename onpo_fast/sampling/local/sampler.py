@@ -6,6 +6,7 @@ prompt's last token again, so that every token is drawn in the same way.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +23,18 @@ from ...models.checks import computing
 from ...models.layouts import PROBE_WINDOW, narrow_window
 from ...models.policy import LOGP_TOLERANCE, Policy, pad_token
 from ...models.scoring import backbone
-from ...out_of_memory import with_fewer
+from ...out_of_memory import free, is_out_of_memory, naming_settings
 from ...run.progress import Progress
+from ...run.tracking import say
 from ..draw import Draw, stream_keys
 from ..gathering import Gathering, make_response
 from ..interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
-from .slots import SlotCache
+from .slots import SlotCache, States
 
-PROMPT_TOKENS = 512  # tokens of prompts, with padding, in one forward pass; a longer prompt goes alone
+# Tokens of prompts, with padding, in one forward pass; a longer prompt goes alone. That of GPUs is not measured.
+PROMPT_TOKENS = {"cpu": 512, "cuda": 8192}
 REFILL = 16  # waiting responses enter when one slot in so many is free, so that their prompts go together
 PROBE_SLOTS = 4  # fewer than the probe has responses: some enter when others have left
 COLUMNS = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
@@ -39,24 +42,30 @@ COLUMNS = 8  # attention reads a multiple of so many columns, as its kernels on 
 Finish = Callable[[tuple[int, int], Response], None]  # given the place of a request, and its response
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A response to be sampled."""
+@dataclass(eq=False)
+class Row:
+    """A response that waits or is being sampled."""
 
-    prompt: Sequence[int]  # the same object for all responses of a prompt
+    prompt: Sequence[int]
     key: int  # of its random stream
     place: tuple[int, int]  # index of the prompt, and of the response
+    tokens: list[int] = field(default_factory=list)  # sampled so far
+    logps: list[float] = field(default_factory=list)  # of these, nats
 
+    @property
+    def context(self) -> list[int]:
+        """What the next token follows."""
+        return [*self.prompt, *self.tokens]
 
-@dataclass
-class Row:
-    """A response that is being sampled."""
+    @property
+    def last(self) -> int:
+        """The last token of the context, which goes into the model next."""
+        return (self.tokens or self.prompt)[-1]
 
-    request: Request
-    position: int  # of the token that goes into the model next
-    token: int
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+    @property
+    def position(self) -> int:
+        """The position of this token."""
+        return len(self.prompt) + len(self.tokens) - 1
 
 
 class LocalSampler:
@@ -65,10 +74,14 @@ class LocalSampler:
     Args:
         policy: the policy to sample from.
         config: its ``sampling_batch_size``, which must be set, is the number of rows.
+
+    Attributes:
+        slots: the most rows at a time. It falls where their cache does not fit the memory.
     """
 
     def __init__(self, policy: Policy, config: SamplingConfig) -> None:
         self.policy, self.config = policy, config
+        self.slots = config.sampling_batch_size
 
     @torch.no_grad()
     def __call__(
@@ -83,27 +96,24 @@ class LocalSampler:
         """Samples responses and returns the groups in the order of the prompts; see ``Sampler``.
 
         Raises:
-            UserError: if a prompt and a response exceed the model's context.
+            UserError: if a prompt and a response exceed the model's context, or one row does not fit the memory.
         """
         max_new_tokens, renderer = self.config.max_new_tokens, self.policy.renderer
         rendered = [renderer.render(prompt, max_new_tokens) for prompt in prompts]
         gathering = Gathering(prompts, rendered, responses_per_prompt, progress, first, on_group)
         places = gathering.places()
         keys = stream_keys([[*seed, first + p, k] for p, k in places], torch.device("cpu")).tolist()
-        requests = [Request(rendered[p], key, (p, k)) for (p, k), key in zip(places, keys)]
+        waiting = [Row(rendered[p], key, (p, k)) for (p, k), key in zip(places, keys)]
         boundary = self.policy.rotary_boundary or math.inf  # rows on its two sides are never in one batch
         for alike in (
-            [one for one in requests if len(one.prompt) <= boundary],
-            [one for one in requests if len(one.prompt) > boundary],
+            [row for row in waiting if len(row.prompt) <= boundary],
+            [row for row in waiting if len(row.prompt) > boundary],
         ):
-
-            def sample(slots: int, alike: list[Request] = alike) -> None:
-                missing = [one for one in alike if one.place not in gathering.responses]
-                self._decode(missing, slots, max_new_tokens, gathering.add)
-
             if alike:
-                slots = min(self.config.sampling_batch_size, len(alike))
-                with_fewer(sample, slots, "responses are sampled", "--sampling_batch_size")
+                slots = min(self.slots, len(alike))
+                fitting = self._decode(alike, slots, max_new_tokens, gathering.add)
+                if fitting < slots:
+                    self.slots = fitting
         return gathering.groups()
 
     def close(self) -> None:
@@ -129,81 +139,119 @@ class LocalSampler:
         """Returns the largest difference between sampled and scored log-probs of a few responses; see ``probe``."""
 
         def generate(prompts: list[list[int]], keys: list[int], max_new_tokens: int) -> list[Response]:
-            requests = [Request(prompt, key, (i, 0)) for i, (prompt, key) in enumerate(zip(prompts, keys))]
+            rows = [Row(prompt, key, (i, 0)) for i, (prompt, key) in enumerate(zip(prompts, keys))]
             found: dict[tuple[int, int], Response] = {}
-            self._decode(requests, PROBE_SLOTS, max_new_tokens, found.__setitem__)
-            return [found[request.place] for request in requests]
+            self._decode(rows, PROBE_SLOTS, max_new_tokens, found.__setitem__)
+            return [found[row.place] for row in rows]
 
         return difference(self.policy, generate)
 
-    def _decode(self, requests: Sequence[Request], slots: int, max_new_tokens: int, finish: Finish) -> None:
-        """Samples responses and hands each over as it ends. Requests of one prompt are next to each other."""
+    def _decode(self, waiting: Sequence[Row], slots: int, max_new_tokens: int, finish: Finish) -> int:
+        """Samples responses, hands each over as it ends, and returns the number of slots that fit the memory."""
         policy = self.policy
         policy.model.eval()
         draw = Draw(policy.device, self.config.temperature, self.config.top_p)
-        with policy.autocast(), policy.generating(masked=True), fast_linears(policy.model, policy.autocast_dtype):
-            DecodeLoop(policy, draw, requests, slots, max_new_tokens).run(finish)
+        with (
+            naming_settings("the sampling of a single response"),
+            policy.autocast(),
+            policy.generating(masked=True),
+            fast_linears(policy.model, policy.autocast_dtype),
+        ):
+            return DecodeLoop(policy, draw, waiting, slots, max_new_tokens).run(finish)
 
 
 class DecodeLoop:
-    """The rows of one batch, from the first request to the last."""
+    """The rows of one batch, from the first to the last.
 
-    def __init__(
-        self, policy: Policy, draw: Draw, requests: Sequence[Request], slots: int, max_new_tokens: int
-    ) -> None:
+    Args:
+        policy, draw: give the logits, and draw from them.
+        waiting: responses to sample, those of one prompt next to each other.
+        slots: the most rows at a time.
+        max_new_tokens: of a response.
+    """
+
+    def __init__(self, policy: Policy, draw: Draw, waiting: Sequence[Row], slots: int, max_new_tokens: int) -> None:
         self.policy, self.draw, self.slots, self.max_new_tokens = policy, draw, slots, max_new_tokens
-        self.waiting = deque(requests)
-        self.rows: list[Row] = []  # each in the slot of its index
-        self.prompt: tuple[Sequence[int], DynamicCache, int] | None = None  # the last one, its cache and row there
-        longest = max((len(one.prompt) for one in requests), default=0)
-        self.cache = SlotCache(slots, longest + max_new_tokens, policy.compute_dtype)
+        self.limit = max(len(row.prompt) for row in waiting) + max_new_tokens
+        self.waiting = deque(waiting)
+        self._begin()
 
-    def run(self, finish: Finish) -> None:
-        """Samples all responses."""
+    def _begin(self) -> None:
+        """Makes the cache, in which nothing is yet."""
+        self.rows: list[Row] = []  # each in the slot of its index
+        self.known: States | None = None  # of the context of the next row to enter, where they are computed
+        self.cache = SlotCache(self.slots, self.limit, self.policy.compute_dtype)
+
+    def run(self, finish: Finish) -> int:
+        """Samples all responses and returns the number of slots at the end."""
         while self.waiting or self.rows:
-            with computing(f"a model of the family {self.policy.family}"):
-                if self.waiting and (not self.rows or self.slots - len(self.rows) >= max(1, self.slots // REFILL)):
-                    self._enter()
-                self._step()
-            self._leave(finish)
+            try:
+                with computing(f"a model of the family {self.policy.family}"):
+                    if self.waiting and (not self.rows or self.slots - len(self.rows) >= max(1, self.slots // REFILL)):
+                        self._enter()
+                    self._step()
+            except Exception as error:
+                if not is_out_of_memory(error) or self.slots == 1:
+                    raise
+            else:
+                self._leave(finish)
+                continue
+            self._halve()  # outside of the except block, whose traceback holds the tensors
+        return self.slots
+
+    def _halve(self) -> None:
+        """Begins anew with half the slots. Rows keep their tokens and wait again, to be computed like prompts."""
+        self.slots //= 2
+        self.waiting.extendleft(reversed(self.rows))
+        self._begin()
+        free()
+        say(
+            f"out of memory: from here on at most {self.slots} responses are sampled at a time; "
+            f"--sampling_batch_size {self.slots} avoids that"
+        )
 
     def _enter(self) -> None:
-        """Gives the free slots to waiting responses, whose prompts are computed."""
-        free = self.slots - len(self.rows)
-        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        slots: dict[int, list[int]] = {}  # by the identity of the prompt
-        for request in entering:
-            slots.setdefault(id(request.prompt), []).append(len(self.rows))
-            self.rows.append(Row(request, len(request.prompt) - 1, request.prompt[-1]))
-        prompts = {id(request.prompt): request.prompt for request in entering}
-        known = self.prompt and self.prompt[0]
-        new = [prompt for prompt in prompts.values() if prompt is not known]
-        if self.prompt is not None and id(known) in slots:
-            self.cache.fill(slots[id(known)], *self.prompt[1:], len(known))
-        for some in _together(new):
-            cache = self._prefill(some)
-            for row, prompt in enumerate(some):
-                self.cache.fill(slots[id(prompt)], cache, row, len(prompt))
-                self.prompt = prompt, cache, row  # the next response to enter may be of this one
-        if not self.waiting:
-            self.prompt = None
+        """Gives the free slots to waiting rows. A context that some have in common, their prompt, is computed once."""
+        entering = itertools.islice(self.waiting, self.slots - len(self.rows))
+        groups = [(context, list(rows)) for context, rows in itertools.groupby(entering, lambda row: row.context)]
+        if self.known is not None:
+            (_, rows), states = groups.pop(0), self.known
+            self._place(rows, states)
+        for some in _together(groups, PROMPT_TOKENS.get(self.policy.device.type, PROMPT_TOKENS["cpu"])):
+            computed = self._prefill([context for context, _ in some])
+            for (_, rows), states in zip(some, computed):
+                self._place(rows, states)
+        self.known = None
+        if self.waiting and self.waiting[0].context == self.rows[-1].context:
+            self.known = [(keys.clone(), values.clone()) for keys, values in states]  # without the rest of its batch
 
-    def _prefill(self, prompts: list[Sequence[int]]) -> DynamicCache:
-        """Computes prompts, padded on the right: what follows a token does not change it."""
-        policy, width = self.policy, max(map(len, prompts))
+    def _place(self, rows: list[Row], states: States) -> None:
+        """Moves the first waiting rows, whose context has these states, to the next slots."""
+        first = len(self.rows)
+        self.cache.fill(range(first, first + len(rows)), states)
+        self.rows += rows
+        for _ in rows:
+            self.waiting.popleft()
+
+    def _prefill(self, contexts: list[list[int]]) -> list[States]:
+        """Computes the states of contexts, padded on the right: what follows a token does not change it."""
+        policy, width = self.policy, max(map(len, contexts))
         pad = pad_token(policy.model, policy.tokenizer)
-        input_ids = torch.tensor([[*prompt] + [pad] * (width - len(prompt)) for prompt in prompts])
+        input_ids = torch.tensor([context + [pad] * (width - len(context)) for context in contexts])
         cache = DynamicCache()
-        positions = torch.arange(width, device=policy.device).expand(len(prompts), -1)
+        positions = torch.arange(width, device=policy.device).expand(len(contexts), -1)
         backbone(policy.model)(
             input_ids=input_ids.to(policy.device), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return cache
+        return [
+            [(layer.keys[i, :, : len(context)], layer.values[i, :, : len(context)]) for layer in cache.layers]
+            for i, context in enumerate(contexts)
+        ]
 
     def _step(self) -> None:
         """Computes one token of every row and draws the next."""
         policy, rows = self.policy, self.rows
-        table = [[row.token, row.position, row.request.key, len(row.tokens)] for row in rows]
+        table = [[row.last, row.position, row.key, len(row.tokens)] for row in rows]
         tokens, positions, keys, drawn_before = torch.tensor(table).to(policy.device).unbind(1)
         columns = -(-(max(row.position for row in rows) + 1) // COLUMNS) * COLUMNS
         self.cache.expect(positions, columns)
@@ -215,9 +263,7 @@ class DecodeLoop:
         ).logits[:, -1]
         drawn = torch.stack([one.double() for one in self.draw(logits, keys, drawn_before)])
         for row, token, logp in zip(rows, *drawn.tolist()):  # the only wait for a GPU
-            row.token = int(token)
-            row.position += 1
-            row.tokens.append(row.token)
+            row.tokens.append(int(token))
             row.logps.append(logp)
 
     def _leave(self, finish: Finish) -> None:
@@ -225,21 +271,21 @@ class DecodeLoop:
         eos = self.policy.eos_tokens
         for slot in reversed(range(len(self.rows))):
             row = self.rows[slot]
-            if row.token in eos or len(row.tokens) == self.max_new_tokens:
+            if row.last in eos or len(row.tokens) == self.max_new_tokens:
                 last = self.rows.pop()
                 if last is not row:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
-                finish(row.request.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
+                finish(row.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
 
 
-def _together(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Yields prompts that are computed in one forward pass."""
-    some: list[Sequence[int]] = []
-    for prompt in prompts:
-        if some and (len(some) + 1) * max(len(prompt), *map(len, some)) > PROMPT_TOKENS:
+def _together(groups: Sequence[tuple[list[int], list[Row]]], most: int) -> Iterator[list[tuple[list[int], list[Row]]]]:
+    """Yields groups whose contexts, padded to one length, have at most so many tokens, or one context alone."""
+    some: list[tuple[list[int], list[Row]]] = []
+    for group in groups:
+        if some and (len(some) + 1) * max(len(context) for context, _ in [*some, group]) > most:
             yield some
             some = []
-        some = [*some, prompt]
+        some = [*some, group]
     if some:
         yield some

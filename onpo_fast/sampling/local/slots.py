@@ -6,6 +6,7 @@ to the others: what its columns hold beyond its own position is masked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +16,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 GROWTH = 128  # columns that are added at a time
+
+States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, of one context: (heads, length, size)
 
 
 @dataclass
@@ -52,12 +55,12 @@ class SlotCache(Cache):
             step.rows = torch.arange(len(positions), device=positions.device)
         step.positions, step.columns = positions, columns
 
-    def fill(self, slots: list[int], prompt: Cache, row: int, length: int) -> None:
-        """Copies the first ``length`` positions of a row of another cache, a prompt, to the rows ``slots``."""
-        while len(self.layers) < len(prompt.layers):
+    def fill(self, slots: Sequence[int], states: States) -> None:
+        """Copies the states of a context to the first columns of rows."""
+        while len(self.layers) < len(states):
             self.layers.append(self.layer_class_to_replicate())
-        for layer, source in zip(self.layers, prompt.layers):
-            layer.fill(slots, source.keys[row, :, :length], source.values[row, :, :length])
+        for layer, (keys, values) in zip(self.layers, states):
+            layer.fill(slots, keys, values)
 
     def move(self, source: int, target: int) -> None:
         """Copies a row over another."""
@@ -97,7 +100,7 @@ class SlotLayer(CacheLayerMixin):
             found.append(states[: len(step.rows), :, : step.columns])
         return found[0], found[1]
 
-    def fill(self, slots: list[int], keys: Tensor, values: Tensor) -> None:
+    def fill(self, slots: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Copies (heads, length, size) states to the first columns of rows."""
         if not self.is_initialized:
             self.lazy_initialization(keys[None], values[None])

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ from ...servers.failures import named_fields
 from ..returned import ResponseReader
 
 TOKEN_ID = re.compile(r"token_id:(\d{1,9})")  # how vLLM writes a token that it is asked for by its id
+TYPE = re.compile(r"\b(?:list|array|integers?|int|strings?|str|token[ _-]?ids?)\b", re.IGNORECASE)
+LENGTH = re.compile(r"\b(?:lengths?|long|longer|too many|exceed\w*|context|maximum|at most)\b", re.IGNORECASE)
 
 # The policy itself is sampled from, whatever the server's defaults are. vLLM and SGLang know all of these.
 NEUTRAL = {
@@ -59,7 +61,7 @@ class Asked:
 
 @dataclass
 class Completions:
-    """How one server is asked for responses, as far as its replies have shown.
+    """Request format of one server, learned from its refusals.
 
     Attributes:
         endpoint: the server.
@@ -82,7 +84,7 @@ class Completions:
             reader: reads the reply.
 
         Returns:
-            The response, and the number of requests that had failed when it was asked for.
+            The response, and the number of outages (``Client.outages``) before it was asked for.
 
         Raises:
             ServerError, Halted: as ``Connection.with_retries``.
@@ -92,13 +94,13 @@ class Completions:
 
         async def send() -> tuple[Response, int]:
             while True:
-                failed = connection.client.counters["failures"]
+                outages = connection.client.outages
                 body.clear()  # the same object, whose fields an error may name
                 body.update(self.body(asked, model, owner, reader))
                 try:
                     as_text = isinstance(body["prompt"], str)
                     read = functools.partial(reader.read, asked=asked, prompt_as_text=as_text)
-                    return await connection.request("POST", "/completions", body, read), failed
+                    return await connection.request("POST", "/completions", body, read), outages
                 except connection.client.openai.APIStatusError as error:
                     if error.status_code not in (400, 422) or not self._learn(error.response.text, body):
                         raise
@@ -137,12 +139,17 @@ class Completions:
                 lost = " (the same seed may give other responses)" if "seed" in new else ""
                 say(f"{self.endpoint} does not take {', '.join(new)}: requests are sent without{lost}")
             return True
-        if isinstance(body["prompt"], list) and re.search(r"\bprompt\b", refusal):
+        if isinstance(body["prompt"], list) and refuses_type_of_prompt(refusal):
             if not self.prompts_as_text:
                 say(f"{self.endpoint} takes no prompts as token ids: they are sent as text")
             self.prompts_as_text = True
             return True
         return False
+
+
+def refuses_type_of_prompt(refusal: str) -> bool:
+    """Returns whether a refusal is of the type of the prompt, and not of its length."""
+    return bool(re.search(r"\bprompt\b", refusal) and TYPE.search(refusal) and not LENGTH.search(refusal))
 
 
 class CompletionReader:
@@ -156,7 +163,8 @@ class CompletionReader:
 
     def __init__(self, endpoint: Endpoint, policy: Policy, config: SamplingConfig) -> None:
         self.endpoint, self.tokenizer, self.config = endpoint, policy.tokenizer, config
-        self.eos_tokens, self.vocabulary = list(policy.eos_tokens), policy.head_rows
+        self.eos_tokens, self.vocabulary = list(policy.eos_tokens), policy.token_bound
+        self._response = ResponseReader(self.tokenizer, self.eos_tokens, self.vocabulary)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, special ones included."""
@@ -188,7 +196,7 @@ class CompletionReader:
         else:
             self._check_end(finish, tokens, asked.max_new_tokens)
         try:
-            return self._make(tokens, logps, end is not None, asked.max_new_tokens)
+            return self._response(tokens, logps, end is not None, asked.max_new_tokens)
         except ValueError as error:
             raise MalformedReply(f"a completion that cannot be used: {error}") from None
 
@@ -196,24 +204,20 @@ class CompletionReader:
         """Returns a response that was saved as its tokens and summed log-prob; None if it is none to the request."""
         try:
             rest = [0.0] * (len(tokens) - 1)
-            return self._make(tokens, [logp, *rest], tokens[-1] in self.eos_tokens, asked.max_new_tokens)
+            return self._response(tokens, [logp, *rest], tokens[-1] in self.eos_tokens, asked.max_new_tokens)
         except (ValueError, TypeError, LookupError):
             return None
-
-    def _make(self, tokens: Any, logps: Any, ended: bool, most: int) -> Response:
-        config = replace(self.config, max_new_tokens=most)
-        return ResponseReader(self.tokenizer, self.eos_tokens, self.vocabulary, config)(tokens, logps, ended)
 
     def _check_prompt(self, reply: dict, choice: dict, prompt_tokens: list[int], as_text: bool) -> None:
         """Raises ``UserError`` if the server has seen other tokens than those of the prompt."""
         usage = reply.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if isinstance(counted, int) and counted != len(prompt_tokens):
+        if type(counted) is int and counted != len(prompt_tokens):
             raise UserError(
                 f"{self.endpoint} counts {counted} tokens in a prompt of {len(prompt_tokens)}: it has another "
                 "tokenizer, or adds tokens"
             )
-        if as_text and not isinstance(counted, int):
+        if as_text and type(counted) is not int:
             raise UserError(
                 f"{self.endpoint} takes prompts as text only, and does not say how many tokens it reads in them "
                 "(usage.prompt_tokens)"
@@ -225,7 +229,11 @@ class CompletionReader:
     def _check_end(self, finish: str, tokens: list[int], most: int) -> None:
         """Raises ``UserError`` if a response without an end-of-sequence token ended before its maximum length."""
         if finish == "stop":
-            last = f"{tokens[-1]} ({self.text_of(tokens[-1:])!r})" if 0 <= tokens[-1] < self.vocabulary else tokens[-1]
+            last = (
+                f"{tokens[-1]} ({self.text_of(tokens[-1:])!r})"
+                if 0 <= tokens[-1] < self.vocabulary
+                else str(tokens[-1])[:20]
+            )
             raise UserError(
                 f"{self.endpoint} ended a response after the token {last}, and only {self.eos_tokens} end a response "
                 "of the policy: it has another model, another generation_config.json, or leaves out the last token"

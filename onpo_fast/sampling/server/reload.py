@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -42,10 +44,10 @@ def run_command(command: str, source: Source, endpoint: Endpoint, directory: Pat
         UserError: if it fails.
         signals.Stopped: after a signal; the command is ended.
     """
-    policy = _directory(source)
+    policy = policy_directory(source)
     log = Path(os.devnull) if directory is None else directory / RELOAD_LOG
     say(f"--sampler_reload: the server is given {policy}")
-    with open(log, "ab") as output:
+    with open(log, "ab") if directory is None else _open_log(log) as output:
         output.write(f"\n{time.strftime('%F %T')} {VARIABLE}={policy}\n".encode())
         output.flush()
         begin = 0 if directory is None else output.tell()
@@ -57,6 +59,25 @@ def run_command(command: str, source: Source, endpoint: Endpoint, directory: Pat
             f"--sampler_reload: the command {what} when it was to give the server {policy}"
             + (f": {one_line(said)[-QUOTED_CHARACTERS:]} (all of it is in {log})" if said else "")
         )
+
+
+def _open_log(log: Path) -> BinaryIO:
+    """Opens the log to append to it, without waiting for a reader of a FIFO.
+
+    Raises:
+        UserError: if a link, or something that is no file, has its name.
+    """
+    try:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        descriptor = os.open(log, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise UserError(f"{log} is a link, or no file: remove it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{log} is no file: remove it")
+    return open(descriptor, "ab")
 
 
 def _wait_for(command: str, environment: dict[str, str], output: BinaryIO) -> int:
@@ -120,7 +141,7 @@ async def reload_vllm(connection: Connection, source: Source) -> None:
     Raises:
         UserError: if it does not.
     """
-    weights = {"method": "reload_weights", "kwargs": {"weights_path": _directory(source)}}
+    weights = {"method": "reload_weights", "kwargs": {"weights_path": policy_directory(source)}}
     await _call(connection, _root(connection.endpoint, "collective_rpc"), weights, DEVELOPER_MODE)
     reset = _root(connection.endpoint, "reset_prefix_cache")
     for _ in range(CACHE_TRIES):
@@ -145,13 +166,13 @@ async def load_adapter(connection: Connection, source: Source) -> str:
         "start vLLM with --enable-lora, --max-lora-rank of at least --lora_rank, and "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
     )
-    directory = Path(_directory(source))
+    directory = Path(policy_directory(source))
     name = f"{directory.parent.name}-{directory.name}-{secrets.token_hex(4)}"
     await _call(connection, "/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, advice)
     return name
 
 
-def _directory(source: Source) -> str:
+def policy_directory(source: Source) -> str:
     """Returns the absolute directory of a policy's files, an adapter's included."""
     return os.path.abspath(source) if os.path.isdir(source) else directory_of(str(source))
 

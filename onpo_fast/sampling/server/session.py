@@ -1,4 +1,4 @@
-"""A server that samples: what this process knows of it, and which policy it was given."""
+"""A sampling server: its model, its limits and the policy that it holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTES_PER_TOKEN = 512  # of a reply: id, text, log-probs and their escapes, with
 
 
 class SamplingServer:
-    """A server, and what this process knows of it.
+    """A sampling server: its model, its limits and the policy that it holds.
 
     Attributes:
         given: the policy that the server was last given; None before the first.

@@ -8,7 +8,25 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from ...files import advising, parse_json, read_lines, remove, write_jsonl
+from ...errors import naming
+from ...files import advising, parse_json, read_lines, write_jsonl
+
+UNFINISHED = "unfinished_responses"  # how the names of the files in the run directory begin
+
+
+def unfinished_file(directory: Path, rank: int, evaluation: bool) -> Path:
+    """Returns the file of a rank, one for training and one for the evaluation."""
+    return directory / f"{_beginning(evaluation)}{rank}.jsonl"
+
+
+def remove_unfinished(directory: Path, evaluation: bool) -> None:
+    """Removes the files of all ranks, once all parts of a stage are recorded or another sampler goes on."""
+    for path in directory.glob(f"{_beginning(evaluation)}[0-9]*.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+def _beginning(evaluation: bool) -> str:
+    return f"{UNFINISHED}_evaluation_" if evaluation else f"{UNFINISHED}_"
 
 
 class UnfinishedPart:
@@ -49,30 +67,32 @@ class UnfinishedPart:
                     except (ValueError, TypeError, KeyError):  # half a line, as a crash leaves it
                         continue
         write_jsonl(self.path, (_record(key, *response) for key, response in found.items()))
-        self._file = open(self.path, "a", encoding="utf-8")
+        with naming(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")
         return found
 
     def add(self, key: str, tokens: list[int], logp: float) -> None:
-        """Appends a response."""
+        """Appends a response.
+
+        Raises:
+            OSError: if that fails, as on a full disk; names the file.
+        """
         if self._file is not None:
-            self._file.write(json.dumps(_record(key, tokens, logp)) + "\n")
-            self._file.flush()
+            with naming(self.path):
+                self._file.write(json.dumps(_record(key, tokens, logp)) + "\n")
+                self._file.flush()
 
     def end_with(self, keys: Collection[str]) -> None:
         """Keeps only the responses with these keys, and takes no further ones."""
         self.begin(keys)
         self.close()
 
-    def remove(self) -> None:
-        """Removes the file, if there is one."""
-        if self.path is not None:
-            remove(self.path)
-
     def close(self) -> None:
         """Closes the file and keeps it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with naming(self.path):
+                file.close()
 
 
 def _record(key: str, tokens: object, logp: object) -> dict[str, object]:

@@ -45,7 +45,7 @@ class VllmSampler:
         policy = policies(source)
         self.policies, self.source, self.config, self.directory = policies, source, config, directory
         self.renderer, self.device, self.dtype = policy.renderer, policy.device, policy.compute_dtype
-        self.read = ResponseReader(policy.tokenizer, policy.eos_tokens, policy.vocabulary, config)
+        self.read = ResponseReader(policy.tokenizer, policy.eos_tokens, policy.token_bound)
         self.process: VllmProcess | None = None
         self.most_tokens = 0  # of a prompt and its response, once the engine has started
 
@@ -91,11 +91,11 @@ class VllmSampler:
             if type(index) is not int or index not in missing:
                 raise UserError(f"vLLM returned a response that it was not asked for ({index!r})")
             missing.remove(index)
-            reason = message.get("reason")
+            reason, most = message.get("reason"), self.config.max_new_tokens
             try:
                 if reason not in ("stop", "length"):
                     raise ValueError(f"it ended for the reason {reason!r}")
-                response = self.read(message.get("tokens"), message.get("logps"), reason == "stop")
+                response = self.read(message.get("tokens"), message.get("logps"), reason == "stop", most)
             except ValueError as error:
                 raise UserError(f"vLLM returned a response that cannot be used: {error}") from None
             yield index, response

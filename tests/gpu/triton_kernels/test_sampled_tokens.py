@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support.tiny_models import make_model
 
+from onpo_fast.config import Config, SamplingConfig
 from onpo_fast.kernels import noise, sampled_tokens
+from onpo_fast.models.loading import load
+from onpo_fast.sampling import LocalSampler, draw
 
 
 @triton.jit
@@ -78,9 +84,10 @@ def test_columns_apart_and_one_row_for_all(device: str) -> None:
 def test_every_row_at_its_own_position(device: str) -> None:
     logits, keys = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)), random_keys(5)
     positions = torch.tensor([7, 0, 2**31 - 1, 7, 130])
-    for places in (positions, positions.repeat_interleave(2)[::2]):  # also columns apart
-        tokens, logps = sampled_tokens.draw(logits.to(device), keys.to(device), places.to(device))
-        want, want_logps = noise.draw(logits, keys, places)
+    want, want_logps = noise.draw(logits, keys, positions)
+    columns = torch.stack([positions, keys, positions + 1, keys + 1], 1).to(device)  # as the decode loop passes them
+    for streams, places in ((keys.to(device), positions.to(device)), (columns[:, 1], columns[:, 0])):
+        tokens, logps = sampled_tokens.draw(logits.to(device), streams, places)
         assert torch.equal(tokens.cpu(), want)
         same(logps, want_logps)
     for row, position in enumerate(positions.tolist()):
@@ -111,3 +118,23 @@ def test_a_row_without_a_finite_logit_is_not_a_number(device: str) -> None:
     assert tokens.item() == want.item() == 0
     assert logps.isnan().all()
     assert want_logps.isnan().all()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_whole_sampler_draws_the_same_tokens(
+    top_p: float, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that come and go, on the same device with the kernel and with numpy."""
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit.", "Is it far?")]
+    make_model(tmp_path / "model")
+    policy = load(tmp_path / "model", Config(device=device))
+    config = SamplingConfig(max_new_tokens=6, sampling_batch_size=4, top_p=top_p)
+    drawn = []
+    for function in (sampled_tokens.draw, noise.draw):
+        used = []
+        monkeypatch.setattr(draw, "draw_function", lambda device, f=function, u=used: lambda *a: u.append(f) or f(*a))
+        groups = LocalSampler(policy, config)(prompts, 3, [0, 7])
+        assert len(used) >= 6
+        drawn.append([response.tokens for group in groups for response in group.responses])
+    assert drawn[0] == drawn[1]
+    assert len({tuple(tokens) for tokens in drawn[0]}) == 9
