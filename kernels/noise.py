@@ -25,7 +25,6 @@ from torch import Tensor
 
 ROUNDS = 10
 SCALE = (1 - 2**-24) * 2**-32  # the largest word gives the largest float32 below 1
-LOWEST = float(np.finfo(np.float32).min)
 CACHED_TOKENS = 2**16  # tokens of several rows at a time, so that intermediate results stay in the cache
 MASK, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
@@ -60,16 +59,18 @@ def draw(
     rows, vocabulary = logits.shape
     width = block(vocabulary)
     step = max(CACHED_TOKENS // width, 1)
-    tokens, logps = np.empty(rows, np.int64), np.empty(rows, np.float32)
-    values, streams = logits.float().cpu().numpy(), keys.cpu().numpy()
+    tokens, logps = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    values = logits.float().cpu()
+    streams = keys.cpu().numpy()
     places = np.broadcast_to(positions.cpu().numpy() if isinstance(positions, Tensor) else positions, rows)
     among = None if allowed is None else allowed.cpu().numpy()
-
     for start in range(0, rows, step):
         r = slice(start, start + step)
         some = None if among is None else among[r]
-        tokens[r], logps[r] = _draw_rows(values[r], streams[r], places[r], temperature, some, width)
-    return torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device)
+        drawn = _draw_rows(values[r].numpy(), streams[r], places[r], temperature, some, width)
+        tokens[r] = torch.from_numpy(drawn)
+        logps[r] = values[r].log_softmax(1).gather(1, tokens[r, None])[:, 0]
+    return tokens.to(logits.device), logps.to(logits.device)
 
 
 @np.errstate(all="ignore")  # a row without a finite logit gives NaN without a warning, as in torch
@@ -80,12 +81,11 @@ def _draw_rows(
     temperature: float,
     allowed: np.ndarray | None,  # (R, V) bool
     width: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (R,) tokens and log-probs. Like the Triton kernel, the log-sum-exp keeps ``width`` running sums a row."""
+) -> np.ndarray:
+    """Return the (R,) tokens that are drawn."""
     rows, vocabulary = logits.shape
     each = np.arange(rows)
     best, token = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.int64)
-    peak, total = np.full((rows, width), LOWEST, np.float32), np.zeros((rows, width), np.float32)
     for start in range(0, vocabulary, width):
         x = logits[:, start : start + width]
         score = x * np.float32(1 / temperature)
@@ -97,15 +97,7 @@ def _draw_rows(
         better = score[each, first] > best
         best = np.where(better, score[each, first], best)
         token = np.where(better, start + first, token)
-
-        p, t = peak[:, : x.shape[1]], total[:, : x.shape[1]]  # views
-        above = x - p
-        scale = np.exp(-np.abs(above))  # factor of the lower one, the sum so far or the new term
-        t[:] = np.where(above > 0, t * scale + 1, t + scale)
-        np.maximum(p, x, out=p)
-    highest = peak.max(1)
-    everything = (total * np.exp(peak - highest[:, None])).sum(1)
-    return token, (logits[each, token] - highest) - np.log(everything)
+    return token
 
 
 def gumbel(

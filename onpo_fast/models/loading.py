@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..config import ModelConfig
+from ..device_memory import release_freed
 from ..errors import UserError
 from .adapters import merge_into_base
 from .attention import FLEX
@@ -249,8 +250,17 @@ def _read_model(
         if isinstance(layers, int) and layers < 0:  # transformers loads it without layers
             raise ValueError(f"its config.json says num_hidden_layers: {layers}")
     _check_complete(found, name)
+    if device.type == "cpu" and not is_gguf:
+        _copy_from_file(model)
     _make_plain(model, quantised, weights_dtype(config.weights), name)
     return model, model_config, quantised
+
+
+def _copy_from_file(model: PreTrainedModel) -> None:
+    """Copies weights that are a file mapped into memory, so that nothing depends on the file or keeps its pages."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    release_freed()
 
 
 def model_class(config: PretrainedConfig, source: str) -> type:

@@ -24,10 +24,10 @@ from onpo_fast.models.loading import load
 from onpo_fast.models.policy import LOGP_TOLERANCE, Policy, score
 from onpo_fast.sampling import LocalSampler, TransformersSampler
 from onpo_fast.sampling.draw import Draw
-from onpo_fast.sampling.local import linears
+from onpo_fast.sampling.local import linears, slots
 from onpo_fast.sampling.local import sampler as local
 from onpo_fast.sampling.local.linears import fast_linears
-from onpo_fast.sampling.local.slots import GROWTH, SlotLayer
+from onpo_fast.sampling.local.slots import SlotLayer
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Is it far? " * 20, "Name a fruit.", "a", "Why not? " * 9)
@@ -88,14 +88,15 @@ def test_responses_of_one_token(ending: Policy, many: list[Group], size: int) ->
     assert tokens(groups) == [[response[:1] for response in group] for group in tokens(many)]
 
 
-def test_a_cache_that_grows_while_rows_are_decoded(policy: Policy) -> None:
+def test_a_cache_that_grows_while_rows_are_decoded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts, whose responses pass the columns that the cache begins with, once and again."""
+    monkeypatch.setattr(slots, "GROWTH", growth := 128)
     prompts = [PROMPTS[0], PROMPTS[3]]
-    config = SamplingConfig(max_new_tokens=2 * GROWTH, sampling_batch_size=3)
+    config = SamplingConfig(max_new_tokens=2 * growth, sampling_batch_size=3)
     groups = LocalSampler(policy, config)(prompts, 2, [1])
     assert tokens(groups) == tokens(TransformersSampler(policy, config)(prompts, 2, [1]))
-    assert all(len(group.prompt_tokens) < GROWTH for group in groups)
-    assert max(len(g.prompt_tokens) + len(r.tokens) for g in groups for r in g.responses) > 2 * GROWTH
+    assert all(len(group.prompt_tokens) < growth for group in groups)
+    assert max(len(g.prompt_tokens) + len(r.tokens) for g in groups for r in g.responses) > 2 * growth
     check_log_probs(policy, groups, 1e-4)
 
 
@@ -282,7 +283,7 @@ def test_one_row_that_does_not_fit_names_options(ending: Policy, monkeypatch: py
 
 def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    addresses = [parameter.data_ptr() for parameter in policy.model.parameters()]
+    parameters = list(policy.model.parameters())
     sample(policy, 4)
 
     def fail(self: Draw, *arguments: object) -> tuple:
@@ -292,7 +293,7 @@ def test_the_model_is_left_as_it_was(policy: Policy, monkeypatch: pytest.MonkeyP
     with pytest.raises(Exception, match="of the test"):
         sample(policy, 4)
     assert not [module for module in policy.model.modules() if "forward" in vars(module)]
-    assert [parameter.data_ptr() for parameter in policy.model.parameters()] == addresses
+    assert [*map(id, policy.model.parameters())] == [*map(id, parameters)]
     for name, value in policy.model.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-GROWTH = 128  # columns that are added at a time
+GROWTH = 256  # columns that are added at a time
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, of one context: (heads, length, size)
 
