@@ -29,8 +29,8 @@ def main() -> None:
     common = {"temperature": 1.0, "detokenize": False, "ignore_eos": True, "stop_token_ids": job["stop_token_ids"]}
     llm.generate(requests[:1], SamplingParams(max_tokens=4, **common), use_tqdm=False)  # warm-up
     runs = []
-    for i in range(job["times"]):
-        params = SamplingParams(n=job["n"], max_tokens=job["max_tokens"], seed=i, logprobs=0, **common)
+    for _ in range(job["times"]):
+        params = SamplingParams(n=job["n"], max_tokens=job["max_tokens"], logprobs=0, **common)
         start = time.perf_counter()
         outputs = llm.generate(requests, params, use_tqdm=False)
         lengths = [len(one.token_ids) for output in outputs for one in output.outputs]
