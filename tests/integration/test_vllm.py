@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_runs
-from support.tiny_models import make_tokenizer, randomise
-from support.vllm_engines import ends, parts, start_run, vllm_python, wait_for  # noqa: F401
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.vllm_engines import ends, make_model, parts, start_run, vllm_python, wait_for  # noqa: F401
 
 from onpo_fast.config import Config, ModelConfig
 from onpo_fast.data import Group, read_groups
@@ -29,25 +27,7 @@ OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}  # starts soon
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with heads of a size that vLLM has on a CPU."""
     directory = tmp_path_factory.mktemp("vllm") / "model"
-    make_tokenizer().save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).float()
-    randomise(model)
-    with torch.no_grad():
-        model.model.norm.weight *= 0.5  # less sure of a token, so that responses end now and then
-    model.save_pretrained(directory)
+    make_model(directory, tied=True)
     return directory
 
 

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_runs
-from support.tiny_models import make_tokenizer, randomise
-from support.vllm_engines import vllm_python  # noqa: F401
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.vllm_engines import make_model, vllm_python  # noqa: F401
 
 from onpo_fast import train as module
 from onpo_fast.config import Config, ModelConfig
@@ -48,29 +46,6 @@ for call, body in (
     url, headers = f"{sys.argv[1]}/{call}", {"Content-Type": "application/json"}
     print(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)).read())
 """
-
-
-def make_model(directory: Path, tied: bool) -> None:
-    """Writes a Llama with heads of a size that vLLM has on a CPU."""
-    make_tokenizer().save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).float()
-    randomise(model)
-    with torch.no_grad():
-        model.model.norm.weight *= 0.5  # less sure of a token, so that responses end now and then
-    model.save_pretrained(directory)
 
 
 @contextmanager

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import small_runs
+from .tiny_models import make_tokenizer, randomise
 
 # the engine that every fault starts from: tokens are hashes of the seed, and every third response ends by itself
 ENGINE = """
@@ -186,3 +189,26 @@ def ends(pid: int, seconds: float = 10) -> bool:
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not is_running(pid)
+
+
+def make_model(directory: Path, tied: bool) -> None:
+    """Writes a Llama with heads of a size that vLLM has on a CPU."""
+    make_tokenizer().save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float()
+    randomise(model)
+    with torch.no_grad():
+        model.model.norm.weight *= 0.5  # less sure of a token, so that responses end now and then
+    model.save_pretrained(directory)
