@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import builtins
 import errno
-import hashlib
 import json
 import os
 import random
@@ -31,10 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TextIO
 
@@ -45,11 +43,13 @@ from onpo_fast import train as training
 from onpo_fast.config import Config
 from onpo_fast.errors import command
 from onpo_fast.models.checkpoint import locate
-from onpo_fast.run.digest import run_digest
+from onpo_fast.run.digest import run_contents
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import console
+
+from .hash_judge import judge_server
 
 SMALL_RUN_OPTIONS = {
     "prompts_per_iteration": 3,
@@ -151,7 +151,7 @@ class CrashTest:
         begin = time.monotonic()
         assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
         self.seconds = time.monotonic() - begin
-        self.bits = run_digest(work / "whole")
+        self.contents = run_contents(work / "whole")
         print(f"undisturbed: {self.seconds:.1f} s", flush=True)
 
     def start(self, config: Config, resume: bool = True, first: Callable[[], object] = lambda: None) -> int:
@@ -169,20 +169,29 @@ class CrashTest:
     def log(self, config: Config) -> str:
         return self.log_file(config).read_text(encoding="utf-8")[-2000:]
 
-    def verdict(self, what: str, config: Config, status: int, expected: str | None = None) -> list[str]:
-        """Prints how a run ended. Returns a list of one failure, or an empty one if the bits are as ``expected``."""
-        same = status == 0 and run_digest(Path(config.out)) == (expected or self.bits)
-        print(f"{what}: {'the same bits' if same else 'DIFFERENT'}", flush=True)
-        failures = [] if same else [f"{what}: exit status {status}\n{self.log(config)}"]
+    def verdict(self, what: str, config: Config, status: int, expected: list[str] | None = None) -> list[str]:
+        """Prints how a run ended. Returns a list of one failure, or an empty one if it holds what is ``expected``."""
+        wanted = Counter(expected or self.contents)
+        found = Counter(run_contents(Path(config.out)) if status == 0 else [])
+        print(f"{what}: {'the same bits' if found == wanted else 'DIFFERENT'}", flush=True)
+        unlike = [f"expected: {line}" for line in (wanted - found).elements()] + list((found - wanted).elements())
+        failures = ["\n".join([f"{what}: exit status {status}", *unlike, self.log(config)])] if unlike else []
         shutil.rmtree(config.out)
         return failures
 
     def kill(self, kills: int, seed: int = 0) -> list[str]:
         """Kills whole runs at random times, ``kills`` times in all."""
-        return self._kill(kills, seed, "run", self.seconds, self.bits)
+        return self._kill(kills, seed, "run", self.seconds, self.contents)
 
     def _kill(
-        self, kills: int, seed: int, title: str, seconds: float, expected: str, begin: Path | None = None, **options
+        self,
+        kills: int,
+        seed: int,
+        title: str,
+        seconds: float,
+        expected: list[str],
+        begin: Path | None = None,
+        **options,
     ) -> list[str]:
         """Kills runs with ``options`` at random times; each starts from a copy of the directory ``begin``, if given."""
         chance, done, runs, failures = random.Random(f"{title} {seed}"), 0, 0, []
@@ -215,7 +224,7 @@ class CrashTest:
         records = (begin / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [record for record in records if json.loads(record)["stage"] != "evaluate"]
         (begin / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
-        return self._kill(kills, seed, "evaluation", self.seconds / 2, self.bits, begin)
+        return self._kill(kills, seed, "evaluation", self.seconds / 2, self.contents, begin)
 
     def kill_while_judging(self, kills: int, seed: int = 0) -> list[str]:
         """Kills runs whose oracle is a chat server, which takes most of their time."""
@@ -228,7 +237,7 @@ class CrashTest:
             assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
             seconds = time.monotonic() - begin
             print(f"undisturbed, with a judge: {seconds:.1f} s", flush=True)
-            return self._kill(kills, seed, "judged", seconds, run_digest(Path(whole.out)), **options)
+            return self._kill(kills, seed, "judged", seconds, run_contents(Path(whole.out)), **options)
 
     def fail(self, errors: int, seed: int = 0) -> list[str]:
         """Makes one file-system call of a run fail, then resumes the run."""
@@ -360,52 +369,6 @@ def fail_at(name: str | None, at: int, count_in: Path | None = None, code: int =
 
     os.replace, os.fsync = counting("os.replace", os.replace), counting("os.fsync", os.fsync)
     builtins.open = counting("open", opened, for_writing)
-
-
-@contextmanager
-def judge_server() -> Iterator[str]:
-    """Runs a chat server in another process and yields its URL. Answers take 50 ms and depend on the question alone."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            question = self.rfile.read(int(self.headers["content-length"]))
-            time.sleep(0.05)
-            share = hashlib.sha256(json.dumps(json.loads(question)["messages"]).encode()).digest()[0]
-            message = {"role": "assistant", "content": "AB"[share % 2]}
-            reply = {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "hash",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-            }
-            content = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: object, address: object) -> None:
-            pass  # the client was killed
-
-    server = Server(("127.0.0.1", 0), Handler)
-    child = os.fork()
-    if not child:
-        server.serve_forever()
-    server.server_close()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def states(config: Config, fit: str = "*/*") -> list[Path]:
