@@ -5,6 +5,7 @@ On several ranks nothing is repeated, because all of them must take part in the 
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ ADVICE = "--gradient_checkpointing, --weights bf16-sr, --optimizer adamw-8bit or
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an exception says that the device has no memory left."""
+    """Returns whether an exception says that the device, or the system, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
 
 

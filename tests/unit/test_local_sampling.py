@@ -90,7 +90,7 @@ def test_responses_of_one_token(ending: Policy, many: list[Group], size: int) ->
 
 def test_a_cache_that_grows_while_rows_are_decoded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts, whose responses pass the columns that the cache begins with, once and again."""
-    monkeypatch.setattr(slots, "GROWTH", growth := 128)
+    monkeypatch.setitem(slots.GROWTH, "cpu", growth := 128)
     prompts = [PROMPTS[0], PROMPTS[3]]
     config = SamplingConfig(max_new_tokens=2 * growth, sampling_batch_size=3)
     groups = LocalSampler(policy, config)(prompts, 2, [1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...device_memory import release_freed
 
 ROWS = 32  # of the products that the order of weights suits best
-PART = 8192  # rows of a weight that are reordered at a time
+PART = 4096  # rows of a weight that are reordered at a time
 
 
 @contextmanager

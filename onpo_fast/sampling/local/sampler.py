@@ -34,10 +34,11 @@ from .probe import difference
 from .slots import SlotCache, States
 
 # Tokens of prompts, with padding, in one forward pass; a longer prompt goes alone. That of GPUs is not measured.
-PROMPT_TOKENS = {"cpu": 512, "cuda": 8192}
+PROMPT_TOKENS = {"cpu": 128, "cuda": 8192}
 REFILL = 16  # waiting responses enter when one slot in so many is free, so that their prompts go together
 PROBE_SLOTS = 4  # fewer than the probe has responses: some enter when others have left
 COLUMNS = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
+ROWS = 8  # a step has a multiple of so many rows: oneDNN keeps code and buffers for each number that it has met
 
 Finish = Callable[[tuple[int, int], Response], None]  # given the place of a request, and its response
 
@@ -172,7 +173,7 @@ class DecodeLoop:
 
     def __init__(self, policy: Policy, draw: Draw, waiting: Sequence[Row], slots: int, max_new_tokens: int) -> None:
         self.policy, self.draw, self.slots, self.max_new_tokens = policy, draw, slots, max_new_tokens
-        self.limit = max(len(row.prompt) for row in waiting) + max_new_tokens
+        self.limit = _rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMNS)
         self.waiting = deque(waiting)
         self._begin()
 
@@ -252,15 +253,18 @@ class DecodeLoop:
         """Computes one token of every row and draws the next."""
         policy, rows = self.policy, self.rows
         table = [[row.last, row.position, row.key, len(row.tokens)] for row in rows]
+        count = min(_rounded(len(rows), ROWS), self.slots)
+        table += [[0, 0, 0, 0]] * (count - len(rows))  # in slots that are free, and not drawn for
         tokens, positions, keys, drawn_before = torch.tensor(table).to(policy.device).unbind(1)
-        columns = -(-(max(row.position for row in rows) + 1) // COLUMNS) * COLUMNS
+        columns = _rounded(max(row.position for row in rows) + 1, COLUMNS)
         self.cache.expect(positions, columns)
         logits = policy.model(
             input_ids=tokens[:, None],
             past_key_values=self.cache,
             use_cache=True,
             **cached_attention_arguments(policy.model, positions, columns),
-        ).logits[:, -1]
+        ).logits[: len(rows), -1]
+        keys, drawn_before = keys[: len(rows)], drawn_before[: len(rows)]
         drawn = torch.stack([one.double() for one in self.draw(logits, keys, drawn_before)])
         for row, token, logp in zip(rows, *drawn.tolist()):  # the only wait for a GPU
             row.tokens.append(int(token))
@@ -277,6 +281,11 @@ class DecodeLoop:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
                 finish(row.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
+
+
+def _rounded(count: int, multiple: int) -> int:
+    """Returns the smallest multiple that is not below a number."""
+    return -(-count // multiple) * multiple
 
 
 def _together(groups: Sequence[tuple[list[int], list[Row]]], most: int) -> Iterator[list[tuple[list[int], list[Row]]]]:

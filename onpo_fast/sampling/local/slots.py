@@ -6,6 +6,8 @@ to the others: what its columns hold beyond its own position is masked.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +17,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-GROWTH = 256  # columns that are added at a time
+# Columns that are added at a time. On a CPU all that may be needed: those that are not written take no memory.
+GROWTH = {"cpu": 2**31, "cuda": 256}
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, of one context: (heads, length, size)
 
@@ -35,8 +38,8 @@ class Step:
 class SlotCache(Cache):
     """Keys and values of up to ``slots`` rows with at most ``limit`` tokens each, in ``dtype``.
 
-    Memory grows with the longest row. Layers are made when they are first used, as the model's dimensions are known
-    only then.
+    On a CPU, memory is taken by what is written. On a GPU it grows with the longest row. Layers are made when they are
+    first used, as the model's dimensions are known only then.
     """
 
     def __init__(self, slots: int, limit: int, dtype: torch.dtype) -> None:
@@ -114,10 +117,9 @@ class SlotLayer(CacheLayerMixin):
         """Makes room for as many columns. New ones are 0, as what is masked must be finite."""
         have = self.keys.shape[2]
         if columns > have:
-            wanted = max(columns, min(self.step.limit, -(-columns // GROWTH) * GROWTH))
-            self.keys, self.values = (
-                torch.nn.functional.pad(states, (0, 0, 0, wanted - have)) for states in (self.keys, self.values)
-            )
+            growth = GROWTH.get(self.keys.device.type, GROWTH["cuda"])
+            wanted = max(columns, min(self.step.limit, -(-columns // growth) * growth))
+            self.keys, self.values = (_widened(states, wanted) for states in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the number of columns and the first of them, for masks that transformers makes."""
@@ -130,3 +132,19 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Returns the most columns that there may be."""
         return self.step.limit
+
+
+def _widened(states: Tensor, columns: int) -> Tensor:
+    """Returns (slots, heads, length, size) states with more columns, which are 0.
+
+    On a CPU the memory is of a kind that the system gives page by page, when it is first written.
+    """
+    slots, heads, length, size = states.shape
+    shape = (slots, heads, columns, size)
+    bytes_ = math.prod(shape) * states.element_size()
+    if states.device.type != "cpu" or not bytes_:
+        return torch.nn.functional.pad(states, (0, 0, 0, columns - length))
+    memory = mmap.mmap(-1, bytes_, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = torch.frombuffer(memory, dtype=states.dtype).view(shape)
+    found[:, :, :length] = states
+    return found
