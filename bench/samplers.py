@@ -117,6 +117,12 @@ def _local(case: Case) -> Iterator[Sample]:
 
 
 @contextmanager
+def _graphs(case: Case) -> Iterator[Sample]:
+    """The decode loop with CUDA graphs."""
+    yield _with(make_sampler(_policy(case), case.config(cuda_graphs="on")), case)
+
+
+@contextmanager
 def _vllm(case: Case) -> Iterator[Sample]:
     """``--sampler vllm``: the start of an engine is part of each repetition, as it is of each stage of a run."""
 
@@ -182,6 +188,7 @@ SAMPLERS = {
     "transformers generate": _generate,
     "batches of generate": _batches,
     "local": _local,
+    "local graphs": _graphs,
     "vllm": _vllm,
     "server": _server,
 }

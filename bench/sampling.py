@@ -1,10 +1,11 @@
 """python -m bench sampling: measures ways to sample: tokens/s, seconds and memory.
 
-Compared are this package's decode loop (--sampler local), its batches of transformers' `generate` (what the decode loop
-replaced, and what it falls back to), transformers' `generate` itself and, with --vllm_python, vLLM: its own offline
-throughput, --sampler vllm (with the start of an engine, as in each stage of a run) and --sampler server. Prompts are
-the bundled ones, and responses have the lengths that they come to. Each way runs in a process of its own, some times
-with other seeds; medians are reported. The results file, sampling.json, is rewritten after each.
+Compared are this package's decode loop (--sampler local; on a GPU also with --cuda_graphs on), its batches of
+transformers' `generate` (what the decode loop replaced, and what it falls back to), transformers' `generate` itself
+and, with --vllm_python, vLLM: its own offline throughput, --sampler vllm (with the start of an engine, as in each stage
+of a run) and --sampler server. Prompts are the bundled ones, and responses have the lengths that they come to. Each way
+runs in a process of its own, some times with other seeds; medians are reported. The results file, sampling.json, is
+rewritten after each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .runner import ROOT
 from .samplers import SAMPLERS
 from .summary import sampler_table
 
+ON_GPU = ("local graphs",)
 WITH_VLLM = ("vllm offline", "vllm", "server")
 
 
@@ -38,7 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=(*SAMPLERS, "vllm offline"),
         metavar="NAME",
-        help=f"What to measure, of: {', '.join((*SAMPLERS, 'vllm offline'))} (default: all; vLLM with --vllm_python).",
+        help=f"What to measure, of: {', '.join((*SAMPLERS, 'vllm offline'))} (default: all; vLLM with --vllm_python, "
+        "graphs on a GPU).",
     )
     parser.add_argument("--model", default="smollm2", help="Model to sample from (default: smollm2).")
     parser.add_argument("--prompts", type=int, default=40, help="Number of prompts (default: 40).")
@@ -70,7 +73,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    names = options.samplers or [name for name in (*SAMPLERS, "vllm offline") if name not in WITH_VLLM]
+    left_out = WITH_VLLM + (() if options.device.startswith("cuda") else ON_GPU)
+    names = options.samplers or [name for name in SAMPLERS if name not in left_out]
     if options.samplers is None and options.vllm_python:
         names += WITH_VLLM
     jobs, path = Jobs(options.budget), options.out / "sampling.json"

@@ -62,6 +62,8 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
                 f"--sampler {self.sampler} samples from one policy, and --objective {self.objective} from a mixture "
                 "of two: use --sampler local"
             )
+        if self.cuda_graphs == "on" and device_of(self.device).type != "cuda":
+            raise UserError("--cuda_graphs on needs a GPU")
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)

@@ -11,8 +11,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from ...config import SamplingConfig
@@ -32,13 +34,12 @@ from ..interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
 from .slots import SlotCache, States
+from .steps import COLUMNS, GraphedSteps, Steps, rounded
 
 # Tokens of prompts, with padding, in one forward pass; a longer prompt goes alone. That of GPUs is not measured.
 PROMPT_TOKENS = {"cpu": 128, "cuda": 8192}
 REFILL = 16  # waiting responses enter when one slot in so many is free, so that their prompts go together
 PROBE_SLOTS = 4  # fewer than the probe has responses: some enter when others have left
-COLUMNS = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
-ROWS = 8  # a step has a multiple of so many rows: oneDNN keeps code and buffers for each number that it has met
 
 Finish = Callable[[tuple[int, int], Response], None]  # given the place of a request, and its response
 
@@ -158,7 +159,14 @@ class LocalSampler:
             policy.generating(masked=True),
             fast_linears(policy.model, policy.autocast_dtype),
         ):
-            return DecodeLoop(policy, draw, waiting, slots, max_new_tokens).run(finish)
+            return DecodeLoop(policy, draw, waiting, slots, max_new_tokens, self._steps()).run(finish)
+
+    def _steps(self) -> Callable[..., Steps]:
+        """Returns what makes the steps of a loop, given the arguments of ``Steps``."""
+        policy = self.policy
+        if self.config.cuda_graphs == "off" or policy.device.type != "cuda":
+            return Steps
+        return partial(GraphedSteps, device=policy.device, tolerance=LOGP_TOLERANCE[policy.compute_dtype])
 
 
 class DecodeLoop:
@@ -169,11 +177,21 @@ class DecodeLoop:
         waiting: responses to sample, those of one prompt next to each other.
         slots: the most rows at a time.
         max_new_tokens: of a response.
+        make_steps: given the arguments of ``Steps``, returns what launches the steps.
     """
 
-    def __init__(self, policy: Policy, draw: Draw, waiting: Sequence[Row], slots: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        draw: Draw,
+        waiting: Sequence[Row],
+        slots: int,
+        max_new_tokens: int,
+        make_steps: Callable[..., Steps] = Steps,
+    ) -> None:
         self.policy, self.draw, self.slots, self.max_new_tokens = policy, draw, slots, max_new_tokens
-        self.limit = _rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMNS)
+        self.make_steps = make_steps
+        self.limit = rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMNS)
         self.waiting = deque(waiting)
         self._begin()
 
@@ -182,6 +200,7 @@ class DecodeLoop:
         self.rows: list[Row] = []  # each in the slot of its index
         self.known: States | None = None  # of the context of the next row to enter, where they are computed
         self.cache = SlotCache(self.slots, self.limit, self.policy.compute_dtype)
+        self.steps = self.make_steps(self._forward, self.slots, self.limit)
 
     def run(self, finish: Finish) -> int:
         """Samples all responses and returns the number of slots at the end."""
@@ -251,24 +270,28 @@ class DecodeLoop:
 
     def _step(self) -> None:
         """Computes one token of every row and draws the next."""
-        policy, rows = self.policy, self.rows
+        rows = self.rows
+        count, columns = self.steps.shape(len(rows), max(row.position for row in rows) + 1)
         table = [[row.last, row.position, row.key, len(row.tokens)] for row in rows]
-        count = min(_rounded(len(rows), ROWS), self.slots)
         table += [[0, 0, 0, 0]] * (count - len(rows))  # in slots that are free, and not drawn for
-        tokens, positions, keys, drawn_before = torch.tensor(table).to(policy.device).unbind(1)
-        columns = _rounded(max(row.position for row in rows) + 1, COLUMNS)
-        self.cache.expect(positions, columns)
-        logits = policy.model(
-            input_ids=tokens[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **cached_attention_arguments(policy.model, positions, columns),
-        ).logits[: len(rows), -1]
+        tokens, positions, keys, drawn_before = torch.tensor(table).to(self.policy.device).unbind(1)
+        logits = self.steps(tokens, positions, columns)[: len(rows)]
         keys, drawn_before = keys[: len(rows)], drawn_before[: len(rows)]
         drawn = torch.stack([one.double() for one in self.draw(logits, keys, drawn_before)])
         for row, token, logp in zip(rows, *drawn.tolist()):  # the only wait for a GPU
             row.tokens.append(int(token))
             row.logps.append(logp)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
+        """Returns the logits of the next token of the first n rows, (n, V); see ``Steps``."""
+        model = self.policy.model
+        self.cache.expect(positions, columns)
+        return model(
+            input_ids=tokens[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            **cached_attention_arguments(model, positions, columns),
+        ).logits[:, -1]
 
     def _leave(self, finish: Finish) -> None:
         """Hands over the responses that have ended; the last rows move to their slots."""
@@ -281,11 +304,6 @@ class DecodeLoop:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
                 finish(row.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
-
-
-def _rounded(count: int, multiple: int) -> int:
-    """Returns the smallest multiple that is not below a number."""
-    return -(-count // multiple) * multiple
 
 
 def _together(groups: Sequence[tuple[list[int], list[Row]]], most: int) -> Iterator[list[tuple[list[int], list[Row]]]]:

@@ -44,6 +44,7 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int, limit: int, dtype: torch.dtype) -> None:
         self.step = Step(dtype, slots, limit)
+        self.every_row: Tensor | None = None  # 0, 1, …, slots − 1; a CUDA graph holds its address
         super().__init__(layer_class_to_replicate=partial(SlotLayer, self.step))
 
     def expect(self, positions: Tensor, columns: int) -> None:
@@ -54,9 +55,9 @@ class SlotCache(Cache):
             columns: the number that attention reads, above all positions.
         """
         step = self.step
-        if len(step.rows) != len(positions):
-            step.rows = torch.arange(len(positions), device=positions.device)
-        step.positions, step.columns = positions, columns
+        if self.every_row is None:
+            self.every_row = torch.arange(step.slots, device=positions.device)
+        step.rows, step.positions, step.columns = self.every_row[: len(positions)], positions, columns
 
     def fill(self, slots: Sequence[int], states: States) -> None:
         """Copies the states of a context to the first columns of rows."""
