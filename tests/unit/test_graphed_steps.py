@@ -67,6 +67,19 @@ class StandIn:
         return replay
 
 
+def test_the_stand_in_notices_what_a_graph_would_not_do() -> None:
+    """A number of the host that has changed, and a tensor that has moved."""
+    state = {"number": 1, "tensor": torch.ones(3)}
+    replay = StandIn()(lambda: state["tensor"] + state["number"])
+    replay()
+    state["number"] = 2
+    with pytest.raises(AssertionError):
+        replay()
+    state |= {"number": 1, "tensor": torch.ones(3)}
+    with pytest.raises(AssertionError):
+        replay()
+
+
 @pytest.fixture
 def policy(tiny_model: Path) -> Policy:
     policy = load(tiny_model, Config())
@@ -89,7 +102,7 @@ def test_the_same_responses(policy: Policy, monkeypatch: pytest.MonkeyPatch, siz
     want = sampled(policy, monkeypatch, None, sampling_batch_size=size)
     capture = StandIn()
     assert sampled(policy, monkeypatch, capture, sampling_batch_size=size) == want
-    assert capture.captured <= {8: 4, 7: 1, 1: 1}[size]
+    assert capture.captured <= 2 * {8: 4, 7: 1, 1: 1}[size]  # the long prompt needs another number of columns
     assert capture.replayed > 10 * capture.captured
 
 
