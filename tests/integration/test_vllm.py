@@ -88,6 +88,15 @@ def test_log_probs_are_those_of_the_policy(model: Path, vllm_python: str) -> Non
     assert ("eos", True) in endings
 
 
+def test_more_prompts_than_a_batch_holds(model: Path, vllm_python: str) -> None:  # noqa: F811
+    """Together they have more tokens than vLLM computes at a time, so that it would split one of them."""
+    policies = ResidentPolicy(Config(model=str(model)).section(ModelConfig))
+    prompts = [[{"role": "user", "content": f"What is {i}{' plus 1' * 40}?"}] for i in range(40)]
+    groups = sample(policies, str(model), vllm_python, [1], prompts, max_new_tokens=8, sampling_batch_size=120)
+    assert sum(len(group.prompt_tokens) for group in groups) > 8192
+    assert_scored_alike(policies, str(model), groups)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
 def test_adapters(targets: str, model: Path, vllm_python: str, tmp_path) -> None:  # noqa: F811
     config = Config(model=str(model), lora_rank=4, lora_targets=targets)

@@ -200,7 +200,7 @@ class DecodeLoop:
         self.rows: list[Row] = []  # each in the slot of its index
         self.known: States | None = None  # of the context of the next row to enter, where they are computed
         self.cache = SlotCache(self.slots, self.limit, self.policy.compute_dtype)
-        self.steps = self.make_steps(self._forward, self.slots, self.limit)
+        self.steps = self.make_steps(partial(_forward, self.policy, self.cache), self.slots, self.limit)
 
     def run(self, finish: Finish) -> int:
         """Samples all responses and returns the number of slots at the end."""
@@ -282,17 +282,6 @@ class DecodeLoop:
             row.tokens.append(int(token))
             row.logps.append(logp)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
-        """Returns the logits of the next token of the first n rows, (n, V); see ``Steps``."""
-        model = self.policy.model
-        self.cache.expect(positions, columns)
-        return model(
-            input_ids=tokens[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **cached_attention_arguments(model, positions, columns),
-        ).logits[:, -1]
-
     def _leave(self, finish: Finish) -> None:
         """Hands over the responses that have ended; the last rows move to their slots."""
         eos = self.policy.eos_tokens
@@ -304,6 +293,17 @@ class DecodeLoop:
                     self.rows[slot] = last
                     self.cache.move(len(self.rows), slot)
                 finish(row.place, make_response(row.tokens, sum(row.logps), self.policy.tokenizer, eos))
+
+
+def _forward(policy: Policy, cache: SlotCache, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
+    """Returns the logits of the next token of the first n rows, (n, V); see ``Steps``."""
+    cache.expect(positions, columns)
+    return policy.model(
+        input_ids=tokens[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        **cached_attention_arguments(policy.model, positions, columns),
+    ).logits[:, -1]
 
 
 def _together(groups: Sequence[tuple[list[int], list[Row]]], most: int) -> Iterator[list[tuple[list[int], list[Row]]]]:

@@ -150,6 +150,8 @@ class VllmSampler:
         }
         if self.device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+            # a prompt that is computed in two parts rewinds its request's generator, which those of a CPU cannot
+            arguments["enable_chunked_prefill"] = "max_num_batched_tokens" in (self.config.vllm_options or {})
         source, adapter = self.source, None
         if model.lora_rank is not None and source != self.policies.initial:
             source, adapter = self.policies.initial, str(Path(source).resolve())
