@@ -120,7 +120,7 @@ OTHER_COMMANDS = {
     "bench": "kills errors only budget benchmark-only tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
-    "vLLM": "enable-lora host max-lora-rank served-model-name",
+    "vLLM": "enable-lora host max-lora-rank no-enable-chunked-prefill served-model-name",
     "SGLang": "enable-deterministic-inference",
     "sbatch": "nodes ntasks-per-node gpus-per-node time signal",
 }
