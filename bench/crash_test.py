@@ -173,9 +173,11 @@ class CrashTest:
         """Prints how a run ended. Returns a list of one failure, or an empty one if it holds what is ``expected``."""
         wanted = Counter(expected or self.contents)
         found = Counter(run_contents(Path(config.out)) if status == 0 else [])
-        print(f"{what}: {'the same bits' if found == wanted else 'DIFFERENT'}", flush=True)
-        unlike = [f"expected: {line}" for line in (wanted - found).elements()] + list((found - wanted).elements())
-        failures = ["\n".join([f"{what}: exit status {status}", *unlike, self.log(config)])] if unlike else []
+        same = status == 0 and found == wanted
+        print(f"{what}: {'the same bits' if same else 'DIFFERENT'}", flush=True)
+        unlike = [f"expected: {line}" for line in (wanted - found).elements()] if status == 0 else []
+        unlike += [f"found: {line}" for line in (found - wanted).elements()]
+        failures = [] if same else ["\n".join([f"{what}: exit status {status}", *unlike, self.log(config)])]
         shutil.rmtree(config.out)
         return failures
 

@@ -119,7 +119,7 @@ def _local(case: Case) -> Iterator[Sample]:
 @contextmanager
 def _graphs(case: Case) -> Iterator[Sample]:
     """The decode loop with CUDA graphs."""
-    yield _with(make_sampler(_policy(case), case.config(cuda_graphs="on")), case)
+    yield _with(make_sampler(_policy(case), case.config(cuda_graphs=True)), case)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """python -m bench sampling: measures ways to sample: tokens/s, seconds and memory.
 
-Compared are this package's decode loop (--sampler local; on a GPU also with --cuda_graphs on), its batches of
+Compared are this package's decode loop (--sampler local; on a GPU also with --cuda_graphs), its batches of
 transformers' `generate` (what the decode loop replaced, and what it falls back to), transformers' `generate` itself
 and, with --vllm_python, vLLM: its own offline throughput, --sampler vllm (with the start of an engine, as in each stage
 of a run) and --sampler server. Prompts are the bundled ones, and responses have the lengths that they come to. Each way

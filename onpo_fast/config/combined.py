@@ -57,13 +57,14 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
     def __post_init__(self) -> None:
         for section in SECTIONS.values():
             section.__post_init__(self)
-        if self.sampler != "local" and algorithms.named(self.objective).samples_mixture and self.initial_weight < 1:
-            raise UserError(
-                f"--sampler {self.sampler} samples from one policy, and --objective {self.objective} from a mixture "
-                "of two: use --sampler local"
-            )
-        if self.cuda_graphs == "on" and device_of(self.device).type != "cuda":
-            raise UserError("--cuda_graphs on needs a GPU")
+        if algorithms.named(self.objective).samples_mixture and self.initial_weight < 1:
+            if self.sampler != "local":
+                raise UserError(
+                    f"--sampler {self.sampler} samples from one policy, and --objective {self.objective} from a "
+                    "mixture of two: use --sampler local"
+                )
+            if self.cuda_graphs:
+                raise UserError(f"--cuda_graphs is for one policy, and --objective {self.objective} mixes two")
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)

@@ -65,9 +65,9 @@ class SamplingConfig:
     """Program that samples. "local": this one. "vllm": vLLM, started anew in each stage, one engine on each GPU of the
     run (--vllm_python). "server": an OpenAI-compatible server with completions, such as vLLM or SGLang (--sampler_url).
     Responses of the last two are checked against the policy (docs/sampling.md)."""
-    cuda_graphs: Literal["off", "on"] = "off"
-    """Whether --sampler local replays each step as a CUDA graph, for GPUs that wait for the host to launch kernels.
-    Each graph is checked when it is captured; this has not been run on a GPU yet."""
+    cuda_graphs: bool = False
+    """Replay each step of --sampler local as a CUDA graph, for GPUs that wait for the host to launch kernels. Graphs
+    are checked when they are captured. This has not been run on a GPU yet."""
     vllm_python: str | None = None
     """Python interpreter of an environment with vLLM, which --sampler vllm starts. Default: the one of this program."""
     vllm_options: dict | None = None

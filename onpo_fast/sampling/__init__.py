@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import SamplingConfig
 from ..distributed import World
+from ..errors import UserError
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
 from ..run.tracking import say_once
@@ -42,11 +43,14 @@ def make_sampler(policy: Policy, config: SamplingConfig) -> Sampler:
     """Returns a sampler in this process that has been checked.
 
     Raises:
-        UserError: if the policy's implementation generates from another distribution than it is scored by.
+        UserError: if the policy's implementation generates from another distribution than it is scored by, or its steps
+            cannot be CUDA graphs as the options say.
     """
     local = LocalSampler(policy, config)
     if (reason := local.why_not()) is None:
         return local
+    if config.cuda_graphs:
+        raise UserError(f"--cuda_graphs cannot be used: {reason}")
     say_once(("local", policy.family), f"responses are sampled with transformers' generate, as {reason}")
     sampler = TransformersSampler(policy, config)
     sampler.check()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...device_memory import release_freed
 
-ROWS = 32  # of the products that the order of weights suits best
+PRODUCT_ROWS = 32  # of the products that the order of weights suits best
 PART = 4096  # rows of a weight that are reordered at a time
 
 
@@ -51,7 +51,7 @@ def fast_linears(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterat
             elif users[id(weight)] > 1:
                 module.forward = partial(_onednn_in_parts, weight.detach(), bias)
             else:
-                values = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+                values = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PRODUCT_ROWS)
                 reordered.append((weight, values))
                 weight.data = weight.new_empty(0)
                 module.forward = partial(_onednn, values, bias)
@@ -79,7 +79,7 @@ def _has_onednn() -> bool:
         return False
     x, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([0.0, 1.0])
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PRODUCT_ROWS)
         found = [_onednn(weight, bias, x), _onednn(packed, None, x)]
         if not torch.equal(packed.to_dense(), weight):
             return False

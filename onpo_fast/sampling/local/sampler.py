@@ -34,7 +34,7 @@ from ..interface import OnGroup
 from .linears import fast_linears
 from .probe import difference
 from .slots import SlotCache, States
-from .steps import COLUMNS, GraphedSteps, Steps, rounded
+from .steps import COLUMN_MULTIPLE, GraphedSteps, Steps, rounded
 
 # Tokens of prompts, with padding, in one forward pass; a longer prompt goes alone. That of GPUs is not measured.
 PROMPT_TOKENS = {"cpu": 128, "cuda": 8192}
@@ -79,11 +79,16 @@ class LocalSampler:
 
     Attributes:
         slots: the most rows at a time. It falls where their cache does not fit the memory.
+
+    Raises:
+        UserError: if there are CUDA graphs to capture and no GPU.
     """
 
     def __init__(self, policy: Policy, config: SamplingConfig) -> None:
         self.policy, self.config = policy, config
         self.slots = config.sampling_batch_size
+        if config.cuda_graphs and policy.device.type != "cuda":
+            raise UserError("--cuda_graphs needs a GPU")
 
     @torch.no_grad()
     def __call__(
@@ -164,7 +169,7 @@ class LocalSampler:
     def _steps(self) -> Callable[..., Steps]:
         """Returns what makes the steps of a loop, given the arguments of ``Steps``."""
         policy = self.policy
-        if self.config.cuda_graphs == "off" or policy.device.type != "cuda":
+        if not self.config.cuda_graphs:
             return Steps
         return partial(GraphedSteps, device=policy.device, tolerance=LOGP_TOLERANCE[policy.compute_dtype])
 
@@ -191,7 +196,7 @@ class DecodeLoop:
     ) -> None:
         self.policy, self.draw, self.slots, self.max_new_tokens = policy, draw, slots, max_new_tokens
         self.make_steps = make_steps
-        self.limit = rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMNS)
+        self.limit = rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMN_MULTIPLE)
         self.waiting = deque(waiting)
         self._begin()
 

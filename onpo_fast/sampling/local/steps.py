@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...out_of_memory import is_out_of_memory
-from ...run.tracking import say_once
+from ...errors import UserError
 
-COLUMNS = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
-ROWS = 8  # a step has a multiple of so many rows: oneDNN keeps code and buffers for each number that it has met
-GRAPH_COLUMNS = 256  # as COLUMNS, where each number needs graphs of its own
+COLUMN_MULTIPLE = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
+ROW_MULTIPLE = 8  # a step has a multiple of so many rows: on a CPU oneDNN keeps code and buffers for each number
+GRAPH_COLUMNS = 256  # as COLUMN_MULTIPLE, where each number needs graphs of its own
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 Replay: TypeAlias = Callable[[], Tensor]
@@ -34,10 +34,10 @@ class Steps:
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Returns the numbers of rows and columns of a step that needs so many."""
-        return min(rounded(rows, ROWS), self.slots), min(rounded(columns, COLUMNS), self.limit)
+        return min(rounded(rows, ROW_MULTIPLE), self.slots), min(rounded(columns, COLUMN_MULTIPLE), self.limit)
 
     def __call__(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
-        """Returns the logits, as ``forward``; their memory may be that of the next step's."""
+        """Returns the logits, as ``forward``. The next call may overwrite them."""
         return self.forward(tokens, positions, columns)
 
 
@@ -46,12 +46,13 @@ class GraphedSteps(Steps):
 
     There is a graph for each number of rows, which are the slots, half of them, a quarter and so on. A graph holds the
     addresses of what it reads, so inputs have buffers of their own, and all graphs are dropped when the cache grows.
-    Each is compared with the forward pass when it is captured; where that fails, steps are launched as in ``Steps``.
+    Each is compared with the forward pass, on two inputs, before it is used.
 
     Args:
         device: the GPU.
         tolerance: the largest difference between logits of a graph and of the forward pass.
-        capture: returns a function that does again what its argument does, in the same memory (a CUDA graph).
+        new_capture: called for each set of graphs; returns a function that captures another as a CUDA graph and returns
+            its replay.
     """
 
     def __init__(
@@ -61,77 +62,83 @@ class GraphedSteps(Steps):
         limit: int,
         device: torch.device,
         tolerance: float,
-        capture: Callable[[Replay], Replay] | None = None,
+        new_capture: Callable[[torch.device], Callable[[Replay], Replay]] | None = None,
     ) -> None:
         super().__init__(forward, slots, limit)
-        self.tolerance = tolerance
+        self.device, self.tolerance, self.new_capture = device, tolerance, new_capture or CudaGraphs
         self.tokens, self.positions = torch.zeros(2, slots, dtype=torch.int64, device=device)
         self.columns = 0  # of all graphs
         self.graphs: dict[int, Replay] = {}  # by the number of rows
-        self.capture = capture or CudaGraphs()
-        self.failed = False
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        if self.failed:
-            return super().shape(rows, columns)
         count = self.slots
         while count % 2 == 0 and count // 2 >= rows:
             count //= 2
         return count, max(self.columns, min(rounded(columns, GRAPH_COLUMNS), self.limit))
 
     def __call__(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
-        if self.failed:
-            return super().__call__(tokens, positions, columns)
+        """Returns the logits; see ``Steps``.
+
+        Raises:
+            UserError: if the model's forward pass cannot be captured, or a graph gives other logits than it.
+        """
         count = len(tokens)
-        self.tokens[:count], self.positions[:count] = tokens, positions
         if columns != self.columns:
             self.graphs.clear()
+            self.capture = self.new_capture(self.device)
             self.columns = columns
-        if count in self.graphs:
-            return self.graphs[count]()
+        if count not in self.graphs:
+            self._add(count, tokens, positions)
+        self.tokens[:count], self.positions[:count] = tokens, positions
+        return self.graphs[count]()
 
-        def compute() -> Tensor:
-            kind = tokens.device.type
-            # what autocast would keep converted, it frees at the end of the block, under the graph
-            with torch.autocast(
-                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-            ):
-                return self.forward(self.tokens[:count], self.positions[:count], columns)
+    def _add(self, count: int, tokens: Tensor, positions: Tensor) -> None:
+        """Captures the graph of a number of rows, and checks it.
 
+        It is captured with other inputs than those of the step, which come last, as a constant that it holds would show
+        in their logits. The others write to the last column, which is read only after it is written again.
+        """
+        compute = partial(self.forward, self.tokens[:count], self.positions[:count], self.columns)
+        self.tokens[:count], self.positions[:count] = 0, self.columns - 1
         wanted = compute()  # grows the cache and loads kernels, which a capture cannot
-        self._add(count, compute, wanted)
-        return wanted
-
-    def _add(self, count: int, compute: Replay, wanted: Tensor) -> None:
-        """Captures the graph of a number of rows, and keeps it if it gives the logits that it should."""
         try:
-            self.graphs[count] = self.capture(compute)
-            difference = float((self.graphs[count]().float() - wanted.float()).abs().max())
-            if not difference <= self.tolerance:  # nor where it is NaN
-                raise RuntimeError(f"its logits are up to {difference:.2g} off")
-        except Exception as error:  # what a model does that a capture does not allow has errors of many types
-            if is_out_of_memory(error):
-                raise
-            self.failed = True
-            self.graphs.clear()
+            replay = self.capture(compute)
+        except Exception as error:  # what a capture does not allow has errors of many types, and it may not be undone
             reason = str(error).partition("\n")[0]
-            say_once("graphs", f"responses are sampled without CUDA graphs, as a capture failed: {reason}")
+            raise UserError(
+                f"the model's forward pass cannot be captured as a CUDA graph ({reason}): leave out --cuda_graphs"
+            ) from error
+        self._check(replay, wanted)
+        self.tokens[:count], self.positions[:count] = tokens, positions
+        self._check(replay, compute())
+        self.graphs[count] = replay
+
+    def _check(self, replay: Replay, wanted: Tensor) -> None:
+        difference = float((replay().float() - wanted.float()).abs().max())
+        if not difference <= self.tolerance:  # nor where it is NaN
+            raise UserError(f"a CUDA graph gives logits that are up to {difference:.2g} off: leave out --cuda_graphs")
 
 
 class CudaGraphs:
-    """Captures CUDA graphs that share their memory, as only one at a time is replayed and its result read."""
+    """Captures CUDA graphs that share their memory, as only one at a time is replayed and its result read.
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Replay) -> Replay:
         """Returns a function that replays ``compute``. All tensors that it reads must stay where they are."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # another thread may ask an oracle on another GPU meanwhile
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             found = compute()
 
         def replay() -> Tensor:
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return found
 
         return replay
