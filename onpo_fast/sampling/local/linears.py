@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...device_memory import release_freed
 
 PRODUCT_ROWS = 32  # of the products that the order of weights suits best
-PART = 4096  # rows of a weight that are reordered at a time
+PART = 4096  # rows of a weight that are multiplied at a time
 
 
 @contextmanager
@@ -24,8 +24,7 @@ def fast_linears(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterat
     Under autocast, which would convert weights at every step or keep them converted, they are converted once, and the
     copies are freed at the end. Without it, layers in float32 on a CPU use oneDNN, where PyTorch would use MKL: with 32
     rows it is more than twice as fast on AMD's processors. Their weights are in oneDNN's order within the block; those
-    that another module has too, as an embedding that is tied to the LM head, stay and are reordered at each step, some
-    rows at a time.
+    that another module has too, as an embedding that is tied to the LM head, stay as they are.
 
     Only ``nn.Linear`` is changed. Other products with weights (``Conv1D`` in GPT-2, the experts of a mixture in one
     tensor) are computed as ever: under autocast, their float32 weights are converted at every step.
@@ -49,7 +48,7 @@ def fast_linears(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterat
             elif weight.dtype != torch.float32 or weight.device.type != "cpu" or not _has_onednn():
                 continue
             elif users[id(weight)] > 1:
-                module.forward = partial(_onednn_in_parts, weight.detach(), bias)
+                module.forward = partial(_onednn_as_it_is, weight.detach(), bias)
             else:
                 values = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PRODUCT_ROWS)
                 reordered.append((weight, values))
@@ -92,10 +91,16 @@ def _onednn(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _onednn_in_parts(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Returns the product with a weight that is not in oneDNN's order, of which it makes a copy of a part at a time."""
-    outputs = x.new_empty(*x.shape[:-1], len(weight))
+def _onednn_as_it_is(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Returns the product with a weight that is not in oneDNN's order: the product's transpose, some rows at a time.
+
+    The rows of ``x`` take the place of the weight, so that it is they that are put in order, and they are few.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = rows.new_empty(len(rows), len(weight))
     for start in range(0, len(weight), PART):
         part = slice(start, start + PART)
-        outputs[..., part] = _onednn(weight[part], None if bias is None else bias[part], x)
-    return outputs
+        outputs[:, part] = _onednn(rows, None, weight[part]).T
+    if bias is not None:
+        outputs += bias
+    return outputs.view(*x.shape[:-1], -1)
