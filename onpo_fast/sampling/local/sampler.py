@@ -196,7 +196,7 @@ class DecodeLoop:
     ) -> None:
         self.policy, self.draw, self.slots, self.max_new_tokens = policy, draw, slots, max_new_tokens
         self.make_steps = make_steps
-        self.limit = rounded(max(len(row.prompt) for row in waiting) + max_new_tokens, COLUMN_MULTIPLE)
+        self.limit = max(len(row.prompt) for row in waiting) + max_new_tokens
         self.waiting = deque(waiting)
         self._begin()
 
@@ -204,7 +204,7 @@ class DecodeLoop:
         """Makes the cache, in which nothing is yet."""
         self.rows: list[Row] = []  # each in the slot of its index
         self.known: States | None = None  # of the context of the next row to enter, where they are computed
-        self.cache = SlotCache(self.slots, self.limit, self.policy.compute_dtype)
+        self.cache = SlotCache(self.slots, rounded(self.limit, COLUMN_MULTIPLE), self.policy.compute_dtype)
         self.steps = self.make_steps(partial(_forward, self.policy, self.cache), self.slots, self.limit)
 
     def run(self, finish: Finish) -> int:

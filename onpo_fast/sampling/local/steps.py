@@ -26,7 +26,7 @@ class Steps:
         forward: returns the (n, V) logits of the next token of n rows, given their last tokens and the positions of
             these, (n,) int64 each, and the number of columns of the cache that attention reads.
         slots: the most rows.
-        limit: the most columns.
+        limit: the most tokens of a row.
     """
 
     def __init__(self, forward: Forward, slots: int, limit: int) -> None:
@@ -34,7 +34,7 @@ class Steps:
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Returns the numbers of rows and columns of a step that needs so many."""
-        return min(rounded(rows, ROW_MULTIPLE), self.slots), min(rounded(columns, COLUMN_MULTIPLE), self.limit)
+        return min(rounded(rows, ROW_MULTIPLE), self.slots), rounded(columns, COLUMN_MULTIPLE)
 
     def __call__(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
         """Returns the logits, as ``forward``. The next call may overwrite them."""
@@ -74,7 +74,8 @@ class GraphedSteps(Steps):
         count = self.slots
         while count % 2 == 0 and count // 2 >= rows:
             count //= 2
-        return count, max(self.columns, min(rounded(columns, GRAPH_COLUMNS), self.limit))
+        most = rounded(self.limit, COLUMN_MULTIPLE)
+        return count, max(self.columns, min(rounded(columns, GRAPH_COLUMNS), most))
 
     def __call__(self, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
         """Returns the logits; see ``Steps``.
@@ -96,10 +97,10 @@ class GraphedSteps(Steps):
         """Captures the graph of a number of rows, and checks it.
 
         It is captured with other inputs than those of the step, which come last, as a constant that it holds would show
-        in their logits. The others write to the last column, which is read only after it is written again.
+        in their logits. The others write to the last position, which is read only after it is written again.
         """
         compute = partial(self.forward, self.tokens[:count], self.positions[:count], self.columns)
-        self.tokens[:count], self.positions[:count] = 0, self.columns - 1
+        self.tokens[:count], self.positions[:count] = 0, min(self.columns, self.limit) - 1
         wanted = compute()  # grows the cache and loads kernels, which a capture cannot
         try:
             replay = self.capture(compute)
