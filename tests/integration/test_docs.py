@@ -117,7 +117,7 @@ OTHER_COMMANDS = {
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
-    "bench": "kills errors only budget benchmark-only tokens timed_steps times trl_batches",
+    "bench": "kills errors only budget benchmark-only samplers tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
     "vLLM": "enable-lora host max-lora-rank no-enable-chunked-prefill served-model-name",
