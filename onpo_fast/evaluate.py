@@ -14,7 +14,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from .data import (
 )
 from .errors import CommandParser, UserError, command, program
 from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, write_jsonl
+from .models.device import device_of
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
 from .report import is_evaluation
@@ -368,6 +369,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     directory = options.directory
     config = configuration.read_run(directory, configuration.given_options(options, OPTIONS), ASKS)
+    if device_of(config.device).type != "cuda":
+        config = replace(config, cuda_graphs=False)  # which the run may have had, on another machine
     check_sampler(config)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)

@@ -34,6 +34,7 @@ NO_RESULT_DEPENDS_ON_THEM = (
     "out",
     "push_to_hub",
     "rank_timeout",
+    "cuda_graphs",
     "vllm_python",
     "vllm_options",
     "sampler_url",

@@ -168,6 +168,15 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
     assert Journal(undisturbed).note(EVALUATION) is not None
 
 
+def test_a_run_with_cuda_graphs_is_evaluated_without_a_gpu(run: Config, tmp_path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(run.out, directory)
+    (directory / "config.yaml").write_text(replace(run, cuda_graphs=True, device="cpu").to_yaml())
+    before = (directory / EVALUATION).read_bytes()
+    evaluate.main([str(directory)])
+    assert (directory / EVALUATION).read_bytes() == before
+
+
 def test_an_evaluation_under_other_options_is_made_anew(run: Config, tmp_path, monkeypatch) -> None:
     directory = tmp_path / "run"
     shutil.copytree(run.out, directory)

@@ -160,7 +160,7 @@ def test_a_capture_that_fails_ends_the_run(policy: Policy, monkeypatch: pytest.M
     def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    message = r"cannot be captured as a CUDA graph \(operation not permitted when stream is capturing\): leave out"
+    message = r"as a CUDA graph \(operation not permitted when stream is capturing\): set --cuda_graphs false"
     with pytest.raises(UserError, match=message):
         sampled(policy, monkeypatch, capture)
 

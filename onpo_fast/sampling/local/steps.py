@@ -107,7 +107,7 @@ class GraphedSteps(Steps):
         except Exception as error:  # what a capture does not allow has errors of many types, and it may not be undone
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"the model's forward pass cannot be captured as a CUDA graph ({reason}): leave out --cuda_graphs"
+                f"the model's forward pass cannot be captured as a CUDA graph ({reason}): set --cuda_graphs false"
             ) from error
         self._check(replay, wanted)
         self.tokens[:count], self.positions[:count] = tokens, positions
@@ -117,7 +117,7 @@ class GraphedSteps(Steps):
     def _check(self, replay: Replay, wanted: Tensor) -> None:
         difference = float((replay().float() - wanted.float()).abs().max())
         if not difference <= self.tolerance:  # nor where it is NaN
-            raise UserError(f"a CUDA graph gives logits that are up to {difference:.2g} off: leave out --cuda_graphs")
+            raise UserError(f"a CUDA graph gives logits that are up to {difference:.2g} off: set --cuda_graphs false")
 
 
 class CudaGraphs:
