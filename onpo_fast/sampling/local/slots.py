@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .steps import rounded
+
 # Columns that are added at a time. On a CPU all that may be needed: those that are not written take no memory.
 GROWTH = {"cpu": 2**31, "cuda": 256}
 
@@ -119,7 +121,7 @@ class SlotLayer(CacheLayerMixin):
         have = self.keys.shape[2]
         if columns > have:
             growth = GROWTH.get(self.keys.device.type, GROWTH["cuda"])
-            wanted = max(columns, min(self.step.limit, -(-columns // growth) * growth))
+            wanted = max(columns, min(self.step.limit, rounded(columns, growth)))
             self.keys, self.values = (_widened(states, wanted) for states in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
