@@ -72,6 +72,7 @@ def evaluation(rate: float, low: float, high: float) -> dict:
         "duality_gap": [0.3, 0.1, 0.0],
         "kl_to_initial": None,
         "response_tokens_mean": [80.0, 82.0, 83.0],
+        "class_shares": {"classes": ["rock", ATTACK], "shares": [[0.912, 0.088], [0.5, 0.5], [0.345, 0.655]]},
     }
 
 
