@@ -253,7 +253,7 @@ def test_a_wrong_argument_is_named(make: Callable, names: list[str], wins: objec
 @pytest.mark.parametrize("index", [3, -1, 1.0, "rock", True, np.float64(1), [0]])
 def test_a_class_that_there_is_not(index: object) -> None:
     preference = cyclic_preference(["rock", "paper", "scissors"], lambda prompt, response: index)
-    with pytest.raises(UserError, match="--oracle my:rps, prompt 0 .*rock, paper, scissors: classify .* 'Dynamite'"):
+    with pytest.raises(UserError, match=r"--oracle my:rps, prompt 0 .*rock, paper, scissors: classify .* 'Dynamite'"):
         oracles.judge(preference, [group("Dynamite")], "my:rps")
     with pytest.raises(UserError, match="'Dynamite'"):
         oracles.class_shares(preference, {"π_1": [group("Dynamite")]})

@@ -124,7 +124,7 @@ def test_class_shares_that_cannot_be(shares: object) -> None:
 
 @pytest.mark.usefixtures("without_plots")
 def test_a_run_without_classes_has_no_table_of_them(finished: Path) -> None:
-    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7) | {"class_shares": None}))
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7)))
     assert "Classes of responses" not in Page(write_report(finished)).text
 
 
