@@ -105,7 +105,7 @@ def run(tmp_path_factory, tiny_model) -> Config:
     """A run of one iteration, whole."""
     work = tmp_path_factory.mktemp("evaluated")
     prepare(work, tiny_model)
-    config = replace(small_run(work, "run"), iterations=1, sampling_batch_size=1)
+    config = replace(small_run(work, "run"), iterations=1, sampling_batch_size=1, oracle="openings")
     train.train(config)
     return config
 
