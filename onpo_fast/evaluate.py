@@ -179,6 +179,8 @@ class Evaluator:
                 float(np.mean([len(r.tokens) for g in groups for r in g.responses])) for groups in samples.values()
             ],
         }
+        if (shares := oracles.class_shares(self.oracle, samples)) is not None:
+            result["class_shares"] = shares
         records = _response_records(samples, prompts, matrices, self.run_config.eval_samples)
         self.cache.world.from_main(self._write, result, records)
         return result
