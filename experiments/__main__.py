@@ -5,8 +5,6 @@ cyclic-lm   play a cyclic preference between openings of stories with a language
 
 from __future__ import annotations
 
-import sys
-
 from onpo_fast.errors import UserError, command, nearest
 
 from .cyclic_lm import command_line

@@ -21,8 +21,11 @@ COMMANDS = {
     "export": ("onpo_fast.export", "export the pairs or the answers of a run"),
     "memory": ("onpo_fast.memory.__main__", "print the memory that a training step will take"),
     "games": ("onpo_fast.games.__main__", "play games whose Nash policy is known"),
-    "experiment": ("experiments.__main__", "compare methods on a language model (in a checkout of the repository only)"),
-    "bench": ("bench.__main__", "measure the loss and the trainer (in a checkout of the repository only)"),
+    "experiment": (
+        "experiments.__main__",
+        "compare methods on a language model (in a checkout only)",
+    ),
+    "bench": ("bench.__main__", "measure the loss and the trainer (in a checkout only)"),
     "env": ("", "print versions, device and installed extras, to paste into an issue"),
 }
 CHECKOUT = Path(__file__).resolve().parents[1]
