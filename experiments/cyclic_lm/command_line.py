@@ -21,6 +21,7 @@ from . import comparison, page
 from .jobs import Job, Runner
 from .recipe import ARMS, ITERATIONS, LAST, MAIN_ARMS, ORACLE, SEEDS, TUNING_ETAS, TUNING_SEEDS
 
+GPU_PROCESSES = 8  # that share a GPU: a run of this small model alone leaves most of it idle
 ABOUT = (
     "Train a language model by self-play under a preference that is cyclic between three classes of responses, by "
     "several methods and seeds, and measure the duality gap of every policy, which is exact given its class shares. "
@@ -85,9 +86,9 @@ def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
 
 
 def drawn(rows: list[comparison.Row], oracle: str) -> Table:
-    """Returns the table of one oracle for the terminal."""
-    columns = ("arm", "η", "seeds", f"gap, last {LAST}", "interval", "− two fits", "seeds below", "p", "KL", "reached")
-    found = Table(*columns, title=f"Duality gap under the oracle {oracle}: medians over seeds")
+    """Returns the table of one oracle for the terminal; the page has more columns."""
+    title = f"Duality gap under the oracle {oracle}: mean of the last {LAST} policies, median over seeds"
+    found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
     for row in rows:
         versus = row.paired
         found.add_row(
@@ -95,20 +96,24 @@ def drawn(rows: list[comparison.Row], oracle: str) -> Table:
             f"{row.eta:g}",
             str(row.seeds),
             f"{row.gap.median:.3f}",
-            f"{row.gap.low:.3f} to {row.gap.high:.3f}",
-            "–" if versus is None else f"{versus.difference.median:+.3f}",
-            "–" if versus is None else f"{versus.wins} of {len(versus.difference.values)}",
+            "–" if row.exact_gap is None else f"{row.exact_gap:.3f}",
+            "–" if versus is None else _difference(versus),
+            "–" if versus is None else f"{versus.wins}/{len(versus.difference.values)}",
             "–" if versus is None else f"{versus.p:.3f}",
-            f"{row.kl.median:.2f}",
-            "–" if row.reached is None else f"{row.reached:.0%}",
         )
     return found
 
 
+def _difference(versus: comparison.Paired) -> str:
+    mean = f"{versus.mean:+.3f}"
+    return mean if versus.low is None else f"{mean} ({versus.low:+.2f} to {versus.high:+.2f})"
+
+
 def _default_processes(device: str) -> int:
-    """One process for a GPU, else one for each core."""
+    """One process for each core; on a GPU at most ``GPU_PROCESSES``, which share it."""
+    cores = os.cpu_count() or 1
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return 1 if on_gpu else os.cpu_count() or 1
+    return min(GPU_PROCESSES, cores) if on_gpu else cores
 
 
 def _at_least_one(text: str) -> int:
@@ -153,7 +158,7 @@ def _parser() -> CommandParser:
     about = "where run directories, results and the page go (default: runs/cyclic-lm)"
     add("--out", type=Path, default=Path("runs/cyclic-lm"), help=about)
     add("--results", type=Path, help="folder of the files of results (default: OUT/results)")
-    add("--processes", type=_at_least_one, help="runs at the same time (default: one a core, or one on a GPU)")
+    add("--processes", type=_at_least_one, help="runs at the same time (default: one a core, on a GPU at most 8)")
     add("--minutes", type=_positive, help="stop after this many minutes; the same command goes on (default: no limit)")
     add("--device", default="auto", help="device of the trainer (default: auto)")
     add("--keep_runs", action="store_true", help="keep run directories when their results are written")

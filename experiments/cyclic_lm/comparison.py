@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from onpo_fast.algorithms import named
 from onpo_fast.errors import UserError
+from onpo_fast.games import matrix as matrix_game
 from onpo_fast.games.solution import best_response
 
 from .measures import average_gap, gaps, gaps_by_topic, reached, shares
@@ -39,6 +41,20 @@ class Run:
     def last_gap(self) -> float:
         """The mean gap of the last policies, which arms are judged by."""
         return float(self.gap[-LAST:].mean())
+
+    @property
+    def exact_gaps(self) -> np.ndarray:
+        """The gap of π_1 … π_{T+1} if every fit had reached its minimum with exact preferences, (T+1,).
+
+        The same algorithm plays the game between the classes, from the class shares of π_1.
+        """
+        played = self.shares[0] > 0
+        algorithm = ARMS[self.arm].objective
+        tau = (
+            1 / (3 * self.eta) if named(algorithm).mixes else 0.0
+        )  # the trainer's default: π_1 has a weight of a third
+        start, game = self.shares[0][played], self.matrix[np.ix_(played, played)]
+        return matrix_game.run(game, algorithm, self.eta, len(self.gap), start, tau=tau).last_gap
 
     @property
     def optimizer_steps(self) -> int:
@@ -185,6 +201,7 @@ class Row:
     gap: Summary  # of the last policies
     topic_gap: Summary
     average_gap: Summary
+    exact_gap: float | None  # of the last policies if all fits were exact; None where pairs depend on the oracle
     kl: Summary  # of the last policy from π_1, nats
     reached: float | None
     steps: int  # optimizer steps of a run
@@ -206,6 +223,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
                 summarise([run.last_gap for run in own]),
                 summarise([float(run.topic_gap[-LAST:].mean()) for run in own]),
                 summarise([run.average_gap for run in own]),
+                None if ARMS[arm].options else float(np.median([run.exact_gaps[-LAST:].mean() for run in own])),
                 summarise([run.raw["kl_to_initial"][-1] for run in own]),
                 float(np.median(shares_reached)) if shares_reached else None,
                 own[0].optimizer_steps,

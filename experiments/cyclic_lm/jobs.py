@@ -127,6 +127,9 @@ class Runner:
         """The run directory of a job."""
         return self.out / "runs" / job.name
 
+    def _log(self, job: Job) -> Path:
+        return self.folder(job).parent / f"{job.name}.log"
+
     def _start(self, job: Job, files: dict[str, str]) -> _Running:
         folder = self.folder(job)
         command = [sys.executable, "-m", "onpo_fast.train", "--out", str(folder), "--device", self.device]
@@ -136,7 +139,7 @@ class Runner:
             for name, value in {**job.options(), **files}.items():
                 command += [f"--{name}", str(value)]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        log = open(folder.with_suffix(".log"), "a", encoding="utf-8")
+        log = open(self._log(job), "a", encoding="utf-8")
         paths = [os.getcwd(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         if self.processes > 1:  # threads of several processes would wait for each other
@@ -160,7 +163,7 @@ class Runner:
             if status == 0:
                 self._write(one.job)
             else:
-                log = self.folder(one.job).with_suffix(".log")
+                log = self._log(one.job)
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                 self.failed.append(f"{one.job.name} failed: {' '.join(last)} (all of it: {log})")
 

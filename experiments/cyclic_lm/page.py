@@ -23,9 +23,10 @@ def write(runs: Sequence[Run], out: Path) -> Path:
             rows = table(own)
             games.append({"oracle": oracle, "runs": own, "rows": rows, "plots": plots, "headline": headline(own)})
     return render(
-        str(Path(__file__).with_name("page.html.jinja").relative_to(Path(__file__).parents[2])),
+        "evidence.html.jinja",
         out / "evidence.html",
         {},
+        Path(__file__).parent,
         games=games,
         tuning=tuning(runs),
         last=LAST,
