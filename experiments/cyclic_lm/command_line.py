@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ def run(argv: list[str]) -> None:
     runs = comparison.read(results)
     if not runs:
         raise UserError(f"there are no results in {results}")
-    for oracle, own in itertools.groupby(comparison.reported(runs), key=lambda run: run.oracle):
-        console.print(drawn(comparison.table(list(own)), oracle))
+    for (oracle, iterations), own in comparison.games(runs).items():
+        console.print(drawn(comparison.table(own), f"oracle {oracle}, {iterations} iterations"))
     say(f"{page.write(runs, options.out)}")
 
 
@@ -70,24 +70,26 @@ def _run_jobs(options: argparse.Namespace, results: Path) -> None:
 def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
     """Returns the runs that the options ask for: seed by seed, so that arms stay paired if the time is up."""
     seeds = TUNING_SEEDS if options.tune else options.seeds
-    of_oracle = [run for run in runs if run.oracle == options.oracle]
 
     def etas(arm: str) -> tuple[float, ...]:
         if options.eta is not None:
             return (options.eta,)
-        return TUNING_ETAS if options.tune else (comparison.chosen_eta(of_oracle, arm),)
+        return TUNING_ETAS if options.tune else (comparison.chosen_eta(runs, arm),)
 
-    return [
+    found = [
         Job(arm, seed, eta, options.oracle, options.iterations)
         for seed in seeds
         for arm in options.arms
         for eta in etas(arm)
     ]
+    if options.best_response:
+        found += [replace(job, best_response=True) for job in found if job.seed == seeds[0]]
+    return found
 
 
-def drawn(rows: list[comparison.Row], oracle: str) -> Table:
-    """Returns the table of one oracle for the terminal; the page has more columns."""
-    title = f"Duality gap under the oracle {oracle}: mean of the last {LAST} policies, median over seeds"
+def drawn(rows: list[comparison.Row], game: str) -> Table:
+    """Returns the table of one game for the terminal; the page has more columns."""
+    title = f"Duality gap, {game}: mean of the last {LAST} policies, median over seeds"
     found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
     for row in rows:
         versus = row.paired
@@ -151,6 +153,8 @@ def _parser() -> CommandParser:
     add("--eta", type=_positive, help=about)
     about = f"run the steps {', '.join(f'{eta:g}' for eta in TUNING_ETAS)} on seed {TUNING_SEEDS[0]}, to choose one"
     add("--tune", action="store_true", help=about)
+    about = "also train a best response against the last policy of each arm, on the first seed"
+    add("--best_response", action="store_true", help=about)
     about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
     add("--oracle", default=ORACLE, help=about)
     about = f"policy updates of a run (default: {ITERATIONS})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,12 @@ class Run:
     average_gap: float  # of the mean of the policies
     shares: np.ndarray  # (T+1, C+1): class shares on held-out prompts
     reached: float | None  # mean margin of the fits, as a share of the exact one
+    best_response: float | None = None  # how often a best response that was trained against π_{T+1} wins
+
+    @property
+    def game(self) -> tuple[str, int]:
+        """What makes runs comparable: the oracle and the number of iterations."""
+        return self.oracle, self.raw["iterations"]
 
     @property
     def last_gap(self) -> float:
@@ -79,14 +85,22 @@ def read(folder: Path) -> list[Run]:
     Raises:
         UserError: if a file is not one of results; names it.
     """
-    runs = []
+    runs, best_responses = [], {}
     for path in sorted(folder.glob("*.json")):
         try:
-            runs.append(_run(json.loads(path.read_text(encoding="utf-8"))))
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if "best_response" in raw:
+                best_responses[_key(raw)] = raw["best_response"]
+            else:
+                runs.append(_run(raw))
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{path} is not a file of results: remove it, and its run is done again") from None
-    order = list(ARMS)
-    return sorted(runs, key=lambda run: (run.oracle, order.index(run.arm), run.eta, run.seed))
+    runs = [replace(run, best_response=best_responses.get(_key(run.raw))) for run in runs]
+    return sorted(runs, key=lambda run: (run.game, list(ARMS).index(run.arm), run.eta, run.seed))
+
+
+def _key(raw: dict) -> tuple:
+    return raw["arm"], raw["eta"], raw["seed"], raw["oracle"], raw["iterations"]
 
 
 def _run(raw: dict) -> Run:
@@ -108,14 +122,18 @@ def _run(raw: dict) -> Run:
     )
 
 
-def reported(runs: Iterable[Run]) -> list[Run]:
-    """Returns the runs whose seeds did not choose a step, with the step that was chosen for their arm."""
+def games(runs: Iterable[Run]) -> dict[tuple[str, int], list[Run]]:
+    """Returns the reported runs of each game: those with the step chosen for their arm, without the tuning seeds."""
     runs = list(runs)
-    return [run for run in runs if run.seed not in TUNING_SEEDS and run.eta == chosen_eta(runs, run.arm)]
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        if run.seed not in TUNING_SEEDS and run.eta == chosen_eta(runs, run.arm):
+            found.setdefault(run.game, []).append(run)
+    return found
 
 
 def chosen_eta(runs: Iterable[Run], arm: str) -> float:
-    """Returns the step with the smallest mean gap of the last policies on the tuning seeds; ``ETA`` without them."""
+    """Returns an arm's step with the smallest mean gap of the last policies on tuning seeds; ``ETA`` without them."""
     tuning: dict[float, list[float]] = {}
     for run in runs:
         if run.arm == arm and run.seed in TUNING_SEEDS:
@@ -175,7 +193,7 @@ class Paired:
 
 
 def paired(runs: Sequence[Run], arm: str, baseline: str = BASELINE) -> Paired | None:
-    """Compares two arms of one oracle on the seeds that both have; None if there is none."""
+    """Compares two arms of one game on the seeds that both have; None if there is none."""
     last = {(run.arm, run.seed): run.last_gap for run in runs}
     seeds = sorted(seed for name, seed in last if name == arm and (baseline, seed) in last)
     if not seeds or arm == baseline:
@@ -192,7 +210,7 @@ def paired(runs: Sequence[Run], arm: str, baseline: str = BASELINE) -> Paired | 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm of one oracle in the table."""
+    """An arm of one game in the table."""
 
     arm: str
     label: str
@@ -205,11 +223,12 @@ class Row:
     kl: Summary  # of the last policy from π_1, nats
     reached: float | None
     steps: int  # optimizer steps of a run
+    best_response: float | None  # how often one that was trained against the last policy wins
     paired: Paired | None
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
-    """Returns a row for each arm, from the runs of one oracle that are ``reported``."""
+    """Returns a row for each arm, from the reported runs of one game."""
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         own = [run for run in runs if run.arm == arm]
@@ -227,6 +246,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
                 summarise([run.raw["kl_to_initial"][-1] for run in own]),
                 float(np.median(shares_reached)) if shares_reached else None,
                 own[0].optimizer_steps,
+                next((run.best_response for run in own if run.best_response is not None), None),
                 paired(runs, arm),
             )
         )

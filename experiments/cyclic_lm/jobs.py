@@ -11,17 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from onpo_fast.errors import UserError
 from onpo_fast.files import atomic_write_text
 from onpo_fast.oracles.classes import ClassPreference
+from onpo_fast.run.progress import Progress
 from onpo_fast.run.tracking import progress, say
 
-from .measures import measure
-from .recipe import ARMS, ITERATIONS, OPTIONS, ORACLE, write_prompts
+from .measures import measure, measure_best_response
+from .recipe import ARMS, BEST_RESPONSE_ARM, BEST_RESPONSE_ETA, ITERATIONS, OPTIONS, ORACLE, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
@@ -29,30 +30,41 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """A run: an arm, a seed, the step η of mirror descent and the oracle."""
+    """A run: an arm, a seed, the step η of mirror descent and the oracle.
+
+    With ``best_response`` it is a copy of the last policy of that run, trained against it for one iteration: all
+    responses are those of the frozen policy, so that a large step moves the copy towards the best response to it.
+    """
 
     arm: str
     seed: int
     eta: float
     oracle: str = ORACLE
     iterations: int = ITERATIONS
+    best_response: bool = False
+
+    @property
+    def opponent(self) -> Job:
+        """The run whose last policy a best response is trained against."""
+        return replace(self, best_response=False)
 
     @property
     def name(self) -> str:
         """The name of its run directory and of its file of results."""
         game = "" if self.oracle == ORACLE else "-" + re.sub(r"\W+", "_", self.oracle)
         length = "" if self.iterations == ITERATIONS else f"-T{self.iterations}"
-        return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}"
+        kind = "-best_response" if self.best_response else ""
+        return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
 
     def options(self) -> dict[str, object]:
         """The options of the trainer that are not files."""
-        arm = ARMS[self.arm]
+        arm = ARMS[BEST_RESPONSE_ARM if self.best_response else self.arm]
         return {
             **OPTIONS,
             "objective": arm.objective,
-            **arm.steps(self.eta),
+            **arm.steps(BEST_RESPONSE_ETA if self.best_response else self.eta),
             **arm.options,
-            "iterations": self.iterations,
+            "iterations": 1 if self.best_response else self.iterations,
             "seed": self.seed,
             "oracle": self.oracle,
         }
@@ -100,24 +112,39 @@ class Runner:
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
         files = write_prompts(self.out)
-        waiting = [job for job in jobs if not self.path(job).exists()]
-        total = sum(units(job) for job in waiting)
+        waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
         try:
-            with progress(f"{len(waiting)} runs", total) as done:
+            with progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
                 while waiting or self.running:
                     if self.deadline is not None and time.monotonic() > self.deadline:
                         say("the time is up; the same command goes on")
                         break
-                    while waiting and len(self.running) < self.processes:
-                        self.running.append(self._start(waiting.pop(0), files))
+                    self._start_some(waiting, files)
                     time.sleep(POLL_SECONDS)
-                    self._collect(done)
+                    self._collect(done, waiting)
         finally:
             self._stop()
         if self.failed:
             raise UserError("; ".join(self.failed))
+
+    def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
+        """Whether a job has no results yet, or its weights are needed for a best response and are gone."""
+        if not self.path(job).exists():
+            return True
+        answer = replace(job, best_response=True)
+        return not job.best_response and answer in jobs and not self.path(answer).exists()
+
+    def _start_some(self, waiting: list[Job], files: dict[str, str]) -> None:
+        """Starts waiting jobs, in their order, while there is room; a best response waits for its opponent."""
+        unfinished = {one.job for one in self.running} | set(waiting)
+        for job in list(waiting):
+            if len(self.running) == self.processes:
+                return
+            if not (job.best_response and job.opponent in unfinished):
+                waiting.remove(job)
+                self.running.append(self._start(job, files))
 
     def path(self, job: Job) -> Path:
         """The file of a job's results."""
@@ -136,11 +163,14 @@ class Runner:
         if (folder / "config.yaml").exists():
             command += ["--resume", "--trust_run"]  # it is this program's own
         else:
-            for name, value in {**job.options(), **files}.items():
+            options = {**job.options(), **files}
+            if job.best_response:
+                options["model"] = self.folder(job.opponent) / f"iteration_{job.iterations:02d}" / "policy"
+            for name, value in options.items():
                 command += [f"--{name}", str(value)]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = open(self._log(job), "a", encoding="utf-8")
-        paths = [os.getcwd(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         if self.processes > 1:  # threads of several processes would wait for each other
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
@@ -149,8 +179,11 @@ class Runner:
         )
         return _Running(job, process, log)
 
-    def _collect(self, done) -> None:
-        """Counts the work that was done, and takes the results of processes that have ended."""
+    def _collect(self, done: Progress, waiting: list[Job]) -> None:
+        """Counts the work that was done, and takes the results of processes that have ended.
+
+        A best response is given up where its opponent failed.
+        """
         for one in list(self.running):
             status = one.process.poll()
             now = units(one.job) if status == 0 else done_units(self.folder(one.job))
@@ -161,27 +194,33 @@ class Runner:
             self.running.remove(one)
             one.log.close()
             if status == 0:
-                self._write(one.job)
+                self._write(one.job, keep=replace(one.job, best_response=True) in waiting)
             else:
+                waiting[:] = [job for job in waiting if job.opponent != one.job]
                 log = self._log(one.job)
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                 self.failed.append(f"{one.job.name} failed: {' '.join(last)} (all of it: {log})")
 
-    def _write(self, job: Job) -> None:
+    def _write(self, job: Job, keep: bool) -> None:
+        """Writes the results of a finished run, and removes its directory unless it is to be kept."""
         folder = self.folder(job)
+        read = measure_best_response if job.best_response else measure
         results = {
             "arm": job.arm,
             "eta": job.eta,
             "seed": job.seed,
             "oracle": job.oracle,
+            "iterations": job.iterations,
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
             "options": {name: value for name, value in job.options().items() if name != "oracle"},
-            **measure(folder, self.preference, ARMS[job.arm], job.eta),
+            **read(folder, self.preference, ARMS[job.arm], job.eta),
         }
         atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
-        if not self.keep_runs:
+        if not keep and not self.keep_runs:
             shutil.rmtree(folder)
+            if job.best_response:
+                shutil.rmtree(self.folder(job.opponent), ignore_errors=True)
 
     def _stop(self) -> None:
         """Asks the runs that go on to stop, and waits until they have saved what they did."""
@@ -194,8 +233,8 @@ class Runner:
 
 
 def units(job: Job) -> int:
-    """Returns how much work a job is, in iterations; the evaluation is about one for every four."""
-    return job.iterations + max(1, job.iterations // 4)
+    """Returns how much work a job is, in iterations; those of the evaluation are about one for every four."""
+    return 1 + (1 if job.best_response else job.iterations + job.iterations // 4)
 
 
 def done_units(folder: Path) -> int:

@@ -60,6 +60,25 @@ def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dic
     }
 
 
+def measure_best_response(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dict:
+    """Returns how often a best response that was trained against a frozen policy wins against it.
+
+    Returns:
+        ``best_response``: its win rate, with the ``interval`` of 95%; ``heldout``: classes of the responses of the
+        frozen policy and of the best response to every held-out prompt.
+    """
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    answers = _lines(run / "evaluation_responses.jsonl")
+    return {
+        "best_response": evaluation["win_rate"][1][0],
+        "interval": evaluation["interval"][1][0],
+        "heldout": [
+            [classes(preference, one["prompt"], one["responses"][name]) for one in answers]
+            for name in evaluation["policies"]
+        ],
+    }
+
+
 def classes(preference: ClassPreference, prompt: list[dict], responses: Sequence[str]) -> list[int]:
     """Returns the class of each response; the number of classes for one that is in none of them."""
     return preference.indices(prompt, responses).tolist()

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from onpo_fast.reports.page import page_style, render
 
 from . import figures
-from .comparison import Run, chosen_eta, reported, table
+from .comparison import Run, chosen_eta, games, table
 from .recipe import ARMS, BASELINE, LAST, TUNING_SEEDS
 
 
 def write(runs: Sequence[Run], out: Path) -> Path:
     """Writes OUT/evidence.html from all results and returns its path."""
-    games = []
+    shown = []
     with page_style():
-        for oracle, group in itertools.groupby(reported(runs), key=lambda run: run.oracle):
-            own = list(group)
+        for (oracle, iterations), own in games(runs).items():
             plots = {draw.__name__: draw(own) for draw in (figures.gap, figures.simplex, figures.gap_against_kl)}
-            rows = table(own)
-            games.append({"oracle": oracle, "runs": own, "rows": rows, "plots": plots, "headline": headline(own)})
+            facts = {"oracle": oracle, "iterations": iterations, "environment": own[0].raw["environment"]}
+            shown.append({**facts, "rows": table(own), "plots": plots, "headline": headline(own)})
     return render(
         "evidence.html.jinja",
         out / "evidence.html",
         {},
         Path(__file__).parent,
-        games=games,
+        games=shown,
         tuning=tuning(runs),
         last=LAST,
         baseline=ARMS[BASELINE].label,
@@ -55,11 +53,8 @@ def headline(runs: Sequence[Run]) -> str:
 
 def tuning(runs: Sequence[Run]) -> list[dict]:
     """Returns what each arm's steps reached on the tuning seeds, and which was chosen."""
-    found = []
-    tried = [run for run in runs if run.seed in TUNING_SEEDS]
-    for oracle, group in itertools.groupby(tried, key=lambda run: run.oracle):
-        own = list(group)
-        for arm, of_arm in figures.by_arm(own).items():
-            etas = {run.eta: run.last_gap for run in of_arm}
-            found.append({"oracle": oracle, "arm": arm, "gaps": etas, "chosen": chosen_eta(own, arm)})
-    return found
+    tried = figures.by_arm([run for run in runs if run.seed in TUNING_SEEDS])
+    return [
+        {"arm": arm, "gaps": {run.eta: run.last_gap for run in own}, "chosen": chosen_eta(own, arm)}
+        for arm, own in tried.items()
+    ]
