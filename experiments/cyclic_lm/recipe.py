@@ -22,7 +22,7 @@ NOUNS = """
     mirror wolf gardener tower
 """.split()
 TRAINING_NOUNS = 24  # of the nouns; the others, a third, are the topics of held-out prompts
-HELD_OUT_ADJECTIVES = 4  # of the adjectives, for each held-out noun
+HELD_OUT_ADJECTIVES = 2  # of the adjectives, for each held-out noun
 
 ITERATIONS = 10
 LAST = 5  # policies whose mean gap an arm is judged by
@@ -39,13 +39,13 @@ LORA_MODULES = "self_attn.q_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj
 OPTIONS: dict[str, object] = {
     "model": "smollm2",
     "max_new_tokens": 8,
-    "prompts_per_iteration": 24,
+    "prompts_per_iteration": 16,
     "responses_per_prompt": 8,
-    "batch_pairs": 28,  # all pairs of a prompt: 24 optimizer steps a fit
+    "batch_pairs": 28,  # all pairs of a prompt: 16 optimizer steps a fit
     "learning_rate": 7e-4,
     "lora_rank": 8,
     "lora_targets": ",".join(f"layers.{i}.{m}" for i in range(30 - LORA_LAYERS, 30) for m in LORA_MODULES),
-    "eval_samples": 4,
+    "eval_samples": 8,
 }
 
 
