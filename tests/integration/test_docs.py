@@ -117,6 +117,7 @@ OTHER_COMMANDS = {
     "pip and docker": "no-deps no-build-isolation",
     "dashes for underscores": "learning-rate",
     "export, AlpacaEval": "alpaca merge model_outputs",
+    "evaluate": "best_of_nash",
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",

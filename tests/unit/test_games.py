@@ -6,6 +6,8 @@ from math import factorial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize, root
 from scipy.special import expit
 
@@ -87,6 +89,27 @@ def test_the_nash_policy_is_beaten_by_none():
     np.testing.assert_allclose(nash(RPS), 1 / 3, atol=1e-12)
     np.testing.assert_allclose(nash(WEIGHTED), WEIGHTED_NASH, atol=1e-12)
     np.testing.assert_allclose(nash(one_beats_all(5, 1, None)[0]), [1, 0, 0, 0, 0], atol=1e-12)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from(["continuous", "decided", "classes", "ties"]))
+def test_the_nash_policy_of_any_matrix(actions, seed, kind):
+    """Also with sure preferences, equal actions and ties, where there are several Nash policies."""
+    rng = np.random.default_rng(seed)
+    P = random(actions, 1, rng)[0]
+    if kind == "decided":
+        P = np.where(P > P.T, 1.0, np.where(P < P.T, 0.0, 0.5))
+    elif kind == "classes":
+        of = rng.integers(3, size=actions)
+        P = WEIGHTED[np.ix_(of, of)]
+    elif kind == "ties":
+        P = np.full((actions, actions), 0.5)
+    policy = nash(P)
+    assert policy.sum() == pytest.approx(1, abs=1e-12)
+    assert (policy >= 0).all()
+    assert duality_gap(P, policy) < 1e-8
+    np.testing.assert_array_equal(nash(P), policy)
+    if kind == "classes" and len(set(of)) == 3:  # equal actions share their class's probability somehow
+        np.testing.assert_allclose(np.bincount(of, policy), WEIGHTED_NASH, atol=1e-9)
 
 
 def test_the_gap_is_what_two_best_responses_gain():
