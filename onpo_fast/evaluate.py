@@ -189,6 +189,8 @@ class Evaluator:
                 float(np.mean([len(r.tokens) for g in groups for r in g.responses])) for groups in samples.values()
             ],
         }
+        if (shares := oracles.class_shares(self.oracle, samples)) is not None:
+            result["class_shares"] = shares
         records = _response_records(samples, prompts, matrices, self.run_config.eval_samples)
         if candidates is not None:
             try:

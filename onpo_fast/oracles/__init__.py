@@ -21,6 +21,7 @@ from ..config import JudgeConfig, ModelConfig, OracleConfig
 from ..conversations import tools_of
 from ..data import Messages
 from ..errors import UserError
+from .classes import OPENINGS, ClassPreference, class_shares, cyclic_preference, transitive_preference
 from .interface import (
     ASYNC,
     BatchOracle,
@@ -37,12 +38,16 @@ from .panel import Panel, terms
 from .population import Population
 
 __all__ = [
+    "OPENINGS",
     "BatchOracle",
+    "ClassPreference",
     "Oracle",
     "Panel",
     "Population",
     "checked",
+    "class_shares",
     "computes_elsewhere",
+    "cyclic_preference",
     "cyclic_triples",
     "fingerprint",
     "holds_model",
@@ -55,9 +60,11 @@ __all__ = [
     "shortest_by_kind",
     "take_counters",
     "title",
+    "transitive_preference",
 ]
 
-NAMES = ("population", "pair-model", "reward-model", "judge")
+FORMULAS = ("openings", "population")  # need neither a model nor a server
+NAMES = (*FORMULAS, "pair-model", "reward-model", "judge")
 PROBE_TEXTS = ("Yes, I think so.", "No.")  # two responses that differ, also in length
 MAX_KINDS = 8  # kinds of conversations that an oracle is tried on
 
@@ -161,7 +168,7 @@ def length(prompt: Messages) -> int:
 def fingerprint(oracle: Oracle, name: str, checksum: Callable[[Path], str]) -> dict[str, str]:
     """Checksums of the files that an oracle's answers depend on: its models' files and its modules' source.
 
-    The population and the judge have none: the judge's URL, model and prompt are options of the run.
+    Formulas and the judge have none: the judge's URL, model and prompt are options of the run.
 
     Args:
         oracle: the oracle.
@@ -198,12 +205,13 @@ def is_shared(oracle: Oracle) -> bool:
 def computes_elsewhere(oracle: Oracle) -> bool:
     """Returns whether the oracle may judge in a thread while the policy samples.
 
-    True for a judge behind a server and a model on another device than the policy's, also in a panel with the
-    population. Not for a user's function, which may not be made for threads.
+    True for a judge behind a server and a model on another device than the policy's, also in a panel with
+    formulas. Not for a user's function, which may not be made for threads.
     """
     members = [member for _, _, member in oracle.members] if isinstance(oracle, Panel) else [oracle]
     elsewhere = [getattr(member, "computes_elsewhere", False) for member in members]
-    return any(elsewhere) and all(one or isinstance(member, Population) for one, member in zip(elsewhere, members))
+    formulas = [member is OPENINGS or isinstance(member, Population) for member in members]
+    return any(elsewhere) and all(one or formula for one, formula in zip(elsewhere, formulas))
 
 
 def _members(oracle: Oracle, name: str) -> list[tuple[str, Oracle]]:
@@ -224,8 +232,8 @@ def make_oracle(
     kind, equals, model = name.partition("=")
     if kind not in NAMES:
         return _import_function(name)
-    if equals and (kind == "population" or not model):
-        raise UserError(f"--oracle {name}: expected {kind}{'' if kind == 'population' else '=MODEL'}")
+    if equals and (kind in FORMULAS or not model):
+        raise UserError(f"--oracle {name}: expected {kind}{'' if kind in FORMULAS else '=MODEL'}")
     # Imported when needed: transformers and the judge's client take seconds.
     if kind == "pair-model":
         from .pair_model import PairModel
@@ -239,7 +247,7 @@ def make_oracle(
         from .chat_judge import ChatJudge
 
         return ChatJudge(model or judge.judge_model, judge, directory)
-    return Population()
+    return OPENINGS if kind == "openings" else Population()
 
 
 def _import_function(name: str) -> Oracle:

@@ -98,7 +98,7 @@ def judge_texts(
         matrices = []
         for index, (prompt, texts) in enumerate(questions, first):
             here = f"{title}, {describe_prompt(index, prompt)}"
-            matrices.append(checked(_call_oracle(here, oracle, *_copy(prompt, texts)), len(texts), here))
+            matrices.append(checked(call_oracle(here, oracle, *copy_question(prompt, texts)), len(texts), here))
             progress(1)
         return matrices
     finally:
@@ -110,8 +110,8 @@ def _judge_together(
     many: Callable[..., object], questions: Sequence[PromptAndResponses], title: str, progress: Progress, first: int
 ) -> list[np.ndarray]:
     offset = f" (counted from prompt {first})" if first else ""  # its messages number the groups that it was given
-    answers = _call_oracle(title + offset, many, [_copy(*one) for one in questions], progress)
-    answers = _call_oracle(title + offset, list, answers)
+    answers = call_oracle(title + offset, many, [copy_question(*one) for one in questions], progress)
+    answers = call_oracle(title + offset, list, answers)
     if len(answers) != len(questions):
         raise UserError(f"{title}: it gave {len(answers)} matrices for {len(questions)} prompts")
     return [
@@ -120,7 +120,7 @@ def _judge_together(
     ]
 
 
-def _copy(prompt: Messages, texts: list[str]) -> PromptAndResponses:
+def copy_question(prompt: Messages, texts: list[str]) -> PromptAndResponses:
     """Copies a question for the oracle, which may change its arguments."""
     return copy.deepcopy(prompt), list(texts)
 
@@ -130,7 +130,7 @@ def describe_prompt(index: int, prompt: Messages) -> str:
     return f"prompt {index} ({message_text(prompt[-1])[:40]!r})"
 
 
-def _call_oracle(title: str, function: Callable[..., object], *arguments: object) -> object:
+def call_oracle(title: str, function: Callable[..., object], *arguments: object) -> object:
     """Calls a user's function; whatever it raises becomes a ``UserError`` that begins with ``title``."""
     try:
         answer = function(*arguments)

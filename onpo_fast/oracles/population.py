@@ -1,6 +1,6 @@
 """The oracle "population": formulas for groups of annotators with different tastes. Deterministic, without a model.
 
-Its preferences can be cyclic, as in Condorcet's paradox, so the demonstration shows what no reward can express.
+Its preferences can be cyclic, as in Condorcet's paradox, but rarely are on a small model's answers.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .formatting import json_text, shorten
 MAX_EVALUATION_PROMPTS = 40
 MAX_TRAINING_PROMPTS = 10  # shown until there are responses to held-out prompts
 MAX_MESSAGES = 20  # of one conversation
+MAX_CLASSES = 40  # of responses, in a table
 
 MAX_JSON_BYTES = 64 * MIB  # of evaluation.json or environment.json
 MAX_COLUMNS = 200  # different names in metrics.jsonl
@@ -167,6 +168,7 @@ def parse_evaluation(document: dict[str, Any]) -> dict[str, Any] | None:
         numbers |= {name: _numbers(document[name], (count,), -LARGEST_NUMBER, LARGEST_NUMBER) for name in columns}
         if "best_of_nash" in document:
             numbers["best_of_nash"] = _parse_best_of_nash(document["best_of_nash"], count)
+        numbers["class_shares"] = _class_shares(document.get("class_shares"), count)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return {"policies": policies, "oracle": shorten(oracle, "evaluation.json"), **counts, **numbers}
@@ -188,6 +190,25 @@ def _parse_best_of_nash(chosen: Any, policies: int) -> dict[str, Any]:
 def is_evaluation(document: Any) -> bool:
     """Whether a JSON value has all fields of an evaluation.json."""
     return isinstance(document, dict) and parse_evaluation(document) is not None
+
+
+def _class_shares(value: Any, policies: int) -> dict[str, Any] | None:
+    """The first classes, each policy's shares of them, and the number of all classes; None if the oracle had none.
+
+    Raises:
+        KeyError, TypeError, ValueError: if a field is missing or of the wrong type, shape or range.
+    """
+    if value is None:
+        return None
+    classes = value["classes"]
+    if not _are_texts(classes):
+        raise ValueError
+    shares = _numbers(value["shares"], (policies, len(classes)), 0, 1)
+    return {
+        "classes": [shorten(name, "evaluation.json") for name in classes[:MAX_CLASSES]],
+        "shares": [row[:MAX_CLASSES] for row in shares],
+        "count": len(classes),
+    }
 
 
 def _numbers(value: Any, shape: tuple[int, ...], low: float, high: float) -> Any:

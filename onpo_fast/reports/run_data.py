@@ -166,6 +166,15 @@ class RunData:
         """The sum of a field over all iterations."""
         return sum(row.get(name) or 0 for row in self.iterations(stage).values())
 
+    @property
+    def triples(self) -> tuple[int, float]:
+        """The triples of responses that the oracle has compared in all iterations, and the share that is cyclic."""
+        counted = [
+            (row.get("triples") or 0, row.get("cyclic_triples") or 0) for row in self.iterations("judge").values()
+        ]
+        total = sum(triples for triples, _ in counted)
+        return total, sum(triples * share for triples, share in counted) / total if total else 0.0
+
     def by_stage(self, name: str, reduce: Callable[[list[float]], Any]) -> dict[str, dict[int, float]]:
         """Stage (each fit is one) → shown iteration → one field of all its records, reduced to a number."""
         values: dict[str, dict[int, list[float]]] = {}

@@ -9,6 +9,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,15 +57,22 @@ def test_every_section_is_linked_and_run() -> None:
     assert "docs/your-trainer.md" in readme
 
 
+def _group(*texts: str) -> Group:
+    return Group([{"role": "user", "content": "Hi"}], [1], [Response(text, [1], "eos", -1.0) for text in texts])
+
+
 def test_your_own_oracles() -> None:
-    """The two in docs/oracles.md, asked."""
+    """Those in docs/oracles.md, asked."""
     names: dict = {}
     for snippet in snippets((ROOT / "docs" / "oracles.md").read_text(encoding="utf-8")):
         exec(snippet, names)
-    group = Group([{"role": "user", "content": "Hi"}], [1], [Response(t, [1], "eos", -1.0) for t in ("a", "bcd", "e")])
+    group = _group("a", "bcd", "e")
     for oracle in (names["prefer"], names["shorter"]):
         (matrix,) = oracles.judge(oracle, [group], "mine")
         assert matrix.tolist() == [[0.5, 1, 0.5], [0, 0.5, 0], [0.5, 1, 0.5]]
+    (cycle,) = oracles.judge(names["preference"], [_group("Why?", "Stop!", "It rains.", " ")], "my_cycle:preference")
+    np.testing.assert_allclose(cycle[0], [0.5, 0.8, 0.2, 0.8])
+    assert oracles.cyclic_triples([cycle]) == (1, 4)
 
 
 def test_the_games() -> None:

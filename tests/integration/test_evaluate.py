@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.small_runs import flip, prepare, small_run
 
-from onpo_fast import evaluate, train
+from onpo_fast import evaluate, oracles, train
 from onpo_fast.best_of_nash import BestOfNash
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
@@ -116,6 +116,17 @@ def run(tmp_path_factory, tiny_model) -> Config:
 
 def outputs(directory: Path) -> list[str]:
     return [(directory / name).read_text() for name in (EVALUATION, RESPONSES)]
+
+
+def test_the_classes_of_all_responses_are_counted(run: Config) -> None:
+    assert run.oracle == "openings"
+    directory = Path(run.out)
+    recorded = json.loads((directory / EVALUATION).read_text())["class_shares"]
+    rows = [json.loads(line)["responses"] for line in (directory / RESPONSES).read_text().splitlines()]
+    for name, shares in zip(["π_1", "π_2"], recorded["shares"], strict=True):
+        indices = oracles.OPENINGS.indices([], [text for row in rows for text in row[name]])
+        np.testing.assert_allclose(shares, np.bincount(indices, minlength=4) / len(indices))
+    assert recorded["classes"] == [*oracles.OPENINGS.names, "none of them"]
 
 
 @pytest.mark.parametrize("by_command", [False, True])

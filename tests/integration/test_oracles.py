@@ -154,8 +154,9 @@ def test_a_panel_is_the_weighted_mean(oracle_module) -> None:
         ("nan*population", "positive and finite, not nan"),
         ("x*population", "the weight 'x' is not a number"),
         ("0.5*population+", "expected WEIGHT"),
-        ("0.5*population+0.5*nobody", 'expected population, pair-model, reward-model, judge or "module:function"'),
+        ("0.5*population+0.5*nobody", 'judge or "module:function"'),
         ("population=x", "expected population"),
+        ("openings=x", "expected openings$"),
         ("judge", "--oracle judge needs --judge_url"),
     ],
 )
@@ -409,7 +410,7 @@ def test_a_function_from_another_module_is_known_by_both(oracle_module, tmp_path
         assert known(name) == [f"tasteful/__init__.py of {name}", f"tasteful/rules.py of {name}"]
     whole = ["tasteful/__init__.py of tasteful:partial", "tasteful/rules.py of tasteful:partial"]
     assert known("tasteful:partial") == whole
-    assert known("population") == known("operator:add") == []
+    assert known("openings") == known("population") == known("operator:add") == []
     (first, _) = known("population + 2*tasteful:partial")
     assert first == "tasteful/__init__.py of member 2, tasteful:partial"
 

@@ -61,7 +61,7 @@ def evaluation(rate: float, low: float, high: float) -> dict:
         "policies": POLICIES,
         "prompts": 80,
         "samples_per_prompt": 2,
-        "oracle": "population",
+        "oracle": "openings",
         "confidence": 0.95,
         "win_rate": [[0.5, 0.4, 1 - rate], [0.6, 0.5, 0.45], [rate, 0.55, 0.5]],
         "interval": [
@@ -98,5 +98,7 @@ def write_finished(directory: Path) -> None:
     rows[0]["responses"] = responses | {"π_3": ["half a surrogate pair: \ud83d"]}
     write_lines(directory / "metrics.jsonl", metrics())
     write_lines(directory / "evaluation_responses.jsonl", rows)
-    (directory / "evaluation.json").write_text(json.dumps(evaluation(0.68, 0.61, 0.75)))
+    classes = {"classes": ["rock", ATTACK], "shares": [[0.912, 0.088], [0.5, 0.5], [0.345, 0.655]]}
+    evaluated = evaluation(0.68, 0.61, 0.75) | {"class_shares": classes}
+    (directory / "evaluation.json").write_text(json.dumps(evaluated))
     (directory / "environment.json").write_text(json.dumps({"torch": "2.9.0", "device": {"name": "H100", "count": 1}}))

@@ -100,6 +100,42 @@ def test_finished_run(finished: Path) -> None:
     assert "H100" in page.text
 
 
+@pytest.mark.usefixtures("without_plots")
+def test_what_no_reward_model_can_express(finished: Path) -> None:
+    """The share of cyclic triples over all iterations, weighted by their triples, and each policy's classes."""
+    rows = [
+        row | {"triples": 100, "cyclic_triples": 0.3} if row["stage"] == "judge" and row["iteration"] == 2 else row
+        for row in metrics()
+    ]
+    write_lines(finished / "metrics.jsonl", rows)
+    text = Page(write_report(finished)).text
+    assert "15.0 % of the 400 triples of responses that were compared in training are cyclic" in text
+    assert "No score per response can express that." in text
+    assert f"policy rock {ATTACK} π₁ 91.2 % 8.8 % π₂ 50.0 % 50.0 % π₃ 34.5 % 65.5 %" in text
+
+    write_lines(finished / "metrics.jsonl", [row | {"cyclic_triples": 0.0} for row in metrics()])
+    many = {"classes": [f"class {i}" for i in range(90)], "shares": [[1 / 90] * 90] * 3}
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7) | {"class_shares": many}))
+    text = Page(write_report(finished)).text
+    assert "0.0 % of the 600 triples" in text
+    assert "No score per response" not in text
+    assert "40 of 90 classes are shown" in text
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [[], "x", {"classes": ["a"]}, {"classes": ["a"], "shares": [[1], [1]]}, {"classes": ["a"], "shares": [[2]] * 3}],
+)
+def test_class_shares_that_cannot_be(shares: object) -> None:
+    assert not is_evaluation(evaluation(0.6, 0.5, 0.7) | {"class_shares": shares})
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_a_run_without_classes_has_no_table_of_them(finished: Path) -> None:
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7)))
+    assert "Classes of responses" not in Page(write_report(finished)).text
+
+
 def test_plots_are_described_and_ids_unique(finished: Path) -> None:
     page = Page(write_report(finished))
     labels = [attributes.get("aria-label") or "" for _, attributes in page.tags if attributes.get("role") == "img"]

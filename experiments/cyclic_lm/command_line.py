@@ -1,0 +1,161 @@
+"""The command: onpo-fast experiment cyclic-lm."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from onpo_fast import oracles
+from onpo_fast.errors import CommandParser, UserError
+from onpo_fast.oracles.classes import ClassPreference
+from onpo_fast.run import signals
+from onpo_fast.run.tracking import console, say
+
+from . import comparison, page
+from .jobs import Job, Runner
+from .recipe import ARMS, ITERATIONS, LAST, MAIN_ARMS, ORACLE, SEEDS, TUNING_ETAS, TUNING_SEEDS
+
+ABOUT = (
+    "Train a language model by self-play under a preference that is cyclic between three classes of responses, by "
+    "several methods and seeds, and measure the duality gap of every policy, which is exact given its class shares. "
+    "Results add up: a run that has a file of results is not done again."
+)
+
+
+def run(argv: list[str]) -> None:
+    """Runs what has no results yet, prints the table and writes the page."""
+    options = _parser().parse_args(argv)
+    results = options.results or options.out / "results"
+    if not options.page:
+        _run_jobs(options, results)
+    runs = comparison.read(results)
+    if not runs:
+        raise UserError(f"there are no results in {results}")
+    for oracle, own in itertools.groupby(comparison.reported(runs), key=lambda run: run.oracle):
+        console.print(drawn(comparison.table(list(own)), oracle))
+    say(f"{page.write(runs, options.out)}")
+
+
+def _run_jobs(options: argparse.Namespace, results: Path) -> None:
+    signals.listen()
+    preference = oracles.load(options.oracle)
+    if not isinstance(preference, ClassPreference):
+        raise UserError(
+            f"--oracle {options.oracle} is not a preference between classes: make one with "
+            "onpo_fast.oracles.cyclic_preference (docs/evidence.md)"
+        )
+    runner = Runner(
+        options.out,
+        results,
+        preference,
+        options.processes or _default_processes(options.device),
+        options.device,
+        options.keep_runs,
+        time.monotonic() + 60 * options.minutes if options.minutes is not None else None,
+    )
+    try:
+        runner.run(jobs(options, comparison.read(results)))
+    except signals.Stopped as stopped:
+        console.print(f"{stopped}; the same command goes on")
+        raise SystemExit(stopped.exit_status) from None
+
+
+def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
+    """Returns the runs that the options ask for: seed by seed, so that arms stay paired if the time is up."""
+    seeds = TUNING_SEEDS if options.tune else options.seeds
+    of_oracle = [run for run in runs if run.oracle == options.oracle]
+
+    def etas(arm: str) -> tuple[float, ...]:
+        if options.eta is not None:
+            return (options.eta,)
+        return TUNING_ETAS if options.tune else (comparison.chosen_eta(of_oracle, arm),)
+
+    return [
+        Job(arm, seed, eta, options.oracle, options.iterations)
+        for seed in seeds
+        for arm in options.arms
+        for eta in etas(arm)
+    ]
+
+
+def drawn(rows: list[comparison.Row], oracle: str) -> Table:
+    """Returns the table of one oracle for the terminal."""
+    columns = ("arm", "η", "seeds", f"gap, last {LAST}", "interval", "− two fits", "seeds below", "p", "KL", "reached")
+    found = Table(*columns, title=f"Duality gap under the oracle {oracle}: medians over seeds")
+    for row in rows:
+        versus = row.paired
+        found.add_row(
+            row.label,
+            f"{row.eta:g}",
+            str(row.seeds),
+            f"{row.gap.median:.3f}",
+            f"{row.gap.low:.3f} to {row.gap.high:.3f}",
+            "–" if versus is None else f"{versus.difference.median:+.3f}",
+            "–" if versus is None else f"{versus.wins} of {len(versus.difference.values)}",
+            "–" if versus is None else f"{versus.p:.3f}",
+            f"{row.kl.median:.2f}",
+            "–" if row.reached is None else f"{row.reached:.0%}",
+        )
+    return found
+
+
+def _default_processes(device: str) -> int:
+    """One process for a GPU, else one for each core."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return 1 if on_gpu else os.cpu_count() or 1
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0 or value in TUNING_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 on other than {TUNING_SEEDS}, which choose η")
+    return value
+
+
+_at_least_one.__name__, _positive.__name__, _seed.__name__ = "whole number from 1 on", "positive number", "seed"
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="onpo-fast experiment cyclic-lm", description=ABOUT)
+    add = parser.add_argument
+    about = f"methods to run, of {', '.join(ARMS)} (default: {' '.join(MAIN_ARMS)})"
+    add("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="NAME", help=about)
+    about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
+    add("--seeds", nargs="+", type=_seed, default=list(SEEDS), metavar="N", help=about)
+    about = "step of mirror descent of all arms (default: for each arm what --tune has chosen, else 3)"
+    add("--eta", type=_positive, help=about)
+    about = f"run the steps {', '.join(f'{eta:g}' for eta in TUNING_ETAS)} on seed {TUNING_SEEDS[0]}, to choose one"
+    add("--tune", action="store_true", help=about)
+    about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
+    add("--oracle", default=ORACLE, help=about)
+    about = f"policy updates of a run (default: {ITERATIONS})"
+    add("--iterations", type=_at_least_one, default=ITERATIONS, metavar="T", help=about)
+    about = "where run directories, results and the page go (default: runs/cyclic-lm)"
+    add("--out", type=Path, default=Path("runs/cyclic-lm"), help=about)
+    add("--results", type=Path, help="folder of the files of results (default: OUT/results)")
+    add("--processes", type=_at_least_one, help="runs at the same time (default: one a core, or one on a GPU)")
+    add("--minutes", type=_positive, help="stop after this many minutes; the same command goes on (default: no limit)")
+    add("--device", default="auto", help="device of the trainer (default: auto)")
+    add("--keep_runs", action="store_true", help="keep run directories when their results are written")
+    add("--page", action="store_true", help="run nothing: print the table and write the page from the results")
+    return parser
