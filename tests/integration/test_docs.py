@@ -79,9 +79,12 @@ def test_the_games() -> None:
     """docs/games.md: its samples run, with the results that it states."""
     text = (ROOT / "docs" / "games.md").read_text(encoding="utf-8")
     names: dict = {}
-    matrix, transformer, turns = snippets(text)
+    matrix, slow, transformer, turns = snippets(text)
     exec(matrix, names)
     assert names["trace"].average_gap.shape == (20, 1000)
+    exec(slow, names)
+    assert names["hard"][[0, 999, 7999]] == pytest.approx([0.25, 0.009, 0.42], abs=5e-3)
+    assert names["cycle"][[0, 999, 2999]] == pytest.approx([0.33, 0.013, 0.70], abs=5e-3)
     exec(turns, names)
     assert names["trace"].average_gap[:, -1].max() < 0.01
     assert names["biased"].average_gap[:, -1].mean() > 0.1
@@ -122,6 +125,7 @@ OTHER_COMMANDS = {
     "pip and docker": "no-deps no-build-isolation",
     "dashes for underscores": "learning-rate",
     "export, AlpacaEval": "alpaca merge model_outputs",
+    "evaluate": "best_of_nash",
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
