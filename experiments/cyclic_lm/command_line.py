@@ -82,8 +82,11 @@ def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
         for arm in options.arms
         for eta in etas(arm)
     ]
+    first = [job for job in found if job.seed == seeds[0]]
     if options.best_response:
-        found += [replace(job, best_response=True) for job in found if job.seed == seeds[0]]
+        found += [replace(job, kind="best_response") for job in first]
+    if options.best_of_nash:
+        found.append(replace(first[0], kind="best_of_nash"))
     return found
 
 
@@ -155,6 +158,8 @@ def _parser() -> CommandParser:
     add("--tune", action="store_true", help=about)
     about = "also train a best response against the last policy of each arm, on the first seed"
     add("--best_response", action="store_true", help=about)
+    about = "also find the Nash policy over 64 responses of π_1 to each held-out prompt, without training"
+    add("--best_of_nash", action="store_true", help=about)
     about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
     add("--oracle", default=ORACLE, help=about)
     about = f"policy updates of a run (default: {ITERATIONS})"

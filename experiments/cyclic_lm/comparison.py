@@ -13,12 +13,35 @@ from scipy import stats
 from onpo_fast.algorithms import named
 from onpo_fast.errors import UserError
 from onpo_fast.games import matrix as matrix_game
-from onpo_fast.games.solution import best_response
+from onpo_fast.games.solution import best_response, duality_gap
 
 from .measures import average_gap, gaps, gaps_by_topic, reached, shares
 from .recipe import ARMS, BASELINE, ETA, LAST, TUNING_SEEDS
 
 CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class BestOfNash:
+    """Best of Nash over responses of π_1 to the held-out prompts.
+
+    Attributes:
+        samples: responses that it chooses from, for each prompt.
+        prompts: their number.
+        gap: from the class shares over all prompts.
+        prompt_gap: mean over prompts of the gap against opponents that see the prompt. It is exact, not an estimate:
+            the policy is its weights.
+    """
+
+    samples: int
+    prompts: int
+    gap: float
+    prompt_gap: float
+
+    @property
+    def comparisons(self) -> int:
+        """What it asks of the oracle for one answer."""
+        return self.samples * (self.samples - 1) // 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,7 @@ class Run:
     shares: np.ndarray  # (T+1, C+1): class shares on held-out prompts
     reached: float | None  # mean margin of the fits, as a share of the exact one
     best_response: float | None = None  # how often a best response that was trained against π_{T+1} wins
+    best_of_nash: BestOfNash | None = None  # over responses of this run's π_1
 
     @property
     def game(self) -> tuple[str, int]:
@@ -85,17 +109,27 @@ def read(folder: Path) -> list[Run]:
     Raises:
         UserError: if a file is not one of results; names it.
     """
-    runs, best_responses = [], {}
+    runs, best_responses, best_of_nash = [], {}, {}
     for path in sorted(folder.glob("*.json")):
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if "best_response" in raw:
-                best_responses[_key(raw)] = raw["best_response"]
+            if raw["kind"] == "best_response":
+                best_responses[_key(raw)] = float(raw["win_rate"])
+            elif raw["kind"] == "best_of_nash":
+                matrix, of_prompts = np.array(raw["matrix"]), np.array(raw["heldout_shares"])
+                gaps_of = (
+                    float(duality_gap(matrix, of_prompts.mean(0))),
+                    float(duality_gap(matrix, of_prompts).mean()),
+                )
+                best_of_nash[_key(raw)] = BestOfNash(raw["samples"], len(of_prompts), *gaps_of)
             else:
                 runs.append(_run(raw))
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f"{path} is not a file of results: remove it, and its run is done again") from None
-    runs = [replace(run, best_response=best_responses.get(_key(run.raw))) for run in runs]
+    runs = [
+        replace(run, best_response=best_responses.get(_key(run.raw)), best_of_nash=best_of_nash.get(_key(run.raw)))
+        for run in runs
+    ]
     return sorted(runs, key=lambda run: (run.game, list(ARMS).index(run.arm), run.eta, run.seed))
 
 
@@ -120,6 +154,12 @@ def _run(raw: dict) -> Run:
         np.array([shares(policy, len(matrix)) for policy in policies]),
         reached(raw["fits"]),
     )
+
+
+def _best_of_nash(raw: dict) -> BestOfNash:
+    matrix, shares_of = np.array(raw["matrix"]), np.array(raw["heldout_shares"])  # (prompts, C+1)
+    pooled, of_prompts = duality_gap(matrix, shares_of.mean(0)), duality_gap(matrix, shares_of)
+    return BestOfNash(raw["samples"], len(shares_of), float(pooled), float(of_prompts.mean()))
 
 
 def games(runs: Iterable[Run]) -> dict[tuple[str, int], list[Run]]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from onpo_fast.errors import UserError
 from onpo_fast.files import atomic_write_text
@@ -21,8 +21,17 @@ from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run.progress import Progress
 from onpo_fast.run.tracking import progress, say
 
-from .measures import measure, measure_best_response
-from .recipe import ARMS, BEST_RESPONSE_ARM, BEST_RESPONSE_ETA, ITERATIONS, OPTIONS, ORACLE, write_prompts
+from .measures import measure, measure_best_of_nash, measure_best_response
+from .recipe import (
+    ARMS,
+    BEST_OF_NASH_SAMPLES,
+    BEST_RESPONSE_ARM,
+    BEST_RESPONSE_ETA,
+    ITERATIONS,
+    OPTIONS,
+    ORACLE,
+    write_prompts,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
@@ -30,10 +39,12 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """A run: an arm, a seed, the step η of mirror descent and the oracle.
+    """A run: an arm, a seed, the step η of mirror descent and the oracle; or what is done with a finished one.
 
-    With ``best_response`` it is a copy of the last policy of that run, trained against it for one iteration: all
-    responses are those of the frozen policy, so that a large step moves the copy towards the best response to it.
+    Attributes:
+        kind: "train": the run itself. "best_response": a copy of its last policy is trained against it for one
+            iteration: all responses are those of the frozen policy, so that a large step moves the copy towards the
+            best response to it. "best_of_nash": the Nash policy over responses of its π_1, without training.
     """
 
     arm: str
@@ -41,30 +52,31 @@ class Job:
     eta: float
     oracle: str = ORACLE
     iterations: int = ITERATIONS
-    best_response: bool = False
+    kind: Literal["train", "best_response", "best_of_nash"] = "train"
 
     @property
-    def opponent(self) -> Job:
-        """The run whose last policy a best response is trained against."""
-        return replace(self, best_response=False)
+    def base(self) -> Job:
+        """The run that this is done with."""
+        return replace(self, kind="train")
 
     @property
     def name(self) -> str:
         """The name of its run directory and of its file of results."""
         game = "" if self.oracle == ORACLE else "-" + re.sub(r"\W+", "_", self.oracle)
         length = "" if self.iterations == ITERATIONS else f"-T{self.iterations}"
-        kind = "-best_response" if self.best_response else ""
+        kind = "" if self.kind == "train" else f"-{self.kind}"
         return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
 
     def options(self) -> dict[str, object]:
         """The options of the trainer that are not files."""
-        arm = ARMS[BEST_RESPONSE_ARM if self.best_response else self.arm]
+        answers = self.kind == "best_response"
+        arm = ARMS[BEST_RESPONSE_ARM if answers else self.arm]
         return {
             **OPTIONS,
             "objective": arm.objective,
-            **arm.steps(BEST_RESPONSE_ETA if self.best_response else self.eta),
+            **arm.steps(BEST_RESPONSE_ETA if answers else self.eta),
             **arm.options,
-            "iterations": 1 if self.best_response else self.iterations,
+            "iterations": 1 if answers else self.iterations,
             "seed": self.seed,
             "oracle": self.oracle,
         }
@@ -103,6 +115,7 @@ class Runner:
     deadline: float | None = None
     running: list[_Running] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    wanted: Sequence[Job] = ()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs the jobs that have no results yet, in this order.
@@ -111,7 +124,7 @@ class Runner:
             UserError: if a run fails, when the others have ended; names the log.
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
-        files = write_prompts(self.out)
+        self.wanted, files = jobs, write_prompts(self.out)
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
@@ -130,19 +143,22 @@ class Runner:
             raise UserError("; ".join(self.failed))
 
     def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
-        """Whether a job has no results yet, or its weights are needed for a best response and are gone."""
+        """Whether a job has no results yet, or its run directory is needed for another that has none."""
         if not self.path(job).exists():
             return True
-        answer = replace(job, best_response=True)
-        return not job.best_response and answer in jobs and not self.path(answer).exists()
+        return any(self._follows(other, job) and not self.path(other).exists() for other in jobs)
+
+    @staticmethod
+    def _follows(job: Job, base: Job) -> bool:
+        return job.kind != "train" and job.base == base
 
     def _start_some(self, waiting: list[Job], files: dict[str, str]) -> None:
-        """Starts waiting jobs, in their order, while there is room; a best response waits for its opponent."""
+        """Starts waiting jobs, in their order, while there is room; those that need a run's directory wait for it."""
         unfinished = {one.job for one in self.running} | set(waiting)
         for job in list(waiting):
             if len(self.running) == self.processes:
                 return
-            if not (job.best_response and job.opponent in unfinished):
+            if job.kind == "train" or job.base not in unfinished:
                 waiting.remove(job)
                 self.running.append(self._start(job, files))
 
@@ -159,15 +175,7 @@ class Runner:
 
     def _start(self, job: Job, files: dict[str, str]) -> _Running:
         folder = self.folder(job)
-        command = [sys.executable, "-m", "onpo_fast.train", "--out", str(folder), "--device", self.device]
-        if (folder / "config.yaml").exists():
-            command += ["--resume", "--trust_run"]  # it is this program's own
-        else:
-            options = {**job.options(), **files}
-            if job.best_response:
-                options["model"] = self.folder(job.opponent) / f"iteration_{job.iterations:02d}" / "policy"
-            for name, value in options.items():
-                command += [f"--{name}", str(value)]
+        command = [sys.executable, "-m", *self._command(job, files)]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = open(self._log(job), "a", encoding="utf-8")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -179,10 +187,24 @@ class Runner:
         )
         return _Running(job, process, log)
 
+    def _command(self, job: Job, files: dict[str, str]) -> list[str]:
+        """The module to run, with its arguments."""
+        folder = self.folder(job)
+        if job.kind == "best_of_nash":
+            samples = str(BEST_OF_NASH_SAMPLES)
+            return ["onpo_fast.evaluate", str(self.folder(job.base)), "--best_of_nash", samples, "--trust_run"]
+        command = ["onpo_fast.train", "--out", str(folder), "--device", self.device]
+        if (folder / "config.yaml").exists():
+            return [*command, "--resume", "--trust_run"]  # it is this program's own
+        options = {**job.options(), **files}
+        if job.kind == "best_response":
+            options["model"] = self.folder(job.base) / f"iteration_{job.iterations:02d}" / "policy"
+        return [*command, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+
     def _collect(self, done: Progress, waiting: list[Job]) -> None:
         """Counts the work that was done, and takes the results of processes that have ended.
 
-        A best response is given up where its opponent failed.
+        What needs the directory of a run that failed is given up.
         """
         for one in list(self.running):
             status = one.process.poll()
@@ -194,18 +216,19 @@ class Runner:
             self.running.remove(one)
             one.log.close()
             if status == 0:
-                self._write(one.job, keep=replace(one.job, best_response=True) in waiting)
+                self._write(one.job)
+                self._clean(waiting)
             else:
-                waiting[:] = [job for job in waiting if job.opponent != one.job]
+                waiting[:] = [job for job in waiting if not self._follows(job, one.job)]
                 log = self._log(one.job)
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                 self.failed.append(f"{one.job.name} failed: {' '.join(last)} (all of it: {log})")
 
-    def _write(self, job: Job, keep: bool) -> None:
-        """Writes the results of a finished run, and removes its directory unless it is to be kept."""
-        folder = self.folder(job)
-        read = measure_best_response if job.best_response else measure
+    def _write(self, job: Job) -> None:
+        """Writes the results of what has ended."""
+        read = {"train": measure, "best_response": measure_best_response, "best_of_nash": measure_best_of_nash}
         results = {
+            "kind": job.kind,
             "arm": job.arm,
             "eta": job.eta,
             "seed": job.seed,
@@ -214,13 +237,20 @@ class Runner:
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
             "options": {name: value for name, value in job.options().items() if name != "oracle"},
-            **read(folder, self.preference, ARMS[job.arm], job.eta),
+            **read[job.kind](self._finished(job), self.preference, ARMS[job.arm], job.eta),
         }
         atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
-        if not keep and not self.keep_runs:
-            shutil.rmtree(folder)
-            if job.best_response:
-                shutil.rmtree(self.folder(job.opponent), ignore_errors=True)
+
+    def _finished(self, job: Job) -> Path:
+        """The run directory that has a job's results: best of Nash is in the evaluation of its run."""
+        return self.folder(job.base if job.kind == "best_of_nash" else job)
+
+    def _clean(self, waiting: Sequence[Job]) -> None:
+        """Removes the directories of runs that have results and that nothing else needs."""
+        needed = {job for other in [*waiting, *(one.job for one in self.running)] for job in (other, other.base)}
+        for job in self.wanted:
+            if not self.keep_runs and job not in needed and self.path(job).exists():
+                shutil.rmtree(self.folder(job), ignore_errors=True)
 
     def _stop(self) -> None:
         """Asks the runs that go on to stop, and waits until they have saved what they did."""
@@ -233,8 +263,8 @@ class Runner:
 
 
 def units(job: Job) -> int:
-    """Returns how much work a job is, in iterations; those of the evaluation are about one for every four."""
-    return 1 + (1 if job.best_response else job.iterations + job.iterations // 4)
+    """Returns how much work a job is, in iterations; the evaluation of four policies is about one."""
+    return 1 + job.iterations + job.iterations // 4 if job.kind == "train" else 2
 
 
 def done_units(folder: Path) -> int:

@@ -64,19 +64,36 @@ def measure_best_response(run: Path, preference: ClassPreference, arm: Arm, eta:
     """Returns how often a best response that was trained against a frozen policy wins against it.
 
     Returns:
-        ``best_response``: its win rate, with the ``interval`` of 95%; ``heldout``: classes of the responses of the
-        frozen policy and of the best response to every held-out prompt.
+        ``win_rate``, with its ``interval`` of 95%; ``heldout``: classes of the responses of the frozen policy and of
+        the best response to every held-out prompt.
     """
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     answers = _lines(run / "evaluation_responses.jsonl")
     return {
-        "best_response": evaluation["win_rate"][1][0],
+        "win_rate": evaluation["win_rate"][1][0],
         "interval": evaluation["interval"][1][0],
         "heldout": [
             [classes(preference, one["prompt"], one["responses"][name]) for one in answers]
             for name in evaluation["policies"]
         ],
     }
+
+
+def measure_best_of_nash(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dict:
+    """Returns the class shares of best of Nash, which are exact given the responses that it chooses from.
+
+    Returns:
+        ``samples``: the number of these, for each prompt; ``heldout_shares``: (C+1) for each held-out prompt;
+        ``win_rate``: against each policy of the run.
+    """
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["best_of_nash"]
+    found = []
+    for one in _lines(run / "evaluation_responses.jsonl"):
+        answers = one["best_of_nash"]
+        own = classes(preference, one["prompt"], [answer["response"] for answer in answers])
+        weights = [answer["weight"] for answer in answers]
+        found.append(np.bincount(own, weights=weights, minlength=len(preference.full_matrix)).tolist())
+    return {"samples": evaluation["samples"], "heldout_shares": found, "win_rate": evaluation["win_rate"]}
 
 
 def classes(preference: ClassPreference, prompt: list[dict], responses: Sequence[str]) -> list[int]:

@@ -19,7 +19,8 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         for (oracle, iterations), own in games(runs).items():
             plots = {draw.__name__: draw(own) for draw in (figures.gap, figures.simplex, figures.gap_against_kl)}
             facts = {"oracle": oracle, "iterations": iterations, "environment": own[0].raw["environment"]}
-            shown.append({**facts, "rows": table(own), "plots": plots, "headline": headline(own)})
+            nash = next((run.best_of_nash for run in own if run.best_of_nash is not None), None)
+            shown.append({**facts, "best_of_nash": nash, "rows": table(own), "plots": plots, "headline": headline(own)})
     return render(
         "evidence.html.jinja",
         out / "evidence.html",

@@ -34,6 +34,8 @@ SEEDS = (0, 1, 2, 3, 4)
 BEST_RESPONSE_ETA = 10.0  # step of the two fits that train a best response: the target of a sure pair is 5 nats
 BEST_RESPONSE_ARM = "omd_two_fits"  # one iteration of it
 
+BEST_OF_NASH_SAMPLES = 64
+
 LORA_LAYERS = 4  # the last ones; fits are cheap, as the backward pass ends there
 LORA_MODULES = "self_attn.q_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj".split()
 OPTIONS: dict[str, object] = {

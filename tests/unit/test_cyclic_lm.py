@@ -98,6 +98,7 @@ def result(arm: str, seed: int, last: list[float], eta: float = recipe.ETA, orac
     """Raw results of a run that begins at shares (.35, .5, .15) and then stays at ``last``."""
     first = responses([0.3, 0.5, 0.2, 0])
     return {
+        "kind": "train",
         "arm": arm,
         "eta": eta,
         "seed": seed,
@@ -199,10 +200,20 @@ def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
 
 
 def test_a_best_response_belongs_to_its_run(tmp_path: Path) -> None:
-    answer = {**result("onpo", 0, NEAR), "best_response": 0.61, "interval": [0.5, 0.7]}
+    answer = {**result("onpo", 0, NEAR), "kind": "best_response", "win_rate": 0.61, "interval": [0.5, 0.7]}
     runs = write(tmp_path, result("onpo", 0, NEAR), result("onpo", 1, NEAR), answer)
     assert [run.best_response for run in runs] == [0.61, None]
     assert comparison.table(runs)[0].best_response == 0.61
+
+
+def test_best_of_nash_has_a_gap_of_its_own(tmp_path: Path) -> None:
+    """Pooled over two prompts it plays each class as often; against an opponent that sees the prompt it does not."""
+    weights = [[0.5, 0.5, 0, 0], [1 / 6, 1 / 6, 2 / 3, 0]]
+    chosen = {**result("onpo", 0, NEAR), "kind": "best_of_nash", "samples": 64, "heldout_shares": weights}
+    (run,) = write(tmp_path, result("onpo", 0, NEAR), chosen)
+    assert run.best_of_nash.gap == pytest.approx(0)
+    assert run.best_of_nash.prompt_gap == pytest.approx((0.3 + 0.3) / 2)
+    assert "2016 times" in page.write([run], tmp_path).read_text(encoding="utf-8")
 
 
 def test_prompts_of_a_topic_are_together_and_topics_are_held_out(tmp_path: Path) -> None:
@@ -237,9 +248,10 @@ def test_names_tell_jobs_apart() -> None:
         replace(job, eta=1.5),
         replace(job, oracle="mine:cycle"),
         replace(job, iterations=3),
-        replace(job, best_response=True),
+        replace(job, kind="best_response"),
+        replace(job, kind="best_of_nash"),
     ]
-    assert len({one.name for one in [job, *others]}) == 6
+    assert len({one.name for one in [job, *others]}) == 7
 
 
 def test_the_control_has_no_cycle() -> None:
