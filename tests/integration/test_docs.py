@@ -92,6 +92,15 @@ def test_the_games() -> None:
     assert names["trace"].distance.max() < 0.05
 
 
+def test_a_preference_for_the_experiment() -> None:
+    """docs/evidence.md: a cycle of the reader's own."""
+    names: dict = {}
+    (snippet,) = snippets((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"))
+    exec(snippet, names)
+    (cycle,) = oracles.judge(names["preference"], [_group("Well, no", "No.", "It's", "So")], "my_cycle:preference")
+    np.testing.assert_allclose(cycle[0], [0.5, 0.8, 0.2, 0.8])
+
+
 def test_configuration(tmp_path: Path) -> None:
     """docs/configuration.md: a flat file and one by section are the same configuration."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -129,6 +138,7 @@ OTHER_COMMANDS = {
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
+    "experiment": "arms seeds tune minutes page best_response",
     "bench": "kills errors only budget benchmark-only samplers tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
@@ -148,7 +158,7 @@ def test_options_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    commands = "train evaluate report export memory games bench env COMMAND".split()
+    commands = "train evaluate report export memory games experiment bench env COMMAND".split()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"onpo-fast (\w+)", page.read_text(encoding="utf-8")))
         assert named <= set(commands), (page.name, named)
