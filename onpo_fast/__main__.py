@@ -21,10 +21,15 @@ COMMANDS = {
     "export": ("onpo_fast.export", "export the pairs or the answers of a run"),
     "memory": ("onpo_fast.memory.__main__", "print the memory that a training step will take"),
     "games": ("onpo_fast.games.__main__", "play games whose Nash policy is known"),
-    "bench": ("bench.__main__", "measure the loss and the trainer (in a checkout of the repository only)"),
+    "experiment": (
+        "experiments.__main__",
+        "compare methods on a language model (in a checkout only)",
+    ),
+    "bench": ("bench.__main__", "measure the loss and the trainer (in a checkout only)"),
     "env": ("", "print versions, device and installed extras, to paste into an issue"),
 }
 CHECKOUT = Path(__file__).resolve().parents[1]
+ONLY_IN_CHECKOUT = ("experiment", "bench")  # commands whose packages are not installed
 
 
 def usage() -> str:
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command that the first argument names. A command's modules are imported only when it is chosen."""
     argv = sys.argv[1:] if argv is None else argv
     module = COMMANDS[argv[0]][0] if argv and argv[0] in COMMANDS else ""
-    if module and argv[0] != "bench":
+    if module and argv[0] not in ONLY_IN_CHECKOUT:
         importlib.import_module(module).main(argv[1:])
     else:
         _run_here(argv)
@@ -59,27 +64,28 @@ def _run_here(argv: list[str]) -> None:
     elif name == "env":
         CommandParser(prog="onpo-fast env", description=f"{COMMANDS[name][1].capitalize()}.").parse_args(arguments)
         print(environment_report())
-    elif name == "bench":
-        bench = _import_bench()
-        sys.argv = ["bench", *arguments]  # results record the command
-        raise SystemExit(bench.main(arguments))
+    elif name in ONLY_IN_CHECKOUT:
+        module = _import_from_checkout(COMMANDS[name][0].partition(".")[0])
+        if name == "bench":
+            sys.argv = ["bench", *arguments]  # results record the command
+        raise SystemExit(module.main(arguments))
     else:
         raise UserError(f"there is no command {name}{nearest(name, COMMANDS) or ' (see --help)'}")
 
 
-def _import_bench() -> ModuleType:
-    """Imports ``bench`` from the checkout that this file is in, without changing where other modules come from.
+def _import_from_checkout(package: str) -> ModuleType:
+    """Imports ``package.__main__`` from the checkout that this file is in; other modules come from where they did.
 
     Raises:
         UserError: if this is not a checkout.
     """
-    folder = CHECKOUT / "bench"
+    folder = CHECKOUT / package
     if not (folder / "__main__.py").is_file():
-        raise UserError("bench is only in a checkout of the repository: clone it, and run onpo-fast bench there")
-    spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py")
-    sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["bench"])
-    return importlib.import_module("bench.__main__")
+        raise UserError(f"{package} is only in a checkout of the repository: clone it, and run this there")
+    spec = importlib.util.spec_from_file_location(package, folder / "__init__.py")
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.__main__")
 
 
 def environment_report() -> str:

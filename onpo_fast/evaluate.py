@@ -1,6 +1,7 @@
 """Every policy of a run against every other, on held-out prompts, under the run's oracle.
 
     python -m onpo_fast.evaluate DIR
+    python -m onpo_fast.evaluate DIR --best_of_nash 64    # also the Nash policy over 64 responses of π_1
 
 writes ``DIR/evaluation.json`` and ``DIR/evaluation_responses.jsonl``. Responses of different policies are independent
 draws, as the win rate J(π, π′) = E[P(y ≻ y′)] needs. Intervals treat a prompt as the unit, since responses to one
@@ -18,11 +19,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
+from . import best_of_nash, oracles, stages
 from . import config as configuration
-from . import oracles, stages
+from .best_of_nash import BestOfNash
 from .config import Config, FitConfig, ModelConfig, OracleConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
@@ -51,7 +54,7 @@ from .run.lock import locked
 from .run.opening import check_sampler, config_key, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
-from .run.tracking import Tracker, progress, say
+from .run.tracking import Tracker, console, progress, say
 from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
 
 CONFIDENCE = 0.95
@@ -63,6 +66,7 @@ OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracl
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
+BEST_OF_NASH_STREAM = 8  # responses that best of Nash chooses from: other draws than those it is compared with
 
 
 def evaluate(
@@ -72,6 +76,7 @@ def evaluate(
     tracker: Tracker | None = None,
     oracle: oracles.Oracle | None = None,
     oracle_files: dict[str, str] | None = None,
+    candidates_per_prompt: int | None = None,
 ) -> dict:
     """Samples from every policy of a finished or unfinished run, judges all responses and returns the evaluation.
 
@@ -82,10 +87,13 @@ def evaluate(
         tracker: takes the time and what the oracle counts.
         oracle: the run's oracle; by default it is loaded.
         oracle_files: ``oracles.fingerprint`` of the oracle; by default its files are read.
+        candidates_per_prompt: also evaluates best of Nash over this many responses of π_1.
 
     Raises:
-        UserError: if the run has no finished iteration.
+        UserError: if the run has no finished iteration, or ``candidates_per_prompt`` is below 2.
     """
+    if candidates_per_prompt is not None:
+        best_of_nash.check_samples(candidates_per_prompt)
     policies = {"π_1": initial_policy(directory, config.model, journal), **finished_policies(directory, journal)}
     if len(policies) < 2:
         raise UserError(f"{directory} has no finished iteration to evaluate")
@@ -102,6 +110,7 @@ def evaluate(
         config.section(SamplingConfig),
         config.section(FitConfig),
         config.section(RunConfig),
+        candidates_per_prompt=candidates_per_prompt,
     )
     return evaluator.evaluate(policies, read_prompts(directory / HELD_OUT))
 
@@ -111,6 +120,7 @@ class Evaluator:
     """Evaluates the policies of a run. Its long stages are made in parts, so that a run that is killed goes on.
 
     Attributes:
+        candidates_per_prompt: number of responses of π_1 that best of Nash chooses from; None: it is left out.
         cost: seconds and what the oracle counted, also in processes before this one.
     """
 
@@ -123,6 +133,7 @@ class Evaluator:
     fitting: FitConfig
     run_config: RunConfig
     truncation: TruncationWarning = field(default_factory=TruncationWarning)
+    candidates_per_prompt: int | None = None
     cost: Counter[str] = field(default_factory=Counter)
 
     def evaluate_once(self, policies: dict[str, Source], prompts: Sequence[Messages]) -> dict:
@@ -158,13 +169,12 @@ class Evaluator:
         """
         names = list(policies)
         self.weights = self.cache.world.from_main(self._checksums, policies)
-        samples = {
-            name: self._sample(name, source, prompts, index) for index, (name, source) in enumerate(policies.items())
-        }
+        samples, candidates = self._sample_all(policies, prompts)
         # π_1's log-probs last, when the other models are gone
         kl = [0.0, *self._divergences(policies[names[0]], list(samples.values())[1:])]
-        matrices = self._judge(samples, prompts)
-        wins = np.stack([_blocks(matrix, len(names)) for matrix in matrices])  # (prompts, policies, policies)
+        matrices = self._judge(samples, candidates, prompts)
+        own = len(names) * self.run_config.eval_samples  # responses of the policies
+        wins = np.stack([_blocks(matrix[:own, :own], len(names)) for matrix in matrices])  # (prompts, M, M), M policies
         result = {
             "policies": names,
             "prompts": len(prompts),
@@ -182,6 +192,18 @@ class Evaluator:
         if (shares := oracles.class_shares(self.oracle, samples)) is not None:
             result["class_shares"] = shares
         records = _response_records(samples, prompts, matrices, self.run_config.eval_samples)
+        if candidates is not None:
+            try:
+                chosen = BestOfNash.choose(matrices, self.candidates_per_prompt, len(names))
+            except ValueError as error:  # the oracle's answers are checked, files of a stranger are not
+                raise UserError(f"{self.cache.directory / PARTS}: preferences that are none: {error}") from error
+            result["best_of_nash"] = {
+                "samples": self.candidates_per_prompt,
+                "responses_played": chosen.played,
+                "win_rate": chosen.wins.mean(0).tolist(),
+                "interval": student_intervals(chosen.wins).tolist(),
+            }
+            records = (record | {"best_of_nash": chosen.answers(p, candidates[p])} for p, record in enumerate(records))
         self.cache.world.from_main(self._write, result, records)
         return result
 
@@ -202,9 +224,30 @@ class Evaluator:
         journal.record(EVALUATION)
         journal.forget_folder(PARTS)
 
-    def _sample(self, name: str, source: Source, prompts: Sequence[Messages], index: int) -> list[Group]:
-        """The responses of a policy, which is loaded if any are missing."""
-        count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
+    def _sample_all(
+        self, policies: dict[str, Source], prompts: Sequence[Messages]
+    ) -> tuple[dict[str, list[Group]], list[Group] | None]:
+        """The responses of every policy, and those of π_1 that best of Nash chooses from, if it is wanted."""
+        samples: dict[str, list[Group]] = {}
+        candidates = None
+        for index, (name, source) in enumerate(policies.items()):
+            count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
+            samples[name] = self._sample(name, source, prompts, count, seed, f"responses_{index:02d}")
+            if index == 0 and self.candidates_per_prompt is not None:  # now, while π_1 is in memory
+                count, seed = self.candidates_per_prompt, [self.run_config.seed, BEST_OF_NASH_STREAM]
+                candidates = self._sample(name, source, prompts, count, seed, f"best_of_nash_{count}")
+        return samples, candidates
+
+    def _sample(
+        self,
+        name: str,
+        source: Source,
+        prompts: Sequence[Messages],
+        count: int,
+        seed: Sequence[int],
+        output: str,
+    ) -> list[Group]:
+        """``count`` responses of a policy to each prompt. The policy is loaded if any are missing."""
         directory, world = self.cache.directory, self.cache.world
         sampler = StageSampler(
             self.policies,
@@ -216,7 +259,7 @@ class Evaluator:
         )
         with sampler, progress(f"evaluate: sample {name}", len(prompts) * count) as done:
             groups, cost = self.cache.in_parts(
-                f"{PARTS}/responses_{index:02d}",
+                f"{PARTS}/{output}",
                 prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 lambda part, first: sampler(part, count, seed, done, first),
@@ -261,19 +304,26 @@ class Evaluator:
             self.cost.update(cost)
         return divergences
 
-    def _judge(self, samples: dict[str, list[Group]], prompts: Sequence[Messages]) -> list[np.ndarray]:
-        """A matrix a prompt over the responses of all policies, policy by policy."""
+    def _judge(
+        self, samples: dict[str, list[Group]], candidates: list[Group] | None, prompts: Sequence[Messages]
+    ) -> list[np.ndarray]:
+        """A matrix a prompt over the responses of all policies, policy by policy, then best of Nash's candidates."""
+        compared = [*samples.values(), *([candidates] if candidates is not None else [])]
         joined = [
-            Group(prompt, [], [r for groups in samples.values() for r in groups[p].responses])
+            Group(prompt, [], [r for groups in compared for r in groups[p].responses])
             for p, prompt in enumerate(prompts)
         ]
+        size = ResumableStage.judging_size(len(joined))
+        if candidates is not None:  # as many comparisons in a part as without them
+            own = len(samples) * self.run_config.eval_samples
+            size = max(1, size * own**2 // (own + self.candidates_per_prompt) ** 2)
         if oracles.holds_model(self.oracle):
             self.policies.drop()  # at most one model is in memory
         with progress("evaluate: judge", len(joined)) as done:
             matrices, cost = self.cache.in_parts(
                 f"{PARTS}/preferences",
                 joined,
-                ResumableStage.judging_size(len(joined)),
+                size,
                 lambda part, first: stages.judge(self.oracle, part, self.oracle_name, done, first),
                 read_preferences,
                 write_preferences,
@@ -310,23 +360,39 @@ def summary(result: dict) -> str:
     )
 
 
+def win_rate_table(result: dict) -> Table:
+    """The win rates of rows against columns, for a terminal."""
+    table = Table("row against column", *result["policies"], title="Win rates on held-out prompts")
+    rows = list(zip(result["policies"], result["win_rate"]))
+    if chosen := result.get("best_of_nash"):
+        rows.append((f"best of Nash, N = {chosen['samples']}", chosen["win_rate"]))
+    for name, row in rows:
+        table.add_row(name, *(f"{rate:.3f}" for rate in row))
+    return table
+
+
 def _blocks(matrix: np.ndarray, policies: int) -> np.ndarray:
     """Means over the samples of each policy pair; a policy against itself is ½ by symmetry."""
     samples = len(matrix) // policies
     return matrix.reshape(policies, samples, policies, samples).mean(axis=(1, 3))
 
 
-def _intervals(wins: np.ndarray) -> np.ndarray:
-    """(prompts, M, M) -> (M, M, 2): Student's t over prompts and two imagined ones, a win and a loss.
+def student_intervals(wins: np.ndarray) -> np.ndarray:
+    """(prompts, …) -> (…, 2): Student's t over prompts and two imagined ones, a win and a loss.
 
     The two are what Agresti and Coull add to a proportion: with few prompts that all agree, the spread among them
-    would claim a certainty that they cannot give. A policy against itself is ½ exactly.
+    would claim a certainty that they cannot give.
     """
     zeros, ones = np.zeros_like(wins[:1]), np.ones_like(wins[:1])
     widened = np.concatenate([wins, zeros, ones])
     count = len(widened)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * widened.std(0, ddof=1) / np.sqrt(count)
-    intervals = np.clip(np.stack([widened.mean(0) - half, widened.mean(0) + half], axis=-1), 0, 1)
+    return np.clip(np.stack([widened.mean(0) - half, widened.mean(0) + half], axis=-1), 0, 1)
+
+
+def _intervals(wins: np.ndarray) -> np.ndarray:
+    """(prompts, M, M) -> (M, M, 2): those of ``student_intervals``. A policy against itself is ½ exactly."""
+    intervals = student_intervals(wins)
     intervals[np.diag_indices(wins.shape[1])] = 0.5
     return intervals
 
@@ -367,8 +433,17 @@ def main(argv: list[str]) -> None:
         epilog=configuration.TRUST_NOTE,
     )
     parser.add_argument("directory", type=Path, help="the run's output directory")
+    parser.add_argument(
+        "--best_of_nash",
+        metavar="N",
+        type=int,
+        help="also evaluate best of Nash: the Nash policy over N responses of π_1 (arXiv 2609.08082), for which the "
+        "oracle compares N(N-1)/2 pairs a prompt, and N with each response of the policies",
+    )
     configuration.add_options(parser, OPTIONS)
     options = parser.parse_args(argv)
+    if options.best_of_nash is not None:
+        best_of_nash.check_samples(options.best_of_nash)
     directory = options.directory
     config = configuration.read_run(directory, configuration.given_options(options, OPTIONS), ASKS)
     if device_of(config.device).type != "cuda":
@@ -381,7 +456,11 @@ def main(argv: list[str]) -> None:
         journal.before_record += [lock.check, tracker.sync]
         tracker.begin(EVALUATION, keep=lambda record: True)  # the judge was asked then too
         try:
-            say(summary(evaluate(directory, config, journal, tracker, oracle, oracle_files)))
+            result = evaluate(directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash)
+            console.print(win_rate_table(result))
+            say(summary(result))
+            if "best_of_nash" in result:
+                say(best_of_nash.summary(result))
         finally:
             tracker.close()
         write_model_cards(directory, journal)

@@ -17,14 +17,12 @@ from __future__ import annotations
 import os
 import shlex
 
-from rich.table import Table
-
 from . import algorithms
 from . import config as configuration
 from .config import AlgorithmConfig, Config, FitConfig, RunConfig, SamplingConfig
 from .distributed import World, joined
 from .errors import command, printable
-from .evaluate import Evaluator, summary
+from .evaluate import Evaluator, summary, win_rate_table
 from .language_game import LanguageGame
 from .report import write_report
 from .reports.hub import check_upload, push_policy
@@ -99,10 +97,7 @@ def _publish(run: OpenRun, config: Config, result: dict) -> None:
     run.tracker.close()
     write_model_cards(run.directory, run.journal)
     report = write_report(run.directory)
-    table = Table("row against column", *result["policies"], title="Win rates on held-out prompts")
-    for name, row in zip(result["policies"], result["win_rate"]):
-        table.add_row(name, *(f"{rate:.3f}" for rate in row))
-    console.print(table)
+    console.print(win_rate_table(result))
     say(summary(result))
     say(f"report: {report}")
     if config.push_to_hub is not None:

@@ -35,7 +35,10 @@ from .arguments import whole_number
 from .neural import GIVEN, NeuralGame
 from .preferences import GAMES, make
 
-GAME = f"preference game: {', '.join(GAMES)}; or a file (.npy, .json, .csv) with a preference matrix or several"
+GAME = (
+    f"preference game: {', '.join(GAMES)} (hard_for_optimism=0.03 sets its delta); or a file (.npy, .json, .csv) with "
+    "a preference matrix or several"
+)
 NAMES = [*ALGORITHMS, *ALIASES]
 
 
@@ -212,7 +215,13 @@ def _add_names(parser: argparse.ArgumentParser, name: str, default: Sequence[str
 
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "game", "random", GAME)
-    _add(parser, "actions", None, "number of actions in a named game (default: 10, or 3 if it has three)", type=int)
+    _add(
+        parser,
+        "actions",
+        None,
+        "number of actions in a named game (default: 10, or that of a game with a fixed number)",
+        type=int,
+    )
     _add(parser, "count", 20, "number of games of a random kind")
     _add(parser, "steps", 5000, "number of policies, T")
     _add(parser, "eta", 0.5, "step size of mirror descent; Theorem 2 holds up to 0.5")

@@ -99,6 +99,22 @@ def cycling(results: Results) -> Plot | None:
     return plot(figure, said)
 
 
+def hard(results: Results) -> Plot | None:
+    """Plot the gaps on ``hard_game`` against t·δ: the last policy comes back to a large gap at a round of order 1/δ."""
+    figure, axes = new_axes("t·δ", "duality gap", height=3.4)
+    said = []
+    for game, style in zip(results["hard"]["games"], ((0, (1, 1.5)), (0, (4, 1.5)), "-")):
+        time, name = np.array(game["t"]) * game["delta"], f"δ = {game['delta']:g}"
+        axes.plot(
+            time, game["last_gap"], color=LOOK["onpo"][0], linestyle=style, linewidth=1.3, label=f"ONPO, π_t, {name}"
+        )
+        said.append(f"{name}: above {results['hard']['large_gap']:g} again from t = {game['from']:,} to {game['to']:,}")
+    axes.plot(time, game["omd_last_gap"], color=LOOK["omd"][0], linewidth=1, label=f"OMD, π_t, {name}")
+    axes.plot(time, game["average_gap"], color=INK, linewidth=1.3, label=f"ONPO, average, {name}")
+    _logarithmic(axes, "y")
+    return plot(figure, said)
+
+
 def simplex(results: Results) -> Plot | None:
     """Plot the paths of π_1, π_2, … in the triangle of policies over three actions."""
     figure, axes = new_axes("", "", height=3.4)
@@ -172,7 +188,7 @@ def sampling_error(results: Results) -> Plot | None:
 
 
 FIGURES: dict[str, list[Callable[[Results], Plot | None]]] = {
-    "matrix": [average_gap, last_gap, regularised_gap, cycling, simplex],
+    "matrix": [average_gap, last_gap, regularised_gap, cycling, simplex, hard],
     "neural": [transformer_gap, transformer_distance],
     "multiturn": [turns_average, turns_last, sampling_error],
 }

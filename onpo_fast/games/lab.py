@@ -19,7 +19,7 @@ from .arguments import non_negative, positive, whole_number
 from .matrix import GameTrace, run
 from .matrix_games import SampledGame
 from .neural import NeuralGame, NeuralTrace, play
-from .preferences import make, three_cycle
+from .preferences import hard_game, make, three_cycle
 from .solution import nash
 
 Done = Callable[[int], None]
@@ -32,6 +32,11 @@ TILTED = np.exp([1.0, 0, -1]) / np.exp([1.0, 0, -1]).sum()  # logits (1, 0, −1
 # in the exact game the variants of onpo are onpo, and omd_two_fits is omd at twice the step
 COMPARED = ("onpo", "omd", "inpo", "online_ipo", "nash_md", "egpo", "sppo", "iterative_dpo")
 CYCLING = (("onpo", 1 / 8), ("onpo", 1 / 2), ("onpo", 1.0), ("omd", 1 / 8), ("omd", 1 / 2), ("omd", 1.0))
+HARD_DELTAS = (0.1, 0.03, 0.01)
+HARD_ETA = 1 / 8  # the largest step of Theorem 3
+HARD_ROUNDS = 100  # rounds that are played, in units of 1/δ
+HARD_POINTS = 400  # of a curve
+LARGE_GAP = 0.1  # a gap above it counts as far from the Nash policy
 BIAS_GROUPS, BIAS_SEEDS = 1500, 4
 TURNS_PARTS = 4
 SAMPLES = (100, 1000, 10_000, 100_000)
@@ -93,6 +98,8 @@ def matrix(
     result["cycling"] = _cycling()
     result["simplex"] = _simplex(P[0] if P.shape[-1] == 3 else WEIGHTED)
     done(1)
+    result["hard"] = _hard()
+    done(1)
     result["pairings"] = {}
     for pairing in ("iid", "all_pairs", "best_worst", "knockout"):
         result["pairings"][pairing] = pairing_bias(pairing)
@@ -102,7 +109,7 @@ def matrix(
 
 def matrix_parts(algorithms: Sequence[str]) -> int:
     """Return the number of parts of ``matrix``, for a progress bar."""
-    return len(algorithms) + 6
+    return len(algorithms) + 7
 
 
 def grid(first: int, last: int, points: int) -> np.ndarray:
@@ -154,6 +161,53 @@ def _simplex(P: np.ndarray) -> dict:
     runs = {name: run(P, name, eta, steps, TILTED, tau=tau, keep_policies=True) for name in ("onpo", "omd", "inpo")}
     policies = {name: trace.policies for name, trace in runs.items()}
     return {"nash": nash(P), "steps": steps, "eta": eta, "tau": tau, "policies": policies}
+
+
+def _hard() -> dict:
+    """Play ``hard_game``, where the gap of ONPO's last policy falls, and comes back at a round of the order of 1/δ.
+
+    Returns:
+        For every δ the gaps at ``HARD_POINTS`` rounds, and of the first return of the last policy's gap above
+        ``LARGE_GAP``: its first and last round, the largest gap in it, the least gap before it, and in the same rounds
+        the largest gaps of OMD's last policy and of ONPO's averaged one, with the bound of Theorem 2 on the latter.
+    """
+    P, T = np.stack([hard_game(delta) for delta in HARD_DELTAS]), round(HARD_ROUNDS / min(HARD_DELTAS))
+    onpo, omd = (run(P, algorithm, HARD_ETA, T) for algorithm in ("onpo", "omd"))
+    games = []
+    for delta, gap, average, other in zip(HARD_DELTAS, onpo.last_gap, onpo.average_gap, omd.last_gap):
+        first, last = first_return(gap)
+        again = slice(first - 1, last)
+        at = np.unique(np.linspace(1, HARD_ROUNDS / delta, HARD_POINTS).round().astype(int))
+        games.append(
+            {
+                "delta": delta,
+                "t": at,
+                "last_gap": gap[at - 1],
+                "average_gap": average[at - 1],
+                "omd_last_gap": other[at - 1],
+                "least_before": gap[: first - 1].min(),
+                "from": first,
+                "to": last,
+                "largest": gap[again].max(),
+                "average_largest": average[again].max(),
+                "omd_largest": other[again].max(),
+                "theorem_2": bounds.theorem_2(np.log(P.shape[-1]), first, HARD_ETA),
+            }
+        )
+    return {"eta": HARD_ETA, "large_gap": LARGE_GAP, "games": games}
+
+
+def first_return(gap: np.ndarray) -> tuple[int, int]:
+    """Return the first and the last round in which the gap is above ``LARGE_GAP`` again, after it had fallen below.
+
+    Args:
+        gap: of the last policies, (T,); entry t − 1 is that of π_t. It must come back and fall again.
+    """
+    large = gap > LARGE_GAP
+    fallen = np.argmin(large)  # indices: of the first policy below, and so on
+    returned = fallen + np.argmax(large[fallen:])
+    fallen_again = returned + np.argmin(large[returned:])
+    return int(returned) + 1, int(fallen_again)
 
 
 def pairing_bias(pairing: str) -> dict:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .arguments import whole_number
+
 MakeGames = Callable[[int, int, np.random.Generator], np.ndarray]
 
 SUM_TOLERANCE = 1e-8  # largest error of P + Pᵀ = 1 and of a policy's sum: rounding in files and in float64 arithmetic
 MOST_NUMBERS = 10**8  # largest size of a batch of games: 800 MB
+DELTA = 0.01  # of ``hard_for_optimism``, unless another is given
 
 
 def random(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -31,13 +34,13 @@ def bradley_terry(actions: int, count: int, rng: np.random.Generator) -> np.ndar
 
 def rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return games in which 0 always beats 1, 1 beats 2 and 2 beats 0. The Nash policy is (⅓, ⅓, ⅓)."""
-    _check_three(actions)
+    _check_size("rock_paper_scissors", actions)
     return np.repeat(three_cycle(1, 1, 1)[None], count, axis=0)
 
 
 def weighted_rock_paper_scissors(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return games with P01 = 0.9, P12 = 0.6, P20 = 0.7. The Nash policy is (1/7, 2/7, 4/7)."""
-    _check_three(actions)
+    _check_size("weighted_rock_paper_scissors", actions)
     return np.repeat(three_cycle(0.9, 0.6, 0.7)[None], count, axis=0)
 
 
@@ -74,6 +77,12 @@ def cyclic(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return _complete(np.triu(wins, 1))
 
 
+def hard_for_optimism(actions: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the games ``hard_game(DELTA)``, where the last policy of optimistic methods is slow to settle."""
+    _check_size("hard_for_optimism", actions)
+    return np.repeat(hard_game(DELTA)[None], count, axis=0)
+
+
 GAMES: dict[str, MakeGames] = {
     "random": random,
     "bradley_terry": bradley_terry,
@@ -82,26 +91,32 @@ GAMES: dict[str, MakeGames] = {
     "one_beats_all": one_beats_all,
     "annotator_groups": annotator_groups,
     "cyclic": cyclic,
+    "hard_for_optimism": hard_for_optimism,
 }
+SIZES = {"rock_paper_scissors": 3, "weighted_rock_paper_scissors": 3, "hard_for_optimism": 4}  # actions; others: any
 
 
 def make(source: str, actions: int | None = None, count: int = 1, seed: int = 0) -> np.ndarray:
     """Return games by name, or those in a file, (B, n, n).
 
     Args:
-        source: a name in ``GAMES``, or a path.
-        actions, count, seed: of a named game; by default 3 actions for rock-paper-scissors and 10 for others.
+        source: a name in ``GAMES``, ``hard_for_optimism=DELTA``, or a path.
+        actions, count, seed: of a named game; the default number of actions is that in ``SIZES``, or 10.
 
     Raises:
         ValueError: if there is no such game or file, or the file does not hold preference matrices.
     """
+    name, _, delta = source.partition("=")
+    if name == "hard_for_optimism" and delta:
+        _check_size(name, SIZES[name] if actions is None else actions)
+        return np.repeat(hard_game(_number(source, delta))[None], whole_number("count", count), axis=0)
     if source not in GAMES and not Path(source).suffix:
         raise ValueError(f"there is no game {source}; there are {', '.join(GAMES)}, and files of {', '.join(READERS)}")
     if source not in GAMES:
         P = read(source)
         return P[None] if P.ndim == 2 else P
     if actions is None:
-        actions = 3 if "rock_paper_scissors" in source else 10
+        actions = SIZES.get(source, 10)
     if actions < 2 or count < 1 or seed < 0:
         raise ValueError(f"{source} needs at least two actions and one game, and a seed of 0 or more")
     if count * actions**2 > MOST_NUMBERS:
@@ -115,6 +130,46 @@ def three_cycle(p01: float, p12: float, p20: float) -> np.ndarray:
     If all are above ½, its Nash policy is (p12 − ½, p20 − ½, p01 − ½), normalised.
     """
     return np.array([[0.5, p01, 1 - p20], [1 - p01, 0.5, p12], [p20, 1 - p12, 0.5]])
+
+
+def hard_game(delta: float) -> np.ndarray:
+    """Return A_δ = [[½ + δ, ½], [0, 1]], symmetrised, (4, 4): optimistic methods are slow here (arXiv 2406.10631).
+
+    The row player has the Nash strategy (1, δ)/(1 + δ), the column player (½, ½ + δ)/(1 + δ). The gap of the last
+    policy falls to about δ and comes back, to more than 0.4, at a round of the order of 1/δ. The paper proves that the
+    gap is above a constant at such a round for optimistic methods that weigh all past rewards alike, which exact ONPO
+    is one of: no rate of their last policies holds for all games.
+
+    Raises:
+        ValueError: if δ is not in (0, ½].
+    """
+    if not 0 < delta <= 0.5:
+        raise ValueError(f"delta must be above 0 and at most 0.5, not {delta!r}")
+    return symmetrised(np.array([[0.5 + delta, 0.5], [0, 1]]))
+
+
+def symmetrised(A: np.ndarray) -> np.ndarray:
+    """Return the preference game in which each side plays both roles of a zero-sum game at once, (m·n, m·n).
+
+    Action i·n + j is the pair of row i, played against the other side's column, and column j, played against the
+    other side's row. A row loses A and a column wins it, so P((i, j) ≻ (k, l)) = ½ + (A[k, j] − A[i, l])/2.
+
+    For a policy with the marginals x over rows and y over columns, P((i, j) ≻ π) = ½ + ((xᵀA)_j − (Ay)_i)/2: a sum of a
+    term of the row and one of the column. Hence a policy's duality gap is that of (x, y) in A, max (xᵀA) − min (Ay),
+    and from a product policy, as the uniform one is, every step of mirror descent, optimistic or not, leads to another
+    product: each marginal takes the two players' own step in A with η/2. A policy is a Nash policy exactly if its
+    marginals are Nash strategies of A. There are several if those are mixed; one of them is a product if A has one
+    solution.
+
+    Args:
+        A: what the row player pays the column player, (m, n), in [0, 1].
+
+    Raises:
+        ValueError: if an entry is outside [0, 1].
+    """
+    m, n = A.shape
+    P = 0.5 + (A.T[None, :, :, None] - A[:, None, None, :]) / 2  # (i, j, k, l)
+    return check(np.broadcast_to(P, (m, n, m, n)).reshape(m * n, m * n))
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -186,9 +241,17 @@ def _bradley_terry(scores: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh((scores[..., :, None] - scores[..., None, :]) / 2))
 
 
-def _check_three(actions: int) -> None:
-    if actions != 3:
-        raise ValueError(f"rock-paper-scissors has 3 actions, not {actions}; the game cyclic takes any number")
+def _check_size(name: str, actions: int) -> None:
+    if actions != SIZES[name]:
+        raise ValueError(f"{name} has {SIZES[name]} actions, not {actions}; the game cyclic takes any number")
+
+
+def _number(source: str, text: str) -> float:
+    """Return the number in a game's name, such as hard_for_optimism=0.03."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{source}: {text} is not a number") from None
 
 
 def _read_npy(path: Path) -> np.ndarray:

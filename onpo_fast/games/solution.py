@@ -57,7 +57,21 @@ def regularised_gap_of_rewards(reward: np.ndarray, policy: np.ndarray, reference
 def nash(P: np.ndarray) -> np.ndarray:
     """Return a Nash policy, by linear programming: it maximises v with P(π ≻ y) ≥ v for every action y, and reaches ½.
 
-    If there are several, one of them is returned.
+    If there are several, a vertex of their set is returned, on which few actions have a probability: the same for the
+    same matrix and release of scipy, but perhaps another one if the actions are in another order. Of actions with equal
+    rows only the sum of the probabilities is determined; it may all be on one of them. Where all actions tie, every
+    policy is a Nash policy, and one action may get all. Preferences of 0 and 1 are allowed.
+
+    With the preferences between n responses to one prompt these are the weights of best of Nash (arXiv 2609.08082).
+
+    Args:
+        P: preferences, (n, n) or (B, n, n), n ≥ 1.
+
+    Returns:
+        Probabilities, (n,) or (B, n) float64, which sum to 1. Their gap is 0 to about 1e-9.
+
+    Raises:
+        ValueError: if P is not a preference matrix.
     """
     P = check(P)
     if P.ndim == 3:

@@ -1,6 +1,6 @@
 """Oracles whose preference depends on a response only through its class.
 
-With at least three classes that beat each other in a circle, no score per response can express such a preference. The
+With at least three classes that beat each other round a cycle, no score per response can express such a preference. The
 shares of the classes among a policy's responses say how often any policy wins against it: P π̂ has the probability that
 a response of each class beats one of the policy's, so no policy wins more than its maximum.
 
@@ -121,13 +121,13 @@ def _probabilities(field: str, value: Any) -> np.ndarray:
 def cyclic_preference(
     names: Sequence[str], classify: Classify, wins: float = 0.8, none_loses: float = 0.8
 ) -> ClassPreference:
-    """Makes a preference in which the classes beat each other in a circle.
+    """Makes a preference in which the classes beat each other round a cycle.
 
     Each of C classes beats the ⌊(C−1)/2⌋ that follow it (the first follows the last), and loses to as many before it.
     If C is even, opposite classes tie. With three classes, each beats the next.
 
     Args:
-        names: names of C ≥ 3 classes, in the order of the circle.
+        names: names of C ≥ 3 classes, in the order of the cycle.
         classify: as in ``ClassPreference``.
         wins: probability that a class beats one that it beats.
         none_loses: as in ``ClassPreference``.
@@ -137,7 +137,7 @@ def cyclic_preference(
     """
     count = len(names)
     if count < 3:
-        raise ValueError(f"names: a circle takes at least three classes, not {count}")
+        raise ValueError(f"names: a cycle takes at least three classes, not {count}")
     wins = float(_probabilities("wins", wins))
     after = (np.arange(count)[None, :] - np.arange(count)[:, None]) % count  # how far j follows i
     beaten = (count - 1) // 2
@@ -148,7 +148,7 @@ def cyclic_preference(
 def transitive_preference(
     names: Sequence[str], classify: Classify, wins: float = 0.8, none_loses: float = 0.8
 ) -> ClassPreference:
-    """Makes a preference in which earlier classes beat later ones: the control without a circle.
+    """Makes a preference in which earlier classes beat later ones: the control without a cycle.
 
     It is a Bradley-Terry model whose scores are equally spaced: P(class i ≻ class j) = σ((j − i)·log(wins/(1 − wins))).
 

@@ -83,13 +83,16 @@ def plot(figure: Figure, values: list[str]) -> Plot | None:
     return Plot(Markup(svg), "; ".join(values))
 
 
-def render(template: str, path: Path, filters: dict[str, Callable], **values: object) -> Path:
+def render(
+    template: str, path: Path, filters: dict[str, Callable], folder: Path | None = None, **values: object
+) -> Path:
     """Render a template with the values, write the page to ``path`` atomically and return ``path``.
 
-    Templates are looked up in this folder and in the package.
+    Templates are looked up in this folder, in the package and in ``folder``.
     """
+    folders = [Path(__file__).parent, Path(__file__).parents[1], *([folder] if folder else [])]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1]]),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

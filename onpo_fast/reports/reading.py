@@ -166,10 +166,25 @@ def parse_evaluation(document: dict[str, Any]) -> dict[str, Any] | None:
         columns = ["duality_gap", *(name for name in ("kl_to_initial", "response_tokens_mean") if document.get(name))]
         numbers = {name: _numbers(document[name], shape, 0, 1) for name, shape in probabilities.items()}
         numbers |= {name: _numbers(document[name], (count,), -LARGEST_NUMBER, LARGEST_NUMBER) for name in columns}
+        if "best_of_nash" in document:
+            numbers["best_of_nash"] = _parse_best_of_nash(document["best_of_nash"], count)
         numbers["class_shares"] = _class_shares(document.get("class_shares"), count)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return {"policies": policies, "oracle": shorten(oracle, "evaluation.json"), **counts, **numbers}
+
+
+def _parse_best_of_nash(chosen: Any, policies: int) -> dict[str, Any]:
+    """The checked field "best_of_nash"; raises one of the errors of ``parse_evaluation`` if it does not fit."""
+    samples = chosen["samples"]
+    if type(samples) is not int or not 2 <= samples < 2**63:
+        raise ValueError
+    return {
+        "samples": samples,
+        "responses_played": _numbers(chosen["responses_played"], (), 1, samples),
+        "win_rate": _numbers(chosen["win_rate"], (policies,), 0, 1),
+        "interval": _numbers(chosen["interval"], (policies, 2), 0, 1),
+    }
 
 
 def is_evaluation(document: Any) -> bool:

@@ -79,14 +79,26 @@ def test_the_games() -> None:
     """docs/games.md: its samples run, with the results that it states."""
     text = (ROOT / "docs" / "games.md").read_text(encoding="utf-8")
     names: dict = {}
-    matrix, transformer, turns = snippets(text)
+    matrix, slow, transformer, turns = snippets(text)
     exec(matrix, names)
     assert names["trace"].average_gap.shape == (20, 1000)
+    exec(slow, names)
+    assert names["hard"][[0, 999, 7999]] == pytest.approx([0.25, 0.009, 0.42], abs=5e-3)
+    assert names["cycle"][[0, 999, 2999]] == pytest.approx([0.33, 0.013, 0.70], abs=5e-3)
     exec(turns, names)
     assert names["trace"].average_gap[:, -1].max() < 0.01
     assert names["biased"].average_gap[:, -1].mean() > 0.1
     exec(transformer.replace("iterations=4", "iterations=1"), names)
     assert names["trace"].distance.max() < 0.05
+
+
+def test_a_preference_for_the_experiment() -> None:
+    """docs/evidence.md: a cycle of the reader's own."""
+    names: dict = {}
+    (snippet,) = snippets((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"))
+    exec(snippet, names)
+    (cycle,) = oracles.judge(names["preference"], [_group("Well, no", "No.", "It's", "So")], "my_cycle:preference")
+    np.testing.assert_allclose(cycle[0], [0.5, 0.8, 0.2, 0.8])
 
 
 def test_configuration(tmp_path: Path) -> None:
@@ -122,9 +134,11 @@ OTHER_COMMANDS = {
     "pip and docker": "no-deps no-build-isolation",
     "dashes for underscores": "learning-rate",
     "export, AlpacaEval": "alpaca merge model_outputs",
+    "evaluate": "best_of_nash",
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
+    "experiment": "arms seeds tune minutes page best_response",
     "bench": "kills errors only budget benchmark-only samplers tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",
@@ -144,7 +158,7 @@ def test_options_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    commands = "train evaluate report export memory games bench env COMMAND".split()
+    commands = "train evaluate report export memory games experiment bench env COMMAND".split()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"onpo-fast (\w+)", page.read_text(encoding="utf-8")))
         assert named <= set(commands), (page.name, named)

@@ -13,9 +13,13 @@ import pytest
 from support.small_runs import flip, prepare, small_run
 
 from onpo_fast import evaluate, oracles, train
+from onpo_fast.best_of_nash import BestOfNash
 from onpo_fast.config import Config
+from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
+from onpo_fast.report import write_report
+from onpo_fast.reports.formatting import percent
 from onpo_fast.run import signals
 from onpo_fast.run.digest import run_digest
 from onpo_fast.run.journal import Journal
@@ -177,6 +181,102 @@ def test_an_evaluation_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch
     evaluate.main([str(undisturbed)])
     assert outputs(undisturbed) == disturbed
     assert Journal(undisturbed).note(EVALUATION) is not None
+
+
+# --- Best of Nash -----------------------------------------------------------------------------------------------------
+
+
+def by_hand(texts: dict[str, list[str]], candidates: list[str], answers: list[dict]) -> list[float]:
+    """Win rates of best of Nash on one prompt under ``Counting``, from the file of responses; checks the weights."""
+    (lengths,), weights = Counting().many([(None, candidates)], None), np.zeros(len(candidates))
+    for answer in answers:
+        weights[candidates.index(answer["response"])] += answer["weight"]
+    assert weights.sum() == pytest.approx(1)
+    assert (lengths @ weights).max() < 0.5 + 1e-9  # a Nash policy: no response beats it
+    rates = []
+    for responses in texts.values():
+        (matrix,) = Counting().many([(None, [*candidates, *responses])], None)
+        rates.append(float((weights @ matrix[: len(candidates), len(candidates) :]).mean()))
+    return rates
+
+
+def test_best_of_nash_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch, capsys) -> None:
+    """Its numbers are those worked out from its responses, nothing else of the evaluation changes, and a kill loses
+    one part."""
+    monkeypatch.setattr(ResumableStage, "SAMPLING_BATCHES", 5)  # a prompt each
+    monkeypatch.setattr(ResumableStage, "GROUPS", 2)
+    directory, oracle, sampled, candidates = tmp_path / "run", Counting(), [], {}
+    shutil.copytree(run.out, directory)
+    monkeypatch.setattr(evaluate.oracles, "load", lambda *given: oracle)
+    monkeypatch.setattr(evaluate.oracles, "probe", lambda *given, **options: None)
+    sample = LocalSampler.__call__
+
+    def noted(self, prompts, responses, seed, progress, first, *rest):
+        groups = sample(self, prompts, responses, seed, progress, first, *rest)
+        if responses == 5:
+            sampled.append(first)
+            candidates.update({first + i: [r.text for r in group.responses] for i, group in enumerate(groups)})
+        return groups
+
+    monkeypatch.setattr(LocalSampler, "__call__", noted)
+    evaluate.main([str(directory)])
+    plain, oracle.asked = json.loads((directory / EVALUATION).read_text()), 0
+    assert "best_of_nash" not in plain
+    assert not sampled
+
+    oracle.fails_at = 2
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        evaluate.main([str(directory), "--best_of_nash", "5"])
+    assert json.loads((directory / EVALUATION).read_text()) == plain
+    assert sampled == [0, 1, 2, 3]
+    flip(directory / "evaluation.parts/best_of_nash_5.parts/00000001.jsonl")
+    oracle.fails_at = -1
+    capsys.readouterr()
+    evaluate.main([str(directory), "--best_of_nash", "5"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert sampled == [0, 1, 2, 3, 1]
+    assert oracle.asked == 4  # one prompt each time
+    assert not list(directory.rglob("*.parts"))
+
+    result = json.loads((directory / EVALUATION).read_text())
+    chosen = result.pop("best_of_nash")
+    assert result == plain
+    rows = [json.loads(line) for line in (directory / RESPONSES).read_text().splitlines()]
+    rates = [by_hand(row["responses"], candidates[p], row["best_of_nash"]) for p, row in enumerate(rows)]
+    np.testing.assert_allclose(chosen["win_rate"], np.mean(rates, axis=0))
+    np.testing.assert_allclose(chosen["interval"], evaluate.student_intervals(np.array(rates)))
+    assert chosen["samples"] == 5
+    assert all(rate > own for rate, own in zip(chosen["win_rate"], plain["win_rate"][0]))  # better than π_1
+    assert 1 <= chosen["responses_played"] <= 5
+    assert f"best of Nash over 5 responses of π_1 wins in {chosen['win_rate'][-1]:.1%} of comparisons with π_2" in said
+    assert "best of Nash, N = 5" in said
+    write_report(directory)
+    assert f"Best of Nash, which trains nothing, wins {percent(chosen['win_rate'][-1])}" in (
+        directory / "report.html"
+    ).read_text(encoding="utf-8")
+
+
+def test_best_of_nash_is_the_mixture_of_its_cycle() -> None:
+    """Three responses in a circle are played with the weights of its Nash policy, and their wins are averaged so."""
+    cycle = np.array([[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]])
+    against = np.array([[1.0, 0.0, 0.8, 0.6], [0.5, 0.5, 0.2, 0.2], [0.25, 0.75, 0.0, 1.0]])  # two of each policy
+    matrix = np.block([[np.full((4, 4), 0.5), 1 - against.T], [against, cycle]])
+    chosen = BestOfNash.choose([matrix], 3, 2)
+    np.testing.assert_allclose(chosen.weights[0], np.array([1, 2, 4]) / 7)
+    np.testing.assert_allclose(chosen.wins, [[0.5, (0.7 + 2 * 0.2 + 4 * 0.5) / 7]])
+    assert chosen.played == 3
+    responses = [Response(text, [1], "eos", -1.0) for text in "abc"]
+    assert [answer["response"] for answer in chosen.answers(0, Group([], [], responses))] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("count", ["1", "0", "-3", "x", "2.5"])
+def test_best_of_nash_needs_a_number_of_responses(run: Config, count: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([run.out, "--best_of_nash", count])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--best_of_nash" in said
+    assert said.count("\n") == 1
 
 
 def test_a_run_with_cuda_graphs_is_evaluated_without_a_gpu(run: Config, tmp_path) -> None:

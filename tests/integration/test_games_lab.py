@@ -10,7 +10,7 @@ from onpo_fast.errors import UserError
 from onpo_fast.games import __main__ as lab
 from onpo_fast.games import multiturn, run
 from onpo_fast.games.neural import NeuralGame, play
-from onpo_fast.games.preferences import GAMES, cyclic, random
+from onpo_fast.games.preferences import GAMES, cyclic, hard_game, random
 from onpo_fast.games.solution import nash
 
 SMALL = {
@@ -108,6 +108,8 @@ def test_a_method_that_cannot_play_is_named_and_the_others_play(tmp_path):
         (["matrix", "--game", "chess"], "no game chess.*random"),
         (["matrix", "--game", "none.npy"], "none.npy"),
         (["matrix", "--game", "rock_paper_scissors", "--actions", "5"], "3 actions"),
+        (["matrix", "--game", "hard_for_optimism=2"], "delta must be above 0"),
+        (["neural", "--game", "hard_for_optimism=2"], "delta must be above 0"),
         (["matrix", "--eta", "0"], "eta"),
         (["matrix", "--eta", "nan"], "eta"),
         (["matrix", "--steps", "0"], "steps"),
@@ -190,6 +192,12 @@ def test_matrix_says_what_runs_say(results):
     ends = {(one["algorithm"], one["eta"]): one["at_1000"] for one in numbers["cycling"]}
     assert ends["onpo", 0.125] == pytest.approx(0.319, abs=5e-4)
     assert ends["omd", 0.125] == pytest.approx(0.71, abs=5e-3)
+    (hard,) = (game for game in numbers["hard"]["games"] if game["delta"] == 0.03)
+    gap = run(hard_game(0.03), "onpo", 1 / 8, 3000).last_gap
+    assert (hard["from"], hard["to"]) == (1635, 2958)
+    assert gap[1633] < 0.1 < gap[1634]
+    assert hard["largest"] == pytest.approx(gap[1634:2958].max())
+    assert hard["average_largest"] < hard["theorem_2"] < 0.02 < hard["omd_largest"]
     best_worst = numbers["pairings"]["best_worst"]["step"]
     assert best_worst[0] > 0.06  # the first action is pushed up, the second down
     assert best_worst[1] < -0.05

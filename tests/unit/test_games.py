@@ -6,14 +6,27 @@ from math import factorial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize, root
 from scipy.special import expit
 
 from onpo_fast.algorithms import ALGORITHMS, ALIASES, refreshing
 from onpo_fast.games import GAMES, best_response, bounds, duality_gap, nash, regularised_gap, run
-from onpo_fast.games.lab import fitted_step
+from onpo_fast.games.lab import first_return, fitted_step
 from onpo_fast.games.matrix_games import ExactGame, SampledGame, bradley_terry_scores, log_normalised
-from onpo_fast.games.preferences import check, cyclic, one_beats_all, random, read, three_cycle
+from onpo_fast.games.preferences import (
+    SIZES,
+    check,
+    cyclic,
+    hard_game,
+    make,
+    one_beats_all,
+    random,
+    read,
+    symmetrised,
+    three_cycle,
+)
 from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo, with_steps
 
 RPS = three_cycle(1, 1, 1)
@@ -35,7 +48,7 @@ def policies(shape, seed=0):
 
 @pytest.mark.parametrize("name", GAMES)
 def test_every_game_is_a_preference_matrix_and_seeded(name):
-    actions = 3 if "rock" in name else 8
+    actions = SIZES.get(name, 8)
     made = GAMES[name](actions, 5, np.random.default_rng(1))
     assert made.shape == (5, actions, actions)
     assert np.array_equal(check(made), made)
@@ -71,11 +84,32 @@ def test_float32_games_and_starts_are_taken():
 
 def test_the_nash_policy_is_beaten_by_none():
     for name in GAMES:
-        P = GAMES[name](3 if "rock" in name else 30, 4, np.random.default_rng(2))
+        P = GAMES[name](SIZES.get(name, 30), 4, np.random.default_rng(2))
         assert duality_gap(P, nash(P)).max() < 1e-9, name
     np.testing.assert_allclose(nash(RPS), 1 / 3, atol=1e-12)
     np.testing.assert_allclose(nash(WEIGHTED), WEIGHTED_NASH, atol=1e-12)
     np.testing.assert_allclose(nash(one_beats_all(5, 1, None)[0]), [1, 0, 0, 0, 0], atol=1e-12)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from(["continuous", "decided", "classes", "ties"]))
+def test_the_nash_policy_of_any_matrix(actions, seed, kind):
+    """Also with sure preferences, equal actions and ties, where there are several Nash policies."""
+    rng = np.random.default_rng(seed)
+    P = random(actions, 1, rng)[0]
+    if kind == "decided":
+        P = np.where(P > P.T, 1.0, np.where(P < P.T, 0.0, 0.5))
+    elif kind == "classes":
+        of = rng.integers(3, size=actions)
+        P = WEIGHTED[np.ix_(of, of)]
+    elif kind == "ties":
+        P = np.full((actions, actions), 0.5)
+    policy = nash(P)
+    assert policy.sum() == pytest.approx(1, abs=1e-12)
+    assert (policy >= 0).all()
+    assert duality_gap(P, policy) < 1e-8
+    np.testing.assert_array_equal(nash(P), policy)
+    if kind == "classes" and len(set(of)) == 3:  # equal actions share their class's probability somehow
+        np.testing.assert_allclose(np.bincount(of, policy), WEIGHTED_NASH, atol=1e-9)
 
 
 def test_the_gap_is_what_two_best_responses_gain():
@@ -324,10 +358,12 @@ def test_an_action_without_probability_never_gets_any():
 # --- Theorems ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random", "cyclic", "bradley_terry", "annotator_groups", "one_beats_all"])
+@pytest.mark.parametrize(
+    "name", ["random", "cyclic", "bradley_terry", "annotator_groups", "one_beats_all", "hard_for_optimism"]
+)
 def test_theorem_2_with_its_constant_corrected(name):
     T = np.arange(1, 1001)
-    for actions in (2, 10, 40):
+    for actions in (4,) if name in SIZES else (2, 10, 40):
         P = GAMES[name](actions, 10, np.random.default_rng(11))
         init = policies((10, actions), seed=12)
         for start, eta in ((None, 0.5), (None, 0.1), (init, 0.5)):
@@ -374,6 +410,59 @@ def test_the_last_iterate_of_onpo_converges_linearly():
     np.testing.assert_allclose(slopes, np.mean(slopes), rtol=0.02)
     assert slopes[0] < -0.01
     assert run(RPS, "onpo", 1, 1000, TILTED).last_gap[-1] < 1e-12
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.02])
+def test_the_hard_game_has_the_nash_strategies_of_its_two_players(delta):
+    marginals = nash(hard_game(delta)).reshape(2, 2)
+    np.testing.assert_allclose(marginals.sum(1), np.array([1, delta]) / (1 + delta), atol=1e-9)
+    np.testing.assert_allclose(marginals.sum(0), np.array([0.5, 0.5 + delta]) / (1 + delta), atol=1e-9)
+
+
+def test_a_symmetrised_game_is_played_as_its_two_players_would():
+    """ONPO from a product policy is both players' optimistic mirror descent in A, with half the step."""
+    A, eta = np.random.default_rng(21).random((3, 2)), 0.8
+    x, y = policies((3,), seed=22), policies((2,), seed=23)
+    rows, columns = (x, x), (y, y)  # (auxiliary, policy) of each player
+    trace = run(symmetrised(A), "onpo", eta, 40, np.outer(x, y).ravel(), keep_policies=True)
+    for t in range(40):
+        np.testing.assert_allclose(trace.policies[t], np.outer(rows[1], columns[1]).ravel(), atol=1e-12)
+        loss, gain = A @ columns[1], rows[1] @ A
+        assert trace.last_gap[t] == pytest.approx(gain.max() - loss.min(), abs=1e-12)
+        grow_row, grow_column = np.exp(-eta / 2 * loss), np.exp(eta / 2 * gain)
+        rows = (row := normalised(rows[0] * grow_row)), normalised(row * grow_row)
+        columns = (column := normalised(columns[0] * grow_column)), normalised(column * grow_column)
+
+
+@pytest.mark.parametrize(
+    ("make_game", "rounds"), [(hard_game, 12), (lambda delta: three_cycle(0.5 + delta, 1, 1), 4.2)]
+)
+def test_the_last_policy_of_onpo_comes_back_after_rounds_of_the_order_of_one_over_delta(make_game, rounds):
+    deltas = np.array([0.04, 0.02, 0.01])
+    P = np.stack([make_game(delta) for delta in deltas])
+    trace = run(P, "onpo", 0.5, 2500)
+    returns = [first_return(gap) for gap in trace.last_gap]
+    for delta, gap, (first, last) in zip(deltas, trace.last_gap, returns):
+        assert gap[: first - 1].min() < 2 * delta  # it had been good
+        assert gap[first - 2] <= 0.1 < gap[first - 1]
+        assert (gap[first - 1 : last] > 0.1).all()
+        assert gap[first - 1 : last].max() > 0.4
+        assert last - first > 3 / delta
+    np.testing.assert_allclose(deltas * np.array(returns)[:, 0], rounds, rtol=0.1)
+    bound = bounds.theorem_2(np.log(P.shape[-1]), np.arange(1, 2501))
+    assert (trace.average_gap <= bound).all()
+
+
+def test_the_hard_game_by_name():
+    np.testing.assert_array_equal(make("hard_for_optimism=0.03", count=2), np.stack(2 * [hard_game(0.03)]))
+    np.testing.assert_array_equal(make("hard_for_optimism"), hard_game(0.01)[None])
+    for source, message in (("=0", "delta"), ("=0.6", "delta"), ("=nan", "delta"), ("=x", "x is not a number")):
+        with pytest.raises(ValueError, match=message):
+            make(f"hard_for_optimism{source}")
+    with pytest.raises(ValueError, match="hard_for_optimism has 4 actions, not 3"):
+        make("hard_for_optimism=0.1", actions=3)
+    with pytest.raises(ValueError, match=r"P\[|probability"):
+        symmetrised(np.array([[2.0, 0.0]]))
 
 
 def test_pulled_methods_solve_the_regularised_game_and_not_the_other():

@@ -48,6 +48,14 @@ def finished(unfinished: Path) -> Path:
     return unfinished
 
 
+BEST_OF_NASH = {
+    "samples": 64,
+    "responses_played": 3.24,
+    "win_rate": [0.71, 0.6, 0.47],
+    "interval": [[0.62, 0.8], [0.5, 0.7], [0.4, 0.54]],
+}
+
+
 class Page(HTMLParser):
     """Tags in order, attributes of each, and the page's visible text with runs of blanks as one."""
 
@@ -485,6 +493,20 @@ ODD_LINES = [
 ]
 
 
+def test_best_of_nash_is_beside_the_policies(finished: Path) -> None:
+    before = Page(write_report(finished))
+    assert "Best of Nash" not in before.text
+    assert "best of Nash" not in before.text
+    (finished / "evaluation.json").write_text(json.dumps(evaluation(0.68, 0.61, 0.75) | {"best_of_nash": BEST_OF_NASH}))
+    after = Page(write_report(finished))
+    assert "wins 47.0 % of comparisons with π₃ (interval 40.0 % to 54.0 %) and 71.0 % with π₁ (62.0 % to" in after.text
+    assert "64 responses of π₁" in after.text
+    assert "plays 3.2 of them" in after.text
+    assert "These 2,016 comparisons" in after.text
+    assert "best of Nash 71.0 % 62.0 % to 80.0 % 60.0 % 50.0 % to 70.0 % 47.0 % 40.0 % to 54.0 %" in after.text
+    assert "Yes: π₃ wins 68.0 % of comparisons with π₁" in after.text
+
+
 def test_an_evaluation_is_known_from_what_only_looks_like_one() -> None:
     """A run that goes on makes anew what is none."""
     assert is_evaluation(evaluation(0.6, 0.5, 0.7))
@@ -530,6 +552,12 @@ def test_a_line_without_an_end_is_not_kept(finished: Path) -> None:
         {"policies": {"π_1": 1, "π_2": 2, "π_3": 3}},
         {"policies": []},
         {"kl_to_initial": [1]},
+        {"best_of_nash": None},
+        {"best_of_nash": BEST_OF_NASH | {"samples": 1}},
+        {"best_of_nash": BEST_OF_NASH | {"samples": "<b>"}},
+        {"best_of_nash": BEST_OF_NASH | {"win_rate": [0.5, 0.6]}},
+        {"best_of_nash": BEST_OF_NASH | {"responses_played": 65}},
+        {"best_of_nash": {"samples": 64}},
     ],
 )
 def test_an_odd_evaluation_is_one_line(finished: Path, change: dict, capsys) -> None:

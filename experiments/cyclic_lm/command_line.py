@@ -1,0 +1,175 @@
+"""The command: onpo-fast experiment cyclic-lm."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from onpo_fast import oracles
+from onpo_fast.errors import CommandParser, UserError
+from onpo_fast.oracles.classes import ClassPreference
+from onpo_fast.run import signals
+from onpo_fast.run.tracking import console, say
+
+from . import comparison, page
+from .jobs import Job, Runner
+from .recipe import ARMS, ITERATIONS, LAST, MAIN_ARMS, ORACLE, SEEDS, TUNING_ETAS, TUNING_SEEDS
+
+GPU_PROCESSES = 8  # that share a GPU: a run of this small model alone leaves most of it idle
+ABOUT = (
+    "Train a language model by self-play under a preference that is cyclic between three classes of responses, by "
+    "several methods and seeds, and measure the duality gap of every policy, which is exact given its class shares. "
+    "Results add up: a run that has a file of results is not done again."
+)
+
+
+def run(argv: list[str]) -> None:
+    """Runs what has no results yet, prints the table and writes the page."""
+    options = _parser().parse_args(argv)
+    results = options.results or options.out / "results"
+    if not options.page:
+        _run_jobs(options, results)
+    runs = comparison.read(results)
+    if not runs:
+        raise UserError(f"there are no results in {results}")
+    for (oracle, iterations), own in comparison.games(runs).items():
+        console.print(drawn(comparison.table(own), f"oracle {oracle}, {iterations} iterations"))
+    say(f"{page.write(runs, options.out)}")
+
+
+def _run_jobs(options: argparse.Namespace, results: Path) -> None:
+    signals.listen()
+    preference = oracles.load(options.oracle)
+    if not isinstance(preference, ClassPreference):
+        raise UserError(
+            f"--oracle {options.oracle} is not a preference between classes: make one with "
+            "onpo_fast.oracles.cyclic_preference (docs/evidence.md)"
+        )
+    runner = Runner(
+        options.out,
+        results,
+        preference,
+        options.processes or _default_processes(options.device),
+        options.device,
+        options.keep_runs,
+        time.monotonic() + 60 * options.minutes if options.minutes is not None else None,
+    )
+    try:
+        runner.run(jobs(options, comparison.read(results)))
+    except signals.Stopped as stopped:
+        console.print(f"{stopped}; the same command goes on")
+        raise SystemExit(stopped.exit_status) from None
+
+
+def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
+    """Returns the runs that the options ask for: seed by seed, so that arms stay paired if the time is up."""
+    seeds = TUNING_SEEDS if options.tune else options.seeds
+
+    def etas(arm: str) -> tuple[float, ...]:
+        if options.eta is not None:
+            return (options.eta,)
+        return TUNING_ETAS if options.tune else (comparison.chosen_eta(runs, arm),)
+
+    found = [
+        Job(arm, seed, eta, options.oracle, options.iterations)
+        for seed in seeds
+        for arm in options.arms
+        for eta in etas(arm)
+    ]
+    first = [job for job in found if job.seed == seeds[0]]
+    if options.best_response:
+        found += [replace(job, kind="best_response") for job in first]
+    if options.best_of_nash:
+        found.append(replace(first[0], kind="best_of_nash"))
+    return found
+
+
+def drawn(rows: list[comparison.Row], game: str) -> Table:
+    """Returns the table of one game for the terminal; the page has more columns."""
+    title = f"Duality gap, {game}: mean of the last {LAST} policies, median over seeds"
+    found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
+    for row in rows:
+        versus = row.paired
+        found.add_row(
+            row.label,
+            f"{row.eta:g}",
+            str(row.seeds),
+            f"{row.gap.median:.3f}",
+            "–" if row.exact_gap is None else f"{row.exact_gap:.3f}",
+            "–" if versus is None else _difference(versus),
+            "–" if versus is None else f"{versus.wins}/{len(versus.difference.values)}",
+            "–" if versus is None else f"{versus.p:.3f}",
+        )
+    return found
+
+
+def _difference(versus: comparison.Paired) -> str:
+    mean = f"{versus.mean:+.3f}"
+    return mean if versus.low is None else f"{mean} ({versus.low:+.2f} to {versus.high:+.2f})"
+
+
+def _default_processes(device: str) -> int:
+    """One process for each core; on a GPU at most ``GPU_PROCESSES``, which share it."""
+    cores = os.cpu_count() or 1
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return min(GPU_PROCESSES, cores) if on_gpu else cores
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0 or value in TUNING_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 on other than {TUNING_SEEDS}, which choose η")
+    return value
+
+
+_at_least_one.__name__, _positive.__name__, _seed.__name__ = "whole number from 1 on", "positive number", "seed"
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="onpo-fast experiment cyclic-lm", description=ABOUT)
+    add = parser.add_argument
+    about = f"methods to run, of {', '.join(ARMS)} (default: {' '.join(MAIN_ARMS)})"
+    add("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="NAME", help=about)
+    about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
+    add("--seeds", nargs="+", type=_seed, default=list(SEEDS), metavar="N", help=about)
+    about = "step of mirror descent of all arms (default: for each arm what --tune has chosen, else 3)"
+    add("--eta", type=_positive, help=about)
+    about = f"run the steps {', '.join(f'{eta:g}' for eta in TUNING_ETAS)} on seed {TUNING_SEEDS[0]}, to choose one"
+    add("--tune", action="store_true", help=about)
+    about = "also train a best response against the last policy of each arm, on the first seed"
+    add("--best_response", action="store_true", help=about)
+    about = "also find the Nash policy over 64 responses of π_1 to each held-out prompt, without training"
+    add("--best_of_nash", action="store_true", help=about)
+    about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
+    add("--oracle", default=ORACLE, help=about)
+    about = f"policy updates of a run (default: {ITERATIONS})"
+    add("--iterations", type=_at_least_one, default=ITERATIONS, metavar="T", help=about)
+    about = "where run directories, results and the page go (default: runs/cyclic-lm)"
+    add("--out", type=Path, default=Path("runs/cyclic-lm"), help=about)
+    add("--results", type=Path, help="folder of the files of results (default: OUT/results)")
+    add("--processes", type=_at_least_one, help="runs at the same time (default: one a core, on a GPU at most 8)")
+    add("--minutes", type=_positive, help="stop after this many minutes; the same command goes on (default: no limit)")
+    add("--device", default="auto", help="device of the trainer (default: auto)")
+    add("--keep_runs", action="store_true", help="keep run directories when their results are written")
+    add("--page", action="store_true", help="run nothing: print the table and write the page from the results")
+    return parser

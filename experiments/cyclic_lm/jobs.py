@@ -1,0 +1,275 @@
+"""Runs of the trainer, each in a process of its own, as many at a time as there are cores; they can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Literal
+
+from onpo_fast.errors import UserError
+from onpo_fast.files import atomic_write_text
+from onpo_fast.oracles.classes import ClassPreference
+from onpo_fast.run.progress import Progress
+from onpo_fast.run.tracking import progress, say
+
+from .measures import measure, measure_best_of_nash, measure_best_response
+from .recipe import (
+    ARMS,
+    BEST_OF_NASH_SAMPLES,
+    BEST_RESPONSE_ARM,
+    BEST_RESPONSE_ETA,
+    ITERATIONS,
+    OPTIONS,
+    ORACLE,
+    write_prompts,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: an arm, a seed, the step η of mirror descent and the oracle; or what is done with a finished one.
+
+    Attributes:
+        kind: "train": the run itself. "best_response": a copy of its last policy is trained against it for one
+            iteration: all responses are those of the frozen policy, so that a large step moves the copy towards the
+            best response to it. "best_of_nash": the Nash policy over responses of its π_1, without training.
+    """
+
+    arm: str
+    seed: int
+    eta: float
+    oracle: str = ORACLE
+    iterations: int = ITERATIONS
+    kind: Literal["train", "best_response", "best_of_nash"] = "train"
+
+    @property
+    def base(self) -> Job:
+        """The run that this is done with."""
+        return replace(self, kind="train")
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory and of its file of results."""
+        game = "" if self.oracle == ORACLE else "-" + re.sub(r"\W+", "_", self.oracle)
+        length = "" if self.iterations == ITERATIONS else f"-T{self.iterations}"
+        kind = "" if self.kind == "train" else f"-{self.kind}"
+        return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
+
+    def options(self) -> dict[str, object]:
+        """The options of the trainer that are not files."""
+        answers = self.kind == "best_response"
+        arm = ARMS[BEST_RESPONSE_ARM if answers else self.arm]
+        return {
+            **OPTIONS,
+            "objective": arm.objective,
+            **arm.steps(BEST_RESPONSE_ETA if answers else self.eta),
+            **arm.options,
+            "iterations": 1 if answers else self.iterations,
+            "seed": self.seed,
+            "oracle": self.oracle,
+        }
+
+
+@dataclass
+class _Running:
+    """A job whose process runs; ``seen`` is the number of its units of work that were counted."""
+
+    job: Job
+    process: subprocess.Popen
+    log: IO
+    seen: int = 0
+
+
+@dataclass
+class Runner:
+    """Runs jobs and writes their results.
+
+    Attributes:
+        out: where run directories, logs and prompts go.
+        results: where a file with the results of each job goes. A job that has one is not run again.
+        preference: the oracle of all jobs.
+        processes: the number of jobs at a time.
+        device: value of --device.
+        keep_runs: whether run directories stay when their results are written.
+        deadline: no work after this time (``time.monotonic()``); None: no limit.
+    """
+
+    out: Path
+    results: Path
+    preference: ClassPreference
+    processes: int
+    device: str = "auto"
+    keep_runs: bool = False
+    deadline: float | None = None
+    running: list[_Running] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    wanted: Sequence[Job] = ()
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Runs the jobs that have no results yet, in this order.
+
+        Raises:
+            UserError: if a run fails, when the others have ended; names the log.
+            Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
+        """
+        self.wanted, files = jobs, write_prompts(self.out)
+        waiting = [job for job in jobs if self._is_needed(job, jobs)]
+        if not waiting:
+            return
+        try:
+            with progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
+                while waiting or self.running:
+                    if self.deadline is not None and time.monotonic() > self.deadline:
+                        say("the time is up; the same command goes on")
+                        break
+                    self._start_some(waiting, files)
+                    time.sleep(POLL_SECONDS)
+                    self._collect(done, waiting)
+        finally:
+            self._stop()
+        if self.failed:
+            raise UserError("; ".join(self.failed))
+
+    def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
+        """Whether a job has no results yet, or its run directory is needed for another that has none."""
+        if not self.path(job).exists():
+            return True
+        return any(self._follows(other, job) and not self.path(other).exists() for other in jobs)
+
+    @staticmethod
+    def _follows(job: Job, base: Job) -> bool:
+        return job.kind != "train" and job.base == base
+
+    def _start_some(self, waiting: list[Job], files: dict[str, str]) -> None:
+        """Starts waiting jobs, in their order, while there is room; those that need a run's directory wait for it."""
+        unfinished = {one.job for one in self.running} | set(waiting)
+        for job in list(waiting):
+            if len(self.running) == self.processes:
+                return
+            if job.kind == "train" or job.base not in unfinished:
+                waiting.remove(job)
+                self.running.append(self._start(job, files))
+
+    def path(self, job: Job) -> Path:
+        """The file of a job's results."""
+        return self.results / f"{job.name}.json"
+
+    def folder(self, job: Job) -> Path:
+        """The run directory of a job."""
+        return self.out / "runs" / job.name
+
+    def _log(self, job: Job) -> Path:
+        return self.folder(job).parent / f"{job.name}.log"
+
+    def _start(self, job: Job, files: dict[str, str]) -> _Running:
+        folder = self.folder(job)
+        command = [sys.executable, "-m", *self._command(job, files)]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = open(self._log(job), "a", encoding="utf-8")
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        if self.processes > 1:  # threads of several processes would wait for each other
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        return _Running(job, process, log)
+
+    def _command(self, job: Job, files: dict[str, str]) -> list[str]:
+        """The module to run, with its arguments."""
+        folder = self.folder(job)
+        if job.kind == "best_of_nash":
+            samples = str(BEST_OF_NASH_SAMPLES)
+            return ["onpo_fast.evaluate", str(self.folder(job.base)), "--best_of_nash", samples, "--trust_run"]
+        command = ["onpo_fast.train", "--out", str(folder), "--device", self.device]
+        if (folder / "config.yaml").exists():
+            return [*command, "--resume", "--trust_run"]  # it is this program's own
+        options = {**job.options(), **files}
+        if job.kind == "best_response":
+            options["model"] = self.folder(job.base) / f"iteration_{job.iterations:02d}" / "policy"
+        return [*command, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+
+    def _collect(self, done: Progress, waiting: list[Job]) -> None:
+        """Counts the work that was done, and takes the results of processes that have ended.
+
+        What needs the directory of a run that failed is given up.
+        """
+        for one in list(self.running):
+            status = one.process.poll()
+            now = units(one.job) if status == 0 else done_units(self.folder(one.job))
+            done(now - one.seen)
+            one.seen = now
+            if status is None:
+                continue
+            self.running.remove(one)
+            one.log.close()
+            if status == 0:
+                self._write(one.job)
+                self._clean(waiting)
+            else:
+                waiting[:] = [job for job in waiting if not self._follows(job, one.job)]
+                log = self._log(one.job)
+                last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+                self.failed.append(f"{one.job.name} failed: {' '.join(last)} (all of it: {log})")
+
+    def _write(self, job: Job) -> None:
+        """Writes the results of what has ended."""
+        read = {"train": measure, "best_response": measure_best_response, "best_of_nash": measure_best_of_nash}
+        results = {
+            "kind": job.kind,
+            "arm": job.arm,
+            "eta": job.eta,
+            "seed": job.seed,
+            "oracle": job.oracle,
+            "iterations": job.iterations,
+            "classes": list(self.preference.names),
+            "matrix": self.preference.full_matrix.tolist(),
+            "options": {name: value for name, value in job.options().items() if name != "oracle"},
+            **read[job.kind](self._finished(job), self.preference, ARMS[job.arm], job.eta),
+        }
+        atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
+
+    def _finished(self, job: Job) -> Path:
+        """The run directory that has a job's results: best of Nash is in the evaluation of its run."""
+        return self.folder(job.base if job.kind == "best_of_nash" else job)
+
+    def _clean(self, waiting: Sequence[Job]) -> None:
+        """Removes the directories of runs that have results and that nothing else needs."""
+        needed = {job for other in [*waiting, *(one.job for one in self.running)] for job in (other, other.base)}
+        for job in self.wanted:
+            if not self.keep_runs and job not in needed and self.path(job).exists():
+                shutil.rmtree(self.folder(job), ignore_errors=True)
+
+    def _stop(self) -> None:
+        """Asks the runs that go on to stop, and waits until they have saved what they did."""
+        for one in self.running:
+            one.process.send_signal(signal.SIGTERM)
+        for one in self.running:
+            one.process.wait()
+            one.log.close()
+        self.running.clear()
+
+
+def units(job: Job) -> int:
+    """Returns how much work a job is, in iterations; the evaluation of four policies is about one."""
+    return 1 + job.iterations + job.iterations // 4 if job.kind == "train" else 2
+
+
+def done_units(folder: Path) -> int:
+    """Returns the number of a run's iterations that have ended."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    return path.read_text(encoding="utf-8", errors="replace").count('"stage": "iteration"')

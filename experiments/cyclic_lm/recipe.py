@@ -1,0 +1,110 @@
+"""The recipe: prompts, arms, and the options of the trainer that all arms share."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onpo_fast.files import atomic_write_text
+from onpo_fast.oracles.classes import OPENINGS, transitive_preference
+
+ORACLE = "openings"  # the bundled preference between three kinds of first words
+CONTROL = "experiments.cyclic_lm.recipe:ordered"  # the same classes in an order instead of a cycle
+ordered = transitive_preference(OPENINGS.names, OPENINGS.classify)
+
+ADJECTIVES = "small old lonely clever quiet golden forgotten strange hungry gentle".split()
+NOUNS = """
+    garden lighthouse sailor mountain violin teacher bridge dragon market robot kitchen forest painter letter train
+    castle doctor island horse window soldier lamp village desert fox river clock baker storm library key harbour
+    mirror wolf gardener tower
+""".split()
+TRAINING_NOUNS = 24  # of the nouns; the others, a third, are the topics of held-out prompts
+HELD_OUT_ADJECTIVES = 2  # of the adjectives, for each held-out noun
+
+ITERATIONS = 10
+LAST = 5  # policies whose mean gap an arm is judged by
+ETA = 3.0  # near the step with which exact ONPO converges fastest in a cycle of probability 0.8 (see docs/evidence.md)
+TUNING_ETAS = (1.5, 3.0, 6.0)
+TUNING_SEEDS = (1000,)  # whose results choose η and are not reported
+SEEDS = (0, 1, 2, 3, 4)
+
+BEST_RESPONSE_ETA = 10.0  # step of the two fits that train a best response: the target of a sure pair is 5 nats
+BEST_RESPONSE_ARM = "omd_two_fits"  # one iteration of it
+
+BEST_OF_NASH_SAMPLES = 64
+
+LORA_LAYERS = 4  # the last ones; fits are cheap, as the backward pass ends there
+LORA_MODULES = "self_attn.q_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj".split()
+OPTIONS: dict[str, object] = {
+    "model": "smollm2",
+    "max_new_tokens": 8,
+    "prompts_per_iteration": 16,
+    "responses_per_prompt": 8,
+    "batch_pairs": 28,  # all pairs of a prompt: 16 optimizer steps a fit
+    "learning_rate": 7e-4,
+    "lora_rank": 8,
+    "lora_targets": ",".join(f"layers.{i}.{m}" for i in range(30 - LORA_LAYERS, 30) for m in LORA_MODULES),
+    "eval_samples": 8,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method of the comparison.
+
+    Attributes:
+        label: its name in tables and plots.
+        objective: value of --objective.
+        steps: names of the options that set its step, and their values for the step η of mirror descent.
+        exact: whether its fits are to the target η(P − ½), so that the margin of an exact fit is known.
+        options: others that differ from ``OPTIONS``.
+    """
+
+    label: str
+    objective: str
+    steps: Callable[[float], dict[str, float]] = lambda eta: {"eta": eta}
+    exact: bool = True
+    options: dict[str, object] = field(default_factory=dict)
+
+
+ARMS = {
+    "onpo": Arm("ONPO", "onpo"),
+    "omd": Arm("OMD", "omd"),
+    "omd_two_fits": Arm("OMD, two fits", "omd_two_fits"),
+    "inpo": Arm("INPO", "inpo", lambda eta: {"eta": 1 / eta}),
+    "iterative_dpo": Arm("iterative DPO", "iterative_dpo", lambda eta: {"beta": 1 / eta}, exact=False),
+    "online_ipo": Arm("online IPO", "online_ipo", lambda eta: {"tau": 1 / eta}),
+    "sppo": Arm("SPPO", "sppo", exact=False),
+    "egpo": Arm("EGPO", "egpo", exact=False),
+    "nash_md": Arm("Nash-MD", "nash_md"),
+    "onpo_best_worst": Arm("ONPO, best_worst pairs", "onpo", exact=False, options={"pairing": "best_worst"}),
+}
+MAIN_ARMS = ("onpo", "omd", "omd_two_fits", "inpo", "iterative_dpo")
+BASELINE = "omd_two_fits"  # the control for ONPO: as many optimizer steps on as much data
+
+
+def prompts(nouns: Sequence[str], adjectives: Sequence[str]) -> list[list[dict[str, str]]]:
+    """Returns a conversation for every noun and adjective, those of a noun together."""
+    things = [f"{adjective} {noun}" for noun, adjective in itertools.product(nouns, adjectives)]
+    return [
+        [
+            {"role": "system", "content": "You write stories."},
+            {"role": "user", "content": f"Begin a story about {'an' if thing[0] in 'aeiou' else 'a'} {thing}."},
+        ]
+        for thing in things
+    ]
+
+
+def write_prompts(folder: Path) -> dict[str, str]:
+    """Writes both files of prompts and returns the options that name them."""
+    files = {
+        "prompts": prompts(NOUNS[:TRAINING_NOUNS], ADJECTIVES),
+        "eval_prompts": prompts(NOUNS[TRAINING_NOUNS:], ADJECTIVES[:HELD_OUT_ADJECTIVES]),
+    }
+    for name, conversations in files.items():
+        lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in conversations]
+        atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
+    return {name: str(folder / f"{name}.jsonl") for name in files}

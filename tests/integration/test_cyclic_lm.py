@@ -1,0 +1,134 @@
+"""The experiment on a language model from its command, with a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.cyclic_lm import command_line, comparison, recipe
+from onpo_fast.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PREFERENCE = """
+from onpo_fast.oracles import cyclic_preference
+
+# a tiny random model says bytes: their sum decides
+preference = cyclic_preference(["a", "b", "c"], lambda prompt, response: sum(response.encode()) % 3)
+
+
+def matrix(prompt, responses):
+    return [[0.5] * len(responses)] * len(responses)
+"""
+DRIVER = """
+import sys
+from experiments.cyclic_lm import recipe
+recipe.OPTIONS.update({options})
+from experiments.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def small(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Options of runs of seconds; the current folder has a preference of the user's."""
+    options = {
+        "model": str(tiny_model),
+        "prompts_per_iteration": 2,
+        "responses_per_prompt": 4,
+        "batch_pairs": 6,
+        "lora_targets": "q_proj",
+        "eval_samples": 2,
+    }
+    for name, value in options.items():
+        monkeypatch.setitem(recipe.OPTIONS, name, value)
+    monkeypatch.setattr(recipe, "NOUNS", recipe.NOUNS[:24] + recipe.NOUNS[24:26])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_cycle.py").write_text(PREFERENCE)
+    return options
+
+
+def started(options: dict[str, object], *arguments: str) -> subprocess.Popen:
+    """The command in a process of its own."""
+    words = [sys.executable, "-c", DRIVER.format(options=options), "cyclic-lm", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.long
+def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, capsys) -> None:
+    """With a best response and best of Nash; run directories are removed, and nothing is run again."""
+    command = "--arms onpo omd_two_fits --seeds 7 --oracle own_cycle:preference --iterations 2 --processes 2".split()
+    command_line.run([*command, "--best_response", "--best_of_nash"])
+    out = tmp_path / "runs" / "cyclic-lm"
+    onpo, two_fits = comparison.read(out / "results")
+    assert (onpo.arm, two_fits.arm, onpo.seed) == ("onpo", "omd_two_fits", 7)
+    for run in (onpo, two_fits):
+        assert run.gap.shape == (3,)
+        assert run.shares.sum(1) == pytest.approx([1] * 3)
+        assert run.optimizer_steps == 2 * 2 * 2
+        assert run.best_response is not None
+        assert len(run.raw["win_rate"]) == len(run.raw["kl_to_initial"]) == 3
+        assert all(fit["exact"] is not None for fit in run.raw["fits"])
+    assert onpo.gap[:2] == pytest.approx(two_fits.gap[:2])  # their first iteration is the same
+    assert onpo.best_of_nash.samples == 64
+    assert onpo.best_of_nash.prompt_gap < 0.05  # 64 responses of a random model have all classes
+    assert "own_cycle:preference" in (out / "evidence.html").read_text(encoding="utf-8")
+    assert [path.suffix for path in (out / "runs").iterdir()] == [".log"] * 5
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    capsys.readouterr()
+    command_line.run([*command, "--best_response", "--best_of_nash"])
+    assert "OMD, two fits" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()} == before
+
+
+@pytest.mark.long
+def test_a_run_that_was_stopped_ends_with_the_same_results(small: dict, tmp_path: Path) -> None:
+    arguments = "--arms omd --seeds 0 --oracle own_cycle:preference --iterations 2 --processes 1".split()
+    whole = started(small, *arguments, "--out", "whole")
+    assert whole.wait(300) == 0, whole.stdout.read()
+    stopped = started(small, *arguments, "--out", "stopped")
+    sampled = tmp_path / "stopped/runs/omd-eta3-seed0-T2-own_cycle_preference/iteration_01/responses.jsonl"
+    deadline = time.monotonic() + 200
+    while not sampled.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(100) == 128 + signal.SIGTERM
+    assert sampled.exists()
+    assert not list((tmp_path / "stopped").glob("results/*"))
+    resumed = started(small, *arguments, "--out", "stopped")
+    assert resumed.wait(300) == 0, resumed.stdout.read()
+    (one,), (other,) = (comparison.read(tmp_path / name / "results") for name in ("whole", "stopped"))
+    same = ("heldout", "training", "win_rate", "kl_to_initial", "cyclic_triples", "fits")
+    assert {name: one.raw[name] for name in same} == {name: other.raw[name] for name in same}
+
+
+def test_a_run_that_fails_names_its_log(small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipe.OPTIONS, "model", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"omd-eta3-seed0-T1\.log"):
+        command_line.run("--arms omd --seeds 0 --iterations 1 --out out".split())
+    assert json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arms", "sgd"], "--arms"),
+        (["--seeds", "1000"], "1000"),
+        (["--eta", "0"], "--eta"),
+        (["--oracle", "population"], "--oracle population"),
+        (["--oracle", "own_cycle:matrix"], "--oracle own_cycle:matrix"),
+        (["--page"], "no results"),
+        (["--minutes", "-1"], "--minutes"),
+    ],
+)
+def test_what_is_wrong_is_named(small: dict, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        command_line.run(arguments)

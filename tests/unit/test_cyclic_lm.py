@@ -1,0 +1,262 @@
+"""The experiment on a language model with an exact gap: its measures, comparisons and page, on made-up results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.cyclic_lm import comparison, measures, page, recipe
+from experiments.cyclic_lm.jobs import Job
+from onpo_fast.config import Config
+from onpo_fast.errors import UserError
+from onpo_fast.oracles import cyclic_preference
+from onpo_fast.oracles.classes import OPENINGS
+
+P = OPENINGS.full_matrix  # determiner ≻ function word ≻ content word ≻ determiner, with probability 0.8
+
+
+def responses(shares: list[float], prompts: int = 8, samples: int = 30) -> measures.Classes:
+    """Classes with exactly these shares for every prompt."""
+    own = [c for c, share in enumerate(shares) for _ in range(round(share * samples))]
+    assert len(own) == samples
+    return [np.random.default_rng(prompt).permutation(own).tolist() for prompt in range(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "gap"),
+    [
+        ([0.5, 0.3, 0.2, 0], 2 * (0.5 * 0.8 + 0.3 * 0.2 + 0.2 * 0.5) - 1),  # a content word is the best response
+        ([1 / 3, 1 / 3, 1 / 3, 0], 0.0),
+        ([1, 0, 0, 0], 0.6),
+        ([0, 0, 0, 1], 0.6),  # any class beats none of them
+    ],
+)
+def test_the_gap_from_class_shares(shares: list[float], gap: float) -> None:
+    assert measures.gaps(P, [responses(shares)])[0] == pytest.approx(gap)
+
+
+def test_the_average_policy_of_a_cycle_is_nash() -> None:
+    cycle = [responses(shares) for shares in ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0])]
+    assert measures.average_gap(P, cycle) == pytest.approx(0)
+    assert measures.gaps(P, cycle) == pytest.approx([0.6] * 3)
+
+
+def test_the_gap_by_topic_sees_what_pooling_hides() -> None:
+    """Two topics, each with one class: pooled, the best class gains half; an opponent that sees the topic gains all."""
+    topics = [[[0] * 8] * recipe.HELD_OUT_ADJECTIVES, [[1] * 8] * recipe.HELD_OUT_ADJECTIVES]
+    policy = topics[0] + topics[1]
+    assert measures.gaps_by_topic(P, [policy])[0] == pytest.approx(0.6)
+    assert measures.gaps(P, [policy])[0] == pytest.approx(0.3)
+
+
+def test_the_gap_by_topic_is_not_biased_upwards() -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        measures.gaps_by_topic(P, [rng.choice(3, (recipe.HELD_OUT_ADJECTIVES, 8)).tolist()])[0] for _ in range(2000)
+    ]
+    assert np.mean(found) < 0.01  # plugging in the maximum gives 0.11
+
+
+def test_the_exact_margin_is_that_of_mirror_descent() -> None:
+    shares, eta = np.array([0.5, 0.3, 0.2, 0]), 3.0
+    policy = responses(shares.tolist())
+    step = shares * np.exp(eta * P @ shares)
+    log_ratio = np.log(step[:3] / step[:3].sum()) - np.log(shares[:3])
+    margins = [
+        (log_ratio[i] - log_ratio[j]) * np.sign(P[i, j] - 0.5) for one in policy for i, j in combinations(one, 2)
+    ]
+    assert measures.exact_margin(P, policy, eta) == pytest.approx(np.mean(margins))
+
+
+def test_the_share_of_the_margins_that_fits_reached() -> None:
+    fits = [{"margin": 0.2, "exact": 0.4}, {"margin": 0.4, "exact": 0.4}]
+    assert measures.reached(fits) == pytest.approx(0.75)
+    assert measures.reached([{"margin": 0.2, "exact": None}]) is None
+
+
+@pytest.mark.parametrize("n", range(1, 15))
+def test_the_interval_of_a_median_covers(n: int) -> None:
+    """Its coverage is what it says, from draws of a skewed distribution; it is the narrowest with 95%."""
+    summary = comparison.summarise(list(range(n)))
+    k = int(summary.low) + 1
+    assert summary.high == n - k
+    assert summary.coverage == pytest.approx(max(0, 1 - 2 * stats.binom.cdf(k - 1, n, 0.5)))
+    assert summary.coverage >= 0.95 or k == 1
+    assert 1 - 2 * stats.binom.cdf(k, n, 0.5) < 0.95
+    draws = np.sort(np.random.default_rng(n).exponential(size=(20000, n)), axis=1)
+    covered = ((draws[:, k - 1] <= np.log(2)) & (draws[:, n - k] >= np.log(2))).mean()
+    assert covered == pytest.approx(summary.coverage, abs=0.015)
+
+
+def result(arm: str, seed: int, last: list[float], eta: float = recipe.ETA, oracle: str = "openings") -> dict:
+    """Raw results of a run that begins at shares (.35, .5, .15) and then stays at ``last``."""
+    first = responses([0.3, 0.5, 0.2, 0])
+    return {
+        "kind": "train",
+        "arm": arm,
+        "eta": eta,
+        "seed": seed,
+        "oracle": oracle,
+        "iterations": 6,
+        "classes": list(OPENINGS.names),
+        "matrix": P.tolist(),
+        "heldout": [first] + [responses(last)] * 6,
+        "training": [],
+        "win_rate": [],
+        "kl_to_initial": [0.0] + [0.5] * 6,
+        "cyclic_triples": [0.2] * 6,
+        "fits": [{"iteration": 1, "fit": "policy", "steps": 24, "margin": 0.3, "exact": 0.4}],
+        "seconds": 1.0,
+        "environment": {"device": "cpu: <b>", "torch": "2", "transformers": "5", "commit": None},
+    }
+
+
+def write(folder: Path, *results: dict) -> list[comparison.Run]:
+    folder.mkdir(exist_ok=True)
+    for number, one in enumerate(results):
+        (folder / f"{number}.json").write_text(json.dumps(one))
+    return comparison.read(folder)
+
+
+NEAR, FAR, FARTHER = [0.4, 0.3, 0.3, 0], [0.7, 0.2, 0.1, 0], [0.9, 0.1, 0, 0]  # gaps of 0.06, 0.3 and 0.48
+
+
+def test_paired_differences_and_the_sign_test(tmp_path: Path) -> None:
+    runs = write(
+        tmp_path,
+        *(result("onpo", seed, NEAR if seed else FAR) for seed in range(6)),
+        *(result("omd_two_fits", seed, FAR if seed else NEAR) for seed in range(5)),  # one seed fewer
+    )
+    versus = comparison.paired(runs, "onpo")
+    assert len(versus.difference.values) == 5
+    assert versus.wins == 4
+    assert versus.p == pytest.approx(stats.binomtest(4, 5).pvalue)
+    assert versus.difference.median == pytest.approx(0.06 - 0.3)
+    differences = [0.24, -0.24, -0.24, -0.24, -0.24]
+    low, high = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
+    assert (versus.low, versus.high) == (pytest.approx(low), pytest.approx(high))
+    assert comparison.paired(runs, "omd_two_fits") is None
+
+
+@pytest.mark.parametrize(
+    ("onpo", "words"),
+    [([NEAR] * 3, "nearer"), ([NEAR, FAR, FARTHER], "cannot be told apart"), ([FARTHER] * 3, "farther")],
+)
+def test_the_headline_says_what_came_out(tmp_path: Path, onpo: list[list[float]], words: str) -> None:
+    runs = write(
+        tmp_path,
+        *(result("onpo", seed, shares) for seed, shares in enumerate(onpo)),
+        *(result("omd_two_fits", seed, shares) for seed, shares in enumerate([FAR, FAR, [0.6, 0.2, 0.2, 0]])),
+    )
+    assert words in page.headline(runs)
+
+
+def test_the_step_is_chosen_on_seeds_that_are_not_reported(tmp_path: Path) -> None:
+    tuning = recipe.TUNING_SEEDS[0]
+    runs = write(
+        tmp_path,
+        result("onpo", tuning, FAR, eta=3.0),
+        result("onpo", tuning, NEAR, eta=6.0),
+        result("onpo", 0, NEAR, eta=6.0),
+        result("onpo", 0, FAR, eta=3.0),
+        result("omd", 0, FAR),
+    )
+    assert comparison.chosen_eta(runs, "onpo") == 6.0
+    assert comparison.chosen_eta(runs, "omd") == recipe.ETA
+    (own,) = comparison.games(runs).values()
+    assert [(run.arm, run.eta, run.seed) for run in own] == [("onpo", 6.0, 0), ("omd", recipe.ETA, 0)]
+    html = page.write(runs, tmp_path).read_text(encoding="utf-8")
+    assert "chosen: 6" in html
+    assert "cpu: &lt;b&gt;" in html
+
+
+def test_games_are_kept_apart(tmp_path: Path) -> None:
+    runs = write(tmp_path, result("onpo", 0, NEAR), result("onpo", 0, FAR, oracle="mine:cycle"))
+    assert set(comparison.games(runs)) == {("openings", 6), ("mine:cycle", 6)}
+
+
+def test_exact_fits_are_those_of_the_matrix_game(tmp_path: Path) -> None:
+    """π_2 of ONPO and of OMD with two fits: two steps from π_1."""
+    onpo, two_fits = write(tmp_path, result("onpo", 0, NEAR), result("omd_two_fits", 0, NEAR))
+    start = np.array([0.3, 0.5, 0.2])
+    second = start * np.exp(2 * recipe.ETA * P[:3, :3] @ start)
+    expected = 2 * (P[:3, :3] @ second / second.sum()).max() - 1
+    assert onpo.exact_gaps[1] == pytest.approx(expected)
+    assert two_fits.exact_gaps[1] == pytest.approx(expected)
+    assert onpo.exact_gaps[0] == pytest.approx(onpo.gap[0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"arm": "onpo"}', '{"arm": "another"}'])
+def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json"):
+        comparison.read(tmp_path)
+
+
+def test_a_best_response_belongs_to_its_run(tmp_path: Path) -> None:
+    answer = {**result("onpo", 0, NEAR), "kind": "best_response", "win_rate": 0.61, "interval": [0.5, 0.7]}
+    runs = write(tmp_path, result("onpo", 0, NEAR), result("onpo", 1, NEAR), answer)
+    assert [run.best_response for run in runs] == [0.61, None]
+    assert comparison.table(runs)[0].best_response == 0.61
+
+
+def test_best_of_nash_has_a_gap_of_its_own(tmp_path: Path) -> None:
+    """Pooled over two prompts it plays each class as often; against an opponent that sees the prompt it does not."""
+    weights = [[0.5, 0.5, 0, 0], [1 / 6, 1 / 6, 2 / 3, 0]]
+    chosen = {**result("onpo", 0, NEAR), "kind": "best_of_nash", "samples": 64, "heldout_shares": weights}
+    (run,) = write(tmp_path, result("onpo", 0, NEAR), chosen)
+    assert run.best_of_nash.gap == pytest.approx(0)
+    assert run.best_of_nash.prompt_gap == pytest.approx((0.3 + 0.3) / 2)
+    assert "2016 times" in page.write([run], tmp_path).read_text(encoding="utf-8")
+
+
+def test_prompts_of_a_topic_are_together_and_topics_are_held_out(tmp_path: Path) -> None:
+    files = recipe.write_prompts(tmp_path)
+    training, heldout = (
+        [json.loads(line)["prompt"][-1]["content"] for line in Path(files[name]).read_text().splitlines()]
+        for name in ("prompts", "eval_prompts")
+    )
+    nouns = [{text.rstrip(".").split()[-1] for text in texts} for texts in (training, heldout)]
+    assert not nouns[0] & nouns[1]
+    assert len(nouns[1]) == len(recipe.NOUNS) // 3
+    size = recipe.HELD_OUT_ADJECTIVES
+    assert all(len({text.split()[-1] for text in heldout[i : i + size]}) == 1 for i in range(0, len(heldout), size))
+    assert len(set(training)) >= max(100, recipe.OPTIONS["prompts_per_iteration"] * recipe.ITERATIONS)
+
+
+@pytest.mark.parametrize("arm", recipe.ARMS)
+def test_the_options_of_every_arm_are_the_trainers(arm: str) -> None:
+    """And the target of a pair with label 0.8 is that of the step η, where the loss is squared."""
+    config = Config(**Job(arm, 0, 3.0).options())
+    objective = config.make_objective()
+    if recipe.ARMS[arm].objective != "iterative_dpo":
+        import torch
+
+        assert objective.target(torch.tensor([0.8])).item() == pytest.approx(3.0 * 0.3)
+
+
+def test_names_tell_jobs_apart() -> None:
+    job = Job("onpo", 0, 3.0)
+    others = [
+        replace(job, seed=1),
+        replace(job, eta=1.5),
+        replace(job, oracle="mine:cycle"),
+        replace(job, iterations=3),
+        replace(job, kind="best_response"),
+        replace(job, kind="best_of_nash"),
+    ]
+    assert len({one.name for one in [job, *others]}) == 7
+
+
+def test_the_control_has_no_cycle() -> None:
+    assert recipe.ordered.names == OPENINGS.names
+    assert cyclic_preference(OPENINGS.names, OPENINGS.classify).matrix[2, 0] == pytest.approx(0.8)
+    assert recipe.ordered.matrix[0, 1] > 0.5
+    assert recipe.ordered.matrix[0, 2] > 0.5
+    assert recipe.ordered.matrix[1, 2] > 0.5
