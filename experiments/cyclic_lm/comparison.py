@@ -261,6 +261,8 @@ class Row:
     average_gap: Summary
     exact_gap: float | None  # of the last policies if all fits were exact; None where pairs depend on the oracle
     kl: Summary  # of the last policy from π_1, nats
+    win_rate: float  # of the last policy against π_1, median
+    cyclic_triples: float  # share of the triples of responses in training that are cyclic, median
     reached: float | None
     steps: int  # optimizer steps of a run
     best_response: float | None  # how often one that was trained against the last policy wins
@@ -284,6 +286,8 @@ def table(runs: Sequence[Run]) -> list[Row]:
                 summarise([run.average_gap for run in own]),
                 None if ARMS[arm].options else float(np.median([run.exact_gaps[-LAST:].mean() for run in own])),
                 summarise([run.raw["kl_to_initial"][-1] for run in own]),
+                float(np.median([run.raw["win_rate"][-1][0] for run in own])),
+                float(np.median([np.mean(run.raw["cyclic_triples"]) for run in own])),
                 float(np.median(shares_reached)) if shares_reached else None,
                 own[0].optimizer_steps,
                 next((run.best_response for run in own if run.best_response is not None), None),

@@ -108,7 +108,7 @@ def result(arm: str, seed: int, last: list[float], eta: float = recipe.ETA, orac
         "matrix": P.tolist(),
         "heldout": [first] + [responses(last)] * 6,
         "training": [],
-        "win_rate": [],
+        "win_rate": [[0.5] * 7] * 7,
         "kl_to_initial": [0.0] + [0.5] * 6,
         "cyclic_triples": [0.2] * 6,
         "fits": [{"iteration": 1, "fit": "policy", "steps": 24, "margin": 0.3, "exact": 0.4}],
