@@ -177,7 +177,8 @@ def class_shares(oracle: object, samples: Mapping[str, Sequence[Group]]) -> dict
 
     Returns:
         "classes": the C + 1 names of the classes, none of them last; "shares": for each policy, the share of each class
-        among its responses.
+        among its responses; "best_response": for each policy the most that any policy wins against it, max_c (P π̂)_c
+        for its shares π̂, which is ½ at a Nash policy.
     """
     if not isinstance(oracle, ClassPreference):
         return None
@@ -187,7 +188,8 @@ def class_shares(oracle: object, samples: Mapping[str, Sequence[Group]]) -> dict
         questions = [copy_question(group.prompt, [response.text for response in group.responses]) for group in groups]
         indices = np.concatenate([call_oracle("class shares", oracle.indices, *question) for question in questions])
         shares.append((np.bincount(indices, minlength=count) / len(indices)).tolist())
-    return {"classes": [*oracle.names, NONE], "shares": shares}
+    most = (np.array(shares) @ oracle.full_matrix.T).max(1)
+    return {"classes": [*oracle.names, NONE], "shares": shares, "best_response": most.tolist()}
 
 
 OPENINGS = cyclic_preference(openings.NAMES, openings.classify)

@@ -207,6 +207,7 @@ def _class_shares(value: Any, policies: int) -> dict[str, Any] | None:
     return {
         "classes": [shorten(name, "evaluation.json") for name in classes[:MAX_CLASSES]],
         "shares": [row[:MAX_CLASSES] for row in shares],
+        "best_response": _numbers(value["best_response"], (policies,), 0, 1),
         "count": len(classes),
     }
 

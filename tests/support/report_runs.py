@@ -99,6 +99,7 @@ def write_finished(directory: Path) -> None:
     write_lines(directory / "metrics.jsonl", metrics())
     write_lines(directory / "evaluation_responses.jsonl", rows)
     classes = {"classes": ["rock", ATTACK], "shares": [[0.912, 0.088], [0.5, 0.5], [0.345, 0.655]]}
+    classes["best_response"] = [0.774, 0.65, 0.604]
     evaluated = evaluation(0.68, 0.61, 0.75) | {"class_shares": classes}
     (directory / "evaluation.json").write_text(json.dumps(evaluated))
     (directory / "environment.json").write_text(json.dumps({"torch": "2.9.0", "device": {"name": "H100", "count": 1}}))

@@ -155,6 +155,7 @@ def test_shares_of_classes_in_an_evaluation() -> None:
     assert oracles.class_shares(OPENINGS, samples) == {
         "classes": ["determiner", "function word", "content word", "none of them"],
         "shares": [[0.5, 0.25, 0, 0.25], [0.25, 0, 0.75, 0]],
+        "best_response": pytest.approx([0.65, 0.65]),
     }
     assert oracles.class_shares(oracles.Population(), samples) is None
 

@@ -111,10 +111,10 @@ def test_what_no_reward_model_can_express(finished: Path) -> None:
     text = Page(write_report(finished)).text
     assert "15.0 % of the 400 triples of responses that were compared in training are cyclic" in text
     assert "No score per response can express that." in text
-    assert f"policy rock {ATTACK} π₁ 91.2 % 8.8 % π₂ 50.0 % 50.0 % π₃ 34.5 % 65.5 %" in text
+    assert f"policy rock {ATTACK} the best response wins π₁ 91.2 % 8.8 % 77.4 % π₂ 50.0 % 50.0 % 65.0 %" in text
 
     write_lines(finished / "metrics.jsonl", [row | {"cyclic_triples": 0.0} for row in metrics()])
-    many = {"classes": [f"class {i}" for i in range(90)], "shares": [[1 / 90] * 90] * 3}
+    many = {"classes": [f"class {i}" for i in range(90)], "shares": [[1 / 90] * 90] * 3, "best_response": [0.5] * 3}
     (finished / "evaluation.json").write_text(json.dumps(evaluation(0.6, 0.5, 0.7) | {"class_shares": many}))
     text = Page(write_report(finished)).text
     assert "0.0 % of the 600 triples" in text
@@ -124,7 +124,15 @@ def test_what_no_reward_model_can_express(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "shares",
-    [[], "x", {"classes": ["a"]}, {"classes": ["a"], "shares": [[1], [1]]}, {"classes": ["a"], "shares": [[2]] * 3}],
+    [
+        [],
+        "x",
+        {"classes": ["a"]},
+        {"classes": ["a"], "shares": [[1]] * 3},
+        {"classes": ["a"], "shares": [[1], [1]], "best_response": [0.5] * 3},
+        {"classes": ["a"], "shares": [[2]] * 3, "best_response": [0.5] * 3},
+        {"classes": ["a"], "shares": [[1]] * 3, "best_response": [0.5, 0.5, 1.5]},
+    ],
 )
 def test_class_shares_that_cannot_be(shares: object) -> None:
     assert not is_evaluation(evaluation(0.6, 0.5, 0.7) | {"class_shares": shares})
