@@ -17,9 +17,23 @@ from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run import signals
 from onpo_fast.run.tracking import console, say
 
-from . import comparison, page
+from . import comparison, page, results
+from .comparison import Paired, Row
 from .jobs import Job, Runner
-from .recipe import ARMS, ITERATIONS, LAST, MAIN_ARMS, ORACLE, SEEDS, TUNING_ETAS, TUNING_SEEDS
+from .recipe import (
+    ARMS,
+    BASELINE,
+    BEST_OF_NASH_SAMPLES,
+    ETA,
+    ITERATIONS,
+    LAST,
+    MAIN_ARMS,
+    ORACLE,
+    SEEDS,
+    TUNING_ETAS,
+    TUNING_SEEDS,
+)
+from .results import Run
 
 GPU_PROCESSES = 8  # that share a GPU: a run of this small model alone leaves most of it idle
 ABOUT = (
@@ -32,18 +46,19 @@ ABOUT = (
 def run(argv: list[str]) -> None:
     """Runs what has no results yet, prints the table and writes the page."""
     options = _parser().parse_args(argv)
-    results = options.results or options.out / "results"
-    if not options.page:
-        _run_jobs(options, results)
-    runs = comparison.read(results)
-    if not runs:
-        raise UserError(f"there are no results in {results}")
-    for (oracle, iterations), own in comparison.games(runs).items():
-        console.print(drawn(comparison.table(own), f"oracle {oracle}, {iterations} iterations"))
-    say(f"{page.write(runs, options.out)}")
+    folder = options.results or options.out / "results"
+    failed = [] if options.page else _run_jobs(options, folder)
+    runs = results.read(folder)
+    if runs:
+        for game, own in comparison.games(runs).items():
+            console.print(drawn(comparison.table(own, comparison.chosen_eta(runs, BASELINE, game)), *game))
+        say(f"{page.write(runs, options.out)}")
+    if failed or (options.page and not runs):
+        raise UserError("; ".join(failed) or f"there are no results in {folder}")
 
 
-def _run_jobs(options: argparse.Namespace, results: Path) -> None:
+def _run_jobs(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Runs the jobs; returns what is wrong with those that failed."""
     signals.listen()
     preference = oracles.load(options.oracle)
     if not isinstance(preference, ClassPreference):
@@ -53,7 +68,7 @@ def _run_jobs(options: argparse.Namespace, results: Path) -> None:
         )
     runner = Runner(
         options.out,
-        results,
+        folder,
         preference,
         options.processes or _default_processes(options.device),
         options.device,
@@ -61,25 +76,27 @@ def _run_jobs(options: argparse.Namespace, results: Path) -> None:
         time.monotonic() + 60 * options.minutes if options.minutes is not None else None,
     )
     try:
-        runner.run(jobs(options, comparison.read(results)))
+        runner.run(jobs(options, results.read(folder)))
     except signals.Stopped as stopped:
         console.print(f"{stopped}; the same command goes on")
         raise SystemExit(stopped.exit_status) from None
+    return runner.failed
 
 
-def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
+def jobs(options: argparse.Namespace, runs: list[Run]) -> list[Job]:
     """Returns the runs that the options ask for: seed by seed, so that arms stay paired if the time is up."""
-    seeds = TUNING_SEEDS if options.tune else options.seeds
+    seeds = TUNING_SEEDS if options.tune else tuple(dict.fromkeys(options.seeds))
+    game = (options.oracle, options.iterations)
 
     def etas(arm: str) -> tuple[float, ...]:
         if options.eta is not None:
             return (options.eta,)
-        return TUNING_ETAS if options.tune else (comparison.chosen_eta(runs, arm),)
+        return TUNING_ETAS if options.tune else (comparison.chosen_eta(runs, arm, game),)
 
     found = [
         Job(arm, seed, eta, options.oracle, options.iterations)
         for seed in seeds
-        for arm in options.arms
+        for arm in dict.fromkeys(options.arms)
         for eta in etas(arm)
     ]
     first = [job for job in found if job.seed == seeds[0]]
@@ -90,9 +107,10 @@ def jobs(options: argparse.Namespace, runs: list[comparison.Run]) -> list[Job]:
     return found
 
 
-def drawn(rows: list[comparison.Row], game: str) -> Table:
+def drawn(rows: list[Row], oracle: str, iterations: int) -> Table:
     """Returns the table of one game for the terminal; the page has more columns."""
-    title = f"Duality gap, {game}: mean of the last {LAST} policies, median over seeds"
+    last = min(LAST, iterations)
+    title = f"Duality gap, oracle {oracle}: mean of the last {last} of {iterations + 1} policies, median over seeds"
     found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
     for row in rows:
         versus = row.paired
@@ -109,7 +127,7 @@ def drawn(rows: list[comparison.Row], game: str) -> Table:
     return found
 
 
-def _difference(versus: comparison.Paired) -> str:
+def _difference(versus: Paired) -> str:
     mean = f"{versus.mean:+.3f}"
     return mean if versus.low is None else f"{mean} ({versus.low:+.2f} to {versus.high:+.2f})"
 
@@ -152,13 +170,13 @@ def _parser() -> CommandParser:
     add("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="NAME", help=about)
     about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
     add("--seeds", nargs="+", type=_seed, default=list(SEEDS), metavar="N", help=about)
-    about = "step of mirror descent of all arms (default: for each arm what --tune has chosen, else 3)"
+    about = f"step of mirror descent of all arms (default: for each arm what --tune has chosen, else {ETA:g})"
     add("--eta", type=_positive, help=about)
     about = f"run the steps {', '.join(f'{eta:g}' for eta in TUNING_ETAS)} on seed {TUNING_SEEDS[0]}, to choose one"
     add("--tune", action="store_true", help=about)
     about = "also train a best response against the last policy of each arm, on the first seed"
     add("--best_response", action="store_true", help=about)
-    about = "also find the Nash policy over 64 responses of π_1 to each held-out prompt, without training"
+    about = f"also find the Nash policy over {BEST_OF_NASH_SAMPLES} responses of π_1 to each held-out prompt"
     add("--best_of_nash", action="store_true", help=about)
     about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
     add("--oracle", default=ORACLE, help=about)

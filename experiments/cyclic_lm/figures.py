@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 
 from onpo_fast.reports.page import COLOURS, INK, Plot, new_axes, plot
 
-from .comparison import Run
 from .recipe import ARMS
+from .results import Run
 
 STYLES = ("-", (0, (4, 1.5)))
 LOOK = {arm: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS)]) for i, arm in enumerate(ARMS)}  # in every plot
@@ -18,14 +18,23 @@ LOOK = {arm: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS)]) for i, arm i
 
 def gap(runs: Sequence[Run]) -> Plot | None:
     """Plots the gap of π_t for each arm: every seed thinly, the median thickly."""
-    figure, axes = new_axes("t", "duality gap of π_t", height=3.4)
+    return _curves(runs, "gap", "duality gap of π_t")
+
+
+def average_gap(runs: Sequence[Run]) -> Plot | None:
+    """Plots the gap of the mean of π_1 … π_t for each arm, in the same way."""
+    return _curves(runs, "average_gap", "duality gap of the mean of π_1 … π_t")
+
+
+def _curves(runs: Sequence[Run], name: str, label: str) -> Plot | None:
+    figure, axes = new_axes("t", label, height=3.4)
     said = []
     for arm, own in by_arm(runs).items():
         colour, style = LOOK[arm]
-        for run in own:
-            axes.plot(_times(run.gap), run.gap, color=colour, linestyle=style, linewidth=0.6, alpha=0.35)
-        shortest = min(len(run.gap) for run in own)
-        median = np.median([run.gap[:shortest] for run in own], axis=0)
+        curves = [getattr(run, name) for run in own]
+        for curve in curves:
+            axes.plot(_times(curve), curve, color=colour, linestyle=style, linewidth=0.6, alpha=0.35)
+        median = np.median(curves, axis=0)
         axes.plot(_times(median), median, color=colour, linestyle=style, linewidth=1.8, label=ARMS[arm].label)
         said.append(f"{ARMS[arm].label}: from {median[0]:.2f} to {median[-1]:.2f}")
     axes.set_ylim(bottom=0)
@@ -57,8 +66,8 @@ def simplex(runs: Sequence[Run]) -> Plot | None:
     axes.plot(*corners[[0, 1, 2, 0]].T, color=INK, linewidth=0.8, alpha=0.5)
     said = []
     for arm, own in by_arm(runs).items():
-        middle = sorted(own, key=lambda run: run.last_gap)[(len(own) - 1) // 2]
-        three = middle.shares[:, :3] / middle.shares[:, :3].sum(1, keepdims=True)
+        middle = sorted(own, key=lambda run: run.last(run.gap))[(len(own) - 1) // 2]
+        three = middle.shares[:, :3] / np.maximum(middle.shares[:, :3].sum(1, keepdims=True), 1e-9)
         path = three @ corners
         axes.plot(*path.T, color=LOOK[arm][0], linestyle=LOOK[arm][1], linewidth=0.9, label=ARMS[arm].label)
         axes.plot(*path[-1], "o", color=LOOK[arm][0], markersize=4)

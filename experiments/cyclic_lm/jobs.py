@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
-from onpo_fast.errors import UserError
+from onpo_fast.config import read_run
 from onpo_fast.files import atomic_write_text
 from onpo_fast.oracles.classes import ClassPreference
+from onpo_fast.run.journal import Journal
+from onpo_fast.run.lock import locked
 from onpo_fast.run.progress import Progress
 from onpo_fast.run.tracking import progress, say
 
@@ -35,6 +38,10 @@ from .recipe import (
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
+# options in which runs of a game differ
+OF_A_RUN = "out device seed objective eta tau beta pairing prompts eval_prompts model".split()
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its run directory and of its file of results."""
-        game = "" if self.oracle == ORACLE else "-" + re.sub(r"\W+", "_", self.oracle)
+        game = "" if self.oracle == ORACLE else f"-game_{hashlib.sha256(self.oracle.encode()).hexdigest()[:8]}"
         length = "" if self.iterations == ITERATIONS else f"-T{self.iterations}"
         kind = "" if self.kind == "train" else f"-{self.kind}"
         return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
@@ -115,21 +122,23 @@ class Runner:
     deadline: float | None = None
     running: list[_Running] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    wanted: Sequence[Job] = ()
+    ended: set[Job] = field(default_factory=set)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs the jobs that have no results yet, in this order.
 
+        Of a run that fails ``failed`` says why, with its log; the others go on.
+
         Raises:
-            UserError: if a run fails, when the others have ended; names the log.
+            UserError: if another process runs jobs in ``out``.
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
-        self.wanted, files = jobs, write_prompts(self.out)
+        files = write_prompts(self.out)
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
         try:
-            with progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
+            with locked(self.out / "runs"), progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
                 while waiting or self.running:
                     if self.deadline is not None and time.monotonic() > self.deadline:
                         say("the time is up; the same command goes on")
@@ -139,8 +148,6 @@ class Runner:
                     self._collect(done, waiting)
         finally:
             self._stop()
-        if self.failed:
-            raise UserError("; ".join(self.failed))
 
     def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
         """Whether a job has no results yet, or its run directory is needed for another that has none."""
@@ -183,7 +190,12 @@ class Runner:
         if self.processes > 1:  # threads of several processes would wait for each other
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C reaches it through this process, once
+            preexec_fn=_stop_with_parent,
         )
         return _Running(job, process, log)
 
@@ -195,7 +207,7 @@ class Runner:
             return ["onpo_fast.evaluate", str(self.folder(job.base)), "--best_of_nash", samples, "--trust_run"]
         command = ["onpo_fast.train", "--out", str(folder), "--device", self.device]
         if (folder / "config.yaml").exists():
-            return [*command, "--resume", "--trust_run"]  # it is this program's own
+            command += ["--resume", "--trust_run"]  # it is this program's own; it refuses options that have changed
         options = {**job.options(), **files}
         if job.kind == "best_response":
             options["model"] = self.folder(job.base) / f"iteration_{job.iterations:02d}" / "policy"
@@ -217,12 +229,14 @@ class Runner:
             one.log.close()
             if status == 0:
                 self._write(one.job)
+                self.ended.add(one.job)
                 self._clean(waiting)
             else:
                 waiting[:] = [job for job in waiting if not self._follows(job, one.job)]
                 log = self._log(one.job)
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-                self.failed.append(f"{one.job.name} failed: {' '.join(last)} (all of it: {log})")
+                ended = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+                self.failed.append(f"{one.job.name} failed ({ended}): {' '.join(last)} (all of it: {log})")
 
     def _write(self, job: Job) -> None:
         """Writes the results of what has ended."""
@@ -236,7 +250,9 @@ class Runner:
             "iterations": job.iterations,
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
-            "options": {name: value for name, value in job.options().items() if name != "oracle"},
+            "recipe": recipe_of(self._finished(job)),
+            "config": vars(read_run(self._finished(job))),
+            "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
             **read[job.kind](self._finished(job), self.preference, ARMS[job.arm], job.eta),
         }
         atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
@@ -246,11 +262,14 @@ class Runner:
         return self.folder(job.base if job.kind == "best_of_nash" else job)
 
     def _clean(self, waiting: Sequence[Job]) -> None:
-        """Removes the directories of runs that have results and that nothing else needs."""
+        """Removes the directories of runs that have ended here and that nothing else needs."""
         needed = {job for other in [*waiting, *(one.job for one in self.running)] for job in (other, other.base)}
-        for job in self.wanted:
-            if not self.keep_runs and job not in needed and self.path(job).exists():
-                shutil.rmtree(self.folder(job), ignore_errors=True)
+        for job in self.ended - needed:
+            if self.folder(job).exists() and not self.keep_runs:
+                doomed = self.folder(job).with_name(f"{job.name}.removed")  # a half-removed run would not be resumed
+                shutil.rmtree(doomed, ignore_errors=True)
+                self.folder(job).rename(doomed)
+                shutil.rmtree(doomed)
 
     def _stop(self) -> None:
         """Asks the runs that go on to stop, and waits until they have saved what they did."""
@@ -260,6 +279,18 @@ class Runner:
             one.process.wait()
             one.log.close()
         self.running.clear()
+
+
+def _stop_with_parent() -> None:
+    """Asks the kernel to send SIGTERM to this process when its parent ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def recipe_of(run: Path) -> dict[str, object]:
+    """Returns what all runs of a game have in common: options, and checksums of the model, the oracle and prompts."""
+    options = {name: value for name, value in vars(read_run(run)).items() if name not in OF_A_RUN}
+    journal = Journal(run)
+    return {"options": options, **{name: journal.note(name) for name in ("model", "oracle", "prompts")}}
 
 
 def units(job: Job) -> int:

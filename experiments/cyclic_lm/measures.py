@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from onpo_fast.games.solution import duality_gap, rewards
+from onpo_fast.games.solution import duality_gap
 from onpo_fast.oracles.classes import ClassPreference
 
-from .recipe import HELD_OUT_ADJECTIVES, Arm
+from .recipe import Arm
 
 Classes = list[list[int]]  # of the responses to each prompt; the last class is "none of them"
 
@@ -56,7 +55,6 @@ def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dic
         "cyclic_triples": triples,
         "fits": fits,
         "seconds": sum(one["seconds"] for one in metrics if one["stage"] == "iteration"),
-        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
     }
 
 
@@ -110,50 +108,66 @@ def shares(policy: Classes, size: int) -> np.ndarray:
 def exact_margin(matrix: np.ndarray, policy: Classes, eta: float) -> float:
     """Returns the mean margin of all pairs of a prompt under the exact step of mirror descent, in nats.
 
-    The step multiplies π(y) by exp(η r(y)), with r(y) = P(y ≻ π): the margin of a pair is the difference of η r, taken
-    from the response that is more likely to win.
+    The step multiplies π(y|x) by exp(η r(y)), with r(y) = P(y ≻ π | x), so that the margin of a pair is the difference
+    of η r, here taken from the response that is more likely to win. The other responses to the prompt, independent
+    draws from π, estimate r without bias.
+
+    Args:
+        policy: at least three responses to each prompt.
     """
-    reward = rewards(matrix, shares(policy, len(matrix)))
-    pairs = [pair for prompt in policy for pair in combinations(prompt, 2)]
-    return float(np.mean([eta * (reward[i] - reward[j]) * np.sign(matrix[i, j] - 0.5) for i, j in pairs]))
+    margins = []
+    for prompt in policy:
+        P = matrix[np.ix_(prompt, prompt)]
+        wins = P.sum(1) - 0.5  # against all others
+        first, second = np.triu_indices(len(prompt), 1)
+        others = wins[first] - P[first, second] - (wins[second] - P[second, first])
+        margins.append(eta * others / (len(prompt) - 2) * np.sign(P[first, second] - 0.5))
+    return float(np.mean(margins))
 
 
 def gaps(matrix: np.ndarray, policies: Sequence[Classes]) -> np.ndarray:
-    """Returns the duality gap of each policy from its class shares over all prompts, (T+1,).
+    """Returns the duality gap of each policy against opponents that ignore the prompt, (T+1,): max_c E_x (P π̂_x)_c.
 
-    The shares are pooled before the best class is taken: the maximum of a noisy estimate for each prompt would be
-    biased upwards. It is the gap against all policies that choose a class without regard to the prompt.
+    The shares are pooled over prompts before the best class is taken. It is at most the gap against all opponents,
+    E_x max_c (P π̂_x)_c. The maximum of noisy shares makes it too large by up to ``comparison.noise_floor``.
     """
     return np.array([duality_gap(matrix, shares(policy, len(matrix))) for policy in policies])
 
 
-def average_gap(matrix: np.ndarray, policies: Sequence[Classes]) -> float:
-    """Returns the duality gap of the mean of the policies."""
-    return float(duality_gap(matrix, np.mean([shares(policy, len(matrix)) for policy in policies], axis=0)))
+def average_gaps(matrix: np.ndarray, policies: Sequence[Classes]) -> np.ndarray:
+    """Returns the gap of the mean of the first t policies, for every t, against opponents that ignore the prompt."""
+    played = np.array([shares(policy, len(matrix)) for policy in policies])
+    means = played.cumsum(0) / np.arange(1, len(played) + 1)[:, None]
+    return np.array([duality_gap(matrix, mean) for mean in means])
 
 
-def gaps_by_topic(matrix: np.ndarray, policies: Sequence[Classes]) -> np.ndarray:
-    """Returns the duality gap of each policy against opponents that see what a story is about, (T+1,).
+def gaps_by_prompt(matrix: np.ndarray, policies: Sequence[Classes]) -> np.ndarray:
+    """Returns a lower estimate of the gap of each policy against all opponents, (T+1,): E_x max_c (P π̂_x)_c.
 
-    The prompts of a noun are taken together. Half of their responses choose the best class and the other half say what
-    it gains, then the other way round, so that the estimate is not biased upwards.
+    For each response to a prompt, the others choose the class that beats them most often, the mean of the best ones if
+    they tie, and the response says what it gains. The choice is not always the best one, so that the expectation is
+    below the gap: the fewer responses there are, the more.
+
+    Args:
+        policies: at least two responses to each prompt.
     """
     found = []
     for policy in policies:
         gains = []
-        for start in range(0, len(policy), HELD_OUT_ADJECTIVES):
-            topic = policy[start : start + HELD_OUT_ADJECTIVES]
-            halves = [[prompt[half::2] for prompt in topic] for half in (0, 1)]
-            first, second = (rewards(matrix, shares(half, len(matrix))) for half in halves)
-            gains += [second[first.argmax()], first[second.argmax()]]
+        for prompt in policy:
+            won = matrix[:, prompt]  # (C+1, K): what each class gains against each response
+            others = won.sum(1, keepdims=True) - won
+            best = np.isclose(others, others.max(0))
+            gains.append(((won * best).sum(0) / best.sum(0)).mean())
         found.append(2 * np.mean(gains) - 1)
     return np.array(found)
 
 
 def reached(fits: Sequence[dict]) -> float | None:
-    """Returns the mean margin of the fits as a share of that of exact ones; None where that is not known."""
+    """Returns the mean margin of the fits as a share of that of exact ones; None where that is not known or 0."""
     known = [one for one in fits if one["exact"] is not None]
-    return float(np.sum([one["margin"] for one in known]) / np.sum([one["exact"] for one in known])) if known else None
+    exact = sum(one["exact"] for one in known)
+    return sum(one["margin"] for one in known) / exact if exact else None
 
 
 def _lines(path: Path) -> list[dict]:

@@ -135,6 +135,8 @@ def cyclic_preference(
     Raises:
         ValueError: if an argument cannot be used; the message names it.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names: expected the names of the classes, not {names!r}")
     count = len(names)
     if count < 3:
         raise ValueError(f"names: a cycle takes at least three classes, not {count}")

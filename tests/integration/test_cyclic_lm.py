@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cyclic_lm import command_line, comparison, recipe
+from experiments.cyclic_lm import command_line, recipe, results
 from onpo_fast.errors import UserError
+from onpo_fast.run.lock import RunLock, locked
 
 ROOT = Path(__file__).parents[2]
 PREFERENCE = """
@@ -67,7 +67,7 @@ def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, caps
     command = "--arms onpo omd_two_fits --seeds 7 --oracle own_cycle:preference --iterations 2 --processes 2".split()
     command_line.run([*command, "--best_response", "--best_of_nash"])
     out = tmp_path / "runs" / "cyclic-lm"
-    onpo, two_fits = comparison.read(out / "results")
+    onpo, two_fits = results.read(out / "results")
     assert (onpo.arm, two_fits.arm, onpo.seed) == ("onpo", "omd_two_fits", 7)
     for run in (onpo, two_fits):
         assert run.gap.shape == (3,)
@@ -79,8 +79,11 @@ def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, caps
     assert onpo.gap[:2] == pytest.approx(two_fits.gap[:2])  # their first iteration is the same
     assert onpo.best_of_nash.samples == 64
     assert onpo.best_of_nash.prompt_gap < 0.05  # 64 responses of a random model have all classes
+    assert onpo.raw["config"]["model"] == str(small["model"])
+    assert onpo.raw["recipe"]["oracle"]  # a checksum of own_cycle.py
     assert "own_cycle:preference" in (out / "evidence.html").read_text(encoding="utf-8")
-    assert [path.suffix for path in (out / "runs").iterdir()] == [".log"] * 5
+    assert len(list((out / "runs").glob("*.log"))) == 5
+    assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
 
     before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
     capsys.readouterr()
@@ -90,31 +93,49 @@ def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, caps
 
 
 @pytest.mark.long
-def test_a_run_that_was_stopped_ends_with_the_same_results(small: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_ends_with_the_same_results(small: dict, tmp_path: Path, number: signal.Signals) -> None:
+    """Also after SIGKILL its trainer stops by itself, and another command takes over."""
     arguments = "--arms omd --seeds 0 --oracle own_cycle:preference --iterations 2 --processes 1".split()
     whole = started(small, *arguments, "--out", "whole")
-    assert whole.wait(300) == 0, whole.stdout.read()
     stopped = started(small, *arguments, "--out", "stopped")
-    sampled = tmp_path / "stopped/runs/omd-eta3-seed0-T2-own_cycle_preference/iteration_01/responses.jsonl"
     deadline = time.monotonic() + 200
-    while not sampled.exists() and time.monotonic() < deadline:
+    while not (sampled := list(tmp_path.glob("stopped/runs/*/iteration_01/responses.jsonl"))):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(100) == 128 + signal.SIGTERM
-    assert sampled.exists()
+    stopped.send_signal(number)
+    assert stopped.wait(100) == (128 + number if number == signal.SIGTERM else -number)
     assert not list((tmp_path / "stopped").glob("results/*"))
+    locked_until(sampled[0].parents[1]).release()
     resumed = started(small, *arguments, "--out", "stopped")
     assert resumed.wait(300) == 0, resumed.stdout.read()
-    (one,), (other,) = (comparison.read(tmp_path / name / "results") for name in ("whole", "stopped"))
+    assert whole.wait(300) == 0, whole.stdout.read()
+    (one,), (other,) = (results.read(tmp_path / name / "results") for name in ("whole", "stopped"))
     same = ("heldout", "training", "win_rate", "kl_to_initial", "cyclic_triples", "fits")
     assert {name: one.raw[name] for name in same} == {name: other.raw[name] for name in same}
 
 
+def locked_until(run: Path) -> RunLock:
+    """The lock of a run directory, as soon as its process has ended."""
+    deadline = time.monotonic() + 100
+    while True:
+        try:
+            return locked(run)
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_a_run_that_fails_names_its_log(small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipe.OPTIONS, "model", str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"omd-eta3-seed0-T1\.log"):
+    with pytest.raises(UserError, match=r"exit status 2.*none.*omd-eta3-seed0-T1\.log"):
+        command_line.run("--arms omd --seeds 0 0 --iterations 1 --out out".split())
+    assert len(list((tmp_path / "out" / "runs").glob("*.log"))) == 1
+
+
+def test_two_commands_do_not_share_a_folder(small: dict, tmp_path: Path) -> None:
+    with locked(tmp_path / "out" / "runs"), pytest.raises(UserError, match="in use by another process"):
         command_line.run("--arms omd --seeds 0 --iterations 1 --out out".split())
-    assert json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.cyclic_lm import comparison, measures, page, recipe
+from experiments.cyclic_lm import comparison, measures, page, recipe, results
 from experiments.cyclic_lm.jobs import Job
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
@@ -43,41 +43,51 @@ def test_the_gap_from_class_shares(shares: list[float], gap: float) -> None:
 
 def test_the_average_policy_of_a_cycle_is_nash() -> None:
     cycle = [responses(shares) for shares in ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0])]
-    assert measures.average_gap(P, cycle) == pytest.approx(0)
+    assert measures.average_gaps(P, cycle) == pytest.approx([0.6, 0.3, 0])
     assert measures.gaps(P, cycle) == pytest.approx([0.6] * 3)
 
 
-def test_the_gap_by_topic_sees_what_pooling_hides() -> None:
-    """Two topics, each with one class: pooled, the best class gains half; an opponent that sees the topic gains all."""
-    topics = [[[0] * 8] * recipe.HELD_OUT_ADJECTIVES, [[1] * 8] * recipe.HELD_OUT_ADJECTIVES]
-    policy = topics[0] + topics[1]
-    assert measures.gaps_by_topic(P, [policy])[0] == pytest.approx(0.6)
-    assert measures.gaps(P, [policy])[0] == pytest.approx(0.3)
+def test_the_gap_by_prompt_sees_what_pooling_hides() -> None:
+    """Each prompt has one class: pooled, policies are Nash; an opponent that sees the prompt gains all there is."""
+    policy = [[prompt % 3] * 8 for prompt in range(24)]
+    assert measures.gaps_by_prompt(P, [policy])[0] == pytest.approx(0.6)
+    assert measures.gaps(P, [policy])[0] == pytest.approx(0)
 
 
-def test_the_gap_by_topic_is_not_biased_upwards() -> None:
-    rng = np.random.default_rng(0)
-    found = [
-        measures.gaps_by_topic(P, [rng.choice(3, (recipe.HELD_OUT_ADJECTIVES, 8)).tolist()])[0] for _ in range(2000)
-    ]
-    assert np.mean(found) < 0.01  # plugging in the maximum gives 0.11
+@pytest.mark.parametrize(("samples", "lowest"), [(8, 0.16), (64, 0.28)])
+def test_the_gap_by_prompt_is_a_lower_estimate(samples: int, lowest: float) -> None:
+    """In expectation, and closer with more responses; the gap is 0.3."""
+    policy = np.random.default_rng(0).choice(4, (4000, samples), p=[0.7, 0.2, 0.1, 0])
+    assert lowest < measures.gaps_by_prompt(P, [policy.tolist()])[0] < 0.301
+
+
+def test_the_noise_floor_is_what_a_nash_policy_is_measured_at(tmp_path: Path) -> None:
+    (run,) = write(tmp_path, result("onpo", 0, NEAR))
+    draws = np.random.default_rng(1).choice(3, (500, 8 * 30))
+    measured = [measures.gaps(P, [[draw.tolist()]])[0] for draw in draws]
+    assert comparison.noise_floor(run) == pytest.approx(np.mean(measured), abs=0.003)
+    assert 0.02 < comparison.noise_floor(run) < 0.05
 
 
 def test_the_exact_margin_is_that_of_mirror_descent() -> None:
-    shares, eta = np.array([0.5, 0.3, 0.2, 0]), 3.0
-    policy = responses(shares.tolist())
-    step = shares * np.exp(eta * P @ shares)
-    log_ratio = np.log(step[:3] / step[:3].sum()) - np.log(shares[:3])
-    margins = [
-        (log_ratio[i] - log_ratio[j]) * np.sign(P[i, j] - 0.5) for one in policy for i, j in combinations(one, 2)
-    ]
-    assert measures.exact_margin(P, policy, eta) == pytest.approx(np.mean(margins))
+    """In the mean over draws of prompts with different shares, each prompt has its own step."""
+    rng, eta = np.random.default_rng(0), 3.0
+    found, expected = [], []
+    for shares in ([0.5, 0.3, 0.2, 0], [0.1, 0.8, 0.1, 0]):
+        step = eta * (P @ shares)[:3]  # up to the normaliser
+        policy = rng.choice(3, (4000, 8), p=shares[:3])
+        found.append(measures.exact_margin(P, policy.tolist(), eta))
+        expected += [
+            (step[i] - step[j]) * np.sign(P[i, j] - 0.5) for one in policy for i, j in combinations(one.tolist(), 2)
+        ]
+    assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.01)
 
 
 def test_the_share_of_the_margins_that_fits_reached() -> None:
     fits = [{"margin": 0.2, "exact": 0.4}, {"margin": 0.4, "exact": 0.4}]
     assert measures.reached(fits) == pytest.approx(0.75)
     assert measures.reached([{"margin": 0.2, "exact": None}]) is None
+    assert measures.reached([{"margin": 0.2, "exact": 0.0}]) is None
 
 
 @pytest.mark.parametrize("n", range(1, 15))
@@ -108,6 +118,7 @@ def result(arm: str, seed: int, last: list[float], eta: float = recipe.ETA, orac
         "matrix": P.tolist(),
         "heldout": [first] + [responses(last)] * 6,
         "training": [],
+        "recipe": {"options": {}},
         "win_rate": [[0.5] * 7] * 7,
         "kl_to_initial": [0.0] + [0.5] * 6,
         "cyclic_triples": [0.2] * 6,
@@ -117,11 +128,11 @@ def result(arm: str, seed: int, last: list[float], eta: float = recipe.ETA, orac
     }
 
 
-def write(folder: Path, *results: dict) -> list[comparison.Run]:
+def write(folder: Path, *raw: dict) -> list[results.Run]:
     folder.mkdir(exist_ok=True)
-    for number, one in enumerate(results):
+    for number, one in enumerate(raw):
         (folder / f"{number}.json").write_text(json.dumps(one))
-    return comparison.read(folder)
+    return results.read(folder)
 
 
 NEAR, FAR, FARTHER = [0.4, 0.3, 0.3, 0], [0.7, 0.2, 0.1, 0], [0.9, 0.1, 0, 0]  # gaps of 0.06, 0.3 and 0.48
@@ -133,7 +144,8 @@ def test_paired_differences_and_the_sign_test(tmp_path: Path) -> None:
         *(result("onpo", seed, NEAR if seed else FAR) for seed in range(6)),
         *(result("omd_two_fits", seed, FAR if seed else NEAR) for seed in range(5)),  # one seed fewer
     )
-    versus = comparison.paired(runs, "onpo")
+    onpo, two_fits = comparison.table(runs, recipe.ETA)
+    versus = onpo.paired
     assert len(versus.difference.values) == 5
     assert versus.wins == 4
     assert versus.p == pytest.approx(stats.binomtest(4, 5).pvalue)
@@ -141,7 +153,8 @@ def test_paired_differences_and_the_sign_test(tmp_path: Path) -> None:
     differences = [0.24, -0.24, -0.24, -0.24, -0.24]
     low, high = stats.t.interval(0.95, 4, np.mean(differences), stats.sem(differences))
     assert (versus.low, versus.high) == (pytest.approx(low), pytest.approx(high))
-    assert comparison.paired(runs, "omd_two_fits") is None
+    assert two_fits.paired is None
+    assert comparison.table(runs, 1.5)[0].paired is None  # the baseline has no runs with this step
 
 
 @pytest.mark.parametrize(
@@ -154,25 +167,28 @@ def test_the_headline_says_what_came_out(tmp_path: Path, onpo: list[list[float]]
         *(result("onpo", seed, shares) for seed, shares in enumerate(onpo)),
         *(result("omd_two_fits", seed, shares) for seed, shares in enumerate([FAR, FAR, [0.6, 0.2, 0.2, 0]])),
     )
-    assert words in page.headline(runs)
+    assert words in page.headline(comparison.table(runs, recipe.ETA))
 
 
 def test_the_step_is_chosen_on_seeds_that_are_not_reported(tmp_path: Path) -> None:
-    tuning = recipe.TUNING_SEEDS[0]
-    runs = write(
-        tmp_path,
-        result("onpo", tuning, FAR, eta=3.0),
-        result("onpo", tuning, NEAR, eta=6.0),
-        result("onpo", 0, NEAR, eta=6.0),
-        result("onpo", 0, FAR, eta=3.0),
-        result("omd", 0, FAR),
-    )
-    assert comparison.chosen_eta(runs, "onpo") == 6.0
-    assert comparison.chosen_eta(runs, "omd") == recipe.ETA
+    tuning, game = recipe.TUNING_SEEDS[0], ("openings", 6)
+    best = max(recipe.TUNING_ETAS)
+    sweep = [result("onpo", tuning, NEAR if eta == best else FAR, eta=eta) for eta in recipe.TUNING_ETAS]
+    reported = [result("onpo", 0, NEAR, eta=best), result("onpo", 0, FAR), result("omd", 0, FAR)]
+    runs = write(tmp_path, *sweep, *reported)
+    assert comparison.chosen_eta(runs, "onpo", game) == best
+    assert comparison.chosen_eta(runs, "onpo", ("mine:cycle", 6)) == best  # that of the bundled preference
+    assert comparison.chosen_eta(runs, "omd", game) == recipe.ETA
+    unfinished = [run for run in runs if (run.seed, run.eta) != (tuning, min(recipe.TUNING_ETAS))]
+    assert comparison.chosen_eta(unfinished, "onpo", game) == recipe.ETA
     (own,) = comparison.games(runs).values()
-    assert [(run.arm, run.eta, run.seed) for run in own] == [("onpo", 6.0, 0), ("omd", recipe.ETA, 0)]
+    assert [(row.arm, row.eta, row.seeds) for row in comparison.table(own, recipe.ETA)] == [
+        ("onpo", recipe.ETA, 1),
+        ("onpo", best, 1),
+        ("omd", recipe.ETA, 1),
+    ]
     html = page.write(runs, tmp_path).read_text(encoding="utf-8")
-    assert "chosen: 6" in html
+    assert f"chosen: {best:g}" in html
     assert "cpu: &lt;b&gt;" in html
 
 
@@ -181,29 +197,51 @@ def test_games_are_kept_apart(tmp_path: Path) -> None:
     assert set(comparison.games(runs)) == {("openings", 6), ("mine:cycle", 6)}
 
 
+@pytest.mark.parametrize("name", ["recipe", "matrix", "classes"])
+def test_runs_of_different_recipes_are_not_compared(tmp_path: Path, name: str) -> None:
+    """A result of an earlier recipe, or of an oracle that has changed under the same name."""
+    other = {"recipe": {"options": {"learning_rate": 0.1}}, "matrix": P.T.tolist(), "classes": ["a", "b", "c"]}
+    with pytest.raises(UserError, match=rf"1\.json and .*0\.json differ in their {name}"):
+        write(tmp_path, result("onpo", 0, NEAR), result("onpo", 1, NEAR) | {name: other[name]})
+
+
+def test_pi_1_is_never_among_the_last_policies(tmp_path: Path) -> None:
+    short = result("onpo", 0, NEAR) | {"iterations": 1, "heldout": [responses(FAR), responses(NEAR)]}
+    (run,) = write(tmp_path, short)
+    assert run.last(run.gap) == pytest.approx(0.06)
+
+
+def test_a_class_that_pi_1_lacks_is_still_a_best_response(tmp_path: Path) -> None:
+    """Exact fits cannot bring it back, and an opponent plays it."""
+    start = responses([0.6, 0.4, 0, 0])
+    (run,) = write(tmp_path, result("omd", 0, NEAR) | {"heldout": [start] + [responses(NEAR)] * 6})
+    assert run.exact_gap[0] == pytest.approx(run.gap[0])
+    assert run.exact_gap[-1] > 0.5
+
+
 def test_exact_fits_are_those_of_the_matrix_game(tmp_path: Path) -> None:
     """π_2 of ONPO and of OMD with two fits: two steps from π_1."""
     onpo, two_fits = write(tmp_path, result("onpo", 0, NEAR), result("omd_two_fits", 0, NEAR))
     start = np.array([0.3, 0.5, 0.2])
     second = start * np.exp(2 * recipe.ETA * P[:3, :3] @ start)
     expected = 2 * (P[:3, :3] @ second / second.sum()).max() - 1
-    assert onpo.exact_gaps[1] == pytest.approx(expected)
-    assert two_fits.exact_gaps[1] == pytest.approx(expected)
-    assert onpo.exact_gaps[0] == pytest.approx(onpo.gap[0])
+    assert onpo.exact_gap[1] == pytest.approx(expected)
+    assert two_fits.exact_gap[1] == pytest.approx(expected)
+    assert onpo.exact_gap[0] == pytest.approx(onpo.gap[0])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"arm": "onpo"}', '{"arm": "another"}'])
 def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x\.json"):
-        comparison.read(tmp_path)
+        results.read(tmp_path)
 
 
 def test_a_best_response_belongs_to_its_run(tmp_path: Path) -> None:
     answer = {**result("onpo", 0, NEAR), "kind": "best_response", "win_rate": 0.61, "interval": [0.5, 0.7]}
     runs = write(tmp_path, result("onpo", 0, NEAR), result("onpo", 1, NEAR), answer)
     assert [run.best_response for run in runs] == [0.61, None]
-    assert comparison.table(runs)[0].best_response == 0.61
+    assert comparison.table(runs, recipe.ETA)[0].best_response == 0.61
 
 
 def test_best_of_nash_has_a_gap_of_its_own(tmp_path: Path) -> None:
