@@ -52,7 +52,6 @@ from onpo_fast.run.tracking import console
 from .hash_judge import judge_server
 
 SMALL_RUN_OPTIONS = {
-    "oracle": "population",  # tells most texts of a tiny model apart
     "prompts_per_iteration": 3,
     "responses_per_prompt": 3,
     "max_new_tokens": 6,

@@ -298,7 +298,6 @@ def real_run(source: Path, work: Path) -> list[Group]:
             sampling_batch_size=6,
             tokens_per_microbatch=TOKENS,
             batch_pairs=len(PAIRS),
-            oracle="population",
             report_to="none",
         )
     )

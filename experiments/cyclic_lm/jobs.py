@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
-from onpo_fast.config import read_run
 from onpo_fast.files import atomic_write_text
 from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run.journal import Journal
@@ -33,13 +32,14 @@ from .recipe import (
     ITERATIONS,
     OPTIONS,
     ORACLE,
-    write_prompts,
+    PROMPTS,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
 # options in which runs of a game differ
 OF_A_RUN = "out device seed objective eta tau beta pairing prompts eval_prompts model".split()
+PATHS = ("out", "prompts", "eval_prompts")  # those of this machine say nothing elsewhere
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
@@ -75,11 +75,12 @@ class Job:
         return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
 
     def options(self) -> dict[str, object]:
-        """The options of the trainer that are not files."""
+        """The options of the trainer."""
         answers = self.kind == "best_response"
         arm = ARMS[BEST_RESPONSE_ARM if answers else self.arm]
         return {
             **OPTIONS,
+            **PROMPTS,
             "objective": arm.objective,
             **arm.steps(BEST_RESPONSE_ETA if answers else self.eta),
             **arm.options,
@@ -104,7 +105,7 @@ class Runner:
     """Runs jobs and writes their results.
 
     Attributes:
-        out: where run directories, logs and prompts go.
+        out: where run directories and logs go.
         results: where a file with the results of each job goes. A job that has one is not run again.
         preference: the oracle of all jobs.
         processes: the number of jobs at a time.
@@ -133,7 +134,6 @@ class Runner:
             UserError: if another process runs jobs in ``out``.
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
-        files = write_prompts(self.out)
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
@@ -143,7 +143,7 @@ class Runner:
                     if self.deadline is not None and time.monotonic() > self.deadline:
                         say("the time is up; the same command goes on")
                         break
-                    self._start_some(waiting, files)
+                    self._start_some(waiting)
                     time.sleep(POLL_SECONDS)
                     self._collect(done, waiting)
         finally:
@@ -159,7 +159,7 @@ class Runner:
     def _follows(job: Job, base: Job) -> bool:
         return job.kind != "train" and job.base == base
 
-    def _start_some(self, waiting: list[Job], files: dict[str, str]) -> None:
+    def _start_some(self, waiting: list[Job]) -> None:
         """Starts waiting jobs, in their order, while there is room; those that need a run's directory wait for it."""
         unfinished = {one.job for one in self.running} | set(waiting)
         for job in list(waiting):
@@ -167,7 +167,7 @@ class Runner:
                 return
             if job.kind == "train" or job.base not in unfinished:
                 waiting.remove(job)
-                self.running.append(self._start(job, files))
+                self.running.append(self._start(job))
 
     def path(self, job: Job) -> Path:
         """The file of a job's results."""
@@ -180,9 +180,9 @@ class Runner:
     def _log(self, job: Job) -> Path:
         return self.folder(job).parent / f"{job.name}.log"
 
-    def _start(self, job: Job, files: dict[str, str]) -> _Running:
+    def _start(self, job: Job) -> _Running:
         folder = self.folder(job)
-        command = [sys.executable, "-m", *self._command(job, files)]
+        command = [sys.executable, "-m", *self._command(job)]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = open(self._log(job), "a", encoding="utf-8")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -199,7 +199,7 @@ class Runner:
         )
         return _Running(job, process, log)
 
-    def _command(self, job: Job, files: dict[str, str]) -> list[str]:
+    def _command(self, job: Job) -> list[str]:
         """The module to run, with its arguments."""
         folder = self.folder(job)
         if job.kind == "best_of_nash":
@@ -208,7 +208,7 @@ class Runner:
         command = ["onpo_fast.train", "--out", str(folder), "--device", self.device]
         if (folder / "config.yaml").exists():
             command += ["--resume", "--trust_run"]  # it is this program's own; it refuses options that have changed
-        options = {**job.options(), **files}
+        options = job.options()
         if job.kind == "best_response":
             options["model"] = self.folder(job.base) / f"iteration_{job.iterations:02d}" / "policy"
         return [*command, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
@@ -240,6 +240,7 @@ class Runner:
 
     def _write(self, job: Job) -> None:
         """Writes the results of what has ended."""
+        options = Journal(self._finished(job)).note("options")
         read = {"train": measure, "best_response": measure_best_response, "best_of_nash": measure_best_of_nash}
         results = {
             "kind": job.kind,
@@ -251,7 +252,7 @@ class Runner:
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
             "recipe": recipe_of(self._finished(job)),
-            "config": vars(read_run(self._finished(job))),
+            "config": {name: value for name, value in options.items() if name not in PATHS},
             "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
             **read[job.kind](self._finished(job), self.preference, ARMS[job.arm], job.eta),
         }
@@ -288,8 +289,8 @@ def _stop_with_parent() -> None:
 
 def recipe_of(run: Path) -> dict[str, object]:
     """Returns what all runs of a game have in common: options, and checksums of the model, the oracle and prompts."""
-    options = {name: value for name, value in vars(read_run(run)).items() if name not in OF_A_RUN}
     journal = Journal(run)
+    options = {name: value for name, value in journal.note("options").items() if name not in OF_A_RUN}
     return {"options": options, **{name: journal.note(name) for name in ("model", "oracle", "prompts")}}
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onpo_fast.files import atomic_write_text
 from onpo_fast.oracles.classes import OPENINGS, transitive_preference
 
 ORACLE = "openings"  # the bundled preference between three kinds of first words
 CONTROL = "experiments.cyclic_lm.recipe:ordered"  # the same classes in an order instead of a cycle
 ordered = transitive_preference(OPENINGS.names, OPENINGS.classify)
 
-ADJECTIVES = "small old lonely clever quiet golden forgotten strange hungry gentle".split()
-NOUNS = """
-    garden lighthouse sailor mountain violin teacher bridge dragon market robot kitchen forest painter letter train
-    castle doctor island horse window soldier lamp village desert fox river clock baker storm library key harbour
-    mirror wolf gardener tower
-""".split()
-TRAINING_NOUNS = 24  # of the nouns; the others, a third, are the topics of held-out prompts
-HELD_OUT_ADJECTIVES = 2  # of the adjectives, for each held-out noun
+HERE = Path(__file__).parent
+PROMPTS = {  # "Begin a story about a small violin": 24 nouns with ten adjectives, 12 other nouns with two are held out
+    "prompts": str(HERE / "prompts.jsonl"),
+    "eval_prompts": str(HERE / "heldout.jsonl"),
+}
 
 ITERATIONS = 10
 LAST = 5  # policies whose mean gap an arm is judged by
@@ -84,27 +78,3 @@ ARMS = {
 }
 MAIN_ARMS = ("onpo", "omd", "omd_two_fits", "inpo", "iterative_dpo")
 BASELINE = "omd_two_fits"  # the control for ONPO: as many optimizer steps on as much data
-
-
-def prompts(nouns: Sequence[str], adjectives: Sequence[str]) -> list[list[dict[str, str]]]:
-    """Returns a conversation for every noun and adjective, those of a noun together."""
-    things = [f"{adjective} {noun}" for noun, adjective in itertools.product(nouns, adjectives)]
-    return [
-        [
-            {"role": "system", "content": "You write stories."},
-            {"role": "user", "content": f"Begin a story about {'an' if thing[0] in 'aeiou' else 'a'} {thing}."},
-        ]
-        for thing in things
-    ]
-
-
-def write_prompts(folder: Path) -> dict[str, str]:
-    """Writes both files of prompts and returns the options that name them."""
-    files = {
-        "prompts": prompts(NOUNS[:TRAINING_NOUNS], ADJECTIVES),
-        "eval_prompts": prompts(NOUNS[TRAINING_NOUNS:], ADJECTIVES[:HELD_OUT_ADJECTIVES]),
-    }
-    for name, conversations in files.items():
-        lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in conversations]
-        atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
-    return {name: str(folder / f"{name}.jsonl") for name in files}

@@ -12,9 +12,9 @@ from .values import check_at_least, check_key_name, check_object, check_positive
 class OracleConfig:
     """The oracle: who decides which response is preferred (docs/oracles.md)."""
 
-    oracle: str = "openings"
-    """Preference oracle: "openings" (the kind of a response's first word; cyclic, needs no model), "population" (three
-    groups of annotators as formulas, needs no model), "pair-model" or "reward-model" (a local model, see
+    oracle: str = "population"
+    """Preference oracle: "population" (three groups of annotators as formulas, needs no model), "openings" (the kind of
+    a response's first word; cyclic, needs no model), "pair-model" or "reward-model" (a local model, see
     --oracle_model), "judge" (a chat model behind an API, see --judge_url), or "module:function" with your Python
     function f(prompt, responses) -> K×K matrix of P(response i ≻ response j), where prompt is the list of messages.
     Oracles are mixed with weights as in 0.7*population+0.3*judge; weights are normalised. NAME=MODEL gives one its own

@@ -48,7 +48,6 @@ def small(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     for name, value in options.items():
         monkeypatch.setitem(recipe.OPTIONS, name, value)
-    monkeypatch.setattr(recipe, "NOUNS", recipe.NOUNS[:24] + recipe.NOUNS[24:26])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_cycle.py").write_text(PREFERENCE)
     return options

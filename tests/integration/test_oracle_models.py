@@ -411,6 +411,6 @@ def test_a_panel_judges_while_the_policy_samples_if_all_its_members_can() -> Non
     assert oracles.computes_elsewhere(panel(Elsewhere(), oracles.Population(), oracles.OPENINGS))
     assert not oracles.computes_elsewhere(panel(Elsewhere(), function))
     assert not oracles.computes_elsewhere(oracles.Population())
-    users = oracles.cyclic_preference("abc", lambda prompt, response: 0)  # its function may not be made for threads
+    users = oracles.cyclic_preference(["a", "b", "c"], lambda prompt, response: 0)  # which may not be made for threads
     assert not oracles.computes_elsewhere(panel(Elsewhere(), users))
     assert not oracles.computes_elsewhere(function)

@@ -20,7 +20,6 @@ from support.small_runs import prepare
 from support.tiny_models import make_family
 
 OPTIONS = {
-    "oracle": "population",
     "prompts_per_iteration": 5,
     "responses_per_prompt": 3,
     "max_new_tokens": 6,

@@ -40,7 +40,6 @@ OPTIONS = [
     "--learning_rate=1e-3",
     "--batch_pairs=6",
     "--eval_samples=1",
-    "--oracle=population",
     "--report_to=none",
     "--device=cpu",
     "--tokens_per_microbatch=256",

@@ -10,7 +10,6 @@ from pathlib import Path
 from onpo_fast.config import Config
 
 SMALL = {
-    "oracle": "population",  # tells most texts of a tiny model apart
     "prompts_per_iteration": 3,
     "responses_per_prompt": 3,
     "max_new_tokens": 6,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, asdict
-from pathlib import Path
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -12,12 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onpo_fast import oracles
-from onpo_fast.config import Config, OracleConfig, parse_run, read_run
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.oracles import OPENINGS, ClassPreference, cyclic_preference, transitive_preference
 from onpo_fast.oracles.openings import DETERMINERS, FUNCTION_WORDS, classify, first_word
-from onpo_fast.run.journal import Journal
 
 PROMPT = [{"role": "user", "content": "What is a fox?"}]
 DETERMINER, FUNCTION, CONTENT = range(3)
@@ -127,8 +124,7 @@ def test_any_text_has_an_opening(text: str) -> None:
 # --- The default oracle -----------------------------------------------------------------------------------------------
 
 
-def test_openings_goes_in_a_circle_as_its_names_are_listed() -> None:
-    assert OracleConfig().oracle == Config().oracle == "openings"
+def test_openings_is_a_cycle_as_its_names_are_listed() -> None:
     texts = ["The fox.", "It is a fox.", "Foxes.", "🦊"]
     (matrix,) = oracles.judge(oracles.load("openings"), [group(*texts)], "openings")
     expected = [[0.5, 0.8, 0.2, 0.8], [0.2, 0.5, 0.8, 0.8], [0.8, 0.2, 0.5, 0.8], [0.2, 0.2, 0.2, 0.5]]
@@ -136,18 +132,6 @@ def test_openings_goes_in_a_circle_as_its_names_are_listed() -> None:
     assert oracles.cyclic_triples([matrix]) == (1, 4)
     (panel,) = oracles.judge(oracles.load("openings+3*population"), [group(*texts)], "panel")
     np.testing.assert_allclose(panel, (matrix + 3 * oracles.Population()(PROMPT, texts)) / 4, rtol=1e-12)
-
-
-@pytest.mark.parametrize("in_journal", [True, False])
-def test_a_run_that_began_with_the_earlier_default_goes_on_with_it(tmp_path: Path, in_journal: bool) -> None:
-    began = Config(oracle="population", out=str(tmp_path))
-    (tmp_path / "config.yaml").write_text(began.to_yaml())
-    if in_journal:
-        Journal(tmp_path).begin({"options": asdict(began)})
-    line = ["--resume", "--out", str(tmp_path)]
-    assert parse_run(line)[0].oracle == read_run(tmp_path).oracle == "population"
-    with pytest.raises(UserError, match="--oracle 'population' → 'openings'"):
-        parse_run([*line, "--oracle", "openings"])
 
 
 def test_shares_of_classes_in_an_evaluation() -> None:

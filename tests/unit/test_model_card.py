@@ -79,7 +79,7 @@ def test_what_a_card_says(run: Path) -> None:
         "max_new_tokens: 7",
         "those bundled with `onpo_fast`: 1,200 to train on and 80 held out",
         f"`{DIGEST}`",
-        "Oracle: `openings`",
+        "Oracle: `population`",
         "Iterations: 2 of `2`",
         "Sampled responses: 1,200; preference pairs: 600",
         "Optimizer steps: 160 in 4 fits, 0 of them skipped",

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import onpo_fast
-from onpo_fast import files
+from experiments.cyclic_lm.jobs import Job
+from experiments.cyclic_lm.recipe import ETA
+from onpo_fast import files, oracles
 from onpo_fast.config import Config, parse, read_run
 from onpo_fast.errors import UserError
 
@@ -56,10 +57,16 @@ def test_the_papers_settings(name: str, own: dict) -> None:
     assert config.make_objective().normaliser == pytest.approx(100.0**2)
 
 
-def test_the_demonstration_is_the_defaults() -> None:
-    sections = yaml.safe_load((ROOT / "configs/cpu-demo.yaml").read_text())
-    for options in sections.values():
-        assert options.items() <= vars(Config()).items()
+def test_the_demonstration_is_the_beginning_of_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts, oracle and step; an oracle whose preference is cyclic."""
+    monkeypatch.chdir(ROOT)
+    config = parse(["--config", "configs/cpu-demo.yaml"])
+    experiment = Config(**Job("onpo", 0, ETA).options())
+    for name in ("prompts", "eval_prompts"):
+        assert Path(getattr(config, name)).resolve() == Path(getattr(experiment, name))
+    for name in ("model", "oracle", "objective", "eta", "max_new_tokens", "responses_per_prompt", "batch_pairs"):
+        assert getattr(config, name) == getattr(experiment, name)
+    assert oracles.load(config.oracle) is oracles.OPENINGS
 
 
 def test_flags_override_the_file(tmp_path) -> None:
