@@ -137,8 +137,8 @@ class Runner:
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
-        try:
-            with locked(self.out / "runs"), progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
+        with locked(self.out / "runs"), progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
+            try:
                 while waiting or self.running:
                     if self.deadline is not None and time.monotonic() > self.deadline:
                         say("the time is up; the same command goes on")
@@ -146,8 +146,8 @@ class Runner:
                     self._start_some(waiting)
                     time.sleep(POLL_SECONDS)
                     self._collect(done, waiting)
-        finally:
-            self._stop()
+            finally:
+                self._stop()
 
     def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
         """Whether a job has no results yet, or its run directory is needed for another that has none."""
