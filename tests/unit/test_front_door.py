@@ -68,7 +68,8 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
 
 def test_the_map_names_files_that_exist() -> None:
     tree = FENCED.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))[0]
-    there = {path.name for folder in ("onpo_fast", "kernels", "experiments", "docs/images") for path in (ROOT / folder).rglob("*.py")}
+    folders = ("onpo_fast", "kernels", "experiments", "docs/images")
+    there = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert set(re.findall(r"\w+\.py\b", tree)) <= there
 
 
