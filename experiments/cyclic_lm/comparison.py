@@ -90,14 +90,12 @@ class Paired:
     """An arm minus the baseline on the same seeds.
 
     Attributes:
-        eta: the step of the baseline.
         difference: of the mean gaps of the last policies; negative: the arm is nearer to Nash.
         mean, low, high: their mean with Student's interval of ``CONFIDENCE``; None with one seed.
         wins: seeds on which the arm has the smaller gap.
         p: of the two-sided sign test.
     """
 
-    eta: float
     difference: Summary
     mean: float
     low: float | None
@@ -118,7 +116,7 @@ def paired(runs: Sequence[Run], own: Sequence[Run], baseline_eta: float) -> Pair
     if len(differences) > 1:
         half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * stats.sem(differences)
         low, high = float(differences.mean() - half), float(differences.mean() + half)
-    return Paired(baseline_eta, summarise(differences.tolist()), float(differences.mean()), low, high, wins, p)
+    return Paired(summarise(differences.tolist()), float(differences.mean()), low, high, wins, p)
 
 
 @dataclass(frozen=True)

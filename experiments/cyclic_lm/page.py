@@ -24,7 +24,6 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         Path(__file__).parent,
         games=shown,
         tuning=tuning(runs),
-        last=LAST,
         baseline=ARMS[BASELINE].label,
         arms=ARMS,
     )

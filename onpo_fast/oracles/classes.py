@@ -43,7 +43,7 @@ class ClassPreference:
         ValueError: if a field cannot be used; the message names it.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]  # kept as a tuple
     classify: Classify
     matrix: np.ndarray
     none_loses: float = 0.8
@@ -135,8 +135,6 @@ def cyclic_preference(
     Raises:
         ValueError: if an argument cannot be used; the message names it.
     """
-    if isinstance(names, str):
-        raise ValueError(f"names: expected the names of the classes, not {names!r}")
     count = len(names)
     if count < 3:
         raise ValueError(f"names: a cycle takes at least three classes, not {count}")
@@ -144,7 +142,7 @@ def cyclic_preference(
     after = (np.arange(count)[None, :] - np.arange(count)[:, None]) % count  # how far j follows i
     beaten = (count - 1) // 2
     matrix = np.select([after == 0, after <= beaten, after >= count - beaten], [0.5, wins, 1 - wins], 0.5)
-    return ClassPreference(tuple(names), classify, matrix, none_loses)
+    return ClassPreference(names, classify, matrix, none_loses)
 
 
 def transitive_preference(
@@ -167,7 +165,7 @@ def transitive_preference(
     if wins in (0, 1):
         raise ValueError(f"wins: {wins:g} has no finite scores; expected a probability between 0 and 1")
     after = np.arange(len(names))[None, :] - np.arange(len(names))[:, None]
-    return ClassPreference(tuple(names), classify, expit(after * logit(wins)), none_loses)
+    return ClassPreference(names, classify, expit(after * logit(wins)), none_loses)
 
 
 def class_shares(oracle: object, samples: Mapping[str, Sequence[Group]]) -> dict[str, list] | None:
