@@ -1,9 +1,10 @@
-"""Draw the pictures of README.md that are made from measured data: overview.svg and the badges.
+"""Draw the pictures of README.md and docs/ that are made from measured data, and the badges.
 
-    python docs/images/make.py
+    PYTHONPATH=. python docs/images/make.py
 
-overview.svg is Algorithm 1, and time and memory of the loss beside its peers (bench/results/h200). report.png is not
-drawn here. It is a picture of a run's report:
+overview.svg is Algorithm 1, and time and memory of the loss beside its peers (bench/results/h200). evidence.svg is
+the experiment on a language model (experiments/results/cyclic_lm). report.png is not drawn here. It is a picture of a
+run's report:
 
     make train ARGS="--out runs/demo"
     onpo-fast report runs/demo --picture docs/images/report.png
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from experiments.cyclic_lm import comparison, figures, recipe, results
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,6 +60,7 @@ PEERS = {  # name in the results → label
 def main() -> None:
     with plt.rc_context(STYLE):
         draw_overview()
+        draw_evidence()
     draw_badges()
 
 
@@ -155,6 +160,27 @@ def draw_loop(axes: Axes) -> None:
         ha="center",
         fontsize=9,
     )
+
+
+# The evidence ---------------------------------------------------------------------------------------------------------
+
+
+def draw_evidence() -> None:
+    """The gap of every policy of the main arms: the median over seeds thickly, every seed thinly."""
+    runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
+    own = comparison.games(runs)[recipe.ORACLE, recipe.ITERATIONS]
+    groups = figures.groups([run for run in own if run.arm in recipe.MAIN_ARMS])
+    figure, panels = plt.subplots(1, len(groups), figsize=(11, 2.7), sharex=True, sharey=True, layout="constrained")
+    for axes, group in zip(panels, groups):
+        measured, exact = (np.array([getattr(run, name) for run in group.runs]) for name in ("gap", "exact_gap"))
+        times = np.arange(1, measured.shape[1] + 1)
+        axes.plot(times, measured.T, color=OURS, linewidth=0.7, alpha=0.5)
+        axes.plot(times, np.median(measured, 0), color=OURS, linewidth=2)
+        axes.plot(times, np.median(exact, 0), color=INK, linewidth=1, linestyle=":")
+        axes.axhline(comparison.noise_floor(group.runs[0]), color=PEER, linewidth=1)
+        axes.set(title=f"{group.label} (η = {group.runs[0].eta:g})", xlabel="t", ylim=(0, 0.6))
+    panels[0].set_ylabel("duality gap of π$_t$")
+    save(figure, "evidence.svg")
 
 
 # Badges ---------------------------------------------------------------------------------------------------------------

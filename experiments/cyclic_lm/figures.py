@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +13,30 @@ from onpo_fast.reports.page import COLOURS, INK, Plot, new_axes, plot
 from .recipe import ARMS
 from .results import Run
 
-STYLES = ("-", (0, (4, 1.5)))
-LOOK = {arm: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS)]) for i, arm in enumerate(ARMS)}  # in every plot
+STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of an arm with one step, and how they look in every plot: the arm has a colour, the step a dash."""
+
+    label: str
+    colour: str
+    style: str | tuple
+    runs: list[Run]
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups runs by arm and step, in the order of ``ARMS``. Labels name the step where an arm has several."""
+    found = []
+    for i, arm in enumerate(ARMS):
+        etas = sorted({run.eta for run in runs if run.arm == arm})
+        for k, eta in enumerate(etas):
+            label = ARMS[arm].label + (f", η = {eta:g}" if len(etas) > 1 else "")
+            style = STYLES[(i // len(COLOURS) + 2 * k) % len(STYLES)]
+            own = [run for run in runs if (run.arm, run.eta) == (arm, eta)]
+            found.append(Group(label, COLOURS[i % len(COLOURS)], style, own))
+    return found
 
 
 def gap(runs: Sequence[Run]) -> Plot | None:
@@ -29,14 +52,14 @@ def average_gap(runs: Sequence[Run]) -> Plot | None:
 def _curves(runs: Sequence[Run], name: str, label: str) -> Plot | None:
     figure, axes = new_axes("t", label, height=3.4)
     said = []
-    for arm, own in by_arm(runs).items():
-        colour, style = LOOK[arm]
-        curves = [getattr(run, name) for run in own]
+    for group in groups(runs):
+        look = {"color": group.colour, "linestyle": group.style}
+        curves = [getattr(run, name) for run in group.runs]
         for curve in curves:
-            axes.plot(_times(curve), curve, color=colour, linestyle=style, linewidth=0.6, alpha=0.35)
+            axes.plot(_times(curve), curve, linewidth=0.6, alpha=0.35, **look)
         median = np.median(curves, axis=0)
-        axes.plot(_times(median), median, color=colour, linestyle=style, linewidth=1.8, label=ARMS[arm].label)
-        said.append(f"{ARMS[arm].label}: from {median[0]:.2f} to {median[-1]:.2f}")
+        axes.plot(_times(median), median, linewidth=1.8, label=group.label, **look)
+        said.append(f"{group.label}: from {median[0]:.2f} to {median[-1]:.2f}")
     axes.set_ylim(bottom=0)
     return plot(figure, said)
 
@@ -45,11 +68,11 @@ def gap_against_kl(runs: Sequence[Run]) -> Plot | None:
     """Plots the gap of every policy against its KL divergence from π_1, a mark for each policy of each seed."""
     figure, axes = new_axes("KL(π_t ‖ π_1), nats", "duality gap of π_t", height=3.4)
     said = []
-    for arm, own in by_arm(runs).items():
-        kl = np.concatenate([run.raw["kl_to_initial"] for run in own])
-        gaps = np.concatenate([run.gap for run in own])
-        axes.plot(kl, gaps, "o", color=LOOK[arm][0], markersize=2.5, alpha=0.6, label=ARMS[arm].label)
-        said.append(f"{ARMS[arm].label}: KL up to {kl.max():.2f}")
+    for group in groups(runs):
+        kl = np.concatenate([run.raw["kl_to_initial"] for run in group.runs])
+        gaps = np.concatenate([run.gap for run in group.runs])
+        axes.plot(kl, gaps, "o", color=group.colour, markersize=2.5, alpha=0.6, label=group.label)
+        said.append(f"{group.label}: KL up to {kl.max():.2f}")
     axes.set_ylim(bottom=0)
     return plot(figure, said)
 
@@ -65,13 +88,13 @@ def simplex(runs: Sequence[Run]) -> Plot | None:
     corners = np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])
     axes.plot(*corners[[0, 1, 2, 0]].T, color=INK, linewidth=0.8, alpha=0.5)
     said = []
-    for arm, own in by_arm(runs).items():
-        middle = sorted(own, key=lambda run: run.last(run.gap))[(len(own) - 1) // 2]
+    for group in groups(runs):
+        middle = sorted(group.runs, key=lambda run: run.last(run.gap))[(len(group.runs) - 1) // 2]
         three = middle.shares[:, :3] / np.maximum(middle.shares[:, :3].sum(1, keepdims=True), 1e-9)
         path = three @ corners
-        axes.plot(*path.T, color=LOOK[arm][0], linestyle=LOOK[arm][1], linewidth=0.9, label=ARMS[arm].label)
-        axes.plot(*path[-1], "o", color=LOOK[arm][0], markersize=4)
-        said.append(f"{ARMS[arm].label} ends at " + ", ".join(f"{share:.2f}" for share in three[-1]))
+        axes.plot(*path.T, color=group.colour, linestyle=group.style, linewidth=0.9, label=group.label)
+        axes.plot(*path[-1], "o", color=group.colour, markersize=4)
+        said.append(f"{group.label} ends at " + ", ".join(f"{share:.2f}" for share in three[-1]))
     _name_corners(axes, corners, runs[0].raw["classes"])
     return plot(figure, said)
 
@@ -81,11 +104,6 @@ def _name_corners(axes: Axes, corners: np.ndarray, names: Sequence[str]) -> None
         axes.annotate(name, corner, offset, textcoords="offset points", ha=align)
     axes.set(aspect="equal", xlim=(-0.08, 1.08), ylim=(-0.14, 0.98))
     axes.set_axis_off()
-
-
-def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Groups runs by their arm, in the order in which arms occur."""
-    return {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
 
 
 def _times(values: np.ndarray) -> np.ndarray:

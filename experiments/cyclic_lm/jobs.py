@@ -241,7 +241,6 @@ class Runner:
     def _write(self, job: Job) -> None:
         """Writes the results of what has ended."""
         options = Journal(self._finished(job)).note("options")
-        read = {"train": measure, "best_response": measure_best_response, "best_of_nash": measure_best_of_nash}
         results = {
             "kind": job.kind,
             "arm": job.arm,
@@ -254,9 +253,17 @@ class Runner:
             "recipe": recipe_of(self._finished(job)),
             "config": {name: value for name, value in options.items() if name not in PATHS},
             "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
-            **read[job.kind](self._finished(job), self.preference, ARMS[job.arm], job.eta),
+            **self._measured(job),
         }
         atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
+
+    def _measured(self, job: Job) -> dict[str, object]:
+        """The raw results of what has ended, by its kind."""
+        if job.kind == "best_response":
+            return measure_best_response(self._finished(job), self.preference)
+        if job.kind == "best_of_nash":
+            return measure_best_of_nash(self._finished(job), self.preference)
+        return measure(self._finished(job), self.preference, ARMS[job.arm], job.eta)
 
     def _finished(self, job: Job) -> Path:
         """The run directory that has a job's results: best of Nash is in the evaluation of its run."""

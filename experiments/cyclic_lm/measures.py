@@ -58,7 +58,7 @@ def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dic
     }
 
 
-def measure_best_response(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dict:
+def measure_best_response(run: Path, preference: ClassPreference) -> dict:
     """Returns how often a best response that was trained against a frozen policy wins against it.
 
     Returns:
@@ -77,7 +77,7 @@ def measure_best_response(run: Path, preference: ClassPreference, arm: Arm, eta:
     }
 
 
-def measure_best_of_nash(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dict:
+def measure_best_of_nash(run: Path, preference: ClassPreference) -> dict:
     """Returns the class shares of best of Nash, which are exact given the responses that it chooses from.
 
     Returns:
