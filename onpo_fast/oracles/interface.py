@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses
+IndexPairs = Sequence[tuple[int, int]]  # of two different responses of a group
 
 ASYNC = "it is async; an oracle must return the matrix itself, so call asyncio.run in it"
 COMPLEMENT_TOLERANCE = 1e-3  # largest error of P + Pᵀ = 1; sigmoids in half precision meet it
@@ -48,6 +49,23 @@ class BatchOracle:
         """
         raise NotImplementedError
 
+    def compare(
+        self,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs],
+        progress: Progress = lambda n: None,
+    ) -> list[np.ndarray]:
+        """Judges some pairs of each group. An oracle that is paid by the pair overrides this.
+
+        Args:
+            groups, progress: as for ``many``.
+            pairs: for each group, which of its responses to compare.
+
+        Returns:
+            For each group its (K, K) matrix; only the entries of its pairs are read, in either order.
+        """
+        return self.many(groups, progress)
+
     def __call__(self, prompt: Messages, responses: list[str]) -> np.ndarray:
         return self.many([(prompt, responses)])[0]
 
@@ -60,7 +78,12 @@ class BatchOracle:
 
 
 def judge(
-    oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress = lambda n: None, first: int = 0
+    oracle: Oracle,
+    groups: Sequence[Group],
+    name: str,
+    progress: Progress = lambda n: None,
+    first: int = 0,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     """Asks an oracle for the preference matrix of every group.
 
@@ -72,16 +95,19 @@ def judge(
         name: the value of --oracle, for messages.
         progress: called with the number of groups that are newly done.
         first: the number of groups before these, for messages.
+        pairs: for each group the responses to compare; default all. An oracle with a method ``compare`` is asked about
+            no others.
 
     Returns:
-        For each group a (K, K) float64 matrix with P + Pᵀ = 1 and ½ on the diagonal.
+        For each group a (K, K) float64 matrix with P + Pᵀ = 1 and ½ on the diagonal. Where pairs are given, the
+        entries of others mean nothing.
 
     Raises:
         UserError: if the oracle fails or returns something other than preferences; the message names the oracle and
             the group.
     """
     questions = [(group.prompt, [response.text for response in group.responses]) for group in groups]
-    return judge_texts(oracle, questions, f"--oracle {name}", progress, first)
+    return judge_texts(oracle, questions, f"--oracle {name}", progress, first, pairs)
 
 
 def judge_texts(
@@ -90,9 +116,12 @@ def judge_texts(
     title: str,
     progress: Progress = lambda n: None,
     first: int = 0,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
+        if pairs is not None and (compare := getattr(oracle, "compare", None)):
+            return _judge_together(lambda asked, done: compare(asked, pairs, done), questions, title, progress, first)
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
         matrices = []
@@ -212,6 +241,19 @@ def expand_duplicates(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     Equal texts tie: P is ½.
     """
     return matrix[np.ix_(indices, indices)]
+
+
+def questions_of(pairs: IndexPairs | None, texts: Sequence[str], indices: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Yields what to ask of a group, each pair in both orders, as indices of different texts; equal texts tie.
+
+    Args:
+        pairs: pairs of its responses; None: all.
+        texts, indices: the result of ``drop_duplicates``.
+    """
+    if pairs is None:
+        return itertools.permutations(range(len(texts)), 2)
+    asked = {(indices[i], indices[j]) for i, j in pairs if indices[i] != indices[j]}
+    return sorted(asked | {(j, i) for i, j in asked})
 
 
 class GroupProgress:
