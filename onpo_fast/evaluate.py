@@ -45,13 +45,15 @@ from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, re
 from .models.device import device_of
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
+from .multi_turn.environment import CheckedEnvironment
+from .multi_turn.evaluation import converse
 from .report import is_evaluation
 from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
 from .run.fingerprint import changes
 from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import check_sampler, config_key, load_oracle
+from .run.opening import check_sampler, config_key, load_environment, load_oracle
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, console, progress, say
@@ -66,6 +68,7 @@ OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracl
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
+ENVIRONMENT_STREAM = 9  # the last of them, for the environment
 BEST_OF_NASH_STREAM = 8  # responses that best of Nash chooses from: other draws than those it is compared with
 
 
@@ -111,6 +114,8 @@ def evaluate(
         config.section(FitConfig),
         config.section(RunConfig),
         candidates_per_prompt=candidates_per_prompt,
+        environment=load_environment(config),
+        turns=config.turns,
     )
     return evaluator.evaluate(policies, read_prompts(directory / HELD_OUT))
 
@@ -121,6 +126,8 @@ class Evaluator:
 
     Attributes:
         candidates_per_prompt: number of responses of π_1 that best of Nash chooses from; None: it is left out.
+        environment: what answers the policies, so that a response is a conversation; None: they speak once.
+        turns: the most turns of a policy in a conversation.
         cost: seconds and what the oracle counted, also in processes before this one.
     """
 
@@ -134,6 +141,8 @@ class Evaluator:
     run_config: RunConfig
     truncation: TruncationWarning = field(default_factory=TruncationWarning)
     candidates_per_prompt: int | None = None
+    environment: CheckedEnvironment | None = None
+    turns: int = 1
     cost: Counter[str] = field(default_factory=Counter)
 
     def evaluate_once(self, policies: dict[str, Source], prompts: Sequence[Messages]) -> dict:
@@ -169,9 +178,9 @@ class Evaluator:
         """
         names = list(policies)
         self.weights = self.cache.world.from_main(self._checksums, policies)
-        samples, candidates = self._sample_all(policies, prompts)
+        samples, candidates, spoken = self._sample_all(policies, prompts)
         # π_1's log-probs last, when the other models are gone
-        kl = [0.0, *self._divergences(policies[names[0]], list(samples.values())[1:])]
+        kl = [0.0, *self._divergences(policies[names[0]], spoken[1:], len(prompts))]
         matrices = self._judge(samples, candidates, prompts)
         own = len(names) * self.run_config.eval_samples  # responses of the policies
         wins = np.stack([_blocks(matrix[:own, :own], len(names)) for matrix in matrices])  # (prompts, M, M), M policies
@@ -226,17 +235,37 @@ class Evaluator:
 
     def _sample_all(
         self, policies: dict[str, Source], prompts: Sequence[Messages]
-    ) -> tuple[dict[str, list[Group]], list[Group] | None]:
-        """The responses of every policy, and those of π_1 that best of Nash chooses from, if it is wanted."""
+    ) -> tuple[dict[str, list[Group]], list[Group] | None, list[list[Group]]]:
+        """The responses of every policy, and those of π_1 that best of Nash chooses from, if it is wanted.
+
+        The third is what every policy has said: its responses, or the turns of its conversations.
+        """
         samples: dict[str, list[Group]] = {}
-        candidates = None
+        candidates, spoken = None, []
         for index, (name, source) in enumerate(policies.items()):
             count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
-            samples[name] = self._sample(name, source, prompts, count, seed, f"responses_{index:02d}")
+            samples[name], turns = self._respond(name, source, prompts, count, seed, f"responses_{index:02d}")
+            spoken.append(turns)
             if index == 0 and self.candidates_per_prompt is not None:  # now, while π_1 is in memory
                 count, seed = self.candidates_per_prompt, [self.run_config.seed, BEST_OF_NASH_STREAM]
-                candidates = self._sample(name, source, prompts, count, seed, f"best_of_nash_{count}")
-        return samples, candidates
+                candidates, _ = self._respond(name, source, prompts, count, seed, f"best_of_nash_{count}")
+        return samples, candidates, spoken
+
+    def _respond(
+        self, name: str, source: Source, prompts: Sequence[Messages], count: int, seed: list[int], output: str
+    ) -> tuple[list[Group], list[Group]]:
+        """``count`` responses of a policy to each prompt, which are conversations with --environment; and its turns."""
+        if self.environment is None:
+            groups = self._sample(name, source, prompts, count, seed, output)
+            return groups, groups
+
+        def sample(states: Sequence[Messages], number: int, last: Sequence[int], ending: str) -> list[Group]:
+            return self._sample(name, source, states, number, [*seed, *last], f"{output}{ending}")
+
+        folder, key = f"{PARTS}/{output}", self.weights
+        return converse(
+            prompts, count, self.environment, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT_STREAM], key
+        )
 
     def _sample(
         self,
@@ -277,10 +306,10 @@ class Evaluator:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         return groups
 
-    def _divergences(self, initial: Source, samples: Sequence[list[Group]]) -> list[float]:
-        """KL(π ‖ π_1) in nats, estimated on the responses of each later policy π."""
+    def _divergences(self, initial: Source, spoken: Sequence[list[Group]], prompts: int) -> list[float]:
+        """KL(π ‖ π_1) in nats a response or conversation, estimated on what each later policy π has said."""
         divergences = []
-        for index, groups in enumerate(samples, 1):
+        for index, groups in enumerate(spoken, 1):
 
             def compute(part: Sequence[Group], first: int, index: int = index) -> list[Tensor]:
                 policy = self.policies(initial)
@@ -300,7 +329,8 @@ class Evaluator:
                     "evaluate",
                     self.weights,
                 )
-            divergences.append(kl_estimate(groups, scores))
+            turns = sum(len(group.responses) for group in groups) / (prompts * self.run_config.eval_samples)
+            divergences.append(kl_estimate(groups, scores) * turns)
             self.cost.update(cost)
         return divergences
 

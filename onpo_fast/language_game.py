@@ -170,13 +170,13 @@ class LanguageGame:
         suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
         with self._judging_beside(policy, opponent, suffix) as beside:
             if policy not in self.sampled:  # once an iteration
-                self.sampled[policy] = self._sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
+                self.sampled[policy] = self.sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
             groups, sampled_as = self.sampled[policy]
             if opponent is None:
-                preferences, step = self._judge(groups, suffix, beside), 1
+                preferences, step = self.judge(groups, suffix, beside), 1
             else:
                 preferences, step = self._judge_against(opponent, groups, suffix), 2
-        return Comparisons(groups, self._pair(groups, preferences, suffix), policy, step, sampled_as)
+        return Comparisons(groups, self.pair(groups, preferences, suffix), policy, step, sampled_as)
 
     def fit(
         self,
@@ -292,7 +292,8 @@ class LanguageGame:
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
 
-    def _prompts(self) -> list[Messages]:
+    def prompts(self) -> list[Messages]:
+        """The prompts of the iteration."""
         config = self.algorithm
         return prompts_of_iteration(self.run.prompts, self.t, config.iterations, config.prompts_per_iteration)
 
@@ -316,26 +317,37 @@ class LanguageGame:
             return nullcontext()
         stage = run.cache.resumable(outputs[1], run.oracle_files)
         title = f"iteration {self.t}: judge"
-        return JudgingBeside(stage, len(self._prompts()), run.oracle, run.oracle_name, title, run.cache.log)
+        return JudgingBeside(stage, len(self.prompts()), run.oracle, run.oracle_name, title, run.cache.log)
 
-    def _sample(
+    def sample(
         self,
         policy: Source | Mixture,
         name: str,
         stream: int,
         responses: int | None = None,
         beside: JudgingBeside | None = None,
+        prompts: Sequence[Messages] | None = None,
+        substream: Sequence[int] = (),
+        **about: object,
     ) -> list[Group]:
-        """Responses of a policy to the iteration's prompts, which are judged meanwhile if ``beside`` is given."""
+        """Responses of a policy to the iteration's prompts, or to others.
+
+        Args:
+            name: of their file, without its ending.
+            stream, substream: what keeps their random streams apart from others of the iteration.
+            responses: to each prompt; default K.
+            beside: judges them meanwhile.
+            about: what metrics say of them beside.
+        """
         run, count = self.run, responses or self.algorithm.responses_per_prompt
-        seed = [self.run_config.seed, stream, self.t]
+        seed = [self.run_config.seed, stream, self.t, *substream]
         source = policy.policy if isinstance(policy, Mixture) else policy
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
         stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
         with stage as sampler:
             groups = run.cache.cached_in_parts(
                 f"{iteration_folder(self.t)}/{name}.jsonl",
-                self._prompts(),
+                self.prompts() if prompts is None else prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 lambda part, first, done: sampler(part, count, seed, done, first, on_group),
                 lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
@@ -345,7 +357,7 @@ class LanguageGame:
                 title=f"iteration {self.t}: sample",
                 ticks=count,
                 prepare=sampler.open,
-                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device) | about,
                 check=sampler.check if (checks := self._checks(policy, stream)) else None,
                 on_part=on_part,
             )
@@ -377,7 +389,14 @@ class LanguageGame:
             return self.t == 1 and stream == SAMPLING and only == self.run.initial
         return only is not None
 
-    def _judge(self, groups: list[Group], suffix: str, beside: JudgingBeside | None = None) -> list[np.ndarray]:
+    def judge(
+        self,
+        groups: list[Group],
+        suffix: str,
+        beside: JudgingBeside | None = None,
+        pairs: Sequence[oracles.IndexPairs] | None = None,
+    ) -> list[np.ndarray]:
+        """The oracle's preferences between the responses of each group, or between some pairs of them."""
         run = self.run
         if beside is not None:
             beside.finish()  # its parts are read below
@@ -385,14 +404,16 @@ class LanguageGame:
             f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
             groups,
             ResumableStage.judging_size(len(groups), oracles.computes_elsewhere(run.oracle)),
-            lambda part, first, done: stages.judge(run.oracle, part, run.oracle_name, done, first),
+            lambda part, first, done: stages.judge(
+                run.oracle, part, run.oracle_name, done, first, pairs and pairs[first : first + len(part)]
+            ),
             lambda file: read_preferences(file, groups),
             read_preferences,
             write_preferences,
             stage="judge",
             title=f"iteration {self.t}: judge",
             prepare=run.make_room_for_oracle,
-            metrics=stages.judging_metrics,
+            metrics=lambda found, cost: stages.judging_metrics(found, cost, pairs),
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
             shared=oracles.is_shared(run.oracle),
@@ -403,16 +424,17 @@ class LanguageGame:
 
     def _judge_against(self, opponent: Source, groups: list[Group], suffix: str) -> list[np.ndarray]:
         """Labels of all pairs of a group's responses, from their win rates against a response of the opponent."""
-        opponents = self._sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
+        opponents = self.sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
         matches = [
             Group(group.prompt, group.prompt_tokens, [response, *other.responses])
             for group, other in zip(groups, opponents)
             for response in group.responses
         ]
-        wins = iter([matrix[0, 1] for matrix in self._judge(matches, suffix)])
+        wins = iter([matrix[0, 1] for matrix in self.judge(matches, suffix)])
         return [stages.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
 
-    def _pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
+    def pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
+        """The pairs to learn from."""
         seed = [self.run_config.seed, PAIRING, self.t]
         identical = 0
 

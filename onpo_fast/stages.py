@@ -43,14 +43,28 @@ def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.devi
 
 
 def judge(
-    oracle: oracles.Oracle, groups: Sequence[Group], name: str, done: Progress, first: int = 0
+    oracle: oracles.Oracle,
+    groups: Sequence[Group],
+    name: str,
+    done: Progress,
+    first: int = 0,
+    pairs: Sequence[oracles.IndexPairs] | None = None,
 ) -> list[np.ndarray]:
-    """The (K, K) matrix of P(y_i ≻ y_j) of every group; ``name`` is what messages call the oracle."""
-    return oracles.judge(oracle, groups, name, done, first)
+    """The (K, K) matrix of P(y_i ≻ y_j) of every group; ``name`` is what messages call the oracle.
+
+    With ``pairs``, only their entries mean something.
+    """
+    return oracles.judge(oracle, groups, name, done, first, pairs)
 
 
-def judging_metrics(preferences: Sequence[np.ndarray], cost: dict[str, float]) -> dict[str, object]:
+def judging_metrics(
+    preferences: Sequence[np.ndarray],
+    cost: dict[str, float],
+    pairs: Sequence[oracles.IndexPairs] | None = None,
+) -> dict[str, object]:
     """What metrics.jsonl says of judging; ``cost`` is its seconds and the oracle's counters."""
+    if pairs is not None:
+        return cost | {"comparisons": sum(map(len, pairs))}
     cyclic, triples = oracles.cyclic_triples(preferences)
     return cost | {
         "triples": triples,

@@ -1,4 +1,4 @@
-"""The options of a run in eight sections, one for each consumer. Each section validates its own options.
+"""The options of a run in nine sections, one for each consumer. Each section validates its own options.
 
 The defaults suit the bundled demonstration, a model of 135M parameters on two CPU cores; ``configs/`` has the paper's
 settings. The docstring of an option is its ``--help`` text. A default that depends on the device is None here and is
@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..objectives import Objective
 from ..pairing import PAIRINGS
 from .aliases import OTHER_VALUES
+from .environment_section import EnvironmentConfig
 from .oracle_sections import JudgeConfig, OracleConfig
 from .sampling_section import SamplingConfig
 from .values import check_at_least, check_at_most, check_positive, check_share, check_values
@@ -332,6 +333,7 @@ SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
     "sampling": SamplingConfig,
+    "conversation": EnvironmentConfig,
     "oracle": OracleConfig,
     "judge": JudgeConfig,
     "algorithm": AlgorithmConfig,

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..conversations import Messages, Prompt, read_conversation, tools_of
 from ..errors import UserError
@@ -20,6 +21,7 @@ Environment = Callable[[Messages, int], "dict | str | None"]
 
 EMBEDDED: dict[str, Environment] = {"partner": partners.partner, "word-game": partners.word_game}
 ROLES = ("user", "tool")
+PROBE = "Yes, I think so."  # a turn of the policy
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,23 @@ class CheckedEnvironment:
             )
         first = {"role": "user", "content": "-"}  # a conversation begins with the user
         return read_conversation({"prompt": [first, message], "tools": tools_of(messages)}, "prompt", here)[-1]
+
+    def probe(self, prompt: Messages) -> None:
+        """Asks it once, to find one that does not work before anything is sampled.
+
+        Raises:
+            UserError: as a call.
+        """
+        try:
+            self(Prompt([*prompt, {"role": "assistant", "content": PROBE}], "", tools_of(prompt)), 0)
+        except UserError as error:
+            raise UserError(f"{error}; it was tried before anything is sampled") from error
+
+    def fingerprint(self, checksum: Callable[[Path], str]) -> dict[str, str]:
+        """Returns checksums of the files that a user's function needs, by name."""
+        from ..run.fingerprint import function_fingerprint  # here, because it imports transformers, which takes seconds
+
+        return {} if self.name in EMBEDDED else function_fingerprint(self.name, self.answer, checksum)
 
     def _call(self, here: str, messages: Messages, seed: int) -> object:
         """Calls the user's function in a thread, so that one that never ends can be left."""

@@ -119,3 +119,21 @@ def labels(tree: Tree, state: Branches, preferences: np.ndarray, target: str) ->
         wins = preferences[np.ix_(state.lines, tree.opponents)].mean(1)
         return 0.5 + (wins[:, None] - wins[None, :]) / 2
     return 0.5 + (preferences[np.ix_(state.lines, state.lines)] - 0.5) / 2
+
+
+def play(prompts: Sequence[Messages], turns: int, count: int, act: Act, answer: Answer) -> list[list[Conversation]]:
+    """Plays ``count`` independent conversations from each prompt to their end; see ``grow``."""
+    lines = [[Conversation(prompt)] * count for prompt in prompts]
+    for turn in range(1, turns + 1):
+        going = [(p, i) for p, own in enumerate(lines) for i, line in enumerate(own) if not line.ended]
+        if turn == 1:
+            said = [response for group in act(prompts, count, 1, True) for response in group.responses]
+        else:
+            groups = act([lines[p][i].state for p, i in going], 1, turn, False) if going else []
+            said = [group.responses[0] for group in groups]
+        for (p, i), response in zip(going, said):
+            lines[p][i] = lines[p][i].said(response)
+        if turn < turns:
+            for (p, i), reply in zip(going, answer([lines[p][i] for p, i in going], turn)):
+                lines[p][i] = lines[p][i].answered(reply)
+    return lines

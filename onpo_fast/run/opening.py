@@ -39,6 +39,8 @@ from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
 from ..models.sharding import check_shardable
+from ..multi_turn import environment as environments
+from ..multi_turn.environment import CheckedEnvironment
 from ..objectives import Sppo
 from ..pairing import PAIRINGS
 from ..sampling.vllm.process import check_python
@@ -69,6 +71,7 @@ class OpenRun:
         held_out: those to evaluate on.
         oracle: who prefers what.
         oracle_files: ``oracles.fingerprint`` of the oracle.
+        environment: what answers the policy between its turns; None: it has one turn.
         family: what transformers calls the policy's architecture.
         vocabulary: rows of the policy's embedding.
         compute_dtype: of the policy's computation.
@@ -87,6 +90,7 @@ class OpenRun:
     oracle: oracles.Oracle
     oracle_name: str
     oracle_files: dict[str, str]
+    environment: CheckedEnvironment | None
     family: str
     vocabulary: int
     device: torch.device
@@ -155,6 +159,7 @@ def open_run(config: Config, resume: bool = False, force: bool = False, world: W
         cache=StageCache(journal, None, None, world),
         policies=ResidentPolicy(config.section(ModelConfig), told["initial"]),
         oracle=load_oracle(config, directory),
+        environment=load_environment(config),
         device=device_of(config.device),
         **told,
     )
@@ -190,6 +195,7 @@ class _Checked:
     """What a run starts with, checked before anything is written."""
 
     oracle: oracles.Oracle
+    environment: CheckedEnvironment | None
     to_judge: bool  # whether the oracle is still needed
     policies: ResidentPolicy
     skipped: Skipped | None
@@ -201,7 +207,7 @@ class _Checked:
 def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
-    oracle = load_oracle(config, directory)
+    oracle, partner = load_oracle(config, directory), load_environment(config)
     check_sampler(config)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
@@ -216,7 +222,9 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
     if ranks > 1 and config.lora_rank is None:  # the base of adapters stays whole on every rank
         check_shardable(policies(config.model))
-    return _Checked(oracle, to_judge, policies, skipped, *prompts)
+    if partner is not None and to_judge:
+        partner.probe(min(prompts[0], key=oracles.length))
+    return _Checked(oracle, partner, to_judge, policies, skipped, *prompts)
 
 
 def _begin(
@@ -260,6 +268,7 @@ def _begin(
         oracle=oracle,
         oracle_name=config.oracle,
         oracle_files=inputs["oracle"],
+        environment=checked.environment,
         family=policy.family,
         vocabulary=policy.vocabulary,
         device=policy.device,
@@ -309,6 +318,11 @@ def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
     """The oracle that the options of a run name."""
     sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
     return oracles.load(config.oracle, *sections, directory)
+
+
+def load_environment(config: Config) -> CheckedEnvironment | None:
+    """The environment that the options of a run name; None where the policy has one turn."""
+    return environments.load(config.environment, config.environment_timeout) if config.has_turns else None
 
 
 def config_key(config: Config, model: dict[str, str] | None) -> object:
@@ -380,13 +394,17 @@ def _inputs(config: Config, policy: Policy, checked: _Checked) -> dict[str, dict
     return {
         "model": model_fingerprint(config.model, commit, checksum_once),
         "oracle": oracles.fingerprint(checked.oracle, config.oracle, checksum_once),
+        "environment": checked.environment.fingerprint(checksum_once) if checked.environment else {},
         "prompts": {"sha256": prompts_digest(checked.prompts, checked.held_out)},
         "rendering": {"sha256": checked.rendering},
     }
 
 
 def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, str]], force: bool) -> None:
-    """Raises ``UserError`` if a run began with other prompts, tokens, π_1 or oracle, the last three unless forced."""
+    """Raises ``UserError`` if a run began with other prompts, tokens, π_1, oracle or environment.
+
+    If it is forced, with other prompts alone.
+    """
     directory = config.out
     began: dict[str, Any] = {name: journal.note(name) or now for name, now in inputs.items()}
     if began["prompts"] != inputs["prompts"]:
@@ -402,6 +420,11 @@ def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, 
         raise UserError(
             f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
             "changed. Put it back, or add --force: finished stages stay as they are, the others use the new one"
+        )
+    if changed := changes(began["environment"], inputs["environment"]):
+        raise UserError(
+            f"--environment {config.environment} is not what {directory} began with: {', '.join(changed)} changed. Put "
+            "it back, or add --force: finished stages stay as they are, the others use the new one"
         )
     if began["rendering"] != inputs["rendering"]:
         raise UserError(

@@ -1,0 +1,75 @@
+"""Conversations of a policy with held-out prompts, in parts, so that an evaluation that is killed goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..data import Group, Messages
+from ..run.cache import StageCache
+from . import files
+from .conversation import Conversation
+from .environment import CheckedEnvironment
+from .tree import play
+
+LINES = 256  # conversations in a part that the environment answers
+
+# given states, the number of responses to each, the numbers that the seed ends with and the end of the output's name
+Sample = Callable[[Sequence[Messages], int, Sequence[int], str], list[Group]]
+
+
+def converse(
+    prompts: Sequence[Messages],
+    count: int,
+    environment: CheckedEnvironment,
+    turns: int,
+    sample: Sample,
+    cache: StageCache,
+    output: str,
+    seed: Sequence[int],
+    config_key: object,
+) -> tuple[list[Group], list[Group]]:
+    """Plays ``count`` conversations from each prompt.
+
+    Args:
+        turns: the most turns of the policy.
+        sample: samples responses of the policy.
+        cache: makes the replies resumable.
+        output: begins the names of the outputs.
+        seed: of the environment.
+        config_key: what replies depend on beside conversations and the run's own key.
+
+    Returns:
+        The conversations as responses to each prompt, for the oracle; and the policy's turns, each with what came
+        before it as its prompt.
+    """
+    spoken: list[Group] = []
+
+    def act(states: Sequence[Messages], responses: int, turn: int, learning: bool) -> list[Group]:
+        last, ending = ((), "") if turn == 1 else ((turn,), f"_turn_{turn}")
+        groups = sample(states, responses, last, ending)
+        spoken.extend(groups)
+        return groups
+
+    def answer(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
+        def compute(part: Sequence[Conversation], first: int) -> list[dict | None]:
+            seeds = [np.random.SeedSequence([*seed, turn, first + i]) for i in range(len(part))]
+            return [environment(line.state, int(one.generate_state(1)[0])) for line, one in zip(part, seeds)]
+
+        replies, _ = cache.in_parts(
+            f"{output}_replies_{turn}",
+            lines,
+            LINES,
+            compute,
+            lambda file, part: files.read_replies(file, len(part)),
+            files.write_replies,
+            lambda known: None,
+            "evaluate",
+            config_key,
+            shared=False,
+        )
+        return replies
+
+    lines = play(prompts, turns, count, act, answer)
+    return [files.as_group(own) for own in lines], spoken

@@ -1,0 +1,50 @@
+"""Files of conversations in a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..data import REMEDY, Group, Response
+from ..errors import UserError
+from ..files import read_jsonl, write_jsonl
+from .conversation import Conversation
+
+
+def write_replies(path: Path, replies: Iterable[dict | None]) -> None:
+    write_jsonl(path, ({"reply": reply} for reply in replies))
+
+
+def read_replies(path: Path, count: int) -> list[dict | None]:
+    """Reads what ``write_replies`` wrote: ``count`` messages of the environment, or None.
+
+    Raises:
+        UserError: names the file, and the line that does not fit.
+    """
+    replies = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        reply = record.get("reply") if isinstance(record, dict) else record
+        fits = reply is None or (isinstance(reply, dict) and isinstance(reply.get("content"), str) and "role" in reply)
+        if not isinstance(record, dict) or "reply" not in record or not fits:
+            raise UserError(f"{path}, line {number}: it is no message of an environment; {REMEDY}")
+        replies.append(reply)
+    if len(replies) != count:
+        raise UserError(f"{path} has {len(replies)} lines where {count} conversations were answered: {REMEDY}")
+    return replies
+
+
+def as_group(lines: Sequence[Conversation]) -> Group:
+    """Returns conversations from one prompt as its responses, for the oracle: each is its transcript.
+
+    The tokens of a response are those of all turns of the policy.
+    """
+    responses = [
+        Response(
+            line.transcript,
+            [token for response in line.responses for token in response.tokens],
+            line.responses[-1].stop_reason,
+            sum(response.logp for response in line.responses),
+        )
+        for line in lines
+    ]
+    return Group(lines[0].prompt, [], responses)

@@ -1,0 +1,93 @@
+"""The game of conversations with several turns, as ``algorithms`` plays it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..config import EnvironmentConfig
+from ..data import Group, Messages
+from ..language_game import SAMPLING, Comparisons, LanguageGame, Mixture
+from ..models.resident import Source
+from ..run.outputs import iteration_folder
+from ..run.tracking import progress
+from . import files
+from .conversation import Conversation
+from .tree import Tree, comparisons, grow, labels
+
+ENVIRONMENT = 9  # the second of a seed's numbers, which keeps the environment's random streams apart from others
+
+
+class ConversationGame(LanguageGame):
+    """A ``LanguageGame`` whose policy learns at every turn of a conversation.
+
+    Groups are states with their K actions, turn by turn, so that scoring and fits are those of one turn: a conversation
+    so far is the prompt, and the loss is over the tokens of the turn alone.
+    """
+
+    judges_beside = False  # conversations are judged when they have ended
+
+    def compare(self, policy: Source | Mixture, opponent: Source | None = None) -> Comparisons:
+        """Conversations of a policy, compared with each other; pairs of actions at the states of each turn."""
+        if opponent is not None:
+            raise NotImplementedError("conversations with an opponent")
+        self.comparisons += 1
+        suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
+        config = self.run.config.section(EnvironmentConfig)
+        trees = self._play(policy, suffix, config.turns)
+        preferences = self._judge(trees, suffix, config.multi_turn_target)
+        states = [(tree, state, P) for tree, P in zip(trees, preferences) for state in tree.states]
+        states.sort(key=lambda one: one[1].turn)  # stable: prompts stay in order within a turn
+        groups = [state.group for _, state, _ in states]
+        targets = [labels(tree, state, P, config.multi_turn_target) for tree, state, P in states]
+        return Comparisons(groups, self.pair(groups, targets, suffix), policy, step=2, suffix=suffix)
+
+    def _play(self, policy: Source | Mixture, suffix: str, turns: int) -> list[Tree]:
+        """The iteration's conversations. Responses and replies are on disk, turn by turn."""
+
+        def act(states: Sequence[Messages], count: int, turn: int, learning: bool) -> list[Group]:
+            name = "responses" if learning else "rollouts"
+            if turn > 1:
+                name += f"_turn_{turn}"
+            substream = (turn, int(learning)) if turn > 1 else ()
+            return self.sample(
+                policy, f"{name}{suffix}", SAMPLING, count, prompts=states, substream=substream, turn=turn
+            )
+
+        def answer(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
+            return self._answer(lines, turn, suffix)
+
+        return grow(self.prompts(), turns, self.algorithm.responses_per_prompt, act, answer)
+
+    def _answer(self, lines: Sequence[Conversation], turn: int, suffix: str) -> list[dict | None]:
+        """The environment's messages after a turn."""
+
+        def compute() -> list[dict | None]:
+            with progress(f"iteration {self.t}: environment, turn {turn}", len(lines)) as done:
+                found = []
+                for index, line in enumerate(lines):
+                    seed = np.random.SeedSequence([self.run_config.seed, ENVIRONMENT, self.t, turn, index])
+                    found.append(self.run.environment(line.state, int(seed.generate_state(1)[0])))
+                    done(1)
+                return found
+
+        return self.run.cache.cached(
+            f"{iteration_folder(self.t)}/replies_turn_{turn}{suffix}.jsonl",
+            compute,
+            lambda path: files.read_replies(path, len(lines)),
+            files.write_replies,
+            stage="environment",
+            metrics=lambda replies, seconds: {
+                "seconds": seconds,
+                "turn": turn,
+                "replies": len(replies),
+                "ended": sum(reply is None for reply in replies),
+            },
+        )
+
+    def _judge(self, trees: Sequence[Tree], suffix: str, target: str) -> list[np.ndarray]:
+        """The preferences between the conversations of each tree that its labels need."""
+        ended = [files.as_group(tree.lines) for tree in trees]
+        pairs = [list(comparisons(tree, target)) for tree in trees]
+        return self.judge(ended, suffix, pairs=pairs)
