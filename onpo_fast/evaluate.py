@@ -45,6 +45,7 @@ from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, re
 from .models.device import device_of
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
+from .multi_turn.conversation import Transcript
 from .multi_turn.environment import CheckedEnvironment
 from .multi_turn.evaluation import converse
 from .report import is_evaluation
@@ -433,7 +434,10 @@ def _response_records(
     last = (len(samples) - 1) * eval_samples
     for p, (prompt, matrix) in enumerate(zip(prompts, matrices)):
         texts = {name: [r.text for r in groups[p].responses] for name, groups in samples.items()}
-        yield {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
+        record = {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
+        if isinstance(texts["π_1"][0], Transcript):
+            record["conversations"] = {name: [text.messages for text in own] for name, own in texts.items()}
+        yield record
 
 
 def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[str, str]]:

@@ -358,7 +358,7 @@ class LanguageGame:
                 ticks=count,
                 prepare=sampler.open,
                 metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device) | about,
-                check=sampler.check if (checks := self._checks(policy, stream)) else None,
+                check=sampler.check if (checks := self._checks(policy, stream, first=not substream)) else None,
                 on_part=on_part,
             )
         if sampler.was_opened:
@@ -379,14 +379,14 @@ class LanguageGame:
         sampler.check()
         return sampler
 
-    def _checks(self, policy: Source | Mixture, stream: int) -> bool:
+    def _checks(self, policy: Source | Mixture, stream: int, first: bool) -> bool:
         """Whether responses are compared with their policy: all that another program sampled, else π_1's first ones.
 
         A mixture has no log-probs of its own to compare with.
         """
         only = _policy_of(policy)
         if self.sampling.sampler == "local":
-            return self.t == 1 and stream == SAMPLING and only == self.run.initial
+            return self.t == 1 and stream == SAMPLING and first and only == self.run.initial
         return only is not None
 
     def judge(

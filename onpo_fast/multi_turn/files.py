@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..conversations import columns_of
 from ..data import REMEDY, Group, Response
 from ..errors import UserError
 from ..files import read_jsonl, write_jsonl
@@ -31,6 +32,21 @@ def read_replies(path: Path, count: int) -> list[dict | None]:
     if len(replies) != count:
         raise UserError(f"{path} has {len(replies)} lines where {count} conversations were answered: {REMEDY}")
     return replies
+
+
+def write_conversations(path: Path, groups: Iterable[Group]) -> None:
+    """Writes conversations that ``as_group`` made: "prompt", "responses" as text and "conversations" as messages."""
+    write_jsonl(
+        path,
+        (
+            {
+                **columns_of(group.prompt),
+                "responses": [response.text for response in group.responses],
+                "conversations": [response.text.messages for response in group.responses],
+            }
+            for group in groups
+        ),
+    )
 
 
 def as_group(lines: Sequence[Conversation]) -> Group:

@@ -89,5 +89,9 @@ class ConversationGame(LanguageGame):
     def _judge(self, trees: Sequence[Tree], suffix: str, target: str) -> list[np.ndarray]:
         """The preferences between the conversations of each tree that its labels need."""
         ended = [files.as_group(tree.lines) for tree in trees]
+        name = f"{iteration_folder(self.t)}/conversations{suffix}.jsonl"  # for people: it is made of the other files
+        self.run.cache.cached(
+            name, lambda: ended, lambda path: ended, files.write_conversations, stage="environment", note=dict
+        )
         pairs = [list(comparisons(tree, target)) for tree in trees]
         return self.judge(ended, suffix, pairs=pairs)
