@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import UserError
 from .values import check_at_least, check_at_most, check_positive, check_values
 
 MOST_TURNS = 100
 MOST_SECONDS = 10**6
+TARGETS = ("unbiased", "branches")
 
 
 @dataclass
@@ -31,6 +33,8 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         check_values(self, EnvironmentConfig)
+        if self.multi_turn_target not in TARGETS:
+            raise UserError(f"--multi_turn_target must be one of {', '.join(TARGETS)}, not {self.multi_turn_target!r}")
         check_at_least(self, 1, "turns")
         check_at_most(self, MOST_TURNS, "turns")
         check_positive(self, "environment_timeout")
