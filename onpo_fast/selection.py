@@ -1,8 +1,8 @@
 """Which pairs an oracle is asked about, where its answers cost money.
 
 N pairs of an iteration are drawn with replacement, pair k of n with a probability q_k > 0, and each draw counts
-1/(n q_k) in the loss: the mean over draws is an unbiased estimate of the mean over all pairs, whatever q is. So the step is that
-of all pairs, with noise that depends on q:
+1/(n q_k) in the loss: the mean over draws is an unbiased estimate of the mean over all pairs, whatever q is. So the
+step is that of all pairs, with noise that depends on q:
 
 - ``uniform``: every pair alike.
 - ``variance``: q ∝ √(p̂(1 − p̂))·‖x‖. The target of a sampled label has the standard deviation η√(p(1 − p)), and x, the
