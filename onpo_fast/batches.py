@@ -51,8 +51,13 @@ def count(batch: Batch) -> int:
 
 
 def total_weight(batch: Batch) -> float:
-    """Returns the sum of the pairs' weights."""
+    """Returns the sum of the pairs' weights, by which the loss of a step is divided."""
     return sum(pair.weight for pairs in batch.values() for pair in pairs)
+
+
+def total_importance(batch: Batch) -> float:
+    """Returns the sum of what the pairs' losses count, each by its weight."""
+    return sum(pair.weight * pair.importance for pairs in batch.values() for pair in pairs)
 
 
 def split(
@@ -125,7 +130,7 @@ class MicroBatch:
                 loser = empty[pair.winner] if pair.loser is None else index[pair.loser]
                 pairs.append((index[pair.winner], loser))
             labels += [pair.preference for pair in own_pairs]
-            weights += [pair.weight for pair in own_pairs]
+            weights += [pair.weight * pair.importance for pair in own_pairs]
         packed = replace(packed, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
         cached = None
         if anchor_logps is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import fit_precision, oracles, stages
+from .comparisons import ADAPTER, OPPONENT, ORDER, PAIRING, ROUNDING, SAMPLING, Comparisons, Mixture, policy_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
     Group,
@@ -46,37 +47,9 @@ from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
 from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
+from .selecting import PairSelector
+from .selection import Selected
 from .stages import Scores
-
-# the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """π_1^share · π^(1−share), normalised: an anchor that pulls towards π_1."""
-
-    initial: Source
-    policy: Source
-    share: float
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """D_t: responses of a policy, and the pairs of them to learn from.
-
-    Attributes:
-        policy: whose responses they are.
-        step: what the objective's step is multiplied by: where an opponent takes part, a label is ½ plus half the
-            difference of two win rates, so that it stays between 0 and 1, and the step is twice as large.
-        suffix: what tells the file of these responses from others of the iteration.
-    """
-
-    groups: list[Group]
-    pairs: list[Pair]
-    policy: Source | Mixture
-    step: int
-    suffix: str
 
 
 @dataclass
@@ -118,6 +91,7 @@ class LanguageGame:
         self.run, self.objective, self.algorithm = run, objective, algorithm
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
+        self.selects = PairSelector(run, algorithm, fitting, run_config) if algorithm.select is not None else None
         self.watched = False  # whether the memory of a fit has been planned
         self.sampler_checked = False  # whether responses of --sampler were compared with their policy, in any process
 
@@ -172,11 +146,16 @@ class LanguageGame:
             if policy not in self.sampled:  # once an iteration
                 self.sampled[policy] = self.sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
             groups, sampled_as = self.sampled[policy]
-            if opponent is None:
+            selected = None
+            if self.selects and opponent is None:
+                selected = self.selects(self.t, _weights_of(policy), groups, sampled_as)
+                asked = [selected.of_group(g) for g in range(len(groups))]
+                preferences, step = self.judge(groups, suffix, pairs=asked), 1
+            elif opponent is None:
                 preferences, step = self.judge(groups, suffix, beside), 1
             else:
                 preferences, step = self._judge_against(opponent, groups, suffix), 2
-        return Comparisons(groups, self.pair(groups, preferences, suffix), policy, step, sampled_as)
+        return Comparisons(groups, self.pair(groups, preferences, suffix, selected), policy, step, sampled_as)
 
     def fit(
         self,
@@ -211,7 +190,7 @@ class LanguageGame:
                     on_step=log,
                     states=states,
                     finished=finished,
-                    starts_at_anchor=start == _policy_of(anchor),
+                    starts_at_anchor=start == policy_of(anchor),
                     live_anchor=self.run.policies.beside(anchor) if live else None,
                     seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                     world=self.run.world,
@@ -309,6 +288,7 @@ class LanguageGame:
         outputs = [f"{iteration_folder(self.t)}/{name}{suffix}.jsonl" for name in ("responses", "preferences")]
         if (
             not (self.judges_beside and checked and oracles.computes_elsewhere(run.oracle))
+            or self.selects
             or opponent is not None
             or policy in self.sampled
             or run.world.size > 1
@@ -341,7 +321,7 @@ class LanguageGame:
         """
         run, count = self.run, responses or self.algorithm.responses_per_prompt
         seed = [self.run_config.seed, stream, self.t, *substream]
-        source = policy.policy if isinstance(policy, Mixture) else policy
+        source = _weights_of(policy)
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
         stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
         with stage as sampler:
@@ -372,7 +352,7 @@ class LanguageGame:
         return groups
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
-        if (only := _policy_of(policy)) is not None:
+        if (only := policy_of(policy)) is not None:
             return open_sampler(self.run.policies, only, self.sampling, self.run.directory, self.run.world)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
@@ -384,7 +364,7 @@ class LanguageGame:
 
         A mixture has no log-probs of its own to compare with.
         """
-        only = _policy_of(policy)
+        only = policy_of(policy)
         if self.sampling.sampler == "local":
             return self.t == 1 and stream == SAMPLING and first and only == self.run.initial
         return only is not None
@@ -433,15 +413,17 @@ class LanguageGame:
         wins = iter([matrix[0, 1] for matrix in self.judge(matches, suffix)])
         return [stages.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
 
-    def pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
-        """The pairs to learn from."""
+    def pair(
+        self, groups: list[Group], preferences: list[np.ndarray], suffix: str, selected: Selected | None = None
+    ) -> list[Pair]:
+        """The pairs to learn from: those that were selected, or what --pairing says."""
         seed = [self.run_config.seed, PAIRING, self.t]
         identical = 0
 
         def compute() -> list[Pair]:
             nonlocal identical
             try:
-                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed)
+                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed, selected)
             except UserError as error:
                 done = self.run.directory
                 raise UserError(f"iteration {self.t}: {error}. What was done is in {done}") from None
@@ -462,7 +444,7 @@ class LanguageGame:
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
         groups, first = compared.groups, self.run.initial
-        sampled_from_policy = _policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
+        sampled_from_policy = policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
         scores = {first: self._score(first, compared)}
         if sampled_from_policy:
             self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
@@ -504,8 +486,6 @@ class LanguageGame:
         )
 
 
-def _policy_of(anchor: Source | Mixture) -> Source | None:
-    """The policy that an anchor is; None for a mixture of two."""
-    if isinstance(anchor, Mixture):
-        return anchor.policy if anchor.policy == anchor.initial else None
-    return anchor
+def _weights_of(policy: Source | Mixture) -> Source:
+    """The policy itself, or the one that a mixture pulls towards π_1."""
+    return policy.policy if isinstance(policy, Mixture) else policy

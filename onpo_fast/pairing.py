@@ -18,6 +18,7 @@ from itertools import combinations
 import numpy as np
 
 from .data import Group, Pair
+from .selection import Selected
 
 Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
@@ -88,6 +89,22 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
             i_wins = p >= 0.5 if labels == "soft" else rng.random() < p
             winner, loser = (i, j) if i_wins else (j, i)
             pairs.append(Pair(group, winner, loser, max(p, 1 - p) if labels == "soft" else 1.0))
+    return pairs
+
+
+def label(selected: Selected, preferences: Sequence[np.ndarray], labels: str, seed: Sequence[int]) -> list[Pair]:
+    """Returns the labelled pairs of those that were selected, as ``pair`` labels them.
+
+    Args:
+        preferences: a matrix per group, of which the entries of the selected pairs are read.
+    """
+    pairs = []
+    for (group, i, j), count, importance in zip(selected.pairs, selected.counts, selected.importance):
+        p = float(preferences[group][i, j])
+        i_wins = p >= 0.5 if labels == "soft" else np.random.default_rng([*seed, group, i, j]).random() < p
+        winner, loser = (i, j) if i_wins else (j, i)
+        preference = max(p, 1 - p) if labels == "soft" else 1.0
+        pairs.append(Pair(group, winner, loser, preference, float(count), importance))
     return pairs
 
 

@@ -23,6 +23,7 @@ from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
 from .run.progress import Progress
 from .run.tracking import progress
+from .selection import Selected
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
 
@@ -79,14 +80,19 @@ def pair(
     objective: Objective,
     config: AlgorithmConfig,
     seed: Sequence[int],
+    selected: Selected | None = None,
 ) -> tuple[list[Pair], int]:
     """The pairs to learn from, and how many pairs of identical responses were dropped.
+
+    Those that were ``selected`` are all to learn from.
 
     Raises:
         UserError: if no pair is left.
     """
     if isinstance(objective, Sppo):  # each response by itself, against its win rate
         chosen = pairing.win_rate_pairs(preferences, config.labels, seed)
+    elif selected is not None:
+        chosen = pairing.label(selected, preferences, config.labels, seed)
     else:
         chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
     pairs = pairing.drop_identical(chosen, groups)

@@ -82,6 +82,8 @@ class Config(
                 f"--environment: --objective {self.objective} is for one turn; with several there are "
                 f"{', '.join(name for name, one in algorithms.ALGORITHMS.items() if one.takes_turns)}"
             )
+        if self.has_turns and self.select is not None:
+            raise UserError("--select is for one turn: leave it or --environment out")
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)

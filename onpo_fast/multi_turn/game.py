@@ -6,17 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..comparisons import ENVIRONMENT, SAMPLING, Comparisons, Mixture
 from ..config import EnvironmentConfig
 from ..data import Group, Messages
-from ..language_game import SAMPLING, Comparisons, LanguageGame, Mixture
+from ..language_game import LanguageGame
 from ..models.resident import Source
 from ..run.outputs import iteration_folder
 from ..run.tracking import progress
 from . import files
 from .conversation import Conversation
 from .tree import Tree, comparisons, grow, labels
-
-ENVIRONMENT = 9  # the second of a seed's numbers, which keeps the environment's random streams apart from others
 
 
 class ConversationGame(LanguageGame):
