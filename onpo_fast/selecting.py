@@ -37,13 +37,14 @@ class PairSelector:
             suffix: of the iteration's files.
         """
 
+        pairs, own = candidates(groups), None
+        if self.algorithm.selection != "uniform":
+            own = self._features(t, policy, groups, suffix)
+
         def compute() -> Selected:
-            pairs = candidates(groups)
             if not pairs:
                 return Selected([], [], [])
-            x = np.zeros((len(pairs), 1))
-            if self.algorithm.selection != "uniform":
-                x = differences(self._features(t, policy, groups, suffix), pairs)
+            x = np.zeros((len(pairs), 1)) if own is None else differences(own, pairs)
             q = SELECTIONS[self.algorithm.selection](x, self._predict(t, x, suffix))
             rng = np.random.default_rng([self.run_config.seed, SELECTION, t])
             return select(q, pairs, self.algorithm.select, rng)
@@ -56,7 +57,7 @@ class PairSelector:
             stage="select",
             metrics=lambda found, seconds: {
                 "seconds": seconds,
-                "candidates": len(candidates(groups)),
+                "candidates": len(pairs),
                 "draws": sum(found.counts),
                 "pairs": len(found.pairs),
             },
