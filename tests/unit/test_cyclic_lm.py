@@ -83,6 +83,21 @@ def test_the_exact_margin_is_that_of_mirror_descent() -> None:
     assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.01)
 
 
+def test_responses_may_have_any_character(tmp_path: Path) -> None:
+    """Also those at which Python's ``splitlines`` ends a line, as U+2028 and U+0085."""
+    policies = ["π_1", "π_2"]
+    evaluation = {"policies": policies, "win_rate": [[0.5, 0.4], [0.6, 0.5]], "interval": [[[0, 1]] * 2] * 2}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "responses": {name: ["The\u2028\x85end", "In"] for name in policies},
+    }
+    (tmp_path / "evaluation_responses.jsonl").write_text(f"{json.dumps(row, ensure_ascii=False)}\n", encoding="utf-8")
+    found = measures.measure_best_response(tmp_path, OPENINGS)
+    assert found["heldout"] == [[[0, 1]], [[0, 1]]]
+    assert found["win_rate"] == 0.6
+
+
 def test_the_share_of_the_margins_that_fits_reached() -> None:
     fits = [{"margin": 0.2, "exact": 0.4}, {"margin": 0.4, "exact": 0.4}]
     assert measures.reached(fits) == pytest.approx(0.75)
