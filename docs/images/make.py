@@ -178,7 +178,7 @@ def draw_evidence() -> None:
         axes.plot(times, np.median(measured, 0), color=OURS, linewidth=2)
         axes.plot(times, np.median(exact, 0), color=INK, linewidth=1, linestyle=":")
         axes.axhline(comparison.noise_floor(group.runs[0]), color=PEER, linewidth=1)
-        axes.set(title=f"{group.label} (η = {group.runs[0].eta:g})", xlabel="t", ylim=(0, 0.6))
+        axes.set(title=f"{group.label} (η = {group.runs[0].eta:g})", xlabel="t", ylim=(0, 0.6), xticks=(1, 6, 11))
     panels[0].set_ylabel("duality gap of π$_t$")
     save(figure, "evidence.svg")
 
