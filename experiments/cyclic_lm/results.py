@@ -139,7 +139,7 @@ class Run:
         C = len(self.matrix) - 1
         counts = self.shares[:, :C] * sum(map(len, self.raw["heldout"][0]))
         usable = (counts >= LEAST_RESPONSES).all(1)
-        shares = counts / counts.sum(1, keepdims=True)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         now, before, fits = STEPS[self.arm]
         rewards = shares @ self.matrix[:C, :C].T
         earlier = np.vstack([np.zeros(C), rewards[:-1]])
