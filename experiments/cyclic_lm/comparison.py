@@ -27,6 +27,14 @@ def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
     return found
 
 
+def by_arm_and_step(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+    """Returns the runs of each arm and step, in the order in which they occur."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.arm, run.eta), []).append(run)
+    return found
+
+
 def chosen_eta(runs: Iterable[Run], arm: str, game: Game) -> float:
     """Returns the step with which an arm has the smallest mean gap of the last policies on the tuning seeds.
 
@@ -140,7 +148,8 @@ def movement(runs: Sequence[Run]) -> Movement | None:
     moves = [run.moves for run in runs if run.moves is not None]
     if sum(len(one.measured) for one in moves) < 2:
         return None
-    measured, exact, sampling = (np.concatenate(column) for column in list(zip(*moves))[:3])
+    columns = ("measured", "exact", "sampling")
+    measured, exact, sampling = (np.concatenate([getattr(one, name) for one in moves]) for name in columns)
     measured, exact = (one - one.mean(1, keepdims=True) for one in (measured, exact))
     share = (measured * exact).sum() / (exact * exact).sum()
     rest = measured - share * exact
@@ -173,10 +182,7 @@ class Row:
 
 def table(runs: Sequence[Run], baseline_eta: float) -> list[Row]:
     """Returns a row for each arm and step, from the runs of one game."""
-    groups: dict[tuple[str, float], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.arm, run.eta), []).append(run)
-    return [_row(runs, own, baseline_eta) for own in groups.values()]
+    return [_row(runs, own, baseline_eta) for own in by_arm_and_step(runs).values()]
 
 
 def _row(runs: Sequence[Run], own: list[Run], baseline_eta: float) -> Row:

@@ -100,7 +100,7 @@ def test_responses_may_have_any_character(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arm", "moved", "noise"), [("omd", 0.7, 0.0), ("omd_two_fits", 0.4, 0.3), ("onpo", 0.6, 0.2)])
-def test_how_much_of_a_step_class_shares_moved(tmp_path: Path, arm: str, moved: float, noise: float) -> None:
+def test_how_much_of_a_step_class_shares_moved(arm: str, moved: float, noise: float) -> None:
     """Policies that move by a share of the exact step, with noise; in the mean over many runs."""
     rng, eta = np.random.default_rng(0), 1.0
     runs = []
@@ -293,13 +293,19 @@ def test_best_of_nash_has_a_gap_of_its_own(tmp_path: Path) -> None:
     assert "2016 times" in page.write([run], tmp_path).read_text(encoding="utf-8")
 
 
-def test_the_documentation_has_the_table_of_the_committed_results() -> None:
-    """docs/evidence.md, from experiments/results; the page's own text says how it is made."""
+def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
+    """docs/evidence.md, from experiments/results."""
     runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    for game, own in comparison.games(runs).items():
+    games, tuning = comparison.games(runs), page.tuning(runs)
+    assert games
+    assert tuning
+    for game, own in games.items():
         rows = comparison.table(own, comparison.chosen_eta(runs, recipe.BASELINE, game))
         assert page.markdown(rows) in text, game
+    for one in tuning:
+        gaps = [f"**{gap:.3f}**" if eta == one["chosen"] else f"{gap:.3f}" for eta, gap in one["gaps"].items()]
+        assert f"| {recipe.ARMS[one['arm']].label} | {' | '.join(gaps)} |" in text
 
 
 def test_topics_are_held_out() -> None:
