@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from experiments.cyclic_lm import comparison, figures, recipe, results
+from experiments.cyclic_lm import comparison, recipe, results
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -169,16 +169,16 @@ def draw_evidence() -> None:
     """The gap of every policy of the main arms: the median over seeds thickly, every seed thinly."""
     runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
     own = comparison.games(runs)[recipe.ORACLE, recipe.ITERATIONS]
-    groups = figures.groups([run for run in own if run.arm in recipe.MAIN_ARMS])
+    groups = comparison.by_arm_and_step(run for run in own if run.arm in recipe.MAIN_ARMS)
     figure, panels = plt.subplots(1, len(groups), figsize=(11, 2.7), sharex=True, sharey=True, layout="constrained")
-    for axes, group in zip(panels, groups):
-        measured, exact = (np.array([getattr(run, name) for run in group.runs]) for name in ("gap", "exact_gap"))
+    for axes, ((arm, eta), some) in zip(panels, groups.items()):
+        measured, exact = (np.array([getattr(run, name) for run in some]) for name in ("gap", "exact_gap"))
         times = np.arange(1, measured.shape[1] + 1)
         axes.plot(times, measured.T, color=OURS, linewidth=0.7, alpha=0.5)
         axes.plot(times, np.median(measured, 0), color=OURS, linewidth=2)
         axes.plot(times, np.median(exact, 0), color=INK, linewidth=1, linestyle=":")
-        axes.axhline(comparison.noise_floor(group.runs[0]), color=PEER, linewidth=1)
-        axes.set(title=f"{group.label} (η = {group.runs[0].eta:g})", xlabel="t", ylim=(0, 0.6))
+        axes.axhline(comparison.noise_floor(some[0]), color=PEER, linewidth=1)
+        axes.set(title=f"{recipe.ARMS[arm].label} (η = {eta:g})", xlabel="t", ylim=(0, 0.6), xticks=(1, 6, 11))
     panels[0].set_ylabel("duality gap of π$_t$")
     save(figure, "evidence.svg")
 

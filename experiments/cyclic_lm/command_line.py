@@ -18,7 +18,7 @@ from onpo_fast.run import signals
 from onpo_fast.run.tracking import console, say
 
 from . import comparison, page, results
-from .comparison import Paired, Row
+from .comparison import Row
 from .jobs import Job, Runner
 from .recipe import (
     ARMS,
@@ -120,16 +120,11 @@ def drawn(rows: list[Row], oracle: str, iterations: int) -> Table:
             str(row.seeds),
             f"{row.gap.median:.3f}",
             "–" if row.exact_gap is None else f"{row.exact_gap:.3f}",
-            "–" if versus is None else _difference(versus),
+            "–" if versus is None else page.difference(versus),
             "–" if versus is None else f"{versus.wins}/{len(versus.difference.values)}",
             "–" if versus is None else f"{versus.p:.3f}",
         )
     return found
-
-
-def _difference(versus: Paired) -> str:
-    mean = f"{versus.mean:+.3f}"
-    return mean if versus.low is None else f"{mean} ({versus.low:+.2f} to {versus.high:+.2f})"
 
 
 def _default_processes(device: str) -> int:

@@ -27,6 +27,14 @@ def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
     return found
 
 
+def by_arm_and_step(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+    """Returns the runs of each arm and step, in the order in which they occur."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.arm, run.eta), []).append(run)
+    return found
+
+
 def chosen_eta(runs: Iterable[Run], arm: str, game: Game) -> float:
     """Returns the step with which an arm has the smallest mean gap of the last policies on the tuning seeds.
 
@@ -120,6 +128,37 @@ def paired(runs: Sequence[Run], own: Sequence[Run], baseline_eta: float) -> Pair
 
 
 @dataclass(frozen=True)
+class Movement:
+    """How class shares moved on held-out prompts, beside exact steps, over the iterations of some runs.
+
+    Attributes:
+        share: the least-squares slope on exact steps: 1 if fits carry over to held-out prompts in full.
+        noise: standard deviation of the rest, a class and fit, without what the number of responses explains, nats. 0
+            if that explains it all.
+        iterations: their number.
+    """
+
+    share: float
+    noise: float
+    iterations: int
+
+
+def movement(runs: Sequence[Run]) -> Movement | None:
+    """Returns the movement of an arm's runs; None if it is not known, or in fewer than two iterations."""
+    moves = [run.moves for run in runs if run.moves is not None]
+    if sum(len(one.measured) for one in moves) < 2:
+        return None
+    columns = ("measured", "exact", "sampling")
+    measured, exact, sampling = (np.concatenate([getattr(one, name) for one in moves]) for name in columns)
+    measured, exact = (one - one.mean(1, keepdims=True) for one in (measured, exact))
+    share = (measured * exact).sum() / (exact * exact).sum()
+    rest = measured - share * exact
+    classes = rest.shape[1]
+    variance = (rest**2).sum() / (len(rest) * (classes - 1)) - sampling.mean()  # means were subtracted
+    return Movement(float(share), float(np.sqrt(max(variance, 0) / moves[0].fits)), len(rest))
+
+
+@dataclass(frozen=True)
 class Row:
     """An arm with a step, in one game. Gaps are those of the last policies, medians over seeds."""
 
@@ -135,6 +174,7 @@ class Row:
     win_rate: float  # of the last policy against π_1
     cyclic_triples: float  # share of the triples of responses in training that are cyclic
     reached: float | None  # margins at the end of the fits, as a share of exact ones
+    movement: Movement | None
     steps: int  # optimizer steps of a run
     best_response: float | None  # how often one that was trained against the last policy wins
     paired: Paired | None
@@ -142,10 +182,7 @@ class Row:
 
 def table(runs: Sequence[Run], baseline_eta: float) -> list[Row]:
     """Returns a row for each arm and step, from the runs of one game."""
-    groups: dict[tuple[str, float], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.arm, run.eta), []).append(run)
-    return [_row(runs, own, baseline_eta) for own in groups.values()]
+    return [_row(runs, own, baseline_eta) for own in by_arm_and_step(runs).values()]
 
 
 def _row(runs: Sequence[Run], own: list[Run], baseline_eta: float) -> Row:
@@ -164,6 +201,7 @@ def _row(runs: Sequence[Run], own: list[Run], baseline_eta: float) -> Row:
         win_rate=float(np.median([run.raw["win_rate"][-1][0] for run in own])),
         cyclic_triples=float(np.median([np.mean(run.raw["cyclic_triples"]) for run in own])),
         reached=float(np.median(known)) if known else None,
+        movement=movement(own),
         steps=own[0].optimizer_steps,
         best_response=next((run.best_response for run in own if run.best_response is not None), None),
         paired=paired(runs, own, baseline_eta),

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from onpo_fast.reports.page import COLOURS, INK, Plot, new_axes, plot
 
+from .comparison import by_arm_and_step
 from .recipe import ARMS
 from .results import Run
 
@@ -27,15 +28,13 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs by arm and step, in the order of ``ARMS``. Labels name the step where an arm has several."""
-    found = []
-    for i, arm in enumerate(ARMS):
-        etas = sorted({run.eta for run in runs if run.arm == arm})
-        for k, eta in enumerate(etas):
-            label = ARMS[arm].label + (f", η = {eta:g}" if len(etas) > 1 else "")
-            style = STYLES[(i // len(COLOURS) + 2 * k) % len(STYLES)]
-            own = [run for run in runs if (run.arm, run.eta) == (arm, eta)]
-            found.append(Group(label, COLOURS[i % len(COLOURS)], style, own))
+    """Groups runs by arm and step. Labels name the step where an arm has several."""
+    found, together = [], by_arm_and_step(runs)
+    for arm, eta in together:
+        i, etas = list(ARMS).index(arm), sorted(other for name, other in together if name == arm)
+        label = ARMS[arm].label + (f", η = {eta:g}" if len(etas) > 1 else "")
+        style = STYLES[(i // len(COLOURS) + 2 * etas.index(eta)) % len(STYLES)]
+        found.append(Group(label, COLOURS[i % len(COLOURS)], style, together[arm, eta]))
     return found
 
 

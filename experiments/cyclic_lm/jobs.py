@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
-from onpo_fast.files import atomic_write_text
+from onpo_fast.errors import UserError
+from onpo_fast.files import atomic_write_text, checksum
 from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.lock import locked
@@ -227,16 +228,25 @@ class Runner:
                 continue
             self.running.remove(one)
             one.log.close()
-            if status == 0:
-                self._write(one.job)
+            if failure := self._failure(one.job, status):
+                waiting[:] = [job for job in waiting if not self._follows(job, one.job)]
+                self.failed.append(f"{one.job.name} failed {failure}")
+            else:
                 self.ended.add(one.job)
                 self._clean(waiting)
-            else:
-                waiting[:] = [job for job in waiting if not self._follows(job, one.job)]
-                log = self._log(one.job)
-                last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-                ended = f"exit status {status}" if status > 0 else signal.Signals(-status).name
-                self.failed.append(f"{one.job.name} failed ({ended}): {' '.join(last)} (all of it: {log})")
+
+    def _failure(self, job: Job, status: int) -> str | None:
+        """Writes the results of a process that has ended; returns why there are none."""
+        if status == 0:
+            try:
+                self._write(job)
+            except UserError as error:
+                return f"to leave results: {error}"
+            return None
+        log = self._log(job)
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        ended = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+        return f"({ended}): {' '.join(last)} (all of it: {log})"
 
     def _write(self, job: Job) -> None:
         """Writes the results of what has ended."""
@@ -295,10 +305,16 @@ def _stop_with_parent() -> None:
 
 
 def recipe_of(run: Path) -> dict[str, object]:
-    """Returns what all runs of a game have in common: options, and checksums of the model, the oracle and prompts."""
+    """Returns what all runs of a game have in common: options, and checksums of model, oracle and files of prompts."""
     journal = Journal(run)
-    options = {name: value for name, value in journal.note("options").items() if name not in OF_A_RUN}
-    return {"options": options, **{name: journal.note(name) for name in ("model", "oracle", "prompts")}}
+    options = journal.note("options")
+    prompts = {name: checksum(Path(options[name])) for name in PROMPTS}  # the run's own depends on its seed's order
+    return {
+        "options": {name: value for name, value in options.items() if name not in OF_A_RUN},
+        "model": journal.note("model"),
+        "oracle": journal.note("oracle"),
+        "prompts": prompts,
+    }
 
 
 def units(job: Job) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onpo_fast.files import read_jsonl
 from onpo_fast.games.solution import duality_gap
 from onpo_fast.oracles.classes import ClassPreference
 
@@ -31,13 +32,13 @@ def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dic
         mean margin in the last quarter of them, and that of an exact fit (nats); ``seconds``.
     """
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    answers = _lines(run / "evaluation_responses.jsonl")
+    answers = list(read_jsonl(run / "evaluation_responses.jsonl"))
     names = evaluation["policies"]
     heldout = [[classes(preference, one["prompt"], one["responses"][name]) for one in answers] for name in names]
     training, triples, fits = [], [], []
-    metrics = _lines(run / "metrics.jsonl")
+    metrics = list(read_jsonl(run / "metrics.jsonl"))
     for t in range(1, len(names)):
-        sampled = _lines(run / f"iteration_{t:02d}" / "responses.jsonl")
+        sampled = list(read_jsonl(run / f"iteration_{t:02d}" / "responses.jsonl"))
         training.append([classes(preference, one["prompt"], one["responses"]) for one in sampled])
         own = [one for one in metrics if one["iteration"] == t]
         triples += [one["cyclic_triples"] for one in own if one["stage"] == "iteration"]
@@ -66,7 +67,7 @@ def measure_best_response(run: Path, preference: ClassPreference) -> dict:
         the best response to every held-out prompt.
     """
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    answers = _lines(run / "evaluation_responses.jsonl")
+    answers = list(read_jsonl(run / "evaluation_responses.jsonl"))
     return {
         "win_rate": evaluation["win_rate"][1][0],
         "interval": evaluation["interval"][1][0],
@@ -86,7 +87,7 @@ def measure_best_of_nash(run: Path, preference: ClassPreference) -> dict:
     """
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["best_of_nash"]
     found = []
-    for one in _lines(run / "evaluation_responses.jsonl"):
+    for one in read_jsonl(run / "evaluation_responses.jsonl"):
         answers = one["best_of_nash"]
         own = classes(preference, one["prompt"], [answer["response"] for answer in answers])
         weights = [answer["weight"] for answer in answers]
@@ -168,7 +169,3 @@ def reached(fits: Sequence[dict]) -> float | None:
     known = [one for one in fits if one["exact"] is not None]
     exact = sum(one["exact"] for one in known)
     return sum(one["margin"] for one in known) / exact if exact else None
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

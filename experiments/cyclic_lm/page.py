@@ -74,14 +74,15 @@ def markdown(rows: Sequence[Row]) -> str:
         if versus is None:
             cells += ["–", "–", "–"]
         else:
-            cells.append(_interval(versus))
+            cells.append(difference(versus))
             cells += [f"{versus.wins} of {len(versus.difference.values)}", f"{versus.p:.3f}"]
         cells += [f"{row.kl:.2f}", "–" if row.best_response is None else f"{row.best_response:.1%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _interval(versus: Paired) -> str:
+def difference(versus: Paired) -> str:
+    """Returns the mean difference from the control, with its interval if there is one."""
     mean = f"{versus.mean:+.3f}"
     return mean if versus.low is None else f"{mean} ({versus.low:+.3f} to {versus.high:+.3f})"
 

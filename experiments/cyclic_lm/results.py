@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from onpo_fast.games.solution import duality_gap
 
 from .measures import average_gaps, gaps, gaps_by_prompt, reached, shares
 from .recipe import ARMS, LAST
+
+# log π_{t+1} − log π_t is η times so many r_t, less so many r_{t−1} (ONPO: 2 r_t − r_{t−1}, with r_0 = 0), and has the
+# errors of so many fits in it (ONPO: π′_{t+1}, π_{t+1} and, in log π_t, π_t)
+STEPS = {"onpo": (2, 1, 3), "omd": (1, 0, 1), "omd_two_fits": (2, 0, 2)}
+LEAST_RESPONSES = 10  # of each class, or the logarithm of its share is not used
 
 Game = tuple[str, int]  # what makes runs comparable: the oracle, and the number of iterations
 
@@ -41,6 +47,22 @@ class BestOfNash:
     def comparisons(self) -> int:
         """What it asks of the oracle for one answer."""
         return self.samples * (self.samples - 1) // 2
+
+
+class Moves(NamedTuple):
+    """Movements of class shares on held-out prompts over n iterations, in nats; up to a constant of each iteration.
+
+    Attributes:
+        measured: log π̂_{t+1} − log π̂_t, (n, C).
+        exact: the step of mirror descent from the measured shares, (n, C).
+        sampling: (n,) variance of ``measured`` from the number of responses alone, a class.
+        fits: the number of fits whose errors are in ``measured``.
+    """
+
+    measured: np.ndarray
+    exact: np.ndarray
+    sampling: np.ndarray
+    fits: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,24 @@ class Run:
         policies = np.zeros_like(self.shares)
         policies[:, played] = trace.policies
         return np.array([duality_gap(self.matrix, policy) for policy in policies])
+
+    @cached_property
+    def moves(self) -> Moves | None:
+        """How class shares moved, beside exact steps; None for other algorithms than ONPO and mirror descent."""
+        if self.arm not in STEPS:
+            return None
+        C = len(self.matrix) - 1
+        counts = self.shares[:, :C] * sum(map(len, self.raw["heldout"][0]))
+        usable = (counts >= LEAST_RESPONSES).all(1)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        now, before, fits = STEPS[self.arm]
+        rewards = shares @ self.matrix[:C, :C].T
+        earlier = np.vstack([np.zeros(C), rewards[:-1]])
+        exact = self.eta * (now * rewards - before * earlier)[:-1]
+        logs = np.log(np.maximum(shares, 1e-9))
+        kept = usable[1:] & usable[:-1]
+        noise = ((1 - shares) / np.maximum(counts, 1)).mean(1)  # variance of the logarithm of a sampled share
+        return Moves((logs[1:] - logs[:-1])[kept], exact[kept], (noise[1:] + noise[:-1])[kept], fits)
 
     @cached_property
     def reached(self) -> float | None:

@@ -63,11 +63,13 @@ def started(options: dict[str, object], *arguments: str) -> subprocess.Popen:
 @pytest.mark.long
 def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, capsys) -> None:
     """With a best response and best of Nash; run directories are removed, and nothing is run again."""
-    command = "--arms onpo omd_two_fits --seeds 7 --oracle own_cycle:preference --iterations 2 --processes 2".split()
+    command = "--arms onpo omd_two_fits --seeds 7 8 --oracle own_cycle:preference --iterations 2 --processes 2".split()
     command_line.run([*command, "--best_response", "--best_of_nash"])
     out = tmp_path / "runs" / "cyclic-lm"
-    onpo, two_fits = results.read(out / "results")
-    assert (onpo.arm, two_fits.arm, onpo.seed) == ("onpo", "omd_two_fits", 7)
+    runs = {(run.arm, run.seed): run for run in results.read(out / "results")}
+    assert set(runs) == {(arm, seed) for arm in ("onpo", "omd_two_fits") for seed in (7, 8)}
+    onpo, two_fits = runs["onpo", 7], runs["omd_two_fits", 7]
+    assert onpo.raw["heldout"] != runs["onpo", 8].raw["heldout"]
     for run in (onpo, two_fits):
         assert run.gap.shape == (3,)
         assert run.shares.sum(1) == pytest.approx([1] * 3)
@@ -81,7 +83,7 @@ def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, caps
     assert onpo.raw["config"]["model"] == str(small["model"])
     assert onpo.raw["recipe"]["oracle"]  # a checksum of own_cycle.py
     assert "own_cycle:preference" in (out / "evidence.html").read_text(encoding="utf-8")
-    assert len(list((out / "runs").glob("*.log"))) == 5
+    assert len(list((out / "runs").glob("*.log"))) == 4 + 2 + 1
     assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
 
     before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}

@@ -18,6 +18,7 @@ from onpo_fast.errors import UserError
 from onpo_fast.oracles import cyclic_preference
 from onpo_fast.oracles.classes import OPENINGS
 
+ROOT = Path(__file__).parents[2]
 P = OPENINGS.full_matrix  # determiner ≻ function word ≻ content word ≻ determiner, with probability 0.8
 
 
@@ -81,6 +82,44 @@ def test_the_exact_margin_is_that_of_mirror_descent() -> None:
             (step[i] - step[j]) * np.sign(P[i, j] - 0.5) for one in policy for i, j in combinations(one.tolist(), 2)
         ]
     assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.01)
+
+
+def test_responses_may_have_any_character(tmp_path: Path) -> None:
+    """Also those at which Python's ``splitlines`` ends a line, as U+2028 and U+0085."""
+    policies = ["π_1", "π_2"]
+    evaluation = {"policies": policies, "win_rate": [[0.5, 0.4], [0.6, 0.5]], "interval": [[[0, 1]] * 2] * 2}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "responses": {name: ["The\u2028\x85end", "In"] for name in policies},
+    }
+    (tmp_path / "evaluation_responses.jsonl").write_text(f"{json.dumps(row, ensure_ascii=False)}\n", encoding="utf-8")
+    found = measures.measure_best_response(tmp_path, OPENINGS)
+    assert found["heldout"] == [[[0, 1]], [[0, 1]]]
+    assert found["win_rate"] == 0.6
+
+
+@pytest.mark.parametrize(("arm", "moved", "noise"), [("omd", 0.7, 0.0), ("omd_two_fits", 0.4, 0.3), ("onpo", 0.6, 0.2)])
+def test_how_much_of_a_step_class_shares_moved(arm: str, moved: float, noise: float) -> None:
+    """Policies that move by a share of the exact step, with noise; in the mean over many runs."""
+    rng, eta = np.random.default_rng(0), 1.0
+    runs = []
+    for seed in range(150):
+        logs, rewards = np.log([0.35, 0.4, 0.25]), [np.zeros(3)]
+        heldout = []
+        for _ in range(6):
+            shares = np.exp(logs) / np.exp(logs).sum()
+            heldout.append(rng.choice(3, (20, 20), p=shares).tolist())
+            rewards.append(P[:3, :3] @ shares)
+            step = {"omd": rewards[-1], "omd_two_fits": 2 * rewards[-1], "onpo": 2 * rewards[-1] - rewards[-2]}[arm]
+            logs = logs + eta * moved * step + noise * rng.standard_normal(3)
+        runs.append(results.Run(result(arm, seed, NEAR, eta=eta) | {"heldout": heldout}))
+    found = comparison.movement(runs)
+    assert found.iterations > 500
+    assert found.share == pytest.approx(moved, abs=0.1)
+    fits = {"omd": 1, "omd_two_fits": 2, "onpo": 3}[arm]
+    assert found.noise == pytest.approx(noise / fits**0.5, abs=0.04 if noise else 0.1)
+    assert comparison.movement([results.Run(result("inpo", 0, NEAR))]) is None
 
 
 def test_the_share_of_the_margins_that_fits_reached() -> None:
@@ -252,6 +291,21 @@ def test_best_of_nash_has_a_gap_of_its_own(tmp_path: Path) -> None:
     assert run.best_of_nash.gap == pytest.approx(0)
     assert run.best_of_nash.prompt_gap == pytest.approx((0.3 + 0.3) / 2)
     assert "2016 times" in page.write([run], tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
+    """docs/evidence.md, from experiments/results."""
+    runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    games, tuning = comparison.games(runs), page.tuning(runs)
+    assert games
+    assert tuning
+    for game, own in games.items():
+        rows = comparison.table(own, comparison.chosen_eta(runs, recipe.BASELINE, game))
+        assert page.markdown(rows) in text, game
+    for one in tuning:
+        gaps = [f"**{gap:.3f}**" if eta == one["chosen"] else f"{gap:.3f}" for eta, gap in one["gaps"].items()]
+        assert f"| {recipe.ARMS[one['arm']].label} | {' | '.join(gaps)} |" in text
 
 
 def test_topics_are_held_out() -> None:
