@@ -26,7 +26,7 @@ from torch import Tensor
 from . import best_of_nash, oracles, stages
 from . import config as configuration
 from .best_of_nash import BestOfNash
-from .config import Config, FitConfig, ModelConfig, OracleConfig, RunConfig, SamplingConfig
+from .config import Config, FitConfig, ModelConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
     Group,
@@ -51,10 +51,10 @@ from .multi_turn.evaluation import converse
 from .report import is_evaluation
 from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
-from .run.fingerprint import changes
+from .run.externals import check_oracle, load_environment, load_oracle
 from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import check_sampler, config_key, load_environment, load_oracle
+from .run.opening import check_sampler, config_key
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, console, progress, say
@@ -438,25 +438,6 @@ def _response_records(
         if isinstance(texts["π_1"][0], Transcript):
             record["conversations"] = {name: [text.messages for text in own] for name, own in texts.items()}
         yield record
-
-
-def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[str, str]]:
-    """Tries the oracle before anything is sampled; returns it and its fingerprint.
-
-    Says so if it is not the oracle that the run was judged by. That is no error: all win rates are those of the
-    oracle as it is now.
-    """
-    oracle = load_oracle(config, directory)
-    now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
-    if changed := changes(Journal(directory).note("oracle") or now, now):
-        say(
-            f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
-            "changed. The evaluation is under the oracle as it is now"
-        )
-    kinds = list(oracles.shortest_by_kind(read_prompts(directory / HELD_OUT)).values())
-    oracles.probe(oracle, config.oracle, kinds, in_directory=False)
-    oracles.probe(oracle, config.oracle, [min(kinds, key=oracles.length)], in_directory=True)
-    return oracle, now
 
 
 @command

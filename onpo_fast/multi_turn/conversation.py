@@ -27,6 +27,12 @@ class Transcript(str):
         return transcript
 
 
+PROBES = tuple(  # two conversations that differ, also in length
+    Transcript([{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}, *last])
+    for last in ([{"role": "assistant", "content": "I think so."}], [])
+)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A conversation so far.

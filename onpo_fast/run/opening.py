@@ -16,7 +16,7 @@ import torch
 
 from .. import config as configuration
 from .. import oracles
-from ..config import Config, FitConfig, JudgeConfig, ModelConfig, OracleConfig
+from ..config import Config, FitConfig, ModelConfig, OracleConfig
 from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
 from ..data import (
     Messages,
@@ -39,12 +39,12 @@ from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
 from ..models.sharding import check_shardable
-from ..multi_turn import environment as environments
 from ..multi_turn.environment import CheckedEnvironment
 from ..objectives import Sppo
 from ..pairing import PAIRINGS
 from ..sampling.vllm.process import check_python
 from .cache import StageCache
+from .externals import load_environment, load_oracle, try_oracle
 from .fingerprint import changes, model_fingerprint
 from .journal import Journal, JournalElsewhere
 from .lock import LOCK, RunLock, locked
@@ -246,7 +246,7 @@ def _begin(
     atomic_write_text(directory / configuration.CONFIG_FILE, config.to_yaml())
     if checked.to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
         shortest = min([*checked.prompts, *checked.held_out], key=oracles.length)
-        oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
+        try_oracle(config, oracle, [shortest], in_directory=True)
     initial = _keep_initial(config.model, policy, checked.policies, journal)
     write_prompts(directory / HELD_OUT, checked.held_out)
     atomic_write_text(directory / "environment.json", json.dumps(environment(policy.device), indent=1) + "\n")
@@ -314,17 +314,6 @@ def _longest_prompt(policy: Policy, prompts: list[Messages]) -> int:
     return max(len(policy.renderer.render(prompt)) for prompt in longest)
 
 
-def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
-    """The oracle that the options of a run name."""
-    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
-    return oracles.load(config.oracle, *sections, directory)
-
-
-def load_environment(config: Config) -> CheckedEnvironment | None:
-    """The environment that the options of a run name; None where the policy has one turn."""
-    return environments.load(config.environment, config.environment_timeout) if config.has_turns else None
-
-
 def config_key(config: Config, model: dict[str, str] | None) -> object:
     """What every result of a run depends on: its options and the model's fingerprint."""
     return {name: value for name, value in asdict(config).items() if name not in NO_RESULT_DEPENDS_ON_THEM}, model
@@ -367,7 +356,7 @@ def _read_prompts(
             locate(base_of(config.model))  # a typo is found before minutes of loading
             if oracles.holds_model(oracle):
                 policies.drop()
-            oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
+            try_oracle(config, oracle, list(new.values()), in_directory=False)
             tried.update(new)
         policy = policies(config.model)
         shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()

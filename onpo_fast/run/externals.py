@@ -1,0 +1,55 @@
+"""What a run asks and does not make: its oracle and its environment, loaded and tried."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import oracles
+from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
+from ..data import Messages, read_prompts
+from ..files import checksum
+from ..multi_turn import environment as environments
+from ..multi_turn.conversation import PROBES
+from ..multi_turn.environment import CheckedEnvironment
+from .fingerprint import changes
+from .journal import Journal
+from .outputs import HELD_OUT
+from .tracking import say
+
+
+def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
+    """The oracle that the options of a run name."""
+    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
+    return oracles.load(config.oracle, *sections, directory)
+
+
+def load_environment(config: Config) -> CheckedEnvironment | None:
+    """The environment that the options of a run name; None where the policy has one turn."""
+    return environments.load(config.environment, config.environment_timeout) if config.has_turns else None
+
+
+def try_oracle(config: Config, oracle: oracles.Oracle, prompts: Sequence[Messages], in_directory: bool) -> None:
+    """Does what ``oracles.probe`` does, with conversations where a response is one."""
+    texts = PROBES if config.has_turns else oracles.PROBE_TEXTS
+    oracles.probe(oracle, config.oracle, prompts, in_directory, texts)
+
+
+def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[str, str]]:
+    """Tries the oracle before anything is sampled; returns it and its fingerprint.
+
+    Says so if it is not the oracle that the run was judged by. That is no error: all win rates are those of the
+    oracle as it is now.
+    """
+    oracle = load_oracle(config, directory)
+    now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
+    if changed := changes(Journal(directory).note("oracle") or now, now):
+        say(
+            f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
+            "changed. The evaluation is under the oracle as it is now"
+        )
+    kinds = list(oracles.shortest_by_kind(read_prompts(directory / HELD_OUT)).values())
+    try_oracle(config, oracle, kinds, in_directory=False)
+    try_oracle(config, oracle, [min(kinds, key=oracles.length)], in_directory=True)
+    return oracle, now
