@@ -1,0 +1,114 @@
+"""Runs that ask the oracle about some of the pairs alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.judging import asked, shorter
+from support.servers import serving
+from support.small_runs import cut, prepare, small_run
+
+from onpo_fast import oracles
+from onpo_fast import train as module
+from onpo_fast.config import Config
+from onpo_fast.data import read_groups, read_pairs, read_preferences
+from onpo_fast.errors import UserError
+from onpo_fast.files import read_jsonl
+from onpo_fast.run.digest import run_digest
+from onpo_fast.selection import SELECTIONS, candidates
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+DRAWS = 4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("selection")
+    prepare(folder, tiny_model)
+    return folder
+
+
+@pytest.fixture
+def selecting(work: Path, tmp_path: Path) -> Config:
+    """A run that draws ``DRAWS`` of the nine pairs of an iteration."""
+    return replace(small_run(work, "unused"), out=str(tmp_path / "run"), select=DRAWS)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_run_learns_from_the_pairs_that_were_drawn(selecting: Config, selection: str) -> None:
+    config = replace(selecting, selection=selection)
+    module.train(config)
+    for t in (1, 2):
+        folder = Path(config.out, f"iteration_{t:02d}")
+        groups = read_groups(folder / "responses.jsonl")
+        selected = list(read_jsonl(folder / "selected.jsonl"))
+        assert sum(one["draws"] for one in selected) == DRAWS
+        pairs = read_pairs(folder / "pairs.jsonl", groups)
+        places = [(pair.group, *sorted((pair.winner, pair.loser))) for pair in pairs]
+        assert places == [tuple(one["pair"]) for one in selected]
+        assert set(places) <= set(candidates(groups))
+        assert [(pair.weight, pair.importance) for pair in pairs] == [
+            (one["draws"], one["importance"]) for one in selected
+        ]
+        if selection == "uniform":
+            assert all(pair.importance == pytest.approx(1) for pair in pairs)
+        preferences = read_preferences(folder / "preferences.jsonl")
+        known = {(g, i, j) for g, i, j in candidates(groups) if not np.isnan(preferences[g][i, j])}
+        assert known == set(places)
+        assert (folder / "features.jsonl").exists() == (selection != "uniform")
+
+
+@pytest.mark.parametrize("name", ["features.jsonl", "selected.jsonl"])
+def test_a_damaged_file_is_made_again(selecting: Config, name: str) -> None:
+    config = replace(selecting, selection="variance")
+    module.train(config)
+    whole = run_digest(Path(config.out))
+    cut(Path(config.out, "iteration_02", name))
+    module.train(config, resume=True)
+    assert run_digest(Path(config.out)) == whole
+
+
+def test_the_judge_is_asked_about_the_selected_pairs_alone(selecting: Config) -> None:
+    """Both orders of each: counted by the server."""
+    probe = set(oracles.PROBE_TEXTS)
+
+    def requests(config: Config) -> int:
+        with serving(shorter) as server:
+            module.train(replace(config, judge_url=server.url))
+            questions = [asked(body) for body in server.bodies]
+        records = read_jsonl(Path(config.out, "metrics.jsonl"))
+        assert sum(one.get("requests", 0) for one in records if one["stage"] in ("judge", "evaluate")) == len(
+            [one for one in questions if set(one) != probe]
+        )
+        judged = [one for one in read_jsonl(Path(config.out, "metrics.jsonl")) if one["stage"] == "judge"]
+        return sum(one["requests"] for one in judged)
+
+    config = replace(selecting, oracle="judge", judge_model="m", selection="variance")
+    few = requests(config)
+    pairs = [len(list(read_jsonl(Path(config.out, f"iteration_{t:02d}", "selected.jsonl")))) for t in (1, 2)]
+    assert few == 2 * sum(pairs)
+    every = requests(replace(config, select=None, out=f"{config.out}-all"))
+    groups = [read_groups(Path(f"{config.out}-all", f"iteration_{t:02d}", "responses.jsonl")) for t in (1, 2)]
+    assert every <= 2 * sum(len(candidates(one)) for one in groups)
+    assert few < every
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"select": 0}, "--select"),
+        ({"pairing": "iid"}, "--select draws from all pairs"),
+        ({"objective": "sppo"}, "--select draws from all pairs"),
+        ({"objective": "egpo"}, "--select draws from all pairs"),
+        ({"selection": "best"}, "--selection must be one of uniform, variance, dopt"),
+        ({"environment": "partner", "turns": 2}, "--select is for one turn"),
+    ],
+)
+def test_options_that_do_not_fit(selecting: Config, options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        module.train(replace(selecting, **options))
+    assert not Path(selecting.out).exists()
