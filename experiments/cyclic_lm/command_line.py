@@ -17,7 +17,7 @@ from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run import signals
 from onpo_fast.run.tracking import console, say
 
-from . import comparison, page, results
+from . import columns, comparison, page, results
 from .comparison import Row
 from .jobs import Job, Runner
 from .recipe import (
@@ -111,19 +111,9 @@ def drawn(rows: list[Row], oracle: str, iterations: int) -> Table:
     """Returns the table of one game for the terminal; the page has more columns."""
     last = min(LAST, iterations)
     title = f"Duality gap, oracle {oracle}: mean of the last {last} of {iterations + 1} policies, median over seeds"
-    found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
+    found = Table(*(column.heading for column in columns.TERMINAL), title=title)
     for row in rows:
-        versus = row.paired
-        found.add_row(
-            row.label,
-            f"{row.eta:g}",
-            str(row.seeds),
-            f"{row.gap.median:.3f}",
-            "–" if row.exact_gap is None else f"{row.exact_gap:.3f}",
-            "–" if versus is None else page.difference(versus),
-            "–" if versus is None else f"{versus.wins}/{len(versus.difference.values)}",
-            "–" if versus is None else f"{versus.p:.3f}",
-        )
+        found.add_row(*(column.cell(row) for column in columns.TERMINAL))
     return found
 
 

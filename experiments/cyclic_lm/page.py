@@ -8,8 +8,8 @@ from pathlib import Path
 from onpo_fast.files import atomic_write_text
 from onpo_fast.reports.page import page_style, render
 
-from . import figures
-from .comparison import Paired, Row, chosen_eta, games, noise_floor, table
+from . import columns, figures
+from .comparison import Row, chosen_eta, games, noise_floor, table
 from .recipe import ARMS, BASELINE, LAST, TUNING_SEEDS
 from .results import Run
 
@@ -18,8 +18,8 @@ def write(runs: Sequence[Run], out: Path) -> Path:
     """Writes OUT/evidence.html and OUT/evidence.md from all results and returns the path of the page."""
     with page_style():
         shown = [_game(runs, own) for own in games(runs).values()]
-    tables = "\n\n".join(f"{one['oracle']}, {one['iterations']} iterations\n\n{markdown(one['rows'])}" for one in shown)
-    atomic_write_text(out / "evidence.md", tables + "\n")
+    tables = (f"{one['oracle']}, {one['iterations']} iterations\n\n{columns.markdown(one['rows'])}" for one in shown)
+    atomic_write_text(out / "evidence.md", "\n\n".join(tables) + "\n")
     return render(
         "evidence.html.jinja",
         out / "evidence.html",
@@ -27,7 +27,7 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         Path(__file__).parent,
         games=shown,
         tuning=tuning(runs),
-        baseline=ARMS[BASELINE].label,
+        columns=columns.ALL,
         arms=ARMS,
     )
 
@@ -58,33 +58,6 @@ def _environment(run: Run) -> str:
     facts = run.raw["environment"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers"))
     return f"{facts['device']}, {versions}, commit {facts['commit'] or 'unknown'}"
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Returns the main columns of a game's table, with the smallest and the largest value of all seeds."""
-    lines = [
-        "| arm | η | seeds | gap | with exact fits | minus two fits | below | p | KL | trained best response |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        values, versus = row.gap.values, row.paired
-        cells = [row.label, f"{row.eta:g}", str(row.seeds)]
-        cells.append(f"{row.gap.median:.3f} ({min(values):.3f} to {max(values):.3f})")
-        cells.append("–" if row.exact_gap is None else f"{row.exact_gap:.3f}")
-        if versus is None:
-            cells += ["–", "–", "–"]
-        else:
-            cells.append(difference(versus))
-            cells += [f"{versus.wins} of {len(versus.difference.values)}", f"{versus.p:.3f}"]
-        cells += [f"{row.kl:.2f}", "–" if row.best_response is None else f"{row.best_response:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def difference(versus: Paired) -> str:
-    """Returns the mean difference from the control, with its interval if there is one."""
-    mean = f"{versus.mean:+.3f}"
-    return mean if versus.low is None else f"{mean} ({versus.low:+.3f} to {versus.high:+.3f})"
 
 
 def headline(rows: Sequence[Row]) -> str:

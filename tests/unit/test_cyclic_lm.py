@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.cyclic_lm import comparison, measures, page, recipe, results
+from experiments.cyclic_lm import columns, comparison, measures, page, recipe, results
 from experiments.cyclic_lm.jobs import Job
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
@@ -302,7 +302,7 @@ def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
     assert tuning
     for game, own in games.items():
         rows = comparison.table(own, comparison.chosen_eta(runs, recipe.BASELINE, game))
-        assert page.markdown(rows) in text, game
+        assert columns.markdown(rows) in text, game
     for one in tuning:
         gaps = [f"**{gap:.3f}**" if eta == one["chosen"] else f"{gap:.3f}" for eta, gap in one["gaps"].items()]
         assert f"| {recipe.ARMS[one['arm']].label} | {' | '.join(gaps)} |" in text
