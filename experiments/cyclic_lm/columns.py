@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .comparison import Paired, Row, Summary
+from .comparison import Difference, Row, Summary, Tuning
 from .recipe import ARMS, BASELINE
 
 ABSENT = "–"
@@ -29,17 +29,29 @@ def interval(summary: Summary) -> str:
     return f"{summary.median:.3f} ({summary.low:.3f} to {summary.high:.3f})"
 
 
-def difference(versus: Paired | None) -> str:
-    """Returns the mean difference from the control, with its interval if there is one."""
-    if versus is None:
+def difference(one: Difference | None) -> str:
+    """Returns the mean difference, with its interval if there is one."""
+    if one is None:
         return ABSENT
-    mean = f"{versus.mean:+.3f}"
-    return mean if versus.low is None else f"{mean} ({versus.low:+.3f} to {versus.high:+.3f})"
+    return f"{one.mean:+.3f}" + ("" if one.low is None else f" ({one.low:+.3f} to {one.high:+.3f})")
 
 
-def below(versus: Paired | None) -> str:
-    """Returns on how many seeds an arm is nearer to Nash than the control."""
-    return ABSENT if versus is None else f"{versus.wins} of {len(versus.difference.values)}"
+def versus_control(row: Row) -> str:
+    """Returns the difference from the control, or that it is the control."""
+    return "the control" if row.is_control else difference(row.versus_control)
+
+
+def below(one: Difference | None) -> str:
+    """Returns on how many seeds a difference is negative."""
+    return ABSENT if one is None else f"{one.below} of {one.seeds}"
+
+
+def moved(row: Row) -> str:
+    """Returns the share of the exact step that class shares moved by, with its standard error if there is one."""
+    one = row.movement
+    if one is None:
+        return ABSENT
+    return f"{one.share:.0%}" + ("" if one.error is None else f" ± {one.error:.0%}")
 
 
 ALL = (
@@ -48,27 +60,43 @@ ALL = (
     Column("seeds", lambda row: str(row.seeds)),
     Column("gap", lambda row: interval(row.gap)),
     Column("with exact fits", lambda row: known(row.exact_gap, ".3f")),
-    Column(f"minus {ARMS[BASELINE].label}", lambda row: difference(row.paired)),
-    Column("seeds below it", lambda row: below(row.paired)),
-    Column("sign test p", lambda row: known(row.paired and row.paired.p, ".3f")),
+    Column(f"mean minus {ARMS[BASELINE].label}", versus_control),
+    Column("seeds below it", lambda row: below(row.versus_control)),
+    Column("sign test p", lambda row: known(row.versus_control and row.versus_control.p, ".3f")),
+    Column("mean minus π₁", lambda row: difference(row.versus_initial)),
     Column("KL to π₁, nats", lambda row: f"{row.kl:.2f}"),
     Column("trained best response wins", lambda row: known(row.best_response, ".1%")),
-    Column("gap by prompt, at least", lambda row: interval(row.prompt_gap)),
+    Column("gap by prompt, lower estimate", lambda row: interval(row.prompt_gap)),
     Column("gap of the mean policy", lambda row: interval(row.average_gap)),
     Column("wins against π₁", lambda row: f"{row.win_rate:.1%}"),
     Column("cyclic triples", lambda row: f"{row.cyclic_triples:.1%}"),
     Column("margins reached", lambda row: known(row.reached, ".0%")),
-    Column("moved", lambda row: known(row.movement and row.movement.share, ".0%")),
+    Column("moved", moved),
     Column("noise of a fit, nats", lambda row: known(row.movement and row.movement.noise, ".2f")),
-    Column("optimizer steps", lambda row: str(row.steps)),
+    Column("optimizer steps", lambda row: f"{row.steps:g}"),
 )
-MARKDOWN = ALL[:10]  # the page has all
+MARKDOWN = ALL[:11]  # the page has all
 MEDIAN = Column("gap", lambda row: f"{row.gap.median:.3f}")  # without its interval, for the width of a terminal
 TERMINAL = (*ALL[:3], MEDIAN, *ALL[4:8])
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the main columns of a game's table as Markdown."""
-    head = [column.heading for column in MARKDOWN]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *([column.cell(row) for column in MARKDOWN] for row in rows)]
+    return _markdown(
+        [column.heading for column in MARKDOWN], ([column.cell(row) for column in MARKDOWN] for row in rows)
+    )
+
+
+def tuning_markdown(tuning: Sequence[Tuning]) -> str:
+    """Returns what the steps that were tried reached, as Markdown; the chosen ones are bold."""
+    etas = sorted({eta for one in tuning for eta in one.gaps})
+    rows = []
+    for one in tuning:
+        cells = [known(one.gaps.get(eta), ".3f") for eta in etas]
+        rows.append([one.label, *(f"**{cell}**" if eta == one.chosen else cell for eta, cell in zip(etas, cells))])
+    return _markdown(["arm", *(f"η = {eta:g}" for eta in etas)], rows)
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

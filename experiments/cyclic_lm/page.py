@@ -9,9 +9,11 @@ from onpo_fast.files import atomic_write_text
 from onpo_fast.reports.page import page_style, render
 
 from . import columns, figures
-from .comparison import Row, chosen_eta, games, noise_floor, table
-from .recipe import ARMS, BASELINE, LAST, TUNING_SEEDS
+from .comparison import Row, chosen_eta, games, initial_gap, noise_floor, table, tuning
+from .recipe import LAST
 from .results import Run
+
+LEAST_PAIRS = 5  # fewer do not decide anything: with five the smallest p of a sign test is 1/16
 
 
 def write(runs: Sequence[Run], out: Path) -> Path:
@@ -28,27 +30,27 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         games=shown,
         tuning=tuning(runs),
         columns=columns.ALL,
-        arms=ARMS,
     )
 
 
 def _game(runs: Sequence[Run], own: Sequence[Run]) -> dict:
     """Returns what the page shows of a game; ``runs`` are all, among which are those that chose the steps."""
     oracle, iterations = own[0].game
-    rows = table(own, chosen_eta(runs, BASELINE, own[0].game))
+    rows = table(runs, own)
     draw = (figures.gap, figures.average_gap, figures.simplex, figures.gap_against_kl)
     return {
         "oracle": oracle,
         "iterations": iterations,
         "last": min(LAST, iterations),
         "rows": rows,
-        "headline": headline(rows),
+        "headline": headline(rows, chosen_eta(runs, "onpo", own[0].game)),
+        "initial_gap": initial_gap(own),
         "plots": {one.__name__: one(own) for one in draw},
         "best_of_nash": next((run.best_of_nash for run in own if run.best_of_nash is not None), None),
         "classes": own[0].raw["classes"],
         "matrix": own[0].raw["matrix"],
         "floor": noise_floor(own[0]),
-        "responses": sum(map(len, own[0].raw["heldout"][0])),
+        "responses": own[0].responses,
         "prompts": len(own[0].raw["heldout"][0]),
         "environments": sorted({_environment(run) for run in own}),
     }
@@ -60,36 +62,24 @@ def _environment(run: Run) -> str:
     return f"{facts['device']}, {versions}, commit {facts['commit'] or 'unknown'}"
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """Returns the result of ONPO against OMD with two fits in one sentence; "" where it was not measured."""
-    versus = next((row.paired for row in rows if row.arm == "onpo" and row.paired is not None), None)
-    if versus is None or versus.low is None or versus.high is None:
+def headline(rows: Sequence[Row], eta: float) -> str:
+    """Returns the result of ONPO, with this step, against the control in one sentence.
+
+    "" where it was not measured or on fewer than ``LEAST_PAIRS`` seeds.
+    """
+    row = next((row for row in rows if row.arm == "onpo" and row.eta == eta), None)
+    control = next((row for row in rows if row.is_control), None)
+    versus = row and row.versus_control
+    if versus is None or versus.seeds < LEAST_PAIRS:
         return ""
+    names = f"ONPO (η = {eta:g})", f"mirror descent with as many optimizer steps (η = {control.eta:g})"
     if versus.high < 0:
-        verdict = "ONPO ends nearer to the Nash policy than mirror descent with as many optimizer steps"
+        verdict = f"{names[0]} ends nearer to the Nash policy than {names[1]}"
     elif versus.low > 0:
-        verdict = "ONPO ends farther from the Nash policy than mirror descent with as many optimizer steps"
+        verdict = f"{names[0]} ends farther from the Nash policy than {names[1]}"
     else:
-        verdict = "ONPO and mirror descent with as many optimizer steps cannot be told apart"
+        verdict = f"{names[0]} and {names[1]} cannot be told apart"
     return (
-        f"{verdict}: the gap of its last policies differs by {versus.mean:+.3f} in the mean over "
-        f"{len(versus.difference.values)} paired seeds (95% interval {versus.low:+.3f} to {versus.high:+.3f}, sign "
-        f"test p = {versus.p:.3f})."
+        f"{verdict}: the gap of its last policies differs by {versus.mean:+.3f} in the mean over {versus.seeds} paired "
+        f"seeds (95% interval {versus.low:+.3f} to {versus.high:+.3f}, sign test p = {versus.p:.3f})."
     )
-
-
-def tuning(runs: Sequence[Run]) -> list[dict]:
-    """Returns what each arm's steps reached on the tuning seeds, and which was chosen."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if run.seed in TUNING_SEEDS:
-            groups.setdefault((run.game, run.arm), []).append(run)
-    return [
-        {
-            "oracle": game[0],
-            "arm": arm,
-            "gaps": {run.eta: run.last(run.gap) for run in own},
-            "chosen": chosen_eta(runs, arm, game),
-        }
-        for (game, arm), own in groups.items()
-    ]
