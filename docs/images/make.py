@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from experiments.cyclic_lm import comparison, recipe, results
+from experiments.cyclic_lm import comparison, dynamics, recipe, results
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -169,17 +169,21 @@ def draw_evidence() -> None:
     """The gap of every policy of the main arms: the median over seeds thickly, every seed thinly."""
     runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
     own = comparison.games(runs)[recipe.ORACLE, recipe.ITERATIONS]
-    groups = comparison.by_arm_and_step(run for run in own if run.arm in recipe.MAIN_ARMS)
-    figure, panels = plt.subplots(1, len(groups), figsize=(11, 2.7), sharex=True, sharey=True, layout="constrained")
+    chosen = {arm: comparison.chosen_eta(runs, arm, own[0].game) for arm in recipe.MAIN_ARMS}
+    groups = comparison.by_arm_and_step(run for run in own if run.eta == chosen.get(run.arm))
+    layout = {"figsize": (11, 2.7), "sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, (panels,) = plt.subplots(1, len(groups), **layout)
+    start = dynamics.initial_shares(own)
     for axes, ((arm, eta), some) in zip(panels, groups.items()):
-        measured, exact = (np.array([getattr(run, name) for run in some]) for name in ("gap", "exact_gap"))
+        measured = np.array([run.gap for run in some])
+        exact = dynamics.exact_gaps(arm, eta, some[0].matrix, start, measured.shape[1])
         times = np.arange(1, measured.shape[1] + 1)
         axes.plot(times, measured.T, color=OURS, linewidth=0.7, alpha=0.5)
         axes.plot(times, np.median(measured, 0), color=OURS, linewidth=2)
-        axes.plot(times, np.median(exact, 0), color=INK, linewidth=1, linestyle=":")
+        axes.plot(times, exact, color=INK, linewidth=1, linestyle=":")
         axes.axhline(comparison.noise_floor(some[0]), color=PEER, linewidth=1)
         axes.set(title=f"{recipe.ARMS[arm].label} (η = {eta:g})", xlabel="t", ylim=(0, 0.6), xticks=(1, 6, 11))
-    panels[0].set_ylabel("duality gap of π$_t$")
+    panels[0].set_ylabel("gap of π$_t$")
     save(figure, "evidence.svg")
 
 

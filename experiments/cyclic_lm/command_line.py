@@ -17,12 +17,11 @@ from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run import signals
 from onpo_fast.run.tracking import console, say
 
-from . import comparison, page, results
+from . import columns, comparison, page, results
 from .comparison import Row
 from .jobs import Job, Runner
 from .recipe import (
     ARMS,
-    BASELINE,
     BEST_OF_NASH_SAMPLES,
     ETA,
     ITERATIONS,
@@ -46,12 +45,14 @@ ABOUT = (
 def run(argv: list[str]) -> None:
     """Runs what has no results yet, prints the table and writes the page."""
     options = _parser().parse_args(argv)
+    if options.tune and (options.seeds or options.eta):
+        raise UserError("--tune has its own seed and steps: leave out --seeds and --eta")
     folder = options.results or options.out / "results"
     failed = [] if options.page else _run_jobs(options, folder)
     runs = results.read(folder)
     if runs:
         for game, own in comparison.games(runs).items():
-            console.print(drawn(comparison.table(own, comparison.chosen_eta(runs, BASELINE, game)), *game))
+            console.print(drawn(comparison.table(runs, own), *game))
         say(f"{page.write(runs, options.out)}")
     if failed or (options.page and not runs):
         raise UserError("; ".join(failed) or f"there are no results in {folder}")
@@ -63,8 +64,8 @@ def _run_jobs(options: argparse.Namespace, folder: Path) -> list[str]:
     preference = oracles.load(options.oracle)
     if not isinstance(preference, ClassPreference):
         raise UserError(
-            f"--oracle {options.oracle} is not a preference between classes: make one with "
-            "onpo_fast.oracles.cyclic_preference (docs/evidence.md)"
+            f"--oracle {options.oracle} is not a preference between classes: make one with cyclic_preference or "
+            "transitive_preference of onpo_fast.oracles (docs/evidence.md)"
         )
     runner = Runner(
         options.out,
@@ -76,7 +77,10 @@ def _run_jobs(options: argparse.Namespace, folder: Path) -> list[str]:
         time.monotonic() + 60 * options.minutes if options.minutes is not None else None,
     )
     try:
-        runner.run(jobs(options, results.read(folder)))
+        found = jobs(options, results.read(folder))
+        while found and not runner.failed and not runner.is_late:
+            runner.run(found)
+            found = jobs(options, results.read(folder)) if options.tune else []  # one beyond an end, if it is the best
     except signals.Stopped as stopped:
         console.print(f"{stopped}; the same command goes on")
         raise SystemExit(stopped.exit_status) from None
@@ -85,13 +89,13 @@ def _run_jobs(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def jobs(options: argparse.Namespace, runs: list[Run]) -> list[Job]:
     """Returns the runs that the options ask for: seed by seed, so that arms stay paired if the time is up."""
-    seeds = TUNING_SEEDS if options.tune else tuple(dict.fromkeys(options.seeds))
+    seeds = TUNING_SEEDS if options.tune else tuple(dict.fromkeys(options.seeds or SEEDS))
     game = (options.oracle, options.iterations)
 
     def etas(arm: str) -> tuple[float, ...]:
-        if options.eta is not None:
-            return (options.eta,)
-        return TUNING_ETAS if options.tune else (comparison.chosen_eta(runs, arm, game),)
+        if options.tune:
+            return comparison.etas_to_try(runs, arm, game)
+        return (options.eta or comparison.chosen_eta(runs, arm, game),)
 
     found = [
         Job(arm, seed, eta, options.oracle, options.iterations)
@@ -111,19 +115,11 @@ def drawn(rows: list[Row], oracle: str, iterations: int) -> Table:
     """Returns the table of one game for the terminal; the page has more columns."""
     last = min(LAST, iterations)
     title = f"Duality gap, oracle {oracle}: mean of the last {last} of {iterations + 1} policies, median over seeds"
-    found = Table("arm", "η", "seeds", "gap", "exact", "minus two fits (interval)", "below", "p", title=title)
+    found = Table(title=title)
+    for column in columns.TERMINAL:
+        found.add_column(column.heading, no_wrap=column is columns.TERMINAL[0])
     for row in rows:
-        versus = row.paired
-        found.add_row(
-            row.label,
-            f"{row.eta:g}",
-            str(row.seeds),
-            f"{row.gap.median:.3f}",
-            "–" if row.exact_gap is None else f"{row.exact_gap:.3f}",
-            "–" if versus is None else page.difference(versus),
-            "–" if versus is None else f"{versus.wins}/{len(versus.difference.values)}",
-            "–" if versus is None else f"{versus.p:.3f}",
-        )
+        found.add_row(*(column.cell(row) for column in columns.TERMINAL))
     return found
 
 
@@ -151,10 +147,11 @@ def _positive(text: str) -> float:
 def _seed(text: str) -> int:
     value = int(text)
     if value < 0 or value in TUNING_SEEDS:
-        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 on other than {TUNING_SEEDS}, which choose η")
+        raise argparse.ArgumentTypeError(f"{text} is below 0 or one of {TUNING_SEEDS}, which choose η")
     return value
 
 
+# argparse's messages name a type by its function
 _at_least_one.__name__, _positive.__name__, _seed.__name__ = "whole number from 1 on", "positive number", "seed"
 
 
@@ -164,12 +161,18 @@ def _parser() -> CommandParser:
     about = f"methods to run, of {', '.join(ARMS)} (default: {' '.join(MAIN_ARMS)})"
     add("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="NAME", help=about)
     about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
-    add("--seeds", nargs="+", type=_seed, default=list(SEEDS), metavar="N", help=about)
+    add("--seeds", nargs="+", type=_seed, metavar="N", help=about)
     about = f"step of mirror descent of all arms (default: for each arm what --tune has chosen, else {ETA:g})"
     add("--eta", type=_positive, help=about)
-    about = f"run the steps {', '.join(f'{eta:g}' for eta in TUNING_ETAS)} on seed {TUNING_SEEDS[0]}, to choose one"
+    about = (
+        f"choose the step of each arm on seed {TUNING_SEEDS[0]}: of {', '.join(f'{eta:g}' for eta in TUNING_ETAS)}, "
+        "and one beyond while the best is an end"
+    )
     add("--tune", action="store_true", help=about)
-    about = "also train a best response against the last policy of each arm, on the first seed"
+    about = (
+        "also train a best response against the last policy of each arm, on the first seed; a run whose directory was "
+        "removed is done again for it"
+    )
     add("--best_response", action="store_true", help=about)
     about = f"also find the Nash policy over {BEST_OF_NASH_SAMPLES} responses of π_1 to each held-out prompt"
     add("--best_of_nash", action="store_true", help=about)

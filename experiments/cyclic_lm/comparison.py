@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from onpo_fast.games.solution import nash
+from onpo_fast.games.solution import duality_gap, nash
 
+from .dynamics import Movement, exact_gaps, initial_shares, movement
 from .measures import gaps
 from .recipe import ARMS, BASELINE, ETA, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
 
 CONFIDENCE = 0.95
 FLOOR_DRAWS = 2000
+MOST_ETAS = 6  # steps that are tried for an arm
 
 
 def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
@@ -35,6 +37,28 @@ def by_arm_and_step(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
     return found
 
 
+def tried_etas(runs: Iterable[Run], arm: str, game: Game) -> dict[float, float]:
+    """Returns the mean gap of the last policies on the tuning seeds for each step that has run on all of them."""
+    tuning = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == game}
+    etas = sorted({eta for eta, seed in tuning if seed in TUNING_SEEDS})
+    done = [eta for eta in etas if all((eta, seed) in tuning for seed in TUNING_SEEDS)]
+    return {eta: float(np.mean([tuning[eta, seed] for seed in TUNING_SEEDS])) for eta in done}
+
+
+def etas_to_try(runs: Iterable[Run], arm: str, game: Game) -> tuple[float, ...]:
+    """Returns the steps that tuning runs next: those of ``TUNING_ETAS``, then, while the best is an end, one beyond it.
+
+    Up to ``MOST_ETAS``.
+    """
+    tried = tried_etas(runs, arm, game)
+    if missing := tuple(eta for eta in TUNING_ETAS if eta not in tried):
+        return missing
+    best, ends = min(tried, key=tried.get), (min(tried), max(tried))
+    if len(tried) >= MOST_ETAS or best not in ends:
+        return ()
+    return (best / 2,) if best == ends[0] else (best * 2,)
+
+
 def chosen_eta(runs: Iterable[Run], arm: str, game: Game) -> float:
     """Returns the step with which an arm has the smallest mean gap of the last policies on the tuning seeds.
 
@@ -43,11 +67,39 @@ def chosen_eta(runs: Iterable[Run], arm: str, game: Game) -> float:
     """
     runs = list(runs)
     for candidate in (game, (ORACLE, game[1])):
-        tuning = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == candidate}
-        if all((eta, seed) in tuning for eta in TUNING_ETAS for seed in TUNING_SEEDS):
-            means = {eta: np.mean([tuning[eta, seed] for seed in TUNING_SEEDS]) for eta in TUNING_ETAS}
-            return min(means, key=means.get)
+        tried = tried_etas(runs, arm, candidate)
+        if all(eta in tried for eta in TUNING_ETAS):
+            return min(tried, key=tried.get)
     return ETA
+
+
+def control_eta(runs: Sequence[Run], own: Iterable[Run]) -> float | None:
+    """Returns the step of the control that arms are compared with, among the reported runs ``own`` of a game.
+
+    The chosen one; without runs of that, the only one; None if there are none or several others.
+    """
+    own = [run for run in own if run.arm == BASELINE]
+    etas = {run.eta for run in own}
+    if own and (chosen := chosen_eta(runs, BASELINE, own[0].game)) in etas:
+        return chosen
+    return etas.pop() if len(etas) == 1 else None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The choice of an arm's step in a game: the mean gap of the last policies for each step, and which was taken."""
+
+    label: str
+    game: Game
+    gaps: dict[float, float]
+    chosen: float
+
+
+def tuning(runs: Sequence[Run]) -> list[Tuning]:
+    """Returns the choices for which there are runs on the tuning seeds."""
+    groups = dict.fromkeys((run.game, run.arm) for run in runs if run.seed in TUNING_SEEDS)
+    tried = ((game, arm, tried_etas(runs, arm, game)) for game, arm in groups)
+    return [Tuning(ARMS[arm].label, game, gaps, chosen_eta(runs, arm, game)) for game, arm, gaps in tried]
 
 
 def noise_floor(run: Run) -> float:
@@ -56,8 +108,7 @@ def noise_floor(run: Run) -> float:
     The largest of noisy class shares exceeds their mean; every measured gap is too large by up to this.
     """
     rng = np.random.default_rng(0)
-    responses = sum(map(len, run.raw["heldout"][0]))
-    draws = rng.choice(len(run.matrix), size=(FLOOR_DRAWS, 1, responses), p=nash(run.matrix))
+    draws = rng.choice(len(run.matrix), size=(FLOOR_DRAWS, 1, run.responses), p=nash(run.matrix))
     return float(gaps(run.matrix, draws.tolist()).mean())
 
 
@@ -66,16 +117,13 @@ class Summary:
     """A number over seeds: its median, and an interval that needs no assumption but independent seeds.
 
     Attributes:
-        low, high: two order statistics, between which the median of the distribution lies with the probability
-            ``coverage``, at least ``CONFIDENCE``; with fewer than six seeds the smallest and the largest.
-        coverage: exact for a continuous distribution.
+        low, high: two order statistics, between which the median of the distribution lies with a probability of at
+            least ``CONFIDENCE``; with fewer than six seeds the smallest and the largest.
     """
 
-    values: tuple[float, ...]
     median: float
     low: float
     high: float
-    coverage: float
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -89,73 +137,40 @@ def summarise(values: Sequence[float]) -> Summary:
     k = 1
     while 2 * (k + 1) <= n and 1 - 2 * stats.binom.cdf(k, n, 0.5) >= CONFIDENCE:
         k += 1
-    coverage = max(0.0, 1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5)))
-    return Summary(tuple(values), float(np.median(ordered)), ordered[k - 1], ordered[-k], coverage)
+    return Summary(float(np.median(ordered)), ordered[k - 1], ordered[-k])
 
 
 @dataclass(frozen=True)
-class Paired:
-    """An arm minus the baseline on the same seeds.
+class Difference:
+    """An arm's mean gap of the last policies minus another number, for each seed; negative: the arm is nearer to Nash.
 
     Attributes:
-        difference: of the mean gaps of the last policies; negative: the arm is nearer to Nash.
-        mean, low, high: their mean with Student's interval of ``CONFIDENCE``; None with one seed.
-        wins: seeds on which the arm has the smaller gap.
+        mean, low, high: with Student's interval of ``CONFIDENCE``; None with one seed.
+        seeds: their number.
+        below: seeds on which it is negative.
         p: of the two-sided sign test.
     """
 
-    difference: Summary
     mean: float
     low: float | None
     high: float | None
-    wins: int
+    seeds: int
+    below: int
     p: float
 
 
-def paired(runs: Sequence[Run], own: Sequence[Run], baseline_eta: float) -> Paired | None:
-    """Compares runs of an arm with those of the baseline at this step; None if they have no seed in common."""
-    against = {run.seed: run.last(run.gap) for run in runs if run.arm == BASELINE and run.eta == baseline_eta}
-    differences = np.array([run.last(run.gap) - against[run.seed] for run in own if run.seed in against])
-    if not len(differences) or own[0].arm == BASELINE:
+def difference(values: Sequence[float]) -> Difference | None:
+    """Summarises differences, one for each seed; None if there are none."""
+    if not values:
         return None
-    wins, losses = int((differences < 0).sum()), int((differences > 0).sum())
-    p = float(stats.binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
+    n, mean = len(values), float(np.mean(values))
+    below, above = sum(one < 0 for one in values), sum(one > 0 for one in values)
+    p = float(stats.binomtest(below, below + above, 0.5).pvalue) if below + above else 1.0
     low = high = None
-    if len(differences) > 1:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * stats.sem(differences)
-        low, high = float(differences.mean() - half), float(differences.mean() + half)
-    return Paired(summarise(differences.tolist()), float(differences.mean()), low, high, wins, p)
-
-
-@dataclass(frozen=True)
-class Movement:
-    """How class shares moved on held-out prompts, beside exact steps, over the iterations of some runs.
-
-    Attributes:
-        share: the least-squares slope on exact steps: 1 if fits carry over to held-out prompts in full.
-        noise: standard deviation of the rest, a class and fit, without what the number of responses explains, nats. 0
-            if that explains it all.
-        iterations: their number.
-    """
-
-    share: float
-    noise: float
-    iterations: int
-
-
-def movement(runs: Sequence[Run]) -> Movement | None:
-    """Returns the movement of an arm's runs; None if it is not known, or in fewer than two iterations."""
-    moves = [run.moves for run in runs if run.moves is not None]
-    if sum(len(one.measured) for one in moves) < 2:
-        return None
-    columns = ("measured", "exact", "sampling")
-    measured, exact, sampling = (np.concatenate([getattr(one, name) for one in moves]) for name in columns)
-    measured, exact = (one - one.mean(1, keepdims=True) for one in (measured, exact))
-    share = (measured * exact).sum() / (exact * exact).sum()
-    rest = measured - share * exact
-    classes = rest.shape[1]
-    variance = (rest**2).sum() / (len(rest) * (classes - 1)) - sampling.mean()  # means were subtracted
-    return Movement(float(share), float(np.sqrt(max(variance, 0) / moves[0].fits)), len(rest))
+    if n > 1:
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(values))
+        low, high = mean - half, mean + half
+    return Difference(mean, low, high, n, below, p)
 
 
 @dataclass(frozen=True)
@@ -175,34 +190,56 @@ class Row:
     cyclic_triples: float  # share of the triples of responses in training that are cyclic
     reached: float | None  # margins at the end of the fits, as a share of exact ones
     movement: Movement | None
-    steps: int  # optimizer steps of a run
+    steps: float  # optimizer steps of a run
     best_response: float | None  # how often one that was trained against the last policy wins
-    paired: Paired | None
+    is_control: bool  # whether others are compared with it
+    versus_control: Difference | None  # on the same seeds; None for the control itself
+    versus_initial: Difference | None  # minus the gap of π_1
 
 
-def table(runs: Sequence[Run], baseline_eta: float) -> list[Row]:
-    """Returns a row for each arm and step, from the runs of one game."""
-    return [_row(runs, own, baseline_eta) for own in by_arm_and_step(runs).values()]
+def initial_gap(runs: Sequence[Run]) -> float:
+    """Returns the gap of π_1, against opponents that ignore the prompt, from the held-out responses of all runs."""
+    return float(duality_gap(runs[0].matrix, initial_shares(runs)))
 
 
-def _row(runs: Sequence[Run], own: list[Run], baseline_eta: float) -> Row:
-    exact = [run.last(run.exact_gap) for run in own if run.exact_gap is not None]
-    known = [run.reached for run in own if run.reached is not None]
+def table(runs: Sequence[Run], own: Sequence[Run]) -> list[Row]:
+    """Returns a row for each arm and step of a game.
+
+    Args:
+        runs: all, among which are those that chose the steps.
+        own: the reported ones of the game.
+    """
+    control = control_eta(runs, own)
+    against = {run.seed: run.last(run.gap) for run in own if run.arm == BASELINE and run.eta == control}
+    return [_row(own, some, control, against) for some in by_arm_and_step(own).values()]
+
+
+def _row(own: Sequence[Run], some: list[Run], control: float | None, against: dict[int, float]) -> Row:
+    arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
+    gaps = {run.seed: run.last(run.gap) for run in some}
+    is_control = arm == BASELINE and eta == control
+    exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap))
+    known = [run.reached for run in some if run.reached is not None]
+    start = initial_gap(own)
     return Row(
-        arm=own[0].arm,
-        label=ARMS[own[0].arm].label,
-        eta=own[0].eta,
-        seeds=len(own),
-        gap=summarise([run.last(run.gap) for run in own]),
-        prompt_gap=summarise([run.last(run.prompt_gap) for run in own]),
-        average_gap=summarise([float(run.average_gap[-1]) for run in own]),
-        exact_gap=float(np.median(exact)) if exact else None,
-        kl=float(np.median([run.raw["kl_to_initial"][-1] for run in own])),
-        win_rate=float(np.median([run.raw["win_rate"][-1][0] for run in own])),
-        cyclic_triples=float(np.median([np.mean(run.raw["cyclic_triples"]) for run in own])),
+        arm=arm,
+        label=ARMS[arm].label,
+        eta=eta,
+        seeds=len(some),
+        gap=summarise(list(gaps.values())),
+        prompt_gap=summarise([run.last(run.prompt_gap) for run in some]),
+        average_gap=summarise([float(run.average_gap[-1]) for run in some]),
+        exact_gap=None if exact is None else some[0].last(exact),
+        kl=float(np.median([run.raw["kl_to_initial"][-1] for run in some])),
+        win_rate=float(np.median([run.raw["win_rate"][-1][0] for run in some])),
+        cyclic_triples=float(np.median([np.mean(run.raw["cyclic_triples"]) for run in some])),
         reached=float(np.median(known)) if known else None,
-        movement=movement(own),
-        steps=own[0].optimizer_steps,
-        best_response=next((run.best_response for run in own if run.best_response is not None), None),
-        paired=paired(runs, own, baseline_eta),
+        movement=movement(some),
+        steps=float(np.median([run.optimizer_steps for run in some])),
+        best_response=next((run.best_response for run in some if run.best_response is not None), None),
+        is_control=is_control,
+        versus_control=None
+        if is_control
+        else difference([gap - against[seed] for seed, gap in gaps.items() if seed in against]),
+        versus_initial=difference([gap - start for gap in gaps.values()]),
     )

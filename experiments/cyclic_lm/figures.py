@@ -14,16 +14,17 @@ from .comparison import by_arm_and_step
 from .recipe import ARMS
 from .results import Run
 
-STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+STYLES = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (1, 1)), "^"), ((0, (6, 1, 1, 1)), "D"), ((0, (2, 2, 6, 2)), "v"))
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of an arm with one step, and how they look in every plot: the arm has a colour, the step a dash."""
+    """The runs of an arm with one step, and how they look: the arm has a colour, the step a dash and a mark."""
 
     label: str
     colour: str
-    style: str | tuple
+    dash: str | tuple
+    mark: str
     runs: list[Run]
 
 
@@ -33,26 +34,26 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     for arm, eta in together:
         i, etas = list(ARMS).index(arm), sorted(other for name, other in together if name == arm)
         label = ARMS[arm].label + (f", η = {eta:g}" if len(etas) > 1 else "")
-        style = STYLES[(i // len(COLOURS) + 2 * etas.index(eta)) % len(STYLES)]
-        found.append(Group(label, COLOURS[i % len(COLOURS)], style, together[arm, eta]))
+        dash, mark = STYLES[(i // len(COLOURS) + etas.index(eta)) % len(STYLES)]
+        found.append(Group(label, COLOURS[i % len(COLOURS)], dash, mark, together[arm, eta]))
     return found
 
 
 def gap(runs: Sequence[Run]) -> Plot | None:
     """Plots the gap of π_t for each arm: every seed thinly, the median thickly."""
-    return _curves(runs, "gap", "duality gap of π_t")
+    return _curves(runs, "gap", "gap of π_t")
 
 
 def average_gap(runs: Sequence[Run]) -> Plot | None:
     """Plots the gap of the mean of π_1 … π_t for each arm, in the same way."""
-    return _curves(runs, "average_gap", "duality gap of the mean of π_1 … π_t")
+    return _curves(runs, "average_gap", "gap of the mean of π_1 … π_t")
 
 
 def _curves(runs: Sequence[Run], name: str, label: str) -> Plot | None:
     figure, axes = new_axes("t", label, height=3.4)
     said = []
     for group in groups(runs):
-        look = {"color": group.colour, "linestyle": group.style}
+        look = {"color": group.colour, "linestyle": group.dash}
         curves = [getattr(run, name) for run in group.runs]
         for curve in curves:
             axes.plot(_times(curve), curve, linewidth=0.6, alpha=0.35, **look)
@@ -65,12 +66,12 @@ def _curves(runs: Sequence[Run], name: str, label: str) -> Plot | None:
 
 def gap_against_kl(runs: Sequence[Run]) -> Plot | None:
     """Plots the gap of every policy against its KL divergence from π_1, a mark for each policy of each seed."""
-    figure, axes = new_axes("KL(π_t ‖ π_1), nats", "duality gap of π_t", height=3.4)
+    figure, axes = new_axes("KL(π_t ‖ π_1), nats", "gap of π_t", height=3.4)
     said = []
     for group in groups(runs):
         kl = np.concatenate([run.raw["kl_to_initial"] for run in group.runs])
         gaps = np.concatenate([run.gap for run in group.runs])
-        axes.plot(kl, gaps, "o", color=group.colour, markersize=2.5, alpha=0.6, label=group.label)
+        axes.plot(kl, gaps, group.mark, color=group.colour, markersize=2.5, alpha=0.6, label=group.label)
         said.append(f"{group.label}: KL up to {kl.max():.2f}")
     axes.set_ylim(bottom=0)
     return plot(figure, said)
@@ -91,8 +92,8 @@ def simplex(runs: Sequence[Run]) -> Plot | None:
         middle = sorted(group.runs, key=lambda run: run.last(run.gap))[(len(group.runs) - 1) // 2]
         three = middle.shares[:, :3] / np.maximum(middle.shares[:, :3].sum(1, keepdims=True), 1e-9)
         path = three @ corners
-        axes.plot(*path.T, color=group.colour, linestyle=group.style, linewidth=0.9, label=group.label)
-        axes.plot(*path[-1], "o", color=group.colour, markersize=4)
+        axes.plot(*path.T, color=group.colour, linestyle=group.dash, linewidth=0.9, label=group.label)
+        axes.plot(*path[-1], group.mark, color=group.colour, markersize=4)
         said.append(f"{group.label} ends at " + ", ".join(f"{share:.2f}" for share in three[-1]))
     _name_corners(axes, corners, runs[0].raw["classes"])
     return plot(figure, said)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
+from onpo_fast import oracles
 from onpo_fast.errors import UserError
 from onpo_fast.files import atomic_write_text, checksum
 from onpo_fast.oracles.classes import ClassPreference
@@ -24,6 +26,7 @@ from onpo_fast.run.lock import locked
 from onpo_fast.run.progress import Progress
 from onpo_fast.run.tracking import progress, say
 
+from . import results
 from .measures import measure, measure_best_of_nash, measure_best_response
 from .recipe import (
     ARMS,
@@ -70,7 +73,7 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its run directory and of its file of results."""
-        game = "" if self.oracle == ORACLE else f"-game_{hashlib.sha256(self.oracle.encode()).hexdigest()[:8]}"
+        game = "" if self.oracle == ORACLE else f"-{re.sub(r'[^0-9A-Za-z_.]+', '.', self.oracle)}"
         length = "" if self.iterations == ITERATIONS else f"-T{self.iterations}"
         kind = "" if self.kind == "train" else f"-{self.kind}"
         return f"{self.arm}-eta{self.eta:g}-seed{self.seed}{length}{game}{kind}"
@@ -132,16 +135,18 @@ class Runner:
         Of a run that fails ``failed`` says why, with its log; the others go on.
 
         Raises:
-            UserError: if another process runs jobs in ``out``.
+            UserError: if another process runs jobs in ``out``, or results that are there are of another game or recipe.
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
+        for job in jobs:
+            self._check_results(job)
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
         with locked(self.out / "runs"), progress(f"{len(waiting)} runs", sum(map(units, waiting))) as done:
             try:
                 while waiting or self.running:
-                    if self.deadline is not None and time.monotonic() > self.deadline:
+                    if self.is_late:
                         say("the time is up; the same command goes on")
                         break
                     self._start_some(waiting)
@@ -149,6 +154,31 @@ class Runner:
                     self._collect(done, waiting)
             finally:
                 self._stop()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _check_results(self, job: Job) -> None:
+        """Raises ``UserError`` if the results of a job are those of another oracle or recipe than it would have now."""
+        if not self.path(job).exists():
+            return
+        raw = results.read_file(self.path(job))
+        now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
+        if different := results.differences(raw, now | {"recipe": self._recipe(job.oracle)}):
+            raise UserError(
+                f"{self.path(job)} is of another game than the command would play now: {different}. Give another "
+                "--results, or remove it"
+            )
+
+    def _recipe(self, oracle: str) -> dict[str, object]:
+        """What is known of the recipe before anything has run, in the form of ``recipe_of``."""
+        return {
+            "options": {name: value for name, value in OPTIONS.items() if name not in OF_A_RUN},
+            "oracle": oracles.fingerprint(self.preference, oracle, functools.cache(checksum)),
+            "prompts": {name: checksum(Path(path)) for name, path in PROMPTS.items()},
+        }
 
     def _is_needed(self, job: Job, jobs: Sequence[Job]) -> bool:
         """Whether a job has no results yet, or its run directory is needed for another that has none."""
@@ -233,25 +263,27 @@ class Runner:
                 self.failed.append(f"{one.job.name} failed {failure}")
             else:
                 self.ended.add(one.job)
-                self._clean(waiting)
+            self._clean(waiting)
 
     def _failure(self, job: Job, status: int) -> str | None:
         """Writes the results of a process that has ended; returns why there are none."""
         if status == 0:
             try:
                 self._write(job)
-            except UserError as error:
-                return f"to leave results: {error}"
+            except (UserError, OSError, ValueError, KeyError) as error:  # of a run directory that was changed, say
+                return f"to leave results: {error or type(error).__name__}"
             return None
         log = self._log(job)
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         ended = f"exit status {status}" if status > 0 else signal.Signals(-status).name
         return f"({ended}): {' '.join(last)} (all of it: {log})"
 
     def _write(self, job: Job) -> None:
-        """Writes the results of what has ended."""
+        """Writes the results of what has ended; those of a run that was done again, for what follows it, stay."""
+        if self.path(job).exists():
+            return
         options = Journal(self._finished(job)).note("options")
-        results = {
+        found = {
             "kind": job.kind,
             "arm": job.arm,
             "eta": job.eta,
@@ -260,12 +292,12 @@ class Runner:
             "iterations": job.iterations,
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
-            "recipe": recipe_of(self._finished(job)),
+            "recipe": recipe_of(self._finished(job), job),
             "config": {name: value for name, value in options.items() if name not in PATHS},
             "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
             **self._measured(job),
         }
-        atomic_write_text(self.path(job), json.dumps(results, ensure_ascii=False) + "\n")
+        atomic_write_text(self.path(job), json.dumps(found, ensure_ascii=False) + "\n")
 
     def _measured(self, job: Job) -> dict[str, object]:
         """The raw results of what has ended, by its kind."""
@@ -304,17 +336,16 @@ def _stop_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def recipe_of(run: Path) -> dict[str, object]:
-    """Returns what all runs of a game have in common: options, and checksums of model, oracle and files of prompts."""
+def recipe_of(run: Path, job: Job) -> dict[str, object]:
+    """Returns what all runs of a game have in common: options that the recipe sets, and checksums of files."""
     journal = Journal(run)
     options = journal.note("options")
     prompts = {name: checksum(Path(options[name])) for name in PROMPTS}  # the run's own depends on its seed's order
     return {
-        "options": {name: value for name, value in options.items() if name not in OF_A_RUN},
-        "model": journal.note("model"),
+        "options": {name: options[name] for name in OPTIONS if name not in OF_A_RUN},
         "oracle": journal.note("oracle"),
         "prompts": prompts,
-    }
+    } | ({} if job.kind == "best_response" else {"model": journal.note("model")})  # a best response begins as π_{T+1}
 
 
 def units(job: Job) -> int:

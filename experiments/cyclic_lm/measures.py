@@ -165,7 +165,7 @@ def gaps_by_prompt(matrix: np.ndarray, policies: Sequence[Classes]) -> np.ndarra
 
 
 def reached(fits: Sequence[dict]) -> float | None:
-    """Returns the mean margin of the fits as a share of that of exact ones; None where that is not known or 0."""
+    """Returns margins as a share of those of exact fits, by regression; None where exact ones are not known or 0."""
     known = [one for one in fits if one["exact"] is not None]
-    exact = sum(one["exact"] for one in known)
-    return sum(one["margin"] for one in known) / exact if exact else None
+    exact = sum(one["exact"] ** 2 for one in known)
+    return sum(one["margin"] * one["exact"] for one in known) / exact if exact else None

@@ -8,18 +8,20 @@ from pathlib import Path
 from onpo_fast.files import atomic_write_text
 from onpo_fast.reports.page import page_style, render
 
-from . import figures
-from .comparison import Paired, Row, chosen_eta, games, noise_floor, table
-from .recipe import ARMS, BASELINE, LAST, TUNING_SEEDS
+from . import columns, figures
+from .comparison import Row, chosen_eta, games, initial_gap, noise_floor, table, tuning
+from .recipe import LAST
 from .results import Run
+
+LEAST_PAIRS = 5  # fewer do not decide anything: with five the smallest p of a sign test is 1/16
 
 
 def write(runs: Sequence[Run], out: Path) -> Path:
     """Writes OUT/evidence.html and OUT/evidence.md from all results and returns the path of the page."""
     with page_style():
         shown = [_game(runs, own) for own in games(runs).values()]
-    tables = "\n\n".join(f"{one['oracle']}, {one['iterations']} iterations\n\n{markdown(one['rows'])}" for one in shown)
-    atomic_write_text(out / "evidence.md", tables + "\n")
+    tables = (f"{one['oracle']}, {one['iterations']} iterations\n\n{columns.markdown(one['rows'])}" for one in shown)
+    atomic_write_text(out / "evidence.md", "\n\n".join(tables) + "\n")
     return render(
         "evidence.html.jinja",
         out / "evidence.html",
@@ -27,28 +29,28 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         Path(__file__).parent,
         games=shown,
         tuning=tuning(runs),
-        baseline=ARMS[BASELINE].label,
-        arms=ARMS,
+        columns=columns.ALL,
     )
 
 
 def _game(runs: Sequence[Run], own: Sequence[Run]) -> dict:
     """Returns what the page shows of a game; ``runs`` are all, among which are those that chose the steps."""
     oracle, iterations = own[0].game
-    rows = table(own, chosen_eta(runs, BASELINE, own[0].game))
+    rows = table(runs, own)
     draw = (figures.gap, figures.average_gap, figures.simplex, figures.gap_against_kl)
     return {
         "oracle": oracle,
         "iterations": iterations,
         "last": min(LAST, iterations),
         "rows": rows,
-        "headline": headline(rows),
+        "headline": headline(rows, chosen_eta(runs, "onpo", own[0].game)),
+        "initial_gap": initial_gap(own),
         "plots": {one.__name__: one(own) for one in draw},
         "best_of_nash": next((run.best_of_nash for run in own if run.best_of_nash is not None), None),
         "classes": own[0].raw["classes"],
         "matrix": own[0].raw["matrix"],
         "floor": noise_floor(own[0]),
-        "responses": sum(map(len, own[0].raw["heldout"][0])),
+        "responses": own[0].responses,
         "prompts": len(own[0].raw["heldout"][0]),
         "environments": sorted({_environment(run) for run in own}),
     }
@@ -60,63 +62,24 @@ def _environment(run: Run) -> str:
     return f"{facts['device']}, {versions}, commit {facts['commit'] or 'unknown'}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Returns the main columns of a game's table, with the smallest and the largest value of all seeds."""
-    lines = [
-        "| arm | η | seeds | gap | with exact fits | minus two fits | below | p | KL | trained best response |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        values, versus = row.gap.values, row.paired
-        cells = [row.label, f"{row.eta:g}", str(row.seeds)]
-        cells.append(f"{row.gap.median:.3f} ({min(values):.3f} to {max(values):.3f})")
-        cells.append("–" if row.exact_gap is None else f"{row.exact_gap:.3f}")
-        if versus is None:
-            cells += ["–", "–", "–"]
-        else:
-            cells.append(difference(versus))
-            cells += [f"{versus.wins} of {len(versus.difference.values)}", f"{versus.p:.3f}"]
-        cells += [f"{row.kl:.2f}", "–" if row.best_response is None else f"{row.best_response:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def headline(rows: Sequence[Row], eta: float) -> str:
+    """Returns the result of ONPO, with this step, against the control in one sentence.
 
-
-def difference(versus: Paired) -> str:
-    """Returns the mean difference from the control, with its interval if there is one."""
-    mean = f"{versus.mean:+.3f}"
-    return mean if versus.low is None else f"{mean} ({versus.low:+.3f} to {versus.high:+.3f})"
-
-
-def headline(rows: Sequence[Row]) -> str:
-    """Returns the result of ONPO against OMD with two fits in one sentence; "" where it was not measured."""
-    versus = next((row.paired for row in rows if row.arm == "onpo" and row.paired is not None), None)
-    if versus is None or versus.low is None or versus.high is None:
+    "" where it was not measured or on fewer than ``LEAST_PAIRS`` seeds.
+    """
+    row = next((row for row in rows if row.arm == "onpo" and row.eta == eta), None)
+    control = next((row for row in rows if row.is_control), None)
+    versus = row and row.versus_control
+    if versus is None or versus.seeds < LEAST_PAIRS:
         return ""
+    names = f"ONPO (η = {eta:g})", f"mirror descent with as many optimizer steps (η = {control.eta:g})"
     if versus.high < 0:
-        verdict = "ONPO ends nearer to the Nash policy than mirror descent with as many optimizer steps"
+        verdict = f"{names[0]} ends nearer to the Nash policy than {names[1]}"
     elif versus.low > 0:
-        verdict = "ONPO ends farther from the Nash policy than mirror descent with as many optimizer steps"
+        verdict = f"{names[0]} ends farther from the Nash policy than {names[1]}"
     else:
-        verdict = "ONPO and mirror descent with as many optimizer steps cannot be told apart"
+        verdict = f"{names[0]} and {names[1]} cannot be told apart"
     return (
-        f"{verdict}: the gap of its last policies differs by {versus.mean:+.3f} in the mean over "
-        f"{len(versus.difference.values)} paired seeds (95% interval {versus.low:+.3f} to {versus.high:+.3f}, sign "
-        f"test p = {versus.p:.3f})."
+        f"{verdict}: the gap of its last policies differs by {versus.mean:+.3f} in the mean over {versus.seeds} paired "
+        f"seeds (95% interval {versus.low:+.3f} to {versus.high:+.3f}, sign test p = {versus.p:.3f})."
     )
-
-
-def tuning(runs: Sequence[Run]) -> list[dict]:
-    """Returns what each arm's steps reached on the tuning seeds, and which was chosen."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        if run.seed in TUNING_SEEDS:
-            groups.setdefault((run.game, run.arm), []).append(run)
-    return [
-        {
-            "oracle": game[0],
-            "arm": arm,
-            "gaps": {run.eta: run.last(run.gap) for run in own},
-            "chosen": chosen_eta(runs, arm, game),
-        }
-        for (game, arm), own in groups.items()
-    ]

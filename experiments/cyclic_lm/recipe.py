@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onpo_fast.oracles.classes import OPENINGS, transitive_preference
-
 ORACLE = "openings"  # the bundled preference between three kinds of first words
-CONTROL = "experiments.cyclic_lm.recipe:ordered"  # the same classes in an order instead of a cycle
-ordered = transitive_preference(OPENINGS.names, OPENINGS.classify)
+CONTROL = "experiments.cyclic_lm.control:ordered"  # the same classes in an order instead of a cycle
 
 HERE = Path(__file__).parent
 PROMPTS = {  # "Begin a story about a small violin": 24 nouns with ten adjectives, 12 other nouns with two are held out
@@ -20,8 +17,8 @@ PROMPTS = {  # "Begin a story about a small violin": 24 nouns with ten adjective
 
 ITERATIONS = 10
 LAST = 5  # policies whose mean gap an arm is judged by
-ETA = 3.0  # near the step with which exact ONPO converges fastest in a cycle of probability 0.8 (see docs/evidence.md)
-TUNING_ETAS = (1.5, 3.0, 6.0)
+ETA = 3.0  # about the step with which exact ONPO converges fastest in a cycle of probability 0.8 (dynamics.exact_gaps)
+TUNING_ETAS = (1.5, 3.0, 6.0)  # and beyond, while the best is at an end
 TUNING_SEEDS = (1000,)  # whose results choose η and are not reported
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -34,6 +31,9 @@ LORA_LAYERS = 4  # the last ones; fits are cheap, as the backward pass ends ther
 LORA_MODULES = "self_attn.q_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj".split()
 OPTIONS: dict[str, object] = {
     "model": "smollm2",
+    "dtype": "float32",  # also on a GPU, so that its runs are of the same recipe
+    "sampling_batch_size": 32,
+    "tokens_per_microbatch": 1024,
     "max_new_tokens": 8,
     "prompts_per_iteration": 16,
     "responses_per_prompt": 8,

@@ -1,27 +1,22 @@
-"""The files of results, and what is computed from them. All gaps are in [0, 1], float64."""
+"""The files of results, and what is computed from each. All gaps are in [0, 1], float64."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from onpo_fast.algorithms import named
 from onpo_fast.errors import UserError
-from onpo_fast.games import matrix as matrix_game
 from onpo_fast.games.solution import duality_gap
 
 from .measures import average_gaps, gaps, gaps_by_prompt, reached, shares
 from .recipe import ARMS, LAST
 
-# log π_{t+1} − log π_t is η times so many r_t, less so many r_{t−1} (ONPO: 2 r_t − r_{t−1}, with r_0 = 0), and has the
-# errors of so many fits in it (ONPO: π′_{t+1}, π_{t+1} and, in log π_t, π_t)
-STEPS = {"onpo": (2, 1, 3), "omd": (1, 0, 1), "omd_two_fits": (2, 0, 2)}
-LEAST_RESPONSES = 10  # of each class, or the logarithm of its share is not used
+KINDS = ("train", "best_response", "best_of_nash")
 
 Game = tuple[str, int]  # what makes runs comparable: the oracle, and the number of iterations
 
@@ -47,22 +42,6 @@ class BestOfNash:
     def comparisons(self) -> int:
         """What it asks of the oracle for one answer."""
         return self.samples * (self.samples - 1) // 2
-
-
-class Moves(NamedTuple):
-    """Movements of class shares on held-out prompts over n iterations, in nats; up to a constant of each iteration.
-
-    Attributes:
-        measured: log π̂_{t+1} − log π̂_t, (n, C).
-        exact: the step of mirror descent from the measured shares, (n, C).
-        sampling: (n,) variance of ``measured`` from the number of responses alone, a class.
-        fits: the number of fits whose errors are in ``measured``.
-    """
-
-    measured: np.ndarray
-    exact: np.ndarray
-    sampling: np.ndarray
-    fits: int
 
 
 @dataclass(frozen=True)
@@ -115,49 +94,19 @@ class Run:
         return average_gaps(self.matrix, self.raw["heldout"])
 
     @cached_property
-    def exact_gap(self) -> np.ndarray | None:
-        """(T+1,) gaps if every fit had reached its minimum with exact preferences; None where pairs are chosen.
-
-        The same algorithm plays the game between the classes that π_1 has, from its shares of them.
-        """
-        if ARMS[self.arm].options:
-            return None
-        played = np.flatnonzero(self.shares[0])
-        algorithm = ARMS[self.arm].objective
-        tau = 1 / (3 * self.eta) if named(algorithm).mixes else 0.0  # the trainer's default: a third of π_1
-        start, game = self.shares[0][played], self.matrix[np.ix_(played, played)]
-        trace = matrix_game.run(game, algorithm, self.eta, len(self.gap), start, tau=tau, keep_policies=True)
-        policies = np.zeros_like(self.shares)
-        policies[:, played] = trace.policies
-        return np.array([duality_gap(self.matrix, policy) for policy in policies])
-
-    @cached_property
-    def moves(self) -> Moves | None:
-        """How class shares moved, beside exact steps; None for other algorithms than ONPO and mirror descent."""
-        if self.arm not in STEPS:
-            return None
-        C = len(self.matrix) - 1
-        counts = self.shares[:, :C] * sum(map(len, self.raw["heldout"][0]))
-        usable = (counts >= LEAST_RESPONSES).all(1)
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        now, before, fits = STEPS[self.arm]
-        rewards = shares @ self.matrix[:C, :C].T
-        earlier = np.vstack([np.zeros(C), rewards[:-1]])
-        exact = self.eta * (now * rewards - before * earlier)[:-1]
-        logs = np.log(np.maximum(shares, 1e-9))
-        kept = usable[1:] & usable[:-1]
-        noise = ((1 - shares) / np.maximum(counts, 1)).mean(1)  # variance of the logarithm of a sampled share
-        return Moves((logs[1:] - logs[:-1])[kept], exact[kept], (noise[1:] + noise[:-1])[kept], fits)
-
-    @cached_property
     def reached(self) -> float | None:
-        """The mean margin at the end of the fits, as a share of that of exact ones."""
+        """Margins at the end of the fits, as a share of those of exact ones."""
         return reached(self.raw["fits"])
 
     @property
     def optimizer_steps(self) -> int:
         """The optimizer steps of all fits."""
         return sum(fit["steps"] for fit in self.raw["fits"])
+
+    @property
+    def responses(self) -> int:
+        """Held-out responses of each policy."""
+        return sum(map(len, self.raw["heldout"][0]))
 
     def last(self, values: np.ndarray) -> float:
         """The mean over the last policies, by which arms are judged; π_1 is never one of them."""
@@ -168,41 +117,73 @@ def read(folder: Path) -> list[Run]:
     """Reads all results of a folder, in the order of games, arms, steps and seeds.
 
     Raises:
-        UserError: if a file is not one of results, or two runs of a game have different recipes; names the files.
+        UserError: if a file is not one of results, two are of the same run, or two runs of a game have different
+            recipes; names the files and what differs.
     """
-    runs: dict[Path, Run] = {}
-    best_responses, best_of_nash = {}, {}
+    found: dict[tuple, tuple[Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["kind"] == "best_response":
-                best_responses[_key(raw)] = float(raw["win_rate"])
-            elif raw["kind"] == "best_of_nash":
-                best_of_nash[_key(raw)] = _best_of_nash(raw)
-            else:
-                runs[path] = _checked(Run(raw))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{path} is not a file of results: remove it, and its run is done again") from None
-    _check_recipes(runs)
-    joined = [
-        replace(run, best_response=best_responses.get(_key(run.raw)), best_of_nash=best_of_nash.get(_key(run.raw)))
-        for run in runs.values()
-    ]
-    return sorted(joined, key=lambda run: (run.game, list(ARMS).index(run.arm), run.eta, run.seed))
+        raw = read_file(path)
+        other, _ = found.setdefault((raw["kind"], *_key(raw)), (path, raw))
+        if other != path:
+            raise UserError(f"{path} and {other} are results of the same run: remove one")
+    first: dict[Game, tuple[Path, dict]] = {}
+    for path, raw in found.values():
+        other, known = first.setdefault((raw["oracle"], raw["iterations"]), (path, raw))
+        if different := differences(raw, known):
+            raise UserError(f"{path} and {other} are not runs of the same game: {different}")
+    runs = []
+    for (kind, *key), (_, raw) in found.items():
+        if kind == "train":
+            answer, chosen = (found.get((other, *key), (None, None))[1] for other in KINDS[1:])
+            run = replace(
+                Run(raw),
+                best_response=answer and answer["win_rate"],
+                best_of_nash=chosen and _best_of_nash(chosen),
+            )
+            runs.append(run)
+    return sorted(runs, key=lambda run: (run.game, list(ARMS).index(run.arm), run.eta, run.seed))
+
+
+def read_file(path: Path) -> dict:
+    """Reads a file of results and checks all that is shown of it.
+
+    Raises:
+        UserError: if it is not one; names the file and, where it is known, the field.
+    """
+    raw, field = None, None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for field in FIELDS[raw["kind"]]:
+            if not FITS[field](raw[field], raw):
+                raise ValueError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+        where = f" ({field} does not fit)" if field else ""
+        raise UserError(f"{path} is not a file of results{where}: remove it, and its run is done again") from None
+    return raw
+
+
+def differences(raw: dict, other: dict) -> str:
+    """Says in what the games and recipes of two results differ; "" if they do not.
+
+    Options of which only one of them says something are not compared: those of another version of the program.
+    """
+    found = [name for name in ("classes", "matrix") if raw[name] != other[name]]
+    for name in ("oracle", "prompts", "model"):  # checksums
+        if len({json.dumps(one["recipe"][name], sort_keys=True) for one in (raw, other) if name in one["recipe"]}) > 1:
+            found.append(f"the files of {name}")
+    if len({tuple(map(len, one["heldout"][0])) for one in (raw, other) if "heldout" in one}) > 1:
+        found.append("the number of held-out responses")
+    options, others = raw["recipe"]["options"], other["recipe"]["options"]
+    for name in options.keys() & others.keys():
+        if options[name] != others[name]:
+            found.append(f"{name} is {options[name]} and {others[name]}")
+    return ", ".join(sorted(found))
 
 
 def _key(raw: dict) -> tuple:
     return raw["arm"], raw["eta"], raw["seed"], raw["oracle"], raw["iterations"]
-
-
-def _checked(run: Run) -> Run:
-    """Returns the run if all that is shown of it can be computed."""
-    if run.arm not in ARMS or len(run.gap) != run.raw["iterations"] + 1:
-        raise ValueError(run.arm)
-    _ = run.prompt_gap, run.average_gap, run.exact_gap, run.reached, run.optimizer_steps
-    _ = run.raw["kl_to_initial"][-1], run.raw["win_rate"][-1][0], run.raw["cyclic_triples"], run.raw["environment"]
-    _ = run.raw["recipe"], run.raw["classes"], run.seed
-    return run
 
 
 def _best_of_nash(raw: dict) -> BestOfNash:
@@ -211,10 +192,65 @@ def _best_of_nash(raw: dict) -> BestOfNash:
     return BestOfNash(raw["samples"], len(of_prompts), float(pooled), float(by_prompt.mean()))
 
 
-def _check_recipes(runs: dict[Path, Run]) -> None:
-    first: dict[Game, tuple[Path, Run]] = {}
-    for path, run in runs.items():
-        other, known = first.setdefault(run.game, (path, run))
-        for name in ("recipe", "matrix", "classes"):
-            if run.raw[name] != known.raw[name]:
-                raise UserError(f"{path} and {other} differ in their {name}: they are not runs of the same game")
+# Which values fit ----------------------------------------------------------------------------------------------------
+
+
+def _whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _numbers(value: object, *shape: int) -> bool:
+    """Whether it is an array of finite numbers; -1 in the shape: any length from 1 on."""
+    found = np.array(value)
+    fits = found.ndim == len(shape) and all(n == m or (m == -1 and n > 0) for n, m in zip(found.shape, shape))
+    return fits and found.dtype.kind in "if" and bool(np.isfinite(found).all())
+
+
+def _classes(policies: list, raw: dict, count: int) -> bool:
+    """Whether it has the classes of at least two responses of so many policies to each prompt."""
+    size = list(map(len, policies[0]))
+    return (
+        len(policies) == count
+        and min(size) >= 2
+        and all(list(map(len, policy)) == size for policy in policies)
+        and all(_whole(c, 0) and c <= len(raw["classes"]) for policy in policies for prompt in policy for c in prompt)
+    )
+
+
+def _fits(fits: list[dict]) -> bool:
+    return len(fits) > 0 and all(
+        _whole(one["steps"], 1)
+        and _numbers([one["margin"], 0.0 if one["exact"] is None else one["exact"]], 2)
+        and isinstance(one["iteration"], int)
+        for one in fits
+    )
+
+
+def _strings(value: object, *names: str) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value[name], str) for name in names)
+
+
+FITS = {
+    "arm": lambda value, raw: value in ARMS,
+    "eta": lambda value, raw: _numbers([value], 1) and value > 0,
+    "seed": lambda value, raw: _whole(value, 0),
+    "oracle": lambda value, raw: isinstance(value, str),
+    "iterations": lambda value, raw: _whole(value, 1),
+    "classes": lambda value, raw: len(value) >= 2 and all(isinstance(one, str) for one in value),
+    "matrix": lambda value, raw: _numbers(value, *[len(raw["classes"]) + 1] * 2),
+    "recipe": lambda value, raw: isinstance(value["options"], dict),
+    "environment": lambda value, raw: _strings(value, "device", "torch", "transformers") and "commit" in value,
+    "heldout": lambda value, raw: _classes(value, raw, raw["iterations"] + 1 if raw["kind"] == "train" else 2),
+    "kl_to_initial": lambda value, raw: _numbers(value, raw["iterations"] + 1),
+    "win_rate": lambda value, raw: _numbers(value, *([raw["iterations"] + 1] * 2 if raw["kind"] == "train" else [])),
+    "cyclic_triples": lambda value, raw: _numbers(value, raw["iterations"]),
+    "fits": lambda value, raw: _fits(value),
+    "samples": lambda value, raw: _whole(value, 2),
+    "heldout_shares": lambda value, raw: _numbers(value, -1, len(raw["classes"]) + 1),
+}
+SHARED = ("arm", "eta", "seed", "oracle", "iterations", "classes", "matrix", "recipe", "environment")
+FIELDS = {
+    "train": (*SHARED, "heldout", "kl_to_initial", "win_rate", "cyclic_triples", "fits"),
+    "best_response": (*SHARED, "heldout", "win_rate"),
+    "best_of_nash": (*SHARED, "samples", "heldout_shares"),
+}

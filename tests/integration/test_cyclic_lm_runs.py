@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cyclic_lm import command_line, recipe, results
+from experiments.cyclic_lm import command_line, comparison, recipe, results
 from onpo_fast.errors import UserError
 from onpo_fast.run.lock import RunLock, locked
 
@@ -61,7 +61,9 @@ def started(options: dict[str, object], *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.long
-def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, capsys) -> None:
+def test_two_arms_on_a_preference_of_the_users(
+    small: dict, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a best response and best of Nash; run directories are removed, and nothing is run again."""
     command = "--arms onpo omd_two_fits --seeds 7 8 --oracle own_cycle:preference --iterations 2 --processes 2".split()
     command_line.run([*command, "--best_response", "--best_of_nash"])
@@ -91,6 +93,34 @@ def test_two_arms_on_a_preference_of_the_users(small: dict, tmp_path: Path, caps
     command_line.run([*command, "--best_response", "--best_of_nash"])
     assert "OMD, two fits" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()} == before
+
+    answer = out / "results" / "onpo-eta3-seed7-T2-own_cycle.preference-best_response.json"
+    answer.unlink()  # its run is done again, whose results stay
+    command_line.run([*command, "--best_response"])
+    after = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert {path for path in after if after[path] != before[path]} == {answer}
+    assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
+
+    (tmp_path / "own_cycle.py").write_text(PREFERENCE.replace('"c"]', '"d"]'))
+    monkeypatch.delitem(sys.modules, "own_cycle")
+    with pytest.raises(UserError, match=r"of another game .*: classes, the files of oracle\. Give another --results"):
+        command_line.run(command)
+    monkeypatch.setitem(recipe.OPTIONS, "eval_samples", 3)
+    with pytest.raises(UserError, match="eval_samples is 2 and 3"):
+        command_line.run(command)
+
+
+@pytest.mark.long
+def test_tuning_ends_with_a_step_that_is_not_an_end(small: dict, tmp_path: Path, capsys) -> None:
+    """Or after as many as it tries; other commands then take the best."""
+    arguments = "--arms omd --oracle own_cycle:preference --iterations 1 --out out".split()
+    command_line.run([*arguments, "--tune"])
+    (tuning,) = comparison.tuning(results.read(tmp_path / "out" / "results"))
+    assert set(recipe.TUNING_ETAS) <= set(tuning.gaps)
+    assert tuning.chosen == min(tuning.gaps, key=tuning.gaps.get)
+    assert len(tuning.gaps) == comparison.MOST_ETAS or min(tuning.gaps) < tuning.chosen < max(tuning.gaps)
+    command_line.run([*arguments, "--seeds", "0"])
+    assert (tmp_path / "out" / "results" / f"omd-eta{tuning.chosen:g}-seed0-T1-own_cycle.preference.json").exists()
 
 
 @pytest.mark.long
@@ -149,6 +179,8 @@ def test_two_commands_do_not_share_a_folder(small: dict, tmp_path: Path) -> None
         (["--oracle", "own_cycle:matrix"], "--oracle own_cycle:matrix"),
         (["--page"], "no results"),
         (["--minutes", "-1"], "--minutes"),
+        (["--tune", "--eta", "2"], "--tune has its own seed and steps"),
+        (["--tune", "--seeds", "2"], "--tune has its own seed and steps"),
     ],
 )
 def test_what_is_wrong_is_named(small: dict, arguments: list[str], words: str) -> None:
