@@ -12,7 +12,7 @@ from onpo_fast.games.solution import duality_gap, nash
 
 from .dynamics import Movement, exact_gaps, initial_shares, movement
 from .measures import gaps
-from .recipe import ARMS, BASELINE, ETA, ORACLE, TUNING_ETAS, TUNING_SEEDS
+from .recipe import ARMS, BASELINE, ETA, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
 
 CONFIDENCE = 0.95
@@ -218,7 +218,8 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
     arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
     gaps = {run.seed: run.last(run.gap) for run in some}
     is_control = arm == BASELINE and eta == control
-    exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap))
+    one_turn = some[0].raw["oracle"] not in OF_GAME
+    exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap)) if one_turn else None
     known = [run.reached for run in some if run.reached is not None]
     start = initial_gap(own)
     return Row(
