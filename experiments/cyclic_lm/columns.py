@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .comparison import Difference, Row, Summary, Tuning
+from .comparison import EXACT_ITERATIONS, Difference, Row, Summary, Tuning
 from .recipe import ARMS, BASELINE
 
 ABSENT = "–"
@@ -95,6 +95,12 @@ def tuning_markdown(tuning: Sequence[Tuning]) -> str:
         cells = [known(one.gaps.get(eta), ".3f") for eta in etas]
         rows.append([one.label, *(f"**{cell}**" if eta == one.chosen else cell for eta, cell in zip(etas, cells))])
     return _markdown(["arm", *(f"η = {eta:g}" for eta in etas)], rows)
+
+
+def exact_markdown(gaps: dict[str, list[float]]) -> str:
+    """Returns ``comparison.exact_gaps_by_length`` as Markdown."""
+    head = ["exact fits", *(f"{iterations} iterations" for iterations in EXACT_ITERATIONS)]
+    return _markdown(head, ([label, *(f"{gap:.3f}" for gap in own)] for label, own in gaps.items()))
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -18,6 +18,9 @@ from .results import Game, Run
 CONFIDENCE = 0.95
 FLOOR_DRAWS = 2000
 MOST_ETAS = 6  # steps that are tried for an arm
+EXACT_ARMS = ("onpo", "omd", "omd_two_fits", "inpo")
+EXACT_ITERATIONS = (10, 20, 40)
+EXACT_ETAS = (0.1, 0.2, 0.375, 0.75, 1.5, 3.0, 6.0)
 
 
 def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
@@ -100,6 +103,19 @@ def tuning(runs: Sequence[Run]) -> list[Tuning]:
     groups = dict.fromkeys((run.game, run.arm) for run in runs if run.seed in TUNING_SEEDS)
     tried = ((game, arm, tried_etas(runs, arm, game)) for game, arm in groups)
     return [Tuning(ARMS[arm].label, game, gaps, chosen_eta(runs, arm, game)) for game, arm, gaps in tried]
+
+
+def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[float]]:
+    """Returns, by label, what exact fits would reach in ``EXACT_ITERATIONS`` with the best of ``EXACT_ETAS``.
+
+    Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game.
+    """
+    start, matrix = initial_shares(own), own[0].matrix
+
+    def best(arm: str, iterations: int) -> float:
+        return min(own[0].last(exact_gaps(arm, eta, matrix, start, iterations + 1)) for eta in EXACT_ETAS)
+
+    return {ARMS[arm].label: [best(arm, iterations) for iterations in EXACT_ITERATIONS] for arm in EXACT_ARMS}
 
 
 def noise_floor(run: Run) -> float:

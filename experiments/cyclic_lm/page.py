@@ -9,7 +9,18 @@ from onpo_fast.files import atomic_write_text
 from onpo_fast.reports.page import page_style, render
 
 from . import columns, figures
-from .comparison import Row, chosen_eta, games, initial_gap, noise_floor, table, tuning
+from .comparison import (
+    EXACT_ETAS,
+    EXACT_ITERATIONS,
+    Row,
+    chosen_eta,
+    exact_gaps_by_length,
+    games,
+    initial_gap,
+    noise_floor,
+    table,
+    tuning,
+)
 from .recipe import LAST
 from .results import Run
 
@@ -30,6 +41,8 @@ def write(runs: Sequence[Run], out: Path) -> Path:
         games=shown,
         tuning=tuning(runs),
         columns=columns.ALL,
+        exact_iterations=EXACT_ITERATIONS,
+        exact_etas=EXACT_ETAS,
     )
 
 
@@ -47,6 +60,7 @@ def _game(runs: Sequence[Run], own: Sequence[Run]) -> dict:
         "initial_gap": initial_gap(own),
         "plots": {one.__name__: one(own) for one in draw},
         "best_of_nash": next((run.best_of_nash for run in own if run.best_of_nash is not None), None),
+        "exact": exact_gaps_by_length(own),
         "classes": own[0].raw["classes"],
         "matrix": own[0].raw["matrix"],
         "floor": noise_floor(own[0]),

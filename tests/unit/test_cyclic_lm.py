@@ -413,6 +413,7 @@ def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
     for game, own in games.items():
         assert columns.markdown(comparison.table(runs, own)) in text, game
     assert columns.tuning_markdown(tuning) in text
+    assert columns.exact_markdown(comparison.exact_gaps_by_length(games[recipe.ORACLE, recipe.ITERATIONS])) in text
 
 
 def test_every_step_of_an_arm_looks_its_own_way(tmp_path: Path) -> None:
