@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import fit_precision, oracles, stages
+from .batches import divided_alike
 from .comparisons import ADAPTER, OPPONENT, ORDER, PAIRING, ROUNDING, SAMPLING, Comparisons, Mixture, policy_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
@@ -262,7 +263,8 @@ class LanguageGame:
         return batches
 
     def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
-        return plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        return divided_alike(batches) if self.selects else batches
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onpo_fast.batches import divided_alike, plan_steps, total_weight
 from onpo_fast.data import Group, Response
 from onpo_fast.pairing import label
 from onpo_fast.selection import SELECTIONS, UNIFORM_SHARE, Predictor, candidates, select
@@ -32,6 +33,32 @@ def test_the_mean_over_draws_is_that_over_all_pairs(selection: str) -> None:
         means.append(sum(count * importance * values[pair] for pair, count, importance in terms) / 6)
     error = np.std(means) / len(means) ** 0.5
     assert abs(np.mean(means) - np.mean(list(values.values()))) < 4 * error
+    assert error < 0.05
+
+
+def test_the_steps_of_a_fit_add_up_to_the_mean_over_all_pairs() -> None:
+    """Though one has more draws than another: in expectation, divided by what a step divides by."""
+    rng = np.random.default_rng(0)
+    own = groups([6, 3, 2])
+    pairs = candidates(own)
+    q = rng.dirichlet(np.ones(len(pairs))) * 0.9 + 0.1 / len(pairs)
+    values = dict(zip(pairs, rng.standard_normal(len(pairs))))
+    P = [np.full((6, 6), 0.7)] * 3
+    sums = []
+    for seed in range(3000):
+        drawn = label(select(q, pairs, 20, np.random.default_rng(seed)), P, "soft", [1])
+        steps = divided_alike(plan_steps(drawn, 1, 1, [seed]))  # a group a step
+        sums.append(
+            sum(
+                sum(p.weight * p.importance * values[p.group, *sorted((p.winner, p.loser))] for p in batch[g])
+                / total_weight(batch)
+                for batch in steps
+                for g in batch
+            )
+            / len(steps)
+        )
+    error = np.std(sums) / len(sums) ** 0.5
+    assert abs(np.mean(sums) - np.mean(list(values.values()))) < 4 * error
     assert error < 0.05
 
 
