@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -16,27 +15,10 @@ from onpo_fast.games.neural_options import resolve, response_preferences
 from onpo_fast.models.policy import features
 from onpo_fast.selection import SELECTIONS, Predictor, candidates, select
 
+from .results import ALL, Result
+
 GROUPS, RESPONSES, CONTEXTS = 8, 8, 4  # 4 prompts × 8 groups × 28 pairs = 896 candidates an iteration
 ITERATIONS = 3  # the predictor of "variance" learns from the first ones
-ALL = "all pairs"
-
-
-@dataclass(frozen=True)
-class Result:
-    """The last iteration of a run.
-
-    Attributes:
-        selection: a name of ``SELECTIONS``, or ``ALL``.
-        draws: N.
-        labels: different pairs that the oracle was asked about, in all iterations.
-        error: total variation between the fitted policy and the exact step, the mean over prompts.
-    """
-
-    seed: int
-    selection: str
-    draws: int
-    labels: int
-    error: float
 
 
 class SelectedGame(TransformerGame):
@@ -79,7 +61,7 @@ class SelectedGame(TransformerGame):
 
 
 def run(seed: int, selection: str, draws: int) -> Result:
-    """Plays mirror descent for ``ITERATIONS`` and measures the last step."""
+    """Plays mirror descent for ``ITERATIONS`` and measures the last step; ``draws`` are those of an iteration."""
     options = NeuralGame(
         game="random",
         actions=64,

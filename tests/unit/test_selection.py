@@ -50,7 +50,7 @@ def test_the_steps_of_a_fit_add_up_to_the_mean_over_all_pairs() -> None:
         steps = divided_alike(plan_steps(drawn, 1, 1, [seed]))  # a group a step
         sums.append(
             sum(
-                sum(p.weight * p.importance * values[p.group, *sorted((p.winner, p.loser))] for p in batch[g])
+                sum(p.weight * p.importance * values[(p.group, *sorted((p.winner, p.loser)))] for p in batch[g])
                 / total_weight(batch)
                 for batch in steps
                 for g in batch
