@@ -23,8 +23,8 @@ from .results import ALL, Result
 DRAWS = {"neural": (56, 112, 224, 448), "language": (56, 112, 224)}
 SEEDS = {"neural": range(10), "language": range(3)}
 ABOUT = (
-    "Fit steps of mirror descent to the verdicts on selected pairs, and measure their error beside the labels that they "
-    "took: for uniform, variance and dopt selection, and for all pairs. Results add up in OUT/GAME.jsonl."
+    "Fit steps of mirror descent to the verdicts on selected pairs, and measure their error beside the labels that "
+    "they took: for uniform, variance and dopt selection, and for all pairs. Results add up in OUT/GAME.jsonl."
 )
 
 Play = Callable[[int, str, int], Result]
@@ -102,11 +102,13 @@ def table(results: Sequence[Result]) -> str:
         uniform = {one.seed: one.error for one in results if (one.draws, one.selection) == (draws, "uniform")}
         for selection in SELECTIONS:
             own = [one for one in results if (one.draws, one.selection) == (draws, selection)]
+            if not own:
+                continue
             paired = [one.error - uniform[one.seed] for one in own if one.seed in uniform]
-            against = "–" if selection == "uniform" else _interval(paired)
+            against = "–" if selection == "uniform" or not paired else _interval(paired)
             lines.append(f"| {draws} | `{selection}` | {_labels(own)} | {_mean(own)} | {against} |")
-    everything = [one for one in results if one.selection == ALL]
-    lines.append(f"| – | {ALL} | {_labels(everything)} | {_mean(everything)} | – |")
+    if everything := [one for one in results if one.selection == ALL]:
+        lines.append(f"| – | {ALL} | {_labels(everything)} | {_mean(everything)} | – |")
     return "\n".join(lines)
 
 
