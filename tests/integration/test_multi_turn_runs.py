@@ -15,6 +15,7 @@ from onpo_fast.config import Config
 from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
+from onpo_fast.reports.run_data import RunData
 from onpo_fast.run.digest import run_digest
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -82,7 +83,16 @@ def test_what_a_run_of_several_turns_writes(conversing: Config) -> None:
     rows = list(read_jsonl(out / "evaluation_responses.jsonl"))
     longest = max((one for row in rows for one in row["conversations"]["π_3"]), key=len)
     assert len(longest) > 1
-    assert "<strong>assistant</strong>" in (out / "report.html").read_text(encoding="utf-8")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "<strong>assistant</strong>" in report
+    assert "Turns of the conversations" in report
+    turns = RunData.read(out).turns
+    assert [(row["iteration"], row["turn"]) for row in turns[:TURNS]] == [(1, turn) for turn in range(1, TURNS + 1)]
+    for row in turns[:TURNS]:
+        suffix = "" if row["turn"] == 1 else f"_turn_{row['turn']}"
+        own = read_groups(folder / f"responses{suffix}.jsonl")
+        assert row["responses"] == sum(len(group.responses) for group in own)
+        assert row.get("ended", 0) <= row.get("replies", 0)
     judged = [one for one in read_jsonl(out / "metrics.jsonl") if one["stage"] == "judge"]
     at_most = conversing.prompts_per_iteration * (K * (K - 1) // 2 + (TURNS - 1) * K * (K - 1))
     assert all(0 < one["comparisons"] <= at_most for one in judged)
