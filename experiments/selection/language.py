@@ -8,6 +8,7 @@ probabilities have without sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class OneStep:
         return tuple([one @ projection for one in own] for own in found)
 
     def _sample(self, prompts: Sequence[Messages], stream: int) -> list[Group]:
-        with open_sampler(self.policies, self.policies.initial, self.sampling) as sampler:
+        with closing(open_sampler(self.policies, self.policies.initial, self.sampling)) as sampler:
             return sampler(prompts, OPTIONS["responses_per_prompt"], [self.seed, stream], lambda n: None)
 
     def _verdicts(self, groups: Sequence[Group], pairs: Sequence, rng: np.random.Generator) -> np.ndarray:
