@@ -165,6 +165,9 @@ class Runner:
         if not self.path(job).exists():
             return
         raw = results.read_file(self.path(job))
+        names = ("kind", "arm", "eta", "seed", "oracle", "iterations")
+        if other := [f"{name} {raw[name]}" for name in names if raw[name] != getattr(job, name)]:
+            raise UserError(f"{self.path(job)} has results of another run ({', '.join(other)}): rename or remove it")
         now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
         if different := results.differences(raw, now | {"recipe": self._recipe(job.oracle)}):
             raise UserError(
