@@ -43,10 +43,10 @@ def by_arm_and_step(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
 
 def tried_etas(runs: Iterable[Run], arm: str, game: Game) -> dict[float, float]:
     """Returns the mean gap of the last policies on the tuning seeds for each step that has run on all of them."""
-    tuning = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == game}
-    etas = sorted({eta for eta, seed in tuning if seed in TUNING_SEEDS})
-    done = [eta for eta in etas if all((eta, seed) in tuning for seed in TUNING_SEEDS)]
-    return {eta: float(np.mean([tuning[eta, seed] for seed in TUNING_SEEDS])) for eta in done}
+    last = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == game}
+    etas = sorted({eta for eta, _ in last})
+    done = [eta for eta in etas if all((eta, seed) in last for seed in TUNING_SEEDS)]
+    return {eta: float(np.mean([last[eta, seed] for seed in TUNING_SEEDS])) for eta in done}
 
 
 def etas_to_try(runs: Iterable[Run], arm: str, game: Game) -> tuple[float, ...]:
@@ -236,7 +236,7 @@ def table(runs: Sequence[Run], own: Sequence[Run]) -> list[Row]:
 
 def _row(own: Sequence[Run], some: list[Run], control: float | None, against: dict[int, float]) -> Row:
     arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
-    gaps = {run.seed: run.last(run.gap) for run in some}
+    last = {run.seed: run.last(run.gap) for run in some}
     is_control = arm == BASELINE and eta == control
     exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap))
     known = [run.reached for run in some if run.reached is not None]
@@ -245,7 +245,7 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
         label=ARMS[arm].label,
         eta=eta,
         seeds=len(some),
-        gap=summarise(list(gaps.values())),
+        gap=summarise(list(last.values())),
         prompt_gap=summarise([run.last(run.prompt_gap) for run in some]),
         average_gap=summarise([float(run.average_gap[-1]) for run in some]),
         exact_gap=None if exact is None else some[0].last(exact),
@@ -259,6 +259,6 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
         is_control=is_control,
         versus_control=None
         if is_control
-        else difference([gap - against[seed] for seed, gap in gaps.items() if seed in against]),
+        else difference([gap - against[seed] for seed, gap in last.items() if seed in against]),
         versus_initial=difference([run.last(run.gap) - float(run.gap[0]) for run in some]),
     )

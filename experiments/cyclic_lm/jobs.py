@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
 # options in which runs of a game differ
 OF_A_RUN = "out device seed objective eta tau beta pairing prompts eval_prompts model".split()
-PATHS = ("out", "prompts", "eval_prompts")  # those of this machine say nothing elsewhere
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
@@ -296,7 +295,7 @@ class Runner:
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
             "recipe": recipe_of(self._finished(job), job),
-            "config": {name: value for name, value in options.items() if name not in PATHS},
+            "config": {name: value for name, value in options.items() if name not in _paths(job)},
             "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
             **self._measured(job),
         }
@@ -349,6 +348,11 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
         "oracle": journal.note("oracle"),
         "prompts": prompts,
     } | ({} if job.kind == "best_response" else {"model": journal.note("model")})  # a best response begins as π_{T+1}
+
+
+def _paths(job: Job) -> tuple[str, ...]:
+    """Options with paths of this machine, which say nothing elsewhere: a best response begins in a run directory."""
+    return ("out", "prompts", "eval_prompts", *(["model"] if job.kind == "best_response" else []))
 
 
 def units(job: Job) -> int:

@@ -85,6 +85,7 @@ def test_two_arms_on_a_preference_of_the_users(
     assert onpo.best_of_nash.prompt_gap < 0.05  # 64 responses of a random model have all classes
     assert onpo.raw["config"]["model"] == str(small["model"])
     assert onpo.raw["recipe"]["oracle"]  # a checksum of own_cycle.py
+    assert not [path for path in (out / "results").iterdir() if str(tmp_path / "runs") in path.read_text()]
     assert "own_cycle:preference" in (out / "evidence.html").read_text(encoding="utf-8")
     assert len(list((out / "runs").glob("*.log"))) == 4 + 2 + 1
     assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
