@@ -65,7 +65,6 @@ ALL = (
     Column("sign test p", lambda row: known(row.versus_control and row.versus_control.p, ".3f")),
     Column("mean minus π₁", lambda row: difference(row.versus_initial)),
     Column("KL to π₁, nats", lambda row: f"{row.kl:.2f}"),
-    Column("trained best response wins", lambda row: known(row.best_response, ".1%")),
     Column("gap by prompt, lower estimate", lambda row: interval(row.prompt_gap)),
     Column("gap of the mean policy", lambda row: interval(row.average_gap)),
     Column("wins against π₁", lambda row: f"{row.win_rate:.1%}"),
@@ -73,9 +72,10 @@ ALL = (
     Column("margins reached", lambda row: known(row.reached, ".0%")),
     Column("moved", moved),
     Column("noise of a fit, nats", lambda row: known(row.movement and row.movement.noise, ".2f")),
+    Column("trained best response wins", lambda row: known(row.best_response, ".1%")),
     Column("optimizer steps", lambda row: f"{row.steps:g}"),
 )
-MARKDOWN = ALL[:11]  # the page has all
+MARKDOWN = ALL[:10]  # the page has all
 MEDIAN = Column("gap", lambda row: f"{row.gap.median:.3f}")  # without its interval, for the width of a terminal
 TERMINAL = (*ALL[:3], MEDIAN, *ALL[4:8])
 
@@ -97,10 +97,12 @@ def tuning_markdown(tuning: Sequence[Tuning]) -> str:
     return _markdown(["arm", *(f"η = {eta:g}" for eta in etas)], rows)
 
 
-def exact_markdown(gaps: dict[str, list[float]]) -> str:
+def exact_markdown(gaps: dict[str, list[tuple[float, float]]]) -> str:
     """Returns ``comparison.exact_gaps_by_length`` as Markdown."""
     head = ["exact fits", *(f"{iterations} iterations" for iterations in EXACT_ITERATIONS)]
-    return _markdown(head, ([label, *(f"{gap:.3f}" for gap in own)] for label, own in gaps.items()))
+    return _markdown(
+        head, ([label, *(f"{gap:.3f} (η = {eta:.2f})" for gap, eta in own)] for label, own in gaps.items())
+    )
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -23,7 +23,6 @@ from .jobs import Job, Runner
 from .recipe import (
     ARMS,
     BEST_OF_NASH_SAMPLES,
-    ETA,
     ITERATIONS,
     LAST,
     MAIN_ARMS,
@@ -45,8 +44,8 @@ ABOUT = (
 def run(argv: list[str]) -> None:
     """Runs what has no results yet, prints the table and writes the page."""
     options = _parser().parse_args(argv)
-    if options.tune and (options.seeds or options.eta):
-        raise UserError("--tune has its own seed and steps: leave out --seeds and --eta")
+    if options.tune and (options.seeds or options.eta or options.best_response or options.best_of_nash):
+        raise UserError("--tune has its own seed and steps, and nothing else: leave out --seeds, --eta and --best_…")
     folder = options.results or options.out / "results"
     failed = [] if options.page else _run_jobs(options, folder)
     runs = results.read(folder)
@@ -162,7 +161,7 @@ def _parser() -> CommandParser:
     add("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="NAME", help=about)
     about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
     add("--seeds", nargs="+", type=_seed, metavar="N", help=about)
-    about = f"step of mirror descent of all arms (default: for each arm what --tune has chosen, else {ETA:g})"
+    about = "step of mirror descent of all arms (default: for each arm what --tune has chosen, else the recipe's)"
     add("--eta", type=_positive, help=about)
     about = (
         f"choose the step of each arm on seed {TUNING_SEEDS[0]}: of {', '.join(f'{eta:g}' for eta in TUNING_ETAS)}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from onpo_fast.games.solution import duality_gap, nash
 
 from .dynamics import Movement, exact_gaps, initial_shares, movement
 from .measures import gaps
-from .recipe import ARMS, BASELINE, ETA, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
+from .recipe import ARMS, BASELINE, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
 
 CONFIDENCE = 0.95
@@ -20,7 +21,7 @@ FLOOR_DRAWS = 2000
 MOST_ETAS = 6  # steps that are tried for an arm
 EXACT_ARMS = ("onpo", "omd", "omd_two_fits", "inpo")
 EXACT_ITERATIONS = (10, 20, 40)
-EXACT_ETAS = (0.1, 0.2, 0.375, 0.75, 1.5, 3.0, 6.0)
+EXACT_ETAS = np.geomspace(0.02, 10, 120)
 
 
 def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
@@ -42,10 +43,10 @@ def by_arm_and_step(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
 
 def tried_etas(runs: Iterable[Run], arm: str, game: Game) -> dict[float, float]:
     """Returns the mean gap of the last policies on the tuning seeds for each step that has run on all of them."""
-    tuning = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == game}
-    etas = sorted({eta for eta, seed in tuning if seed in TUNING_SEEDS})
-    done = [eta for eta in etas if all((eta, seed) in tuning for seed in TUNING_SEEDS)]
-    return {eta: float(np.mean([tuning[eta, seed] for seed in TUNING_SEEDS])) for eta in done}
+    last = {(run.eta, run.seed): run.last(run.gap) for run in runs if run.arm == arm and run.game == game}
+    etas = sorted({eta for eta, _ in last})
+    done = [eta for eta in etas if all((eta, seed) in last for seed in TUNING_SEEDS)]
+    return {eta: float(np.mean([last[eta, seed] for seed in TUNING_SEEDS])) for eta in done}
 
 
 def etas_to_try(runs: Iterable[Run], arm: str, game: Game) -> tuple[float, ...]:
@@ -65,27 +66,29 @@ def etas_to_try(runs: Iterable[Run], arm: str, game: Game) -> tuple[float, ...]:
 def chosen_eta(runs: Iterable[Run], arm: str, game: Game) -> float:
     """Returns the step with which an arm has the smallest mean gap of the last policies on the tuning seeds.
 
-    All steps of ``TUNING_ETAS`` must be there, for this game or else for the one of ``ORACLE``; otherwise it is
-    ``ETA``.
+    All steps of ``TUNING_ETAS`` must be there, for this game or else for the one of ``ORACLE``; otherwise it is that of
+    the recipe.
     """
     runs = list(runs)
     for candidate in (game, (ORACLE, game[1])):
         tried = tried_etas(runs, arm, candidate)
         if all(eta in tried for eta in TUNING_ETAS):
             return min(tried, key=tried.get)
-    return ETA
+    return ARMS[arm].eta
 
 
 def control_eta(runs: Sequence[Run], own: Iterable[Run]) -> float | None:
     """Returns the step of the control that arms are compared with, among the reported runs ``own`` of a game.
 
-    The chosen one; without runs of that, the only one; None if there are none or several others.
+    That with most seeds, of several the chosen one; None if there are none, or several others.
     """
     own = [run for run in own if run.arm == BASELINE]
-    etas = {run.eta for run in own}
-    if own and (chosen := chosen_eta(runs, BASELINE, own[0].game)) in etas:
-        return chosen
-    return etas.pop() if len(etas) == 1 else None
+    if not own:
+        return None
+    seeds = Counter(run.eta for run in own)
+    most = [eta for eta, count in seeds.items() if count == max(seeds.values())]
+    chosen = chosen_eta(runs, BASELINE, own[0].game)
+    return chosen if chosen in most else most[0] if len(most) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,16 @@ def tuning(runs: Sequence[Run]) -> list[Tuning]:
     return [Tuning(ARMS[arm].label, game, gaps, chosen_eta(runs, arm, game)) for game, arm, gaps in tried]
 
 
-def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[float]]:
-    """Returns, by label, what exact fits would reach in ``EXACT_ITERATIONS`` with the best of ``EXACT_ETAS``.
+def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """Returns what exact fits would reach in ``EXACT_ITERATIONS`` with the best of ``EXACT_ETAS`` and that η, by label.
 
     Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game.
     """
     start, matrix = initial_shares(own), own[0].matrix
 
-    def best(arm: str, iterations: int) -> float:
-        return min(own[0].last(exact_gaps(arm, eta, matrix, start, iterations + 1)) for eta in EXACT_ETAS)
+    def best(arm: str, iterations: int) -> tuple[float, float]:
+        gaps = ((own[0].last(exact_gaps(arm, eta, matrix, start, iterations + 1)), eta) for eta in EXACT_ETAS)
+        return min(gaps)
 
     return {ARMS[arm].label: [best(arm, iterations) for iterations in EXACT_ITERATIONS] for arm in EXACT_ARMS}
 
@@ -210,7 +214,7 @@ class Row:
     best_response: float | None  # how often one that was trained against the last policy wins
     is_control: bool  # whether others are compared with it
     versus_control: Difference | None  # on the same seeds; None for the control itself
-    versus_initial: Difference | None  # minus the gap of π_1
+    versus_initial: Difference | None  # minus the gap of π_1, as measured on the same seed
 
 
 def initial_gap(runs: Sequence[Run]) -> float:
@@ -232,18 +236,17 @@ def table(runs: Sequence[Run], own: Sequence[Run]) -> list[Row]:
 
 def _row(own: Sequence[Run], some: list[Run], control: float | None, against: dict[int, float]) -> Row:
     arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
-    gaps = {run.seed: run.last(run.gap) for run in some}
+    last = {run.seed: run.last(run.gap) for run in some}
     is_control = arm == BASELINE and eta == control
     one_turn = some[0].raw["oracle"] not in OF_GAME
     exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap)) if one_turn else None
     known = [run.reached for run in some if run.reached is not None]
-    start = initial_gap(own)
     return Row(
         arm=arm,
         label=ARMS[arm].label,
         eta=eta,
         seeds=len(some),
-        gap=summarise(list(gaps.values())),
+        gap=summarise(list(last.values())),
         prompt_gap=summarise([run.last(run.prompt_gap) for run in some]),
         average_gap=summarise([float(run.average_gap[-1]) for run in some]),
         exact_gap=None if exact is None else some[0].last(exact),
@@ -257,6 +260,6 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
         is_control=is_control,
         versus_control=None
         if is_control
-        else difference([gap - against[seed] for seed, gap in gaps.items() if seed in against]),
-        versus_initial=difference([gap - start for gap in gaps.values()]),
+        else difference([gap - against[seed] for seed, gap in last.items() if seed in against]),
+        versus_initial=difference([run.last(run.gap) - float(run.gap[0]) for run in some]),
     )

@@ -44,7 +44,6 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 1.0
 # options in which runs of a game differ
 OF_A_RUN = "out device seed objective eta tau beta pairing prompts eval_prompts model".split()
-PATHS = ("out", "prompts", "eval_prompts")  # those of this machine say nothing elsewhere
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
@@ -166,6 +165,9 @@ class Runner:
         if not self.path(job).exists():
             return
         raw = results.read_file(self.path(job))
+        names = ("kind", "arm", "eta", "seed", "oracle", "iterations")
+        if other := [f"{name} {raw[name]}" for name in names if raw[name] != getattr(job, name)]:
+            raise UserError(f"{self.path(job)} has results of another run ({', '.join(other)}): rename or remove it")
         now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
         if different := results.differences(raw, now | {"recipe": self._recipe(job.oracle)}):
             raise UserError(
@@ -294,7 +296,7 @@ class Runner:
             "classes": list(self.preference.names),
             "matrix": self.preference.full_matrix.tolist(),
             "recipe": recipe_of(self._finished(job), job),
-            "config": {name: value for name, value in options.items() if name not in PATHS},
+            "config": {name: value for name, value in options.items() if name not in _paths(job)},
             "environment": json.loads((self._finished(job) / "environment.json").read_text(encoding="utf-8")),
             **self._measured(job),
         }
@@ -353,6 +355,11 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
 def _options(oracle: str) -> dict[str, object]:
     """The options that the recipe sets in a game."""
     return OPTIONS | OF_GAME.get(oracle, {})
+
+
+def _paths(job: Job) -> tuple[str, ...]:
+    """Options with paths of this machine, which say nothing elsewhere: a best response begins in a run directory."""
+    return ("out", "prompts", "eval_prompts", *(["model"] if job.kind == "best_response" else []))
 
 
 def units(job: Job) -> int:

@@ -57,6 +57,7 @@ class Arm:
         steps: names of the options that set its step, and their values for the step η of mirror descent.
         exact: whether its fits are to the target η(P − ½), so that the margin of an exact fit is known.
         options: others that differ from ``OPTIONS``.
+        eta: its step where none was tuned. For the main arms it is what tuning chose in the game of ``ORACLE``.
     """
 
     label: str
@@ -64,14 +65,15 @@ class Arm:
     steps: Callable[[float], dict[str, float]] = lambda eta: {"eta": eta}
     exact: bool = True
     options: dict[str, object] = field(default_factory=dict)
+    eta: float = ETA
 
 
 ARMS = {
     "onpo": Arm("ONPO", "onpo"),
     "omd": Arm("OMD", "omd"),
-    "omd_two_fits": Arm("OMD, two fits", "omd_two_fits"),
-    "inpo": Arm("INPO", "inpo", lambda eta: {"eta": 1 / eta}),
-    "iterative_dpo": Arm("iterative DPO", "iterative_dpo", lambda eta: {"beta": 1 / eta}, exact=False),
+    "omd_two_fits": Arm("OMD, two fits", "omd_two_fits", eta=1.5),
+    "inpo": Arm("INPO", "inpo", lambda eta: {"eta": 1 / eta}, eta=1.5),
+    "iterative_dpo": Arm("iterative DPO", "iterative_dpo", lambda eta: {"beta": 1 / eta}, exact=False, eta=1.5),
     "online_ipo": Arm("online IPO", "online_ipo", lambda eta: {"tau": 1 / eta}),
     "sppo": Arm("SPPO", "sppo", exact=False),
     "egpo": Arm("EGPO", "egpo", exact=False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +157,7 @@ def read_file(path: Path) -> dict:
                 raise ValueError
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         where = f" ({field} does not fit)" if field else ""
         raise UserError(f"{path} is not a file of results{where}: remove it, and its run is done again") from None
     return raw
@@ -226,27 +225,41 @@ def _fits(fits: list[dict]) -> bool:
     )
 
 
-def _strings(value: object, *names: str) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value[name], str) for name in names)
+def _shares(value: object, *shape: int) -> bool:
+    """Whether it is an array of numbers in [0, 1]."""
+    return _numbers(value, *shape) and bool((np.array(value) >= 0).all() and (np.array(value) <= 1).all())
+
+
+def _preferences(value: object, size: int) -> bool:
+    """Whether it is a matrix of probabilities with P + Pᵀ = 1."""
+    return _shares(value, size, size) and np.allclose(np.array(value) + np.array(value).T, 1)
+
+
+def _strings(values: object) -> bool:
+    return all(isinstance(one, str) for one in values)
 
 
 FITS = {
     "arm": lambda value, raw: value in ARMS,
-    "eta": lambda value, raw: _numbers([value], 1) and value > 0,
+    "eta": lambda value, raw: _numbers([value], 1) and 1e-6 <= value <= 1e6,
     "seed": lambda value, raw: _whole(value, 0),
     "oracle": lambda value, raw: isinstance(value, str),
     "iterations": lambda value, raw: _whole(value, 1),
-    "classes": lambda value, raw: len(value) >= 2 and all(isinstance(one, str) for one in value),
-    "matrix": lambda value, raw: _numbers(value, *[len(raw["classes"]) + 1] * 2),
+    "classes": lambda value, raw: isinstance(value, list) and len(set(value)) == len(value) >= 2 and _strings(value),
+    "matrix": lambda value, raw: _preferences(value, len(raw["classes"]) + 1),
     "recipe": lambda value, raw: isinstance(value["options"], dict),
-    "environment": lambda value, raw: _strings(value, "device", "torch", "transformers") and "commit" in value,
+    "environment": lambda value, raw: (
+        _strings(value[name] for name in ("device", "torch", "transformers")) and "commit" in value
+    ),
     "heldout": lambda value, raw: _classes(value, raw, raw["iterations"] + 1 if raw["kind"] == "train" else 2),
     "kl_to_initial": lambda value, raw: _numbers(value, raw["iterations"] + 1),
-    "win_rate": lambda value, raw: _numbers(value, *([raw["iterations"] + 1] * 2 if raw["kind"] == "train" else [])),
-    "cyclic_triples": lambda value, raw: _numbers(value, raw["iterations"]),
+    "win_rate": lambda value, raw: _shares(value, *([raw["iterations"] + 1] * 2 if raw["kind"] == "train" else [])),
+    "cyclic_triples": lambda value, raw: _shares(value, raw["iterations"]),
     "fits": lambda value, raw: _fits(value),
     "samples": lambda value, raw: _whole(value, 2),
-    "heldout_shares": lambda value, raw: _numbers(value, -1, len(raw["classes"]) + 1),
+    "heldout_shares": lambda value, raw: (
+        _shares(value, -1, len(raw["classes"]) + 1) and np.allclose(np.sum(value, axis=1), 1)
+    ),
 }
 SHARED = ("arm", "eta", "seed", "oracle", "iterations", "classes", "matrix", "recipe", "environment")
 FIELDS = {

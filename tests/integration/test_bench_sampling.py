@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import samplers, sampling
 from bench.samplers import Case
@@ -31,7 +34,17 @@ def test_lengths_and_rates(sampler: str, case: dict) -> None:
     assert row["tokens_mean"] == pytest.approx(sum(first + second) / 12)
     assert row["cut_off"] == pytest.approx(sum(length == 6 for length in first + second) / 12)
     assert row["tokens_per_second"]["median"] > 0
-    assert row["peak_bytes"] > 0
+
+
+def test_the_peak_is_that_of_the_samples(case: dict, monkeypatch) -> None:
+    size = 2**28  # bytes: far above what this process may hold already
+
+    @contextmanager
+    def greedy(case: Case) -> Iterator[Callable[[int], list[int]]]:
+        yield lambda seed: [int(torch.ones(size, dtype=torch.uint8)[-1])]
+
+    monkeypatch.setitem(samplers.SAMPLERS, "greedy", greedy)
+    assert samplers.measure(Case(sampler="greedy", **case))["peak_bytes"] == pytest.approx(size, rel=0.2)
 
 
 def test_both_of_this_packages_samplers_give_the_same_responses(case: dict) -> None:

@@ -67,7 +67,8 @@ def test_two_arms_on_a_preference_of_the_users(
     small: dict, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a best response and best of Nash; run directories are removed, and nothing is run again."""
-    command = "--arms onpo omd_two_fits --seeds 7 8 --oracle own_cycle:preference --iterations 2 --processes 2".split()
+    command = "--arms onpo omd_two_fits --eta 3 --seeds 7 8 --oracle own_cycle:preference --iterations 2".split()
+    command += ["--processes", "2"]
     command_line.run([*command, "--best_response", "--best_of_nash"])
     out = tmp_path / "runs" / "cyclic-lm"
     runs = {(run.arm, run.seed): run for run in results.read(out / "results")}
@@ -86,6 +87,7 @@ def test_two_arms_on_a_preference_of_the_users(
     assert onpo.best_of_nash.prompt_gap < 0.05  # 64 responses of a random model have all classes
     assert onpo.raw["config"]["model"] == str(small["model"])
     assert onpo.raw["recipe"]["oracle"]  # a checksum of own_cycle.py
+    assert not [path for path in (out / "results").iterdir() if str(tmp_path / "runs") in path.read_text()]
     assert "own_cycle:preference" in (out / "evidence.html").read_text(encoding="utf-8")
     assert len(list((out / "runs").glob("*.log"))) == 4 + 2 + 1
     assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
@@ -102,6 +104,8 @@ def test_two_arms_on_a_preference_of_the_users(
     after = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
     assert {path for path in after if after[path] != before[path]} == {answer}
     assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
+    with pytest.raises(UserError, match=r"seed7.* has results of another run \(eta 3\.0\)"):
+        command_line.run([*command, "--eta", "3.0000001"])
 
     (tmp_path / "own_cycle.py").write_text(PREFERENCE.replace('"c"]', '"d"]'))
     monkeypatch.delitem(sys.modules, "own_cycle")
@@ -202,6 +206,7 @@ def test_two_commands_do_not_share_a_folder(small: dict, tmp_path: Path) -> None
         (["--minutes", "-1"], "--minutes"),
         (["--tune", "--eta", "2"], "--tune has its own seed and steps"),
         (["--tune", "--seeds", "2"], "--tune has its own seed and steps"),
+        (["--tune", "--best_of_nash"], "--tune has its own seed and steps"),
     ],
 )
 def test_what_is_wrong_is_named(small: dict, arguments: list[str], words: str) -> None:

@@ -196,7 +196,7 @@ def test_paired_differences_and_the_sign_test(tmp_path: Path) -> None:
     assert (versus.low, versus.high) == (pytest.approx(low), pytest.approx(high))
     assert two_fits.versus_control is None
     assert two_fits.is_control
-    start = 2 * (0.5 * 0.8 + 0.2 * 0.2 + 0.3 * 0.5) - 1  # of shares (.3, .5, .2)
+    start = 2 * (0.5 * 0.8 + 0.2 * 0.2 + 0.3 * 0.5) - 1  # of shares (.3, .5, .2), on every seed
     assert comparison.initial_gap(runs) == pytest.approx(start)
     assert onpo.versus_initial.mean == pytest.approx(np.mean([0.3] + [0.06] * 5) - start)
 
@@ -229,14 +229,19 @@ def test_the_control_of_a_comparison(tmp_path: Path) -> None:
     runs = write(tmp_path / "one", *(result("onpo", seed, NEAR, eta=2.0) for seed in range(3)), *others)
     onpo, _ = comparison.table(runs, runs)
     assert onpo.versus_control.below == 3
-    runs = write(tmp_path / "two", result("onpo", 0, NEAR), *others, result("omd_two_fits", 0, FARTHER))
+    chosen = recipe.ARMS["omd_two_fits"].eta
+    both = [*others, *(result("omd_two_fits", seed, FARTHER, eta=chosen) for seed in range(3))]
+    runs = write(tmp_path / "two", result("onpo", 0, NEAR), *both)
     onpo, *controls = comparison.table(runs, runs)
     assert onpo.versus_control.mean == pytest.approx(0.06 - 0.48)
-    assert [(row.eta, row.is_control) for row in controls] == [(2.0, False), (recipe.ETA, True)]
-    assert controls[0].versus_control.mean == pytest.approx(0.3 - 0.48)
+    assert [(row.eta, row.is_control) for row in controls] == [(chosen, True), (2.0, False)]
+    assert controls[1].versus_control.mean == pytest.approx(0.3 - 0.48)
     more = [result("omd_two_fits", 0, FAR, eta=eta) for eta in (1.0, 2.0)]
     runs = write(tmp_path / "several", result("onpo", 0, NEAR), *more)
     assert comparison.table(runs, runs)[0].versus_control is None
+    half = [result("omd_two_fits", 0, FARTHER, eta=recipe.ARMS["omd_two_fits"].eta), *others]  # one seed of the chosen
+    runs = write(tmp_path / "half", *(result("onpo", seed, NEAR) for seed in range(3)), *half)
+    assert comparison.table(runs, runs)[0].versus_control.seeds == 3
 
 
 def test_tuning_goes_on_while_the_best_step_is_an_end(tmp_path: Path) -> None:
@@ -331,6 +336,9 @@ def test_exact_fits_are_those_of_the_matrix_game(tmp_path: Path) -> None:
     assert dynamics.exact_gaps("onpo_best_worst", recipe.ETA, P, np.append(start, 0), 7) is None
     runs = write(tmp_path, result("onpo", 0, NEAR), result("onpo", 1, NEAR, eta=1.0))
     assert dynamics.initial_shares(runs) == pytest.approx([0.3, 0.5, 0.2, 0])
+    other = result("omd", 2, NEAR) | {"heldout": [responses([0.5, 0.5, 0, 0])] + [responses(NEAR)] * 6}
+    runs = write(tmp_path / "more", *(result(arm, 1, NEAR) for arm in ("onpo", "omd", "inpo")), other)
+    assert dynamics.initial_shares(runs) == pytest.approx([0.4, 0.5, 0.1, 0])  # a seed counts once
 
 
 @pytest.mark.parametrize("arm", ["inpo", "egpo", "nash_md"])
@@ -365,7 +373,13 @@ def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
         ("environment", {}),
         ("environment", []),
         ("classes", []),
+        ("eta", 1e-320),
         ("matrix", [[0.5]]),
+        ("matrix", [[0.9] * 4] * 4),
+        ("matrix", [[5.0] * 4] * 4),
+        ("classes", "abc"),
+        ("classes", ["a", "a", "b"]),
+        ("win_rate", [[9.0] * 7] * 7),
         ("kl_to_initial", [0.0]),
         ("kl_to_initial", ["0.1"] * 7),
         ("win_rate", [[0.5]]),
