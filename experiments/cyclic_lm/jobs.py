@@ -33,6 +33,7 @@ from .recipe import (
     BEST_OF_NASH_SAMPLES,
     BEST_RESPONSE_ARM,
     BEST_RESPONSE_ETA,
+    CONTROL,
     ITERATIONS,
     OF_GAME,
     OPTIONS,
@@ -138,8 +139,7 @@ class Runner:
             UserError: if another process runs jobs in ``out``, or results that are there are of another game or recipe.
             Stopped: if a signal asks to stop. All runs have saved what they did, and the same command goes on.
         """
-        for job in jobs:
-            self._check_results(job)
+        self._check_results(jobs)
         waiting = [job for job in jobs if self._is_needed(job, jobs)]
         if not waiting:
             return
@@ -160,26 +160,37 @@ class Runner:
         """Whether the time is up."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _check_results(self, job: Job) -> None:
-        """Raises ``UserError`` if the results of a job are those of another oracle or recipe than it would have now."""
+    def _check_results(self, jobs: Sequence[Job]) -> None:
+        """Raises ``UserError`` if results that are there are of another oracle or recipe than the jobs have now."""
+        for job in jobs:
+            self._check_name(job)
+        games = {(job.oracle, job.iterations) for job in jobs}
+        now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
+        recipes = {oracle: self._recipe(oracle) for oracle, _ in games}
+        for path in sorted(self.results.glob("*.json")):
+            raw = results.read_file(path)
+            if (raw["oracle"], raw["iterations"]) not in games:
+                continue
+            if different := results.differences(raw, now | {"recipe": recipes[raw["oracle"]]}):
+                raise UserError(
+                    f"{path} is of another game than the command would play now: {different}. Give another --results, "
+                    "or remove it"
+                )
+
+    def _check_name(self, job: Job) -> None:
+        """Raises ``UserError`` if the results of a job are those of another run."""
         if not self.path(job).exists():
             return
         raw = results.read_file(self.path(job))
         names = ("kind", "arm", "eta", "seed", "oracle", "iterations")
         if other := [f"{name} {raw[name]}" for name in names if raw[name] != getattr(job, name)]:
             raise UserError(f"{self.path(job)} has results of another run ({', '.join(other)}): rename or remove it")
-        now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
-        if different := results.differences(raw, now | {"recipe": self._recipe(job.oracle)}):
-            raise UserError(
-                f"{self.path(job)} is of another game than the command would play now: {different}. Give another "
-                "--results, or remove it"
-            )
 
     def _recipe(self, oracle: str) -> dict[str, object]:
         """What is known of the recipe before anything has run, in the form of ``recipe_of``."""
         return {
             "options": {name: value for name, value in _options(oracle).items() if name not in OF_A_RUN},
-            "oracle": oracles.fingerprint(self.preference, oracle, functools.cache(checksum)),
+            "oracle": _of_user(oracle, oracles.fingerprint(self.preference, oracle, functools.cache(checksum))),
             "prompts": {name: checksum(Path(path)) for name, path in PROMPTS.items()},
         }
 
@@ -347,7 +358,7 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
     prompts = {name: checksum(Path(options[name])) for name in PROMPTS}  # the run's own depends on its seed's order
     return {
         "options": {name: options[name] for name in _options(job.oracle) if name not in OF_A_RUN},
-        "oracle": journal.note("oracle"),
+        "oracle": _of_user(job.oracle, journal.note("oracle")),
         "prompts": prompts,
     } | ({} if job.kind == "best_response" else {"model": journal.note("model")})  # a best response begins as π_{T+1}
 
@@ -355,6 +366,11 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
 def _options(oracle: str) -> dict[str, object]:
     """The options that the recipe sets in a game."""
     return OPTIONS | OF_GAME.get(oracle, {})
+
+
+def _of_user(oracle: str, checksums: dict[str, str]) -> dict[str, str]:
+    """Checksums of the user's oracle. Those of the experiment's own would change with any file of its package."""
+    return {} if oracle in (ORACLE, CONTROL, *OF_GAME) else checksums
 
 
 def _paths(job: Job) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def small(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(recipe.OPTIONS, name, value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_cycle.py").write_text(PREFERENCE)
+    monkeypatch.delitem(sys.modules, "own_cycle", raising=False)  # another test's, from another folder
     return options
 
 
@@ -109,8 +110,11 @@ def test_two_arms_on_a_preference_of_the_users(
 
     (tmp_path / "own_cycle.py").write_text(PREFERENCE.replace('"c"]', '"d"]'))
     monkeypatch.delitem(sys.modules, "own_cycle")
-    with pytest.raises(UserError, match=r"of another game .*: classes, the files of oracle\. Give another --results"):
-        command_line.run(command)
+    for seeds in (["7"], ["9"]):  # with results, and without: what cannot be compared does not run
+        with pytest.raises(
+            UserError, match=r"of another game .*: classes, the files of oracle\. Give another --results"
+        ):
+            command_line.run([*command, "--seeds", *seeds])
     monkeypatch.setitem(recipe.OPTIONS, "eval_samples", 3)
     with pytest.raises(UserError, match="eval_samples is 2 and 3"):
         command_line.run(command)

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from experiments.cyclic_lm import columns, comparison, control, dynamics, figures, measures, page, recipe, results
-from experiments.cyclic_lm.jobs import Job
+from experiments.cyclic_lm.jobs import Job, Runner
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
 from onpo_fast.oracles.classes import OPENINGS
@@ -477,3 +477,10 @@ def test_the_control_has_no_cycle() -> None:
     assert control.ordered.names == OPENINGS.names
     assert (control.ordered.matrix[np.triu_indices(3, 1)] > 0.5).all()
     assert f"{control.__name__}:ordered" == recipe.CONTROL
+
+
+def test_results_of_the_control_outlive_changes_of_the_page(tmp_path: Path) -> None:
+    """The files of the experiment are its oracle's package, and each of them would make another game of it."""
+    runner = Runner(tmp_path, tmp_path, control.ordered, 1)
+    assert runner._recipe(recipe.CONTROL)["oracle"] == {}
+    assert runner._recipe("experiments.cyclic_lm.control:of_mine")["oracle"]
