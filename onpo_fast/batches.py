@@ -60,15 +60,14 @@ def total_importance(batch: Batch) -> float:
     return sum(pair.weight * pair.importance for pairs in batch.values() for pair in pairs)
 
 
-def divided_alike(batches: Sequence[Batch]) -> list[Batch]:
-    """Returns the steps with losses that are divided by the mean weight of a step, instead of each by its own.
+def divided_alike(batches: Sequence[Batch], weight: float) -> list[Batch]:
+    """Returns the steps with losses that are divided by this weight, instead of each by its own.
 
     Pairs that were drawn stand for all pairs only together: a step with more draws than others must count more.
     """
-    mean = sum(map(total_weight, batches)) / max(1, len(batches))
     found = []
     for batch in batches:
-        factor = total_weight(batch) / mean  # a step divides by its weight
+        factor = total_weight(batch) / weight  # a step divides by its own weight
         found.append({g: [replace(one, importance=one.importance * factor) for one in own] for g, own in batch.items()})
     return found
 

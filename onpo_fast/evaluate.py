@@ -45,13 +45,14 @@ from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, re
 from .models.device import device_of
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
-from .multi_turn.conversation import Transcript
+from .multi_turn.conversation import Conversation, Transcript
 from .multi_turn.environment import CheckedEnvironment
 from .multi_turn.evaluation import converse
+from .multi_turn.replies import reply_to
 from .report import is_evaluation
 from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
-from .run.externals import check_oracle, load_environment, load_oracle
+from .run.externals import check_environment, check_oracle, load_environment, load_oracle
 from .run.journal import Journal
 from .run.lock import locked
 from .run.opening import check_sampler, config_key
@@ -62,10 +63,11 @@ from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampl
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
-OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, the program that samples
+OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, what samples or answers elsewhere
     option.name
     for option in fields(Config)
-    if option.name in ("sampler", *ASKS) or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
+    if option.name in ("sampler", "environment_timeout", *ASKS)
+    or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -81,6 +83,7 @@ def evaluate(
     oracle: oracles.Oracle | None = None,
     oracle_files: dict[str, str] | None = None,
     candidates_per_prompt: int | None = None,
+    environment: CheckedEnvironment | None = None,
 ) -> dict:
     """Samples from every policy of a finished or unfinished run, judges all responses and returns the evaluation.
 
@@ -92,6 +95,7 @@ def evaluate(
         oracle: the run's oracle; by default it is loaded.
         oracle_files: ``oracles.fingerprint`` of the oracle; by default its files are read.
         candidates_per_prompt: also evaluates best of Nash over this many responses of π_1.
+        environment: the run's environment, if it has one; by default it is loaded.
 
     Raises:
         UserError: if the run has no finished iteration, or ``candidates_per_prompt`` is below 2.
@@ -115,7 +119,7 @@ def evaluate(
         config.section(FitConfig),
         config.section(RunConfig),
         candidates_per_prompt=candidates_per_prompt,
-        environment=load_environment(config),
+        environment=environment or load_environment(config),
         turns=config.turns,
     )
     return evaluator.evaluate(policies, read_prompts(directory / HELD_OUT))
@@ -263,9 +267,13 @@ class Evaluator:
         def sample(states: Sequence[Messages], number: int, last: Sequence[int], ending: str) -> list[Group]:
             return self._sample(name, source, states, number, [*seed, *last], f"{output}{ending}")
 
-        folder, key = f"{PARTS}/{output}", self.weights
+        def answer(line: Conversation, of_line: Sequence[int]) -> dict | None:
+            room = self.sampling.max_new_tokens
+            return reply_to(self.environment, line, of_line, self.policies(source).renderer, room)
+
+        folder, key = f"{PARTS}/{output}", (self.weights, self.environment.files)
         return converse(
-            prompts, count, self.environment, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT_STREAM], key
+            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT_STREAM], key
         )
 
     def _sample(
@@ -466,12 +474,15 @@ def main(argv: list[str]) -> None:
     check_sampler(config)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)
+        spoken_to = check_environment(directory, config)
         journal = Journal(directory)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         journal.before_record += [lock.check, tracker.sync]
         tracker.begin(EVALUATION, keep=lambda record: True)  # the judge was asked then too
         try:
-            result = evaluate(directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash)
+            result = evaluate(
+                directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash, spoken_to
+            )
             console.print(win_rate_table(result))
             say(summary(result))
             if "best_of_nash" in result:

@@ -149,9 +149,8 @@ class LanguageGame:
             groups, sampled_as = self.sampled[policy]
             selected = None
             if self.selects and opponent is None:
-                selected = self.selects(self.t, _weights_of(policy), groups, sampled_as)
-                asked = [selected.of_group(g) for g in range(len(groups))]
-                preferences, step = self.judge(groups, suffix, pairs=asked), 1
+                selected = self.selects(self.t, weights_of(policy), groups, sampled_as)
+                preferences, step = self.judge(groups, suffix, pairs=selected.by_group(len(groups))), 1
             elif opponent is None:
                 preferences, step = self.judge(groups, suffix, beside), 1
             else:
@@ -264,7 +263,7 @@ class LanguageGame:
 
     def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
         batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
-        return divided_alike(batches) if self.selects else batches
+        return divided_alike(batches, self.fitting.batch_pairs) if self.selects else batches
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""
@@ -323,7 +322,7 @@ class LanguageGame:
         """
         run, count = self.run, responses or self.algorithm.responses_per_prompt
         seed = [self.run_config.seed, stream, self.t, *substream]
-        source = _weights_of(policy)
+        source = weights_of(policy)
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
         stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
         with stage as sampler:
@@ -380,6 +379,7 @@ class LanguageGame:
     ) -> list[np.ndarray]:
         """The oracle's preferences between the responses of each group, or between some pairs of them."""
         run = self.run
+        asked = pairs if oracles.compares_pairs(run.oracle) else None  # the others compare all responses
         if beside is not None:
             beside.finish()  # its parts are read below
         preferences = run.cache.cached_in_parts(
@@ -395,12 +395,12 @@ class LanguageGame:
             stage="judge",
             title=f"iteration {self.t}: judge",
             prepare=run.make_room_for_oracle,
-            metrics=lambda found, cost: stages.judging_metrics(found, cost, pairs),
+            metrics=lambda found, cost: stages.judging_metrics(found, cost, asked),
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
             shared=oracles.is_shared(run.oracle),
         )
-        cyclic, triples = oracles.cyclic_triples(preferences)
+        cyclic, triples = (0, 0) if asked is not None else oracles.cyclic_triples(preferences)
         self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
         return preferences
 
@@ -488,6 +488,6 @@ class LanguageGame:
         )
 
 
-def _weights_of(policy: Source | Mixture) -> Source:
+def weights_of(policy: Source | Mixture) -> Source:
     """The policy itself, or the one that a mixture pulls towards π_1."""
     return policy.policy if isinstance(policy, Mixture) else policy

@@ -36,7 +36,6 @@ class PairSelector:
             policy: whose hidden states are the features of responses.
             suffix: of the iteration's files.
         """
-
         pairs, own = candidates(groups), None
         if self.algorithm.selection != "uniform":
             own = self._features(t, policy, groups, suffix)
@@ -150,9 +149,9 @@ def read_selected(path: Path, groups: Sequence[Group] | None = None) -> Selected
     pairs, counts, importance = [], [], []
     for number, record in enumerate(read_jsonl(path), 1):
         try:
-            g, i, j = (int(one) for one in record["pair"])
-            count, value = int(record["draws"]), float(record["importance"])
-            fits = g >= 0 and 0 <= i < j and count > 0 and 0 < value < np.inf
+            (g, i, j), count, value = record["pair"], record["draws"], record["importance"]
+            fits = all(type(one) is int for one in (g, i, j, count)) and isinstance(value, float)
+            fits = fits and g >= 0 and 0 <= i < j and count > 0 and 0 < value < np.inf
             if groups is not None:
                 fits = fits and g < len(groups) and j < len(groups[g].responses)
         except (KeyError, TypeError, ValueError):

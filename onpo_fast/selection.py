@@ -6,8 +6,10 @@ step is that of all pairs, with noise that depends on q:
 
 - ``uniform``: every pair alike.
 - ``variance``: q ∝ √(p̂(1 − p̂))·‖x‖. The target of a sampled label has the standard deviation η√(p(1 − p)), and x, the
-  difference of the responses' features, stands for the gradient of the margin; this q minimises the variance of the
-  gradient's noise among all q, as importance sampling does (derived here). p̂ comes from labels of earlier iterations.
+  difference of the responses' features, stands for the gradient of the margin; where the margins are those of the exact
+  step, this q minimises the variance of the gradient among all q, as importance sampling does (derived here). Before
+  that, and with soft labels, the distance to the target counts too, and it is a guess. p̂ comes from labels of earlier
+  iterations.
 - ``dopt``: a D-optimal design, which maximises log det Σ q_k x_k x_kᵀ: with it a linear model of rewards, fitted to
   labels of equal variance, is known best. After ADPO (arXiv 2503.01076), which chooses greedily; here q is the optimal
   design itself, so that draws can be weighted.
@@ -48,9 +50,12 @@ class Selected:
     counts: list[int]
     importance: list[float]
 
-    def of_group(self, group: int) -> list[tuple[int, int]]:
-        """Returns the pairs of a group's responses."""
-        return [(i, j) for g, i, j in self.pairs if g == group]
+    def by_group(self, groups: int) -> list[list[tuple[int, int]]]:
+        """Returns the pairs of each group's responses."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(groups)]
+        for g, i, j in self.pairs:
+            found[g].append((i, j))
+        return found
 
 
 def candidates(groups: Sequence[Group]) -> list[Triple]:

@@ -24,13 +24,13 @@ from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.objectives import Omd
 from onpo_fast.oracles.classes import OPENINGS
 from onpo_fast.sampling import open_sampler
+from onpo_fast.selecting import FEATURES, differences
 from onpo_fast.selection import SELECTIONS, Predictor, candidates, select
 
 from ..cyclic_lm.recipe import OPTIONS, PROMPTS
 from .results import ALL, Result
 
 ETA = 3.0
-FEATURES = 32  # as in a run
 CLASSES = len(OPENINGS.names)
 
 
@@ -59,11 +59,11 @@ class OneStep:
         pairs = candidates(self.groups)
         counts, importance = [1] * len(pairs), [1.0] * len(pairs)
         if selection != ALL:
-            x = _differences(self.features[1], pairs)
+            x = differences(self.features[1], pairs)
             predictor = Predictor(FEATURES)
             earlier = candidates(self.earlier)
             asked = select(SELECTIONS["uniform"](np.zeros((len(earlier), 1)), None), earlier, draws, rng).pairs
-            predictor.fit(_differences(self.features[0], asked), self._verdicts(self.earlier, asked, rng))
+            predictor.fit(differences(self.features[0], asked), self._verdicts(self.earlier, asked, rng))
             found = select(SELECTIONS[selection](x, predictor(x)), pairs, draws, rng)
             pairs, counts, importance = found.pairs, found.counts, found.importance
         wins = self._verdicts(self.groups, pairs, rng)
@@ -75,7 +75,8 @@ class OneStep:
         before = self._shares(policy)
         anchor = score(policy, self.groups, self.fitting.tokens_per_microbatch)
         policy = self.policies.take(self.policies.initial, f"{self.seed}")
-        steps = divided_alike(plan_steps(labelled, 1, self.fitting.batch_pairs, [self.seed]))
+        steps = plan_steps(labelled, 1, self.fitting.batch_pairs, [self.seed])
+        steps = divided_alike(steps, sum(counts) / len(self.groups))
         fit(policy, self.groups, steps, anchor, Omd(ETA), self.fitting, lambda metrics: None, seed=[self.seed])
         moved = np.log(self._shares(policy)) - np.log(before)
         exact = ETA * OPENINGS.matrix @ before
@@ -119,10 +120,6 @@ class OneStep:
         size = policy.model.config.vocab_size
         texts = [policy.renderer.tokenizer.decode([token]) for token in range(size)]
         return np.eye(CLASSES + 1)[OPENINGS.indices(self.heldout[0], texts)][:, :CLASSES]
-
-
-def _differences(own: Sequence[np.ndarray], pairs: Sequence) -> np.ndarray:
-    return np.array([own[g][i] - own[g][j] for g, i, j in pairs])
 
 
 def _of(section: type) -> dict[str, object]:

@@ -35,6 +35,7 @@ NO_RESULT_DEPENDS_ON_THEM = (
     "out",
     "push_to_hub",
     "rank_timeout",
+    "environment_timeout",
     "cuda_graphs",
     "vllm_python",
     "vllm_options",

@@ -29,7 +29,7 @@ class EnvironmentConfig:
     what follows them wins against independent conversations from the prompt. "branches": how often the one wins against
     the other, for comparison only: it is the target of another game (docs/multi-turn.md)."""
     environment_timeout: float = 60.0
-    """Seconds that the environment may take for an answer; then the run stops."""
+    """With --environment: seconds that it may take for an answer; then the run stops."""
 
     def __post_init__(self) -> None:
         check_values(self, EnvironmentConfig)

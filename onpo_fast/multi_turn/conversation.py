@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 from ..conversations import Messages, Prompt, message_text, tools_of
@@ -25,6 +26,9 @@ class Transcript(str):
         transcript = super().__new__(cls, "\n\n".join([first, *(f"{role}: {text}" for role, text in zip(roles, rest))]))
         transcript.messages = messages
         return transcript
+
+    def __getnewargs__(self) -> tuple[Messages]:
+        return (self.messages,)  # for copies
 
 
 PROBES = tuple(  # two conversations that differ, also in length
@@ -60,7 +64,7 @@ class Conversation:
         for turn, response in enumerate(self.responses):
             found.append({"role": "assistant", "content": response.text})
             if turn < len(self.replies) and self.replies[turn] is not None:
-                found.append(self.replies[turn])
+                found.append(copy.deepcopy(self.replies[turn]))  # oracles may change what they are given
         return found
 
     @property

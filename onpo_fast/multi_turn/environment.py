@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..conversations import Messages, Prompt, read_conversation, tools_of
 from ..errors import UserError
+from ..files import checksum
 from . import partners
 
 # given a conversation that ends with the policy's turn and a seed, returns the next message: its text, a dictionary
@@ -48,10 +49,10 @@ class CheckedEnvironment:
         if answer is None:
             return None
         message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or not _is_role(message.get("role")):
             raise UserError(
-                f"{here}: it returned {str(answer)[:60]!r} ({type(answer).__name__}); expected a text, a message "
-                f'{{"role": "user", "content": …}} or None'
+                f"{here}: it returned {_shown(answer)}; expected a text, a message "
+                '{"role": "user", "content": …} or None'
             )
         first = {"role": "user", "content": "-"}  # a conversation begins with the user
         return read_conversation({"prompt": [first, message], "tools": tools_of(messages)}, "prompt", here)[-1]
@@ -67,8 +68,9 @@ class CheckedEnvironment:
         except UserError as error:
             raise UserError(f"{error}; it was tried before anything is sampled") from error
 
-    def fingerprint(self, checksum: Callable[[Path], str]) -> dict[str, str]:
-        """Returns checksums of the files that a user's function needs, by name."""
+    @functools.cached_property
+    def files(self) -> dict[str, str]:
+        """Checksums of the Python files that a user's function needs, by name."""
         from ..run.fingerprint import function_fingerprint  # here, because it imports transformers, which takes seconds
 
         return {} if self.name in EMBEDDED else function_fingerprint(self.name, self.answer, checksum)
@@ -95,6 +97,19 @@ class CheckedEnvironment:
             answer.close()  # or Python would warn that it was never awaited
             raise UserError(f"{here}: it is async; an environment must return the message itself")
         return answer
+
+
+def _is_role(value: object) -> bool:
+    return isinstance(value, str) and value in ROLES
+
+
+def _shown(answer: object) -> str:
+    """What a function returned, for a message: its beginning and its type."""
+    kind = type(answer).__name__
+    try:
+        return f"{str(answer)[:60]!r} ({kind})"
+    except Exception:  # of the user's own type
+        return f"an object of the type {kind}"
 
 
 def load(name: str, timeout: float) -> CheckedEnvironment:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ..data import Group, Messages
 from ..run.cache import StageCache
 from . import files
 from .conversation import Conversation
-from .environment import CheckedEnvironment
 from .tree import play
-
-LINES = 256  # conversations in a part that the environment answers
 
 # given states, the number of responses to each, the numbers that the seed ends with and the end of the output's name
 Sample = Callable[[Sequence[Messages], int, Sequence[int], str], list[Group]]
+
+# given a conversation that the policy spoke in last and a seed, returns the environment's message; None ends it
+Reply = Callable[[Conversation, Sequence[int]], "dict | None"]
 
 
 def converse(
     prompts: Sequence[Messages],
     count: int,
-    environment: CheckedEnvironment,
+    answer: Reply,
     turns: int,
     sample: Sample,
     cache: StageCache,
@@ -33,6 +31,7 @@ def converse(
     """Plays ``count`` conversations from each prompt.
 
     Args:
+        answer: gives the next message of a conversation.
         turns: the most turns of the policy.
         sample: samples responses of the policy.
         cache: makes the replies resumable.
@@ -52,15 +51,14 @@ def converse(
         spoken.extend(groups)
         return groups
 
-    def answer(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
+    def answers(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
         def compute(part: Sequence[Conversation], first: int) -> list[dict | None]:
-            seeds = [np.random.SeedSequence([*seed, turn, first + i]) for i in range(len(part))]
-            return [environment(line.state, int(one.generate_state(1)[0])) for line, one in zip(part, seeds)]
+            return [answer(line, [*seed, turn, index]) for index, line in enumerate(part, first)]
 
         replies, _ = cache.in_parts(
             f"{output}_replies_{turn}",
             lines,
-            LINES,
+            files.REPLIES_AT_A_TIME,
             compute,
             lambda file, part: files.read_replies(file, len(part)),
             files.write_replies,
@@ -71,5 +69,5 @@ def converse(
         )
         return replies
 
-    lines = play(prompts, turns, count, act, answer)
+    lines = play(prompts, turns, count, act, answers)
     return [files.as_group(own) for own in lines], spoken

@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..files import read_jsonl, write_jsonl
 from .conversation import Conversation
 
+REPLIES_AT_A_TIME = 64  # in a part of a stage: what a run that is killed asks for again at most
+
 
 def write_replies(path: Path, replies: Iterable[dict | None]) -> None:
     write_jsonl(path, ({"reply": reply} for reply in replies))

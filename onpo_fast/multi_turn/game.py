@@ -9,12 +9,13 @@ import numpy as np
 from ..comparisons import ENVIRONMENT, SAMPLING, Comparisons, Mixture
 from ..config import EnvironmentConfig
 from ..data import Group, Messages
-from ..language_game import LanguageGame
+from ..language_game import LanguageGame, weights_of
 from ..models.resident import Source
 from ..run.outputs import iteration_folder
-from ..run.tracking import progress
+from ..run.progress import Progress
 from . import files
 from .conversation import Conversation
+from .replies import reply_to
 from .tree import Tree, comparisons, grow, labels
 
 
@@ -55,42 +56,47 @@ class ConversationGame(LanguageGame):
             )
 
         def answer(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
-            return self._answer(lines, turn, suffix)
+            return self._answer(weights_of(policy), lines, turn, suffix)
 
         return grow(self.prompts(), turns, self.algorithm.responses_per_prompt, act, answer)
 
-    def _answer(self, lines: Sequence[Conversation], turn: int, suffix: str) -> list[dict | None]:
-        """The environment's messages after a turn."""
+    def _answer(self, source: Source, lines: Sequence[Conversation], turn: int, suffix: str) -> list[dict | None]:
+        """The environment's messages after a turn of the policy with these weights."""
 
-        def compute() -> list[dict | None]:
-            with progress(f"iteration {self.t}: environment, turn {turn}", len(lines)) as done:
-                found = []
-                for index, line in enumerate(lines):
-                    seed = np.random.SeedSequence([self.run_config.seed, ENVIRONMENT, self.t, turn, index])
-                    found.append(self.run.environment(line.state, int(seed.generate_state(1)[0])))
-                    done(1)
-                return found
+        run, seed = self.run, [self.run_config.seed, ENVIRONMENT, self.t, turn]
 
-        return self.run.cache.cached(
+        def compute(part: Sequence[Conversation], first: int, done: Progress) -> list[dict | None]:
+            renderer, found = run.policies(source).renderer, []
+            for index, line in enumerate(part, first):
+                room = self.sampling.max_new_tokens
+                found.append(reply_to(run.environment, line, [*seed, index], renderer, room))
+                done(1)
+            return found
+
+        return run.cache.cached_in_parts(
             f"{iteration_folder(self.t)}/replies_turn_{turn}{suffix}.jsonl",
+            lines,
+            files.REPLIES_AT_A_TIME,
             compute,
             lambda path: files.read_replies(path, len(lines)),
+            lambda path, part: files.read_replies(path, len(part)),
             files.write_replies,
             stage="environment",
-            metrics=lambda replies, seconds: {
-                "seconds": seconds,
+            title=f"iteration {self.t}: environment, turn {turn}",
+            metrics=lambda replies, cost: {
+                "seconds": cost["seconds"],
                 "turn": turn,
                 "replies": len(replies),
                 "ended": sum(reply is None for reply in replies),
             },
+            config_key=run.environment.files,
+            shared=False,
         )
 
     def _judge(self, trees: Sequence[Tree], suffix: str, target: str) -> list[np.ndarray]:
         """The preferences between the conversations of each tree that its labels need."""
         ended = [files.as_group(tree.lines) for tree in trees]
         name = f"{iteration_folder(self.t)}/conversations{suffix}.jsonl"  # for people: it is made of the other files
-        self.run.cache.cached(
-            name, lambda: ended, lambda path: ended, files.write_conversations, stage="environment", note=dict
-        )
+        self.run.cache.cached(name, lambda: ended, lambda path: ended, files.write_conversations, stage="environment")
         pairs = [list(comparisons(tree, target)) for tree in trees]
         return self.judge(ended, suffix, pairs=pairs)

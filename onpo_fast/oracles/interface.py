@@ -62,7 +62,7 @@ class BatchOracle:
             pairs: for each group, which of its responses to compare.
 
         Returns:
-            For each group its (K, K) matrix; only the entries of its pairs are read, in either order.
+            For each group its (K, K) matrix. Of a pair (i, j) the entry [i, j] is read, P(i ≻ j), and no others.
         """
         return self.many(groups, progress)
 
@@ -121,7 +121,9 @@ def judge_texts(
     """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
         if pairs is not None and (compare := getattr(oracle, "compare", None)):
-            return _judge_together(lambda asked, done: compare(asked, pairs, done), questions, title, progress, first)
+            return _judge_together(
+                lambda asked, done: compare(asked, pairs, done), questions, title, progress, first, pairs
+            )
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
         matrices = []
@@ -136,7 +138,12 @@ def judge_texts(
 
 
 def _judge_together(
-    many: Callable[..., object], questions: Sequence[PromptAndResponses], title: str, progress: Progress, first: int
+    many: Callable[..., object],
+    questions: Sequence[PromptAndResponses],
+    title: str,
+    progress: Progress,
+    first: int,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     offset = f" (counted from prompt {first})" if first else ""  # its messages number the groups that it was given
     answers = call_oracle(title + offset, many, [copy_question(*one) for one in questions], progress)
@@ -144,8 +151,10 @@ def _judge_together(
     if len(answers) != len(questions):
         raise UserError(f"{title}: it gave {len(answers)} matrices for {len(questions)} prompts")
     return [
-        checked(answer, len(texts), f"{title}, {describe_prompt(index, prompt)}")
-        for index, (answer, (prompt, texts)) in enumerate(zip(answers, questions), first)
+        checked(answer, len(texts), f"{title}, {describe_prompt(index, prompt)}", of_pairs)
+        for index, (answer, (prompt, texts), of_pairs) in enumerate(
+            zip(answers, questions, pairs or [None] * len(questions)), first
+        )
     ]
 
 
@@ -175,13 +184,14 @@ def call_oracle(title: str, function: Callable[..., object], *arguments: object)
     return answer
 
 
-def checked(answer: object, responses: int, where: str) -> np.ndarray:
+def checked(answer: object, responses: int, where: str, pairs: IndexPairs | None = None) -> np.ndarray:
     """Checks an oracle's answer and returns it as a preference matrix.
 
     Args:
         answer: an array, a tensor or nested lists. The diagonal is not read: a response ties with itself.
         responses: K.
         where: the oracle and the group, for messages.
+        pairs: those whose entries [i, j] are read, and no others; None: all are.
 
     Returns:
         (K, K) float64 with P + Pᵀ = 1 to the last bit and ½ on the diagonal.
@@ -200,6 +210,10 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         raise UserError(f"{where}: not a matrix of numbers ({error})") from None
     if matrix.shape != (responses, responses):
         raise UserError(f"{where}: expected a {responses}×{responses} matrix, got shape {matrix.shape}")
+    if pairs is not None:
+        answered, matrix = matrix, np.full_like(matrix, 0.5)
+        for i, j in pairs:
+            matrix[i, j], matrix[j, i] = answered[i, j], 1 - answered[i, j]
     np.fill_diagonal(matrix, 0.5)
     bad = ~((matrix >= 0) & (matrix <= 1))  # also true for NaN
     if bad.any():
@@ -292,6 +306,11 @@ def holds_model(oracle: Oracle) -> bool:
 def keeps_files(oracle: Oracle) -> bool:
     """Returns whether the oracle writes into the run directory when it is asked."""
     return bool(getattr(oracle, "keeps_files", False))
+
+
+def compares_pairs(oracle: Oracle) -> bool:
+    """Returns whether the oracle can be asked about some pairs of a group alone."""
+    return callable(getattr(oracle, "compare", None))
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:

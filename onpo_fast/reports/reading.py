@@ -227,7 +227,7 @@ def read_training_examples(directory: Path, lines: LineReader) -> tuple[int, lis
     """Return the newest iteration that has responses (0 if none has), and its first prompts with two responses each.
 
     An example has "prompt", "responses" and "preference", the probability that the oracle prefers the first response
-    (None if it was not asked). Responses that are conversations have "conversations", their messages, too.
+    (None if it was not asked), and "conversations", the messages of responses that are conversations.
     """
     newest, path = max(of_iterations(directory, "responses.jsonl").items(), default=(0, directory))
     if not newest:
@@ -253,10 +253,12 @@ def _parse_sampled(line: bytes, file: str) -> dict[str, Any] | None:
         return None
     if (prompt := parse_conversation(row.get("prompt"), file)) is None:
         return None
-    found = {"prompt": prompt, "responses": [shorten(text, file) for text in row["responses"][:2]]}
-    if isinstance(conversations := row.get("conversations"), list):
-        found["conversations"] = [parse_conversation(one, file) for one in conversations[:2]]
-    return found
+    conversations = row["conversations"] if isinstance(row.get("conversations"), list) else []
+    return {
+        "prompt": prompt,
+        "responses": [shorten(text, file) for text in row["responses"][:2]],
+        "conversations": [parse_conversation(one, file) for one in conversations[:2]],
+    }
 
 
 def _parse_first_preference(line: bytes) -> float | None:

@@ -53,3 +53,22 @@ def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[
     try_oracle(config, oracle, kinds, in_directory=False)
     try_oracle(config, oracle, [min(kinds, key=oracles.length)], in_directory=True)
     return oracle, now
+
+
+def check_environment(directory: Path, config: Config) -> CheckedEnvironment | None:
+    """Tries the environment before anything is sampled; returns it, or None where the policy has one turn.
+
+    Says so if it is not the environment that the run began with. That is no error: all conversations of the evaluation
+    are with the environment as it is now.
+    """
+    environment = load_environment(config)
+    if environment is None:
+        return None
+    before = Journal(directory).note("environment")
+    if changed := changes(environment.files if before is None else before, environment.files):
+        say(
+            f"--environment {environment.name} is not what {directory} began with: {', '.join(changed)} changed. The "
+            "evaluation is with the environment as it is now"
+        )
+    environment.probe(min(read_prompts(directory / HELD_OUT), key=oracles.length))
+    return environment

@@ -47,7 +47,7 @@ def test_the_steps_of_a_fit_add_up_to_the_mean_over_all_pairs() -> None:
     sums = []
     for seed in range(3000):
         drawn = label(select(q, pairs, 20, np.random.default_rng(seed)), P, "soft", [1])
-        steps = divided_alike(plan_steps(drawn, 1, 1, [seed]))  # a group a step
+        steps = divided_alike(plan_steps(drawn, 1, 1, [seed]), 20)  # a group a step
         sums.append(
             sum(
                 sum(p.weight * p.importance * values[(p.group, *sorted((p.winner, p.loser)))] for p in batch[g])
@@ -55,7 +55,6 @@ def test_the_steps_of_a_fit_add_up_to_the_mean_over_all_pairs() -> None:
                 for batch in steps
                 for g in batch
             )
-            / len(steps)
         )
     error = np.std(sums) / len(sums) ** 0.5
     assert abs(np.mean(sums) - np.mean(list(values.values()))) < 4 * error
