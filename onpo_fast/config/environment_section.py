@@ -39,6 +39,9 @@ class EnvironmentConfig:
         check_at_most(self, MOST_TURNS, "turns")
         check_positive(self, "environment_timeout")
         check_at_most(self, MOST_SECONDS, "environment_timeout")
+        for name in ("turns", "multi_turn_target") if self.environment is None else ():
+            if getattr(self, name) != EnvironmentConfig.__dataclass_fields__[name].default:
+                raise UserError(f"--{name} is for conversations: give --environment, or leave it out")
 
     @property
     def has_turns(self) -> bool:

@@ -197,6 +197,8 @@ class AlgorithmConfig:
         check_at_least(self, 2, "responses_per_prompt")
         check_at_most(self, LARGEST_ITERATIONS, "iterations")
         check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
+        if self.select is None and self.selection != "uniform":
+            raise UserError(f"--selection {self.selection} is how --select draws pairs: give --select, or leave it out")
         if self.select is not None and (self.pairing != "all_pairs" or self.objective in ("sppo", "egpo")):
             raise UserError(
                 f"--select draws from all pairs of a policy's responses: it is not for --pairing {self.pairing} with "

@@ -27,7 +27,10 @@ def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
 
 def load_environment(config: Config) -> CheckedEnvironment | None:
     """The environment that the options of a run name; None where the policy has one turn."""
-    return environments.load(config.environment, config.environment_timeout) if config.has_turns else None
+    if config.environment is None:
+        return None
+    environment = environments.load(config.environment, config.environment_timeout)  # also where it has nothing to say
+    return environment if config.has_turns else None
 
 
 def try_oracle(config: Config, oracle: oracles.Oracle, prompts: Sequence[Messages], in_directory: bool) -> None:

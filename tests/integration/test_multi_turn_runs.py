@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from support.small_runs import prepare, small_run
 
 from onpo_fast import train as module
 from onpo_fast.config import Config
+from onpo_fast.conversations import Messages
 from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
+from onpo_fast.evaluate import main as evaluate_command
 from onpo_fast.files import read_jsonl
+from onpo_fast.multi_turn.environment import CheckedEnvironment
 from onpo_fast.reports.run_data import RunData
 from onpo_fast.run.digest import run_digest
 
@@ -31,7 +36,12 @@ def partner(messages, seed):
     said = [message["content"] for message in messages if message["role"] == "assistant"]
     if fails and len(said) == int(fails):
         raise RuntimeError("out of words")
+    if os.environ.get("PARTNER_IS_LONG") and seed % 3 == 0:
+        return "word " * 3000
     return None if seed % 4 == 0 else f"And number {seed % 7}?"
+"""
+ORACLE = """
+import numpy as np
 
 
 def by_bytes(prompt, responses):
@@ -54,9 +64,10 @@ def conversing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_partner.py").write_text(OWN)
+    (tmp_path / "own_oracle.py").write_text(ORACLE)
     config = small_run(work, "unused")
     return replace(
-        config, out=str(tmp_path / "run"), environment="own_partner:partner", oracle="own_partner:by_bytes", turns=TURNS
+        config, out=str(tmp_path / "run"), environment="own_partner:partner", oracle="own_oracle:by_bytes", turns=TURNS
     )
 
 
@@ -127,9 +138,66 @@ def test_an_environment_that_raises_is_found_before_anything_is_sampled(
     assert not Path(conversing.out).exists()
 
 
+@pytest.mark.long
+def test_replies_are_kept_in_parts(conversing: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an environment has said is not asked for again after it failed."""
+    whole = replace(conversing, iterations=1, out=f"{conversing.out}-whole")
+    config = replace(conversing, iterations=1)
+    module.train(whole)
+    monkeypatch.setattr("onpo_fast.multi_turn.files.REPLIES_AT_A_TIME", 2)
+    ask, calls = CheckedEnvironment.__call__, []
+
+    def failing(self: CheckedEnvironment, messages: Messages, seed: int) -> dict | None:
+        calls.append(seed)
+        if len(calls) == 6:  # the first is the probe's
+            raise UserError("it is down")
+        return ask(self, messages, seed)
+
+    monkeypatch.setattr(CheckedEnvironment, "__call__", failing)
+    with pytest.raises(UserError, match="it is down"):
+        module.train(config)
+    module.train(config, resume=True)
+    assert run_digest(Path(config.out)) == run_digest(Path(whole.out))
+    assert len(set(calls[1:5]) & set(calls[7:])) == 0  # two parts of two, after the probe of the first process
+    assert calls[5] in calls[7:]
+
+
+def test_a_reply_without_room_for_an_answer_ends_the_conversation(
+    conversing: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARTNER_IS_LONG", "1")
+    monkeypatch.setattr("onpo_fast.multi_turn.environment.CheckedEnvironment.probe", lambda self, prompt: None)
+    module.train(replace(conversing, iterations=1))
+    replies = [one["reply"] for one in read_jsonl(Path(conversing.out, "iteration_01", "replies_turn_1.jsonl"))]
+    assert any(replies)
+    assert not any(reply and len(reply["content"]) > 100 for reply in replies)
+
+
+@pytest.mark.long
+def test_an_evaluation_with_another_environment(conversing: Config, tmp_path: Path, capsys) -> None:
+    """All of it is with the environment as it is now."""
+    module.train(replace(conversing, iterations=1))
+    out = Path(conversing.out)
+    (tmp_path / "own_partner.py").write_text(OWN.replace("And number", "What of"))
+    importlib.reload(sys.modules["own_partner"])
+    evaluate_command([str(out), "--trust_run"])
+    said = capsys.readouterr()
+    assert "--environment own_partner:partner is not what" in " ".join((said.out + said.err).split())
+    texts = [
+        message["content"]
+        for row in read_jsonl(out / "evaluation_responses.jsonl")
+        for own in row["conversations"].values()
+        for conversation in own
+        for message in conversation
+        if message["role"] == "user"
+    ]
+    assert texts
+    assert all(text.startswith("What of") for text in texts)
+
+
 def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Config) -> None:
     one = replace(conversing, turns=1, iterations=1)
-    plain = replace(conversing, environment=None, iterations=1, out=f"{conversing.out}-plain")
+    plain = replace(conversing, environment=None, turns=3, iterations=1, out=f"{conversing.out}-plain")
     module.train(one)
     module.train(plain)
     assert run_digest(Path(one.out)) == run_digest(Path(plain.out))
@@ -144,6 +212,9 @@ def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Confi
         ({"turns": 0}, "--turns"),
         ({"environment_timeout": 0}, "--environment_timeout"),
         ({"multi_turn_target": "both"}, "--multi_turn_target"),
+        ({"environment": None, "turns": 5}, "--turns is for conversations"),
+        ({"environment": None, "multi_turn_target": "branches"}, "--multi_turn_target is for conversations"),
+        ({"environment": "no_such:partner", "turns": 1}, "--environment no_such:partner"),
     ],
 )
 def test_options_that_do_not_fit(conversing: Config, options: dict, words: str) -> None:
@@ -155,7 +226,7 @@ def test_options_that_do_not_fit(conversing: Config, options: dict, words: str) 
 def test_an_environment_that_changed(conversing: Config, tmp_path: Path) -> None:
     module.train(replace(conversing, iterations=1))
     (tmp_path / "own_partner.py").write_text(OWN + "\n# another version\n")
-    with pytest.raises(UserError, match=r"--environment own_partner:partner is not what .* began with|--oracle"):
+    with pytest.raises(UserError, match=r"--environment own_partner:partner is not what .* began with"):
         module.train(replace(conversing, iterations=1), resume=True)
 
 

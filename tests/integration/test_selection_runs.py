@@ -100,6 +100,7 @@ def test_the_judge_is_asked_about_the_selected_pairs_alone(selecting: Config) ->
         ({"pairing": "iid"}, "--select draws from all pairs"),
         ({"objective": "sppo"}, "--select draws from all pairs"),
         ({"objective": "egpo"}, "--select draws from all pairs"),
+        ({"select": None, "selection": "dopt"}, "--selection dopt is how --select draws"),
         ({"selection": "best"}, "--selection must be one of uniform, variance, dopt"),
         ({"environment": "partner", "turns": 2}, "--select is for one turn"),
     ],
