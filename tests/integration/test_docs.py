@@ -17,6 +17,7 @@ from onpo_fast import oracles
 from onpo_fast.algorithms import ALGORITHMS, ALIASES
 from onpo_fast.config import Config, parse
 from onpo_fast.data import Group, Response
+from onpo_fast.multi_turn.conversation import Transcript
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your-trainer.md").read_text(encoding="utf-8")
@@ -99,6 +100,19 @@ def test_a_preference_for_the_experiment() -> None:
     exec(snippet, names)
     (cycle,) = oracles.judge(names["preference"], [_group("Well, no", "No.", "It's", "So")], "my_cycle:preference")
     np.testing.assert_allclose(cycle[0], [0.5, 0.8, 0.2, 0.8])
+
+
+def test_a_word_game() -> None:
+    """docs/multi-turn.md: an oracle for the embedded word game."""
+    names: dict = {}
+    *_, snippet = snippets((ROOT / "docs" / "multi-turn.md").read_text(encoding="utf-8"))
+    exec(snippet, names)
+    prompt = [{"role": "user", "content": "My word is garden"}]
+    said = [["Needle", "engine", "eagle"], ["Nest", "table", "egg"], ["Bread"]]
+    roles = ("assistant", "user", "assistant")
+    lines = [Transcript([{"role": role, "content": text} for role, text in zip(roles, texts)]) for texts in said]
+    assert [names["unbroken"](prompt, line) for line in lines] == [2, 2, 0]
+    assert names["longer"](prompt, lines)[0] == [0.5, 0.5, 1.0]
 
 
 def test_configuration(tmp_path: Path) -> None:
