@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from support.judging import asked, shorter
 from support.servers import serving
@@ -16,6 +17,7 @@ from onpo_fast.config import Config
 from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
+from onpo_fast.reports.exports import export_pairs
 from onpo_fast.run.digest import run_digest
 from onpo_fast.selection import SELECTIONS, candidates
 
@@ -56,6 +58,11 @@ def test_a_run_learns_from_the_pairs_that_were_drawn(selecting: Config, selectio
         if selection == "uniform":
             assert all(pair.importance == pytest.approx(1) for pair in pairs)
         assert (folder / "features.jsonl").exists() == (selection != "uniform")
+    export_pairs(Path(config.out), Path(config.out, "pairs"), [2])
+    exported = datasets.load_from_disk(str(Path(config.out, "pairs")))
+    weights = [pair.weight * pair.importance for pair in pairs]
+    assert list(exported.with_format(None)["weight"] if "weight" in exported.column_names else weights) == weights
+    assert "weight" in exported.column_names or selection == "uniform"  # all may count once
 
 
 @pytest.mark.parametrize("name", ["features.jsonl", "selected.jsonl"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
+from onpo_fast.conversations import Prompt
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.games import multiturn
@@ -187,3 +191,28 @@ def test_an_environment_cannot_change_the_conversation() -> None:
 def test_environments_that_do_not_exist(name: str) -> None:
     with pytest.raises(UserError, match=f"--environment {name}"):
         environment.load(name, 1.0)
+
+
+def test_a_transcript_can_be_copied() -> None:
+    transcript = Transcript([{"role": "assistant", "content": "a"}, {"role": "user", "content": "Why?"}])
+    for one in (copy.copy(transcript), copy.deepcopy(transcript), pickle.loads(pickle.dumps(transcript))):
+        assert one == transcript == "a\n\nUser: Why?"
+        assert one.messages == transcript.messages
+
+
+def test_what_an_oracle_does_to_messages_stays_with_it() -> None:
+    line = Conversation(PROMPT, (Response("a", [1], "eos", 0.0),), ({"role": "user", "content": "Why?"},))
+    line.transcript.messages[1]["content"] = "changed"
+    assert line.messages[1]["content"] == "Why?"
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("answer", [Unprintable(), {"role": np.array([1, 2]), "content": "x"}, {"role": ["user"]}])
+def test_what_is_no_message(answer: object) -> None:
+    own = environment.CheckedEnvironment("mine:f", lambda messages, seed: answer, 5.0)
+    with pytest.raises(UserError, match="--environment mine:f: it returned"):
+        own(Prompt([*PROMPT, {"role": "assistant", "content": "a"}], "", None), 0)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onpo_fast import oracles
 from onpo_fast.batches import divided_alike, plan_steps, total_weight
 from onpo_fast.data import Group, Response
+from onpo_fast.errors import UserError
 from onpo_fast.pairing import label
 from onpo_fast.selection import SELECTIONS, UNIFORM_SHARE, Predictor, candidates, select
 
+PROMPT = [{"role": "user", "content": "Hi"}]
+
 
 def groups(sizes: list[int]) -> list[Group]:
-    return [Group([], [1], [Response(str(i), [i], "eos", 0.0) for i in range(size)]) for size in sizes]
+    return [Group(PROMPT, [1], [Response(str(i), [i], "eos", 0.0) for i in range(size)]) for size in sizes]
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -109,3 +113,26 @@ def test_labels_of_selected_pairs(labels: str) -> None:
         assert [(pair.winner, pair.loser, pair.preference) for pair in pairs] == [(1, 0, 0.8), (0, 2, 0.7)]
     else:
         assert all(pair.preference == 1 for pair in pairs)
+
+
+class OfPairs(oracles.BatchOracle):
+    """Says nothing of pairs that it was not asked about."""
+
+    def compare(self, groups, pairs, progress=lambda n: None):
+        matrices = []
+        for (_, responses), own in zip(groups, pairs):
+            matrix = np.full((len(responses), len(responses)), np.nan)
+            for i, j in own:
+                matrix[i, j] = 0.9
+            matrices.append(matrix)
+        return matrices
+
+
+def test_an_oracle_answers_for_the_pairs_alone() -> None:
+    (found,) = oracles.judge(OfPairs(), groups([3]), "mine", pairs=[[(0, 2)]])
+    np.testing.assert_allclose(found, [[0.5, 0.5, 0.9], [0.5, 0.5, 0.5], [0.1, 0.5, 0.5]])
+    asked = [[(0, 1)], [(1, 2)]]
+    bad = OfPairs()
+    bad.compare = lambda groups, pairs, progress: [np.full((3, 3), 0.5), np.full((3, 3), np.nan)]
+    with pytest.raises(UserError, match=r"prompt 1 .*P\(1 ≻ 2\) is nan"):
+        oracles.judge(bad, groups([3, 3]), "mine", pairs=asked)
