@@ -236,9 +236,13 @@ def read_training_examples(directory: Path, lines: LineReader) -> tuple[int, lis
     if not (directory / name).exists():
         name = f"{path.parent.name}/responses.jsonl"
     preferences = lines.read(f"{path.parent.name}/preferences.jsonl", _parse_first_preference)
+    selected = f"{path.parent.name}/selected.jsonl"
+    asked = set(lines.read(selected, _parse_selected)) if (directory / selected).exists() else None
     examples: list[dict[str, Any]] = []
-    for example in lines.read(name, partial(_parse_sampled, file=name)):
+    for index, example in enumerate(lines.read(name, partial(_parse_sampled, file=name))):
         preference = next(preferences, None)
+        if asked is not None and (index, 0, 1) not in asked:
+            preference = None
         if example is not None:
             examples.append(example | {"preference": preference})
         if len(examples) == MAX_TRAINING_PROMPTS:
@@ -259,6 +263,15 @@ def _parse_sampled(line: bytes, file: str) -> dict[str, Any] | None:
         "responses": [shorten(text, file) for text in row["responses"][:2]],
         "conversations": [parse_conversation(one, file) for one in conversations[:2]],
     }
+
+
+def _parse_selected(line: bytes) -> tuple[int, int, int] | None:
+    """The group and the two responses of a line of an iteration's selected.jsonl."""
+    try:
+        g, i, j = parse_json_line(line)["pair"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (g, i, j) if all(type(one) is int for one in (g, i, j)) else None
 
 
 def _parse_first_preference(line: bytes) -> float | None:

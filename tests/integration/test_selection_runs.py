@@ -18,6 +18,7 @@ from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.reports.exports import export_pairs
+from onpo_fast.reports.reading import LineReader, read_training_examples
 from onpo_fast.run.digest import run_digest
 from onpo_fast.selection import SELECTIONS, candidates
 
@@ -63,6 +64,14 @@ def test_a_run_learns_from_the_pairs_that_were_drawn(selecting: Config, selectio
     weights = [pair.weight * pair.importance for pair in pairs]
     assert list(exported.with_format(None)["weight"] if "weight" in exported.column_names else weights) == weights
     assert "weight" in exported.column_names or selection == "uniform"  # all may count once
+
+
+def test_the_report_has_no_verdict_on_pairs_that_were_not_asked_about(selecting: Config) -> None:
+    module.train(replace(selecting, iterations=1, select=1))
+    (one,) = read_jsonl(Path(selecting.out, "iteration_01", "selected.jsonl"))
+    _, examples = read_training_examples(Path(selecting.out), LineReader(Path(selecting.out)))
+    for index, example in enumerate(examples):
+        assert (example["preference"] is not None) == ([index, 0, 1] == one["pair"])
 
 
 @pytest.mark.parametrize("name", ["features.jsonl", "selected.jsonl"])
