@@ -11,7 +11,7 @@ from scipy import stats
 
 from onpo_fast.games.solution import duality_gap, nash
 
-from .dynamics import Movement, exact_gaps, initial_shares, movement
+from .dynamics import STEPS, Movement, exact_gaps, initial_shares, movement, noisy_gaps
 from .measures import gaps
 from .recipe import ARMS, BASELINE, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
@@ -22,6 +22,7 @@ MOST_ETAS = 6  # steps that are tried for an arm
 EXACT_ARMS = ("onpo", "omd", "omd_two_fits", "inpo")
 EXACT_ITERATIONS = (10, 20, 40)
 EXACT_ETAS = np.geomspace(0.02, 10, 120)
+NOISY_ETAS = np.geomspace(0.02, 10, 40)
 
 
 def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
@@ -120,6 +121,24 @@ def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, floa
         return min(gaps)
 
     return {ARMS[arm].label: [best(arm, iterations) for iterations in EXACT_ITERATIONS] for arm in EXACT_ARMS}
+
+
+def noisy_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """Returns what fits as they were measured for ONPO would reach; see ``exact_gaps_by_length`` and ``noisy_gaps``.
+
+    {} where they were not measured.
+    """
+    of_fits = movement([run for run in own if run.arm == "onpo"])
+    if of_fits is None:
+        return {}
+    start, matrix = initial_shares(own), own[0].matrix
+
+    def best(arm: str) -> list[tuple[float, float]]:
+        most = max(EXACT_ITERATIONS) + 1
+        gaps = {eta: noisy_gaps(arm, eta, matrix, start, most, of_fits.share, of_fits.noise) for eta in NOISY_ETAS}
+        return [min((own[0].last(gap[: n + 1]), eta) for eta, gap in gaps.items()) for n in EXACT_ITERATIONS]
+
+    return {ARMS[arm].label: best(arm) for arm in EXACT_ARMS if arm in STEPS}
 
 
 def noise_floor(run: Run) -> float:
