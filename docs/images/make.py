@@ -166,7 +166,7 @@ def draw_loop(axes: Axes) -> None:
 
 
 def draw_evidence() -> None:
-    """The gap of every policy of the main arms: the median over seeds thickly, every seed thinly."""
+    """The gap of every policy of the main arms, at the steps with most seeds: median thickly, every seed thinly."""
     runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
     own = comparison.games(runs)[recipe.ORACLE, recipe.ITERATIONS]
     of_steps = comparison.by_arm_and_step(run for run in own if run.arm in recipe.MAIN_ARMS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ MOST_ETAS = 6  # steps that are tried for an arm
 EXACT_ARMS = ("onpo", "omd", "omd_two_fits", "inpo")
 EXACT_ITERATIONS = (10, 20, 40)
 EXACT_ETAS = np.geomspace(0.02, 10, 120)
-NOISY_ETAS = np.geomspace(0.02, 10, 40)
 
 
 def games(runs: Iterable[Run]) -> dict[Game, list[Run]]:
@@ -115,12 +114,7 @@ def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, floa
     Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game.
     """
     start, matrix = initial_shares(own), own[0].matrix
-
-    def best(arm: str, iterations: int) -> tuple[float, float]:
-        gaps = ((own[0].last(exact_gaps(arm, eta, matrix, start, iterations + 1)), eta) for eta in EXACT_ETAS)
-        return min(gaps)
-
-    return {ARMS[arm].label: [best(arm, iterations) for iterations in EXACT_ITERATIONS] for arm in EXACT_ARMS}
+    return _best_steps(own[0], EXACT_ARMS, lambda arm, eta, policies: exact_gaps(arm, eta, matrix, start, policies))
 
 
 def noisy_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
@@ -133,12 +127,25 @@ def noisy_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, floa
         return {}
     start, matrix = initial_shares(own), own[0].matrix
 
-    def best(arm: str) -> list[tuple[float, float]]:
-        most = max(EXACT_ITERATIONS) + 1
-        gaps = {eta: noisy_gaps(arm, eta, matrix, start, most, of_fits.share, of_fits.noise) for eta in NOISY_ETAS}
-        return [min((own[0].last(gap[: n + 1]), eta) for eta, gap in gaps.items()) for n in EXACT_ITERATIONS]
+    def gaps_of(arm: str, eta: float, policies: int) -> np.ndarray:
+        return noisy_gaps(arm, eta, matrix, start, policies, of_fits.share, of_fits.noise)
 
-    return {ARMS[arm].label: best(arm) for arm in EXACT_ARMS if arm in STEPS}
+    return _best_steps(own[0], STEPS, gaps_of)
+
+
+def _best_steps(
+    run: Run, arms: Iterable[str], gaps_of: Callable[[str, float, int], np.ndarray]
+) -> dict[str, list[tuple[float, float]]]:
+    """For each arm's label, after each number of iterations, the least gap of the last policies, and its step.
+
+    Args:
+        gaps_of: given an arm, η and the number of policies, returns the gaps of π_1, π_2, ….
+    """
+    found = {}
+    for arm in arms:
+        paths = [(gaps_of(arm, eta, max(EXACT_ITERATIONS) + 1), eta) for eta in EXACT_ETAS]
+        found[ARMS[arm].label] = [min((run.last(path[: n + 1]), eta) for path, eta in paths) for n in EXACT_ITERATIONS]
+    return found
 
 
 def noise_floor(run: Run) -> float:

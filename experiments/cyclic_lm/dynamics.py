@@ -74,7 +74,8 @@ def noisy_gaps(
         (T + 1,) means over ``NOISY_RUNS``.
     """
     P, rng = matrix[:-1, :-1], np.random.default_rng(0)
-    policy = np.log(np.tile(start[:-1] / start[:-1].sum(), (NOISY_RUNS, 1)))  # π_t, up to a constant
+    with np.errstate(divide="ignore"):  # a class that π_1 lacks stays away
+        policy = np.log(np.tile(start[:-1], (NOISY_RUNS, 1)))  # π_t, up to a constant
     auxiliary = policy  # π′_t
 
     def fit(anchor: np.ndarray, rewards: np.ndarray) -> np.ndarray:
