@@ -166,11 +166,11 @@ def draw_loop(axes: Axes) -> None:
 
 
 def draw_evidence() -> None:
-    """The gap of every policy of the main arms: the median over seeds thickly, every seed thinly."""
+    """The gap of every policy of the main arms, at the steps with most seeds: median thickly, every seed thinly."""
     runs = results.read(ROOT / "experiments" / "results" / "cyclic_lm")
     own = comparison.games(runs)[recipe.ORACLE, recipe.ITERATIONS]
-    chosen = {arm: comparison.chosen_eta(runs, arm, own[0].game) for arm in recipe.MAIN_ARMS}
-    groups = comparison.by_arm_and_step(run for run in own if run.eta == chosen.get(run.arm))
+    of_steps = comparison.by_arm_and_step(run for run in own if run.arm in recipe.MAIN_ARMS)
+    groups = {key: some for key, some in of_steps.items() if len(some) == max(map(len, of_steps.values()))}
     layout = {"figsize": (11, 2.7), "sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, (panels,) = plt.subplots(1, len(groups), **layout)
     start = dynamics.initial_shares(own)

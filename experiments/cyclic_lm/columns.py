@@ -97,9 +97,9 @@ def tuning_markdown(tuning: Sequence[Tuning]) -> str:
     return _markdown(["arm", *(f"η = {eta:g}" for eta in etas)], rows)
 
 
-def exact_markdown(gaps: dict[str, list[tuple[float, float]]]) -> str:
-    """Returns ``comparison.exact_gaps_by_length`` as Markdown."""
-    head = ["exact fits", *(f"{iterations} iterations" for iterations in EXACT_ITERATIONS)]
+def by_length_markdown(gaps: dict[str, list[tuple[float, float]]], title: str) -> str:
+    """Returns ``comparison.exact_gaps_by_length`` or ``comparison.noisy_gaps_by_length`` as Markdown."""
+    head = [title, *(f"{iterations} iterations" for iterations in EXACT_ITERATIONS)]
     return _markdown(
         head, ([label, *(f"{gap:.3f} (η = {eta:.2f})" for gap, eta in own)] for label, own in gaps.items())
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy import stats
 
 from onpo_fast.games.solution import duality_gap, nash
 
-from .dynamics import Movement, exact_gaps, initial_shares, movement
+from .dynamics import STEPS, Movement, exact_gaps, initial_shares, movement, noisy_gaps
 from .measures import gaps
 from .recipe import ARMS, BASELINE, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
@@ -111,15 +111,44 @@ def tuning(runs: Sequence[Run]) -> list[Tuning]:
 def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
     """Returns what exact fits would reach in ``EXACT_ITERATIONS`` with the best of ``EXACT_ETAS`` and that η, by label.
 
-    Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game.
+    Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game. {} for one of
+    several turns, where a step depends on the turn's state.
     """
+    if own[0].raw["oracle"] in OF_GAME:
+        return {}
+    start, matrix = initial_shares(own), own[0].matrix
+    return _best_steps(own[0], EXACT_ARMS, lambda arm, eta, policies: exact_gaps(arm, eta, matrix, start, policies))
+
+
+def noisy_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """Returns what fits as they were measured for ONPO would reach; see ``exact_gaps_by_length`` and ``noisy_gaps``.
+
+    {} where they were not measured.
+    """
+    of_fits = movement([run for run in own if run.arm == "onpo"])
+    if of_fits is None:
+        return {}
     start, matrix = initial_shares(own), own[0].matrix
 
-    def best(arm: str, iterations: int) -> tuple[float, float]:
-        gaps = ((own[0].last(exact_gaps(arm, eta, matrix, start, iterations + 1)), eta) for eta in EXACT_ETAS)
-        return min(gaps)
+    def gaps_of(arm: str, eta: float, policies: int) -> np.ndarray:
+        return noisy_gaps(arm, eta, matrix, start, policies, of_fits.share, of_fits.noise)
 
-    return {ARMS[arm].label: [best(arm, iterations) for iterations in EXACT_ITERATIONS] for arm in EXACT_ARMS}
+    return _best_steps(own[0], STEPS, gaps_of)
+
+
+def _best_steps(
+    run: Run, arms: Iterable[str], gaps_of: Callable[[str, float, int], np.ndarray]
+) -> dict[str, list[tuple[float, float]]]:
+    """For each arm's label, after each number of iterations, the least gap of the last policies, and its step.
+
+    Args:
+        gaps_of: given an arm, η and the number of policies, returns the gaps of π_1, π_2, ….
+    """
+    found = {}
+    for arm in arms:
+        paths = [(gaps_of(arm, eta, max(EXACT_ITERATIONS) + 1), eta) for eta in EXACT_ETAS]
+        found[ARMS[arm].label] = [min((run.last(path[: n + 1]), eta) for path, eta in paths) for n in EXACT_ITERATIONS]
+    return found
 
 
 def noise_floor(run: Run) -> float:
@@ -204,7 +233,7 @@ class Row:
     gap: Summary
     prompt_gap: Summary
     average_gap: Summary  # of the mean of all policies
-    exact_gap: float | None  # if all fits were exact; None where pairs depend on the oracle
+    exact_gap: float | None  # if all fits were exact; None where pairs depend on the oracle, and with several turns
     kl: float  # of the last policy from π_1, nats
     win_rate: float  # of the last policy against π_1
     cyclic_triples: float  # share of the triples of responses in training that are cyclic

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import softmax
 
 from onpo_fast.algorithms import named
 from onpo_fast.games import matrix as matrix_game
@@ -17,6 +18,7 @@ from .results import Run
 # log π_{t+1} − log π_t is η times so many r_t, less so many r_{t−1} (ONPO: 2 r_t − r_{t−1}, with r_0 = 0), and has the
 # errors of so many fits in it (ONPO: π′_{t+1}, π_{t+1} and, in log π_t, π_t)
 STEPS = {"onpo": (2, 1, 3), "omd": (1, 0, 1), "omd_two_fits": (2, 0, 2)}
+NOISY_RUNS = 300
 LEAST_RESPONSES = 5  # of each class in half of the responses, or the logarithm of its share is not used
 
 
@@ -51,6 +53,46 @@ def exact_gaps(arm: str, eta: float, matrix: np.ndarray, start: np.ndarray, poli
     found = np.zeros((policies, len(start)))
     found[:, played] = trace.policies
     return np.array([duality_gap(matrix, policy) for policy in found])
+
+
+def noisy_gaps(
+    arm: str, eta: float, matrix: np.ndarray, start: np.ndarray, policies: int, share: float, noise: float
+) -> np.ndarray:
+    """Returns the mean gaps of π_1, π_2, … if every fit took a share of its exact step and made errors.
+
+    Fits of ONPO, mirror descent and mirror descent with two fits, in the game between classes.
+
+    Args:
+        matrix: (C+1, C+1) preferences between classes; the last, "none of them", is left out.
+        start: (C+1,) class shares of π_1.
+        policies: the number of policies, T + 1.
+        share: of the exact step.
+        noise: standard deviation of the errors in the logarithm of a class's share, nats. They are normal and
+            independent for each class and fit.
+
+    Returns:
+        (T + 1,) means over ``NOISY_RUNS``.
+    """
+    P, rng = matrix[:-1, :-1], np.random.default_rng(0)
+    with np.errstate(divide="ignore"):  # a class that π_1 lacks stays away
+        policy = np.log(np.tile(start[:-1], (NOISY_RUNS, 1)))  # π_t, up to a constant
+    auxiliary = policy  # π′_t
+
+    def fit(anchor: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+        return anchor + share * eta * rewards + noise * rng.standard_normal(anchor.shape)
+
+    found = np.empty(policies)
+    for t in range(policies):
+        shares = softmax(policy, axis=1)
+        rewards = shares @ P.T  # P(c ≻ π_t)
+        found[t] = 2 * rewards.max(1).mean() - 1
+        if arm == "onpo":
+            auxiliary = fit(auxiliary, rewards)
+            policy = fit(auxiliary, rewards)
+        else:
+            for _ in range(STEPS[arm][2]):
+                policy = fit(policy, rewards)
+    return found
 
 
 @dataclass(frozen=True)

@@ -161,30 +161,22 @@ class Runner:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def _check_results(self, jobs: Sequence[Job]) -> None:
-        """Raises ``UserError`` if results that are there are of another oracle or recipe than the jobs have now."""
-        for job in jobs:
-            self._check_name(job)
-        games = {(job.oracle, job.iterations) for job in jobs}
+        """Raises ``UserError`` if results are of another run than their name says, or of another game than the jobs."""
+        job_of = {self.path(job): job for job in jobs}
+        recipes = {(job.oracle, job.iterations): self._recipe(job.oracle) for job in jobs}
         now = {"classes": list(self.preference.names), "matrix": self.preference.full_matrix.tolist()}
-        recipes = {oracle: self._recipe(oracle) for oracle, _ in games}
         for path in sorted(self.results.glob("*.json")):
             raw = results.read_file(path)
-            if (raw["oracle"], raw["iterations"]) not in games:
-                continue
-            if different := results.differences(raw, now | {"recipe": recipes[raw["oracle"]]}):
+            if (job := job_of.get(path)) is not None:
+                names = ("kind", "arm", "eta", "seed", "oracle", "iterations")
+                if other := [f"{name} {raw[name]}" for name in names if raw[name] != getattr(job, name)]:
+                    raise UserError(f"{path} has results of another run ({', '.join(other)}): rename or remove it")
+            recipe = recipes.get((raw["oracle"], raw["iterations"]))
+            if recipe is not None and (different := results.differences(raw, now | {"recipe": recipe})):
                 raise UserError(
                     f"{path} is of another game than the command would play now: {different}. Give another --results, "
                     "or remove it"
                 )
-
-    def _check_name(self, job: Job) -> None:
-        """Raises ``UserError`` if the results of a job are those of another run."""
-        if not self.path(job).exists():
-            return
-        raw = results.read_file(self.path(job))
-        names = ("kind", "arm", "eta", "seed", "oracle", "iterations")
-        if other := [f"{name} {raw[name]}" for name in names if raw[name] != getattr(job, name)]:
-            raise UserError(f"{self.path(job)} has results of another run ({', '.join(other)}): rename or remove it")
 
     def _recipe(self, oracle: str) -> dict[str, object]:
         """What is known of the recipe before anything has run, in the form of ``recipe_of``."""
@@ -370,7 +362,7 @@ def _options(oracle: str) -> dict[str, object]:
 
 def _of_user(oracle: str, checksums: dict[str, str]) -> dict[str, str]:
     """Checksums of the user's oracle. Those of the experiment's own would change with any file of its package."""
-    return {} if oracle in (ORACLE, CONTROL, *OF_GAME) else checksums
+    return {} if oracle in (CONTROL, *OF_GAME) else checksums
 
 
 def _paths(job: Job) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from .comparison import (
     games,
     initial_gap,
     noise_floor,
+    noisy_gaps_by_length,
     table,
     tuning,
 )
@@ -61,6 +62,7 @@ def _game(runs: Sequence[Run], own: Sequence[Run]) -> dict:
         "plots": {one.__name__: one(own) for one in draw},
         "best_of_nash": next((run.best_of_nash for run in own if run.best_of_nash is not None), None),
         "exact": exact_gaps_by_length(own),
+        "noisy": noisy_gaps_by_length(own),
         "classes": own[0].raw["classes"],
         "matrix": own[0].raw["matrix"],
         "floor": noise_floor(own[0]),

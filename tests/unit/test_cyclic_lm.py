@@ -124,6 +124,16 @@ def test_how_much_of_a_step_class_shares_moved(arm: str, moved: float, noise: fl
     assert dynamics.movement([results.Run(result("inpo", 0, NEAR))]) is None
 
 
+@pytest.mark.parametrize("arm", dynamics.STEPS)
+def test_fits_without_noise_are_exact(arm: str) -> None:
+    start = np.array([0.4, 0.5, 0.1, 0.0])
+    exact = dynamics.exact_gaps(arm, 2.0, P, start, 8)
+    assert dynamics.noisy_gaps(arm, 2.0, P, start, 8, share=1.0, noise=0.0) == pytest.approx(exact)
+    assert dynamics.noisy_gaps(arm, 4.0, P, start, 8, share=0.5, noise=0.0) == pytest.approx(exact)
+    noisy = dynamics.noisy_gaps(arm, 2.0, P, start, 60, share=1.0, noise=0.2)
+    assert 0.1 < noisy[-5:].mean() < 0.6  # none comes to rest at a Nash policy
+
+
 def test_the_share_of_the_margins_that_fits_reached() -> None:
     fits = [{"margin": 0.2, "exact": 0.4}, {"margin": 0.4, "exact": 0.4}]
     assert measures.reached(fits) == pytest.approx(0.75)
@@ -427,7 +437,9 @@ def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
     for game, own in games.items():
         assert columns.markdown(comparison.table(runs, own)) in text, game
     assert columns.tuning_markdown(tuning) in text
-    assert columns.exact_markdown(comparison.exact_gaps_by_length(games[recipe.ORACLE, recipe.ITERATIONS])) in text
+    own = games[recipe.ORACLE, recipe.ITERATIONS]
+    assert columns.by_length_markdown(comparison.exact_gaps_by_length(own), "exact fits") in text
+    assert columns.by_length_markdown(comparison.noisy_gaps_by_length(own), "noisy fits") in text
 
 
 def test_every_step_of_an_arm_looks_its_own_way(tmp_path: Path) -> None:
