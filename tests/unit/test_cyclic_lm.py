@@ -464,7 +464,8 @@ def test_topics_are_held_out() -> None:
 @pytest.mark.parametrize("arm", recipe.ARMS)
 def test_the_options_of_every_arm_are_the_trainers(arm: str) -> None:
     """And the target of a pair with label 0.8 is that of the step η, where the loss is squared."""
-    config = Config(**Job(arm, 0, 3.0).options())
+    oracle = recipe.TURNS if "multi_turn_target" in recipe.ARMS[arm].options else recipe.ORACLE
+    config = Config(**Job(arm, 0, 3.0, oracle).options())
     objective = config.make_objective()
     if recipe.ARMS[arm].objective != "iterative_dpo":
         import torch
