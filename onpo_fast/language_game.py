@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import fit_precision, oracles, stages
+from . import fit_precision, oracles, pairing, stages
 from .batches import divided_alike
 from .comparisons import ADAPTER, OPPONENT, ORDER, PAIRING, ROUNDING, SAMPLING, Comparisons, Mixture, policy_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
@@ -413,7 +413,7 @@ class LanguageGame:
             for response in group.responses
         ]
         wins = iter([matrix[0, 1] for matrix in self.judge(matches, suffix)])
-        return [stages.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
+        return [pairing.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
 
     def pair(
         self, groups: list[Group], preferences: list[np.ndarray], suffix: str, selected: Selected | None = None

@@ -104,14 +104,6 @@ def pair(
     return pairs, len(chosen) - len(pairs)
 
 
-def against_opponent(win_rates: np.ndarray) -> np.ndarray:
-    """(K,) P(y_i ≻ y″), y″ the opponent's -> (K, K) labels ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
-
-    Their target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
-    """
-    return 0.5 + (win_rates[:, None] - win_rates[None, :]) / 2
-
-
 def pairing_metrics(
     pairs: Sequence[Pair], identical: int, groups: Sequence[Group], objective: Objective
 ) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..data import Group, Messages
+from ..pairing import against_opponent
 from .conversation import Conversation
 
 # given the states, the number of responses to each, the turn (from 1) and whether they are those that are learned from
@@ -27,13 +28,11 @@ class Branches:
     """The K actions at a state, with the conversations that follow.
 
     Attributes:
-        prompt: index of the prompt.
         turn: counted from 1.
         group: the state and its actions.
         lines: for each action the index of its conversation in the tree.
     """
 
-    prompt: int
     turn: int
     group: Group
     lines: list[int]
@@ -79,7 +78,7 @@ def grow(prompts: Sequence[Messages], turns: int, branches: int, act: Act, answe
             tree, said = trees[p], [line.said(response) for response in group.responses]
             new = range(len(tree.lines), len(tree.lines) + branches - min(turn, 2) + 1)
             lines = list(new) if turn == 1 else [0, *new]
-            tree.states.append(Branches(p, turn, group, lines))
+            tree.states.append(Branches(turn, group, lines))
             tree.lines[:1] = said[:1]
             tree.lines += said[1:]
             spoken += [(p, i) for i in lines]
@@ -116,8 +115,7 @@ def labels(tree: Tree, state: Branches, preferences: np.ndarray, target: str) ->
         target: "unbiased" or "branches".
     """
     if state.turn > 1 and target == "unbiased":
-        wins = preferences[np.ix_(state.lines, tree.opponents)].mean(1)
-        return 0.5 + (wins[:, None] - wins[None, :]) / 2
+        return against_opponent(preferences[np.ix_(state.lines, tree.opponents)].mean(1))
     return 0.5 + (preferences[np.ix_(state.lines, state.lines)] - 0.5) / 2
 
 
