@@ -234,7 +234,8 @@ def _begin(
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
     if policy.device.type == "cuda":  # on a CPU the first fit says what it takes
-        config = with_token_budget(config, policy, _longest_prompt(policy, [*checked.prompts, *checked.held_out]))
+        longest = _longest_prompt(policy, [*checked.prompts, *checked.held_out], config)
+        config = with_token_budget(config, policy, longest)
     journal = Journal(directory)
     journal.before_record.append(lock.check)
     if journal.mended:
@@ -308,10 +309,19 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
-def _longest_prompt(policy: Policy, prompts: list[Messages]) -> int:
-    """Returns the most tokens of a prompt, of those with most characters."""
+def _longest_prompt(policy: Policy, prompts: list[Messages], config: Config) -> int:
+    """Returns the most tokens of a prompt, of those with most characters.
+
+    With several turns it is that of the last one, whose prompt has the turns before it. What the environment says is
+    taken to be as long as they are.
+    """
     longest = sorted(prompts, key=oracles.length)[-RENDERED_AGAIN:]
-    return max(len(policy.renderer.render(prompt)) for prompt in longest)
+    tokens = max(len(policy.renderer.render(prompt)) for prompt in longest)
+    if config.has_turns:
+        tokens += 2 * config.max_new_tokens * (config.turns - 1)
+        if policy.renderer.context:
+            tokens = min(tokens, policy.renderer.context - config.max_new_tokens)
+    return tokens
 
 
 def config_key(config: Config, model: dict[str, str] | None) -> object:

@@ -1,11 +1,14 @@
 """Conversations of two turns that can be enumerated: what the trainer fits, beside the exact step.
 
-A turn is one token, of which a, b and c are words and the others are nothing; the oracle's preference is a matrix
-between the 16 pairs of words said. ``games.multiturn`` has the exact steps.
+A turn is one token, of which a, b and c are words and the others are nothing. A second word a or b wins against c and
+nothing, but loses where both conversations have the same first word. So the better word of a state is that of the whole
+game with an independent opponent, and the worse one where two branches are compared. ``games.multiturn`` has the exact
+steps.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -18,11 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.games import multiturn
-from onpo_fast.games.preferences import random
 from onpo_fast.games.solution import duality_gap, rewards
 
 ETA, ITERATIONS, PROMPTS, HELD_OUT = 2.0, 2, 200, 2
-GAME = 290  # one where comparing branches leads away from Nash in two iterations, as exact steps do
 TOKENS = ("<pad>", "<first>", "<later>", "</s>", "a", "b", "c")
 SPECIAL, WORDS = TOKENS[:4], (4, 5, 6)
 STATES = ([1], [1, 4, 2], [1, 5, 2], [1, 6, 2], [1, 2])  # before the first turn, and after a, b, c or nothing
@@ -30,11 +31,12 @@ TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}"
     "{% elif loop.first %}<first>{% else %}<later>{% endif %}{% endfor %}"
 )
-OWN = f"""
+OWN = """
 import numpy as np
-from onpo_fast.games.preferences import random
 
-P = random(actions=16, count={GAME + 1}, rng=np.random.default_rng(0))[{GAME}]
+first, second = np.divmod(np.arange(16), 4)
+better = np.sign((second < 2)[:, None] * 1 - (second < 2)[None, :])
+P = 0.5 + np.where(first[:, None] == first, -0.3, 0.45) * better
 
 
 def word(message):
@@ -110,7 +112,7 @@ def test_every_state_takes_the_exact_step_and_comparing_branches_does_not(
 ) -> None:
     """Each fit is within total variation 0.03 of the closed form at every state, and the gap falls.
 
-    With ``branches`` the second turn goes elsewhere, and the gap stays above.
+    With ``branches`` the second turn goes elsewhere, and the gap grows.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -118,7 +120,7 @@ def test_every_state_takes_the_exact_step_and_comparing_branches_does_not(
     prompts = ITERATIONS * PROMPTS + HELD_OUT
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(prompts)))
     make_model(Path("model"))
-    P = random(actions=16, count=GAME + 1, rng=np.random.default_rng(0))[GAME]
+    P = importlib.import_module("exact_game").P
     gaps = {}
     for target in ("unbiased", "branches"):
         config = Config(
@@ -154,5 +156,5 @@ def test_every_state_takes_the_exact_step_and_comparing_branches_does_not(
                 else:
                     assert off[0] < 0.03 < 0.06 < off[1:].max(), (t, off)
         gaps[target] = [float(duality_gap(P, multiturn.distribution(policy))) for policy in policies]
-    assert gaps["unbiased"][-1] < 0.75 * gaps["unbiased"][0], gaps
-    assert gaps["branches"][-1] > gaps["unbiased"][-1] + 0.1, gaps
+    assert gaps["unbiased"][-1] < 0.6 * gaps["unbiased"][0], gaps
+    assert gaps["branches"][-1] > 1.3 * gaps["branches"][0], gaps
