@@ -60,11 +60,13 @@ def total_importance(batch: Batch) -> float:
     return sum(pair.weight * pair.importance for pairs in batch.values() for pair in pairs)
 
 
-def divided_alike(batches: Sequence[Batch], weight: float) -> list[Batch]:
-    """Returns the steps with losses that are divided by this weight, instead of each by its own.
+def divided_alike(batches: Sequence[Batch]) -> list[Batch]:
+    """Returns the steps of a fit with losses that are divided by their mean weight, instead of each by its own.
 
-    Pairs that were drawn stand for all pairs only together: a step with more draws than others must count more.
+    Pairs that were drawn stand for all pairs only together: a step with more draws than others must count more. So the
+    mean over the steps of an epoch is the mean over draws, and an unbiased estimate of the mean over all pairs.
     """
+    weight = sum(map(total_weight, batches)) / len(batches)
     found = []
     for batch in batches:
         factor = total_weight(batch) / weight  # a step divides by its own weight

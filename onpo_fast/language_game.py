@@ -263,7 +263,7 @@ class LanguageGame:
 
     def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
         batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
-        return divided_alike(batches, self.fitting.batch_pairs) if self.selects else batches
+        return divided_alike(batches) if self.selects else batches
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""

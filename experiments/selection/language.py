@@ -75,8 +75,7 @@ class OneStep:
         before = self._shares(policy)
         anchor = score(policy, self.groups, self.fitting.tokens_per_microbatch)
         policy = self.policies.take(self.policies.initial, f"{self.seed}")
-        steps = plan_steps(labelled, 1, self.fitting.batch_pairs, [self.seed])
-        steps = divided_alike(steps, sum(counts) / len(self.groups))
+        steps = divided_alike(plan_steps(labelled, 1, self.fitting.batch_pairs, [self.seed]))
         fit(policy, self.groups, steps, anchor, Omd(ETA), self.fitting, lambda metrics: None, seed=[self.seed])
         moved = np.log(self._shares(policy)) - np.log(before)
         exact = ETA * OPENINGS.matrix @ before

@@ -442,6 +442,16 @@ def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
     assert columns.by_length_markdown(comparison.noisy_gaps_by_length(own), "noisy fits") in text
 
 
+def test_the_documentation_has_the_table_of_two_turns() -> None:
+    """docs/multi-turn.md, from experiments/results."""
+    runs = results.read(ROOT / "experiments" / "results" / "two_turns")
+    text = (ROOT / "docs" / "multi-turn.md").read_text(encoding="utf-8")
+    ((game, own),) = comparison.games(runs).items()
+    assert game == (recipe.TURNS, recipe.ITERATIONS)
+    assert columns.markdown(comparison.table(runs, own)) in text
+    assert f"{comparison.initial_gap(own):.2f}" in text
+
+
 def test_every_step_of_an_arm_looks_its_own_way(tmp_path: Path) -> None:
     runs = write(tmp_path, *(result(arm, 0, NEAR, eta=eta) for arm in recipe.ARMS for eta in (1.0, 2.0, 4.0)))
     groups = figures.groups(runs)

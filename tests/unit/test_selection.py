@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onpo_fast import oracles
-from onpo_fast.batches import divided_alike, plan_steps, total_weight
+from onpo_fast.batches import Batch, divided_alike, plan_steps, total_weight
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.pairing import label
@@ -40,28 +40,28 @@ def test_the_mean_over_draws_is_that_over_all_pairs(selection: str) -> None:
     assert error < 0.05
 
 
-def test_the_steps_of_a_fit_add_up_to_the_mean_over_all_pairs() -> None:
-    """Though one has more draws than another: in expectation, divided by what a step divides by."""
+@pytest.mark.parametrize(("draws", "batch_pairs"), [(6, 1), (20, 1), (20, 4), (100, 4)])
+def test_the_mean_over_the_steps_of_an_epoch_is_that_over_all_pairs(draws: int, batch_pairs: int) -> None:
+    """In expectation, with fewer draws than pairs and with more, though one step has more draws than another."""
     rng = np.random.default_rng(0)
     own = groups([6, 3, 2])
     pairs = candidates(own)
     q = rng.dirichlet(np.ones(len(pairs))) * 0.9 + 0.1 / len(pairs)
     values = dict(zip(pairs, rng.standard_normal(len(pairs))))
     P = [np.full((6, 6), 0.7)] * 3
-    sums = []
+
+    def loss(step: Batch) -> float:
+        drawn = [pair for pairs in step.values() for pair in pairs]
+        values_of = (values[(pair.group, *sorted((pair.winner, pair.loser)))] for pair in drawn)
+        summed = sum(pair.weight * pair.importance * value for pair, value in zip(drawn, values_of))
+        return summed / total_weight(step)  # as a step's loss is divided
+
+    means = []
     for seed in range(3000):
-        drawn = label(select(q, pairs, 20, np.random.default_rng(seed)), P, "soft", [1])
-        steps = divided_alike(plan_steps(drawn, 1, 1, [seed]), 20)  # a group a step
-        sums.append(
-            sum(
-                sum(p.weight * p.importance * values[(p.group, *sorted((p.winner, p.loser)))] for p in batch[g])
-                / total_weight(batch)
-                for batch in steps
-                for g in batch
-            )
-        )
-    error = np.std(sums) / len(sums) ** 0.5
-    assert abs(np.mean(sums) - np.mean(list(values.values()))) < 4 * error
+        drawn = label(select(q, pairs, draws, np.random.default_rng(seed)), P, "soft", [1])
+        means.append(np.mean([loss(step) for step in divided_alike(plan_steps(drawn, 2, batch_pairs, [seed]))]))
+    error = np.std(means) / len(means) ** 0.5
+    assert abs(np.mean(means) - np.mean(list(values.values()))) < 4 * error
     assert error < 0.05
 
 

@@ -13,6 +13,8 @@ from experiments.selection.results import ALL, Result
 from onpo_fast.errors import UserError
 from onpo_fast.selection import SELECTIONS
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_the_table_compares_with_uniform_draws_on_the_same_seeds() -> None:
     results = [Result(seed, "uniform", 100, 90, 0.2 + 0.1 * seed) for seed in range(3)]
@@ -23,6 +25,14 @@ def test_the_table_compares_with_uniform_draws_on_the_same_seeds() -> None:
         "| 100 | `dopt` | 80 | 0.250 ± 0.058 | -0.050 (-0.050 to -0.050) |",
         "| – | all pairs | 896 | 0.100 | – |",
     ]
+
+
+@pytest.mark.parametrize("game", command_line.DRAWS)
+def test_the_documentation_has_the_table_of_the_committed_results(game: str) -> None:
+    """docs/selection.md, from experiments/results."""
+    found = command_line.read(ROOT / "experiments" / "results" / "selection" / f"{game}.jsonl")
+    assert {one.seed for one in found} == set(command_line.SEEDS[game])
+    assert command_line.table(found) in (ROOT / "docs" / "selection.md").read_text(encoding="utf-8")
 
 
 def test_results_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
