@@ -26,6 +26,7 @@ from torch import Tensor
 from . import best_of_nash, oracles, stages
 from . import config as configuration
 from .best_of_nash import BestOfNash
+from .comparisons import ENVIRONMENT
 from .config import Config, FitConfig, ModelConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
@@ -71,7 +72,6 @@ OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracl
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
-ENVIRONMENT_STREAM = 9  # the last of them, for the environment
 BEST_OF_NASH_STREAM = 8  # responses that best of Nash chooses from: other draws than those it is compared with
 
 
@@ -194,6 +194,7 @@ class Evaluator:
             "prompts": len(prompts),
             "samples_per_prompt": self.run_config.eval_samples,
             "oracle": self.oracle_name,
+            **({} if self.environment is None else {"environment": self.environment.name, "turns": self.turns}),
             "confidence": CONFIDENCE,
             "win_rate": wins.mean(0).tolist(),
             "interval": _intervals(wins).tolist(),
@@ -272,9 +273,11 @@ class Evaluator:
             return reply_to(self.environment, line, of_line, self.policies(source).renderer, room)
 
         folder, key = f"{PARTS}/{output}", (self.weights, self.environment.files)
-        return converse(
-            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT_STREAM], key
+        conversations, spoken, cost = converse(
+            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT], key
         )
+        self.cost.update(cost)
+        return conversations, spoken
 
     def _sample(
         self,

@@ -78,6 +78,7 @@ class _FitLog:
 class LanguageGame:
     """The ``algorithms.Game`` of a run on a language model; a policy is a folder, a Hugging Face id or "smollm2"."""
 
+    one_response = "response"  # what metrics count the tokens of, in words
     judges_beside = True  # whether an oracle that computes elsewhere judges while the policy samples
 
     def __init__(
@@ -133,7 +134,7 @@ class LanguageGame:
         )
         say(
             f"iteration {self.t}: {losses} (normalised){divergences}, "
-            f"{metrics['response_tokens_mean']:.0f} tokens a response, {total:.0f} s"
+            f"{metrics['response_tokens_mean']:.0f} tokens a {self.one_response}, {total:.0f} s"
         )
         cache.mark_done(folder, {}, file=False)
 

@@ -109,7 +109,9 @@ def pairing_metrics(
 ) -> dict[str, object]:
     """What metrics.jsonl says of pairing; ``identical`` is the number of pairs that were dropped."""
     labels = torch.tensor([one.preference for one in pairs], dtype=torch.float64)
-    untrained = objective.loss(torch.zeros_like(labels), labels).mean() / objective.normaliser  # all margins 0
+    weights = torch.tensor([one.weight * one.importance for one in pairs], dtype=torch.float64)
+    losses = objective.loss(torch.zeros_like(labels), labels)  # all margins 0
+    untrained = (weights * losses).sum() / weights.sum() / objective.normaliser
     return {
         "untrained_loss": float(untrained),
         "pairs": len(pairs),

@@ -83,6 +83,11 @@ class Config(
                 f"--environment: --objective {self.objective} is for one turn; with several there are "
                 f"{', '.join(name for name, one in algorithms.ALGORITHMS.items() if one.takes_turns)}"
             )
+        if self.has_turns and self.oracle == "openings":
+            raise UserError(
+                "--oracle openings reads the first words of a conversation, which later turns do not change, so that "
+                "nothing would be learned at them: give --environment another oracle (docs/multi-turn.md)"
+            )
         if self.has_turns and self.select is not None:
             raise UserError("--select is for one turn: leave it or --environment out")
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():

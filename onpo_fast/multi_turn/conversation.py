@@ -32,8 +32,8 @@ class Transcript(str):
 
 
 PROBES = tuple(  # two conversations that differ, also in length
-    Transcript([{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}, *last])
-    for last in ([{"role": "assistant", "content": "I think so."}], [])
+    Transcript([{"role": "assistant", "content": "Yes."}, *more])
+    for more in ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "I think so."}], [])
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..data import Group, Messages
@@ -27,7 +28,7 @@ def converse(
     output: str,
     seed: Sequence[int],
     config_key: object,
-) -> tuple[list[Group], list[Group]]:
+) -> tuple[list[Group], list[Group], Counter[str]]:
     """Plays ``count`` conversations from each prompt.
 
     Args:
@@ -40,10 +41,11 @@ def converse(
         config_key: what replies depend on beside conversations and the run's own key.
 
     Returns:
-        The conversations as responses to each prompt, for the oracle; and the policy's turns, each with what came
-        before it as its prompt.
+        The conversations as responses to each prompt, for the oracle; the policy's turns, each with what came before it
+        as its prompt; and the seconds that the environment took.
     """
     spoken: list[Group] = []
+    cost: Counter[str] = Counter()
 
     def act(states: Sequence[Messages], responses: int, turn: int, learning: bool) -> list[Group]:
         last, ending = ((), "") if turn == 1 else ((turn,), f"_turn_{turn}")
@@ -55,7 +57,7 @@ def converse(
         def compute(part: Sequence[Conversation], first: int) -> list[dict | None]:
             return [answer(line, [*seed, turn, index]) for index, line in enumerate(part, first)]
 
-        replies, _ = cache.in_parts(
+        replies, spent = cache.in_parts(
             f"{output}_replies_{turn}",
             lines,
             files.REPLIES_AT_A_TIME,
@@ -67,7 +69,8 @@ def converse(
             config_key,
             shared=False,
         )
+        cost.update(spent)
         return replies
 
     lines = play(prompts, turns, count, act, answers)
-    return [files.as_group(own) for own in lines], spoken
+    return [files.as_group(own) for own in lines], spoken, cost

@@ -26,6 +26,7 @@ class ConversationGame(LanguageGame):
     so far is the prompt, and the loss is over the tokens of the turn alone.
     """
 
+    one_response = "first turn"
     judges_beside = False  # conversations are judged when they have ended
 
     def compare(self, policy: Source | Mixture, opponent: Source | None = None) -> Comparisons:

@@ -65,16 +65,18 @@ def grow(prompts: Sequence[Messages], turns: int, branches: int, act: Act, answe
         act: samples responses of the policy.
         answer: asks the environment.
     """
-    trees = [Tree([]) for _ in prompts]
+    trees: list[Tree] = []
     for turn in range(1, turns + 1):
         waiting = [[i for i, line in enumerate(tree.lines) if not line.ended] for tree in trees]
         if turn == 1:
-            learning = dict(enumerate(Conversation(prompt) for prompt in prompts))
+            groups = act(prompts, branches, turn, True)
+            trees = [Tree([]) for _ in groups]
+            learning = {p: Conversation(group.prompt) for p, group in enumerate(groups)}  # as they were sampled
         else:
             learning = {p: tree.lines[0] for p, tree in enumerate(trees) if not tree.lines[0].ended}
-        groups = act([line.state for line in learning.values()], branches, turn, True) if learning else []
+            groups = act([line.state for line in learning.values()], branches, turn, True) if learning else []
         spoken = []
-        for (p, line), group in zip(learning.items(), groups):
+        for (p, line), group in zip(learning.items(), groups, strict=True):
             tree, said = trees[p], [line.said(response) for response in group.responses]
             new = range(len(tree.lines), len(tree.lines) + branches - min(turn, 2) + 1)
             lines = list(new) if turn == 1 else [0, *new]
@@ -84,12 +86,12 @@ def grow(prompts: Sequence[Messages], turns: int, branches: int, act: Act, answe
             spoken += [(p, i) for i in lines]
         others = [(p, i) for p, own in enumerate(waiting) for i in own if i != 0]
         states = [trees[p].lines[i].state for p, i in others]
-        for (p, i), group in zip(others, act(states, 1, turn, False) if others else []):
+        for (p, i), group in zip(others, act(states, 1, turn, False) if others else [], strict=True):
             trees[p].lines[i] = trees[p].lines[i].said(group.responses[0])
         spoken += others
-        if turn < turns:
+        if turn < turns and spoken:
             replies = answer([trees[p].lines[i] for p, i in spoken], turn)
-            for (p, i), reply in zip(spoken, replies):
+            for (p, i), reply in zip(spoken, replies, strict=True):
                 trees[p].lines[i] = trees[p].lines[i].answered(reply)
     return trees
 
@@ -129,9 +131,9 @@ def play(prompts: Sequence[Messages], turns: int, count: int, act: Act, answer: 
         else:
             groups = act([lines[p][i].state for p, i in going], 1, turn, False) if going else []
             said = [group.responses[0] for group in groups]
-        for (p, i), response in zip(going, said):
+        for (p, i), response in zip(going, said, strict=True):
             lines[p][i] = lines[p][i].said(response)
-        if turn < turns:
-            for (p, i), reply in zip(going, answer([lines[p][i] for p, i in going], turn)):
+        if turn < turns and going:
+            for (p, i), reply in zip(going, answer([lines[p][i] for p, i in going], turn), strict=True):
                 lines[p][i] = lines[p][i].answered(reply)
     return lines

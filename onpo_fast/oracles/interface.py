@@ -120,9 +120,9 @@ def judge_texts(
 ) -> list[np.ndarray]:
     """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
-        if pairs is not None and (compare := getattr(oracle, "compare", None)):
+        if pairs is not None and compares_pairs(oracle):
             return _judge_together(
-                lambda asked, done: compare(asked, pairs, done), questions, title, progress, first, pairs
+                lambda asked, done: oracle.compare(asked, pairs, done), questions, title, progress, first, pairs
             )
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
@@ -160,7 +160,7 @@ def _judge_together(
 
 def copy_question(prompt: Messages, texts: list[str]) -> PromptAndResponses:
     """Copies a question for the oracle, which may change its arguments."""
-    return copy.deepcopy(prompt), list(texts)
+    return copy.deepcopy(prompt), copy.deepcopy(list(texts))  # of conversations, with their messages
 
 
 def describe_prompt(index: int, prompt: Messages) -> str:
@@ -309,8 +309,9 @@ def keeps_files(oracle: Oracle) -> bool:
 
 
 def compares_pairs(oracle: Oracle) -> bool:
-    """Returns whether the oracle can be asked about some pairs of a group alone."""
-    return callable(getattr(oracle, "compare", None))
+    """Returns whether the oracle can be asked about some pairs of a group alone: it has a ``compare`` of its own."""
+    compare = getattr(oracle, "compare", None)
+    return callable(compare) and getattr(compare, "__func__", None) is not BatchOracle.compare
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:

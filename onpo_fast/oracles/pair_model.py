@@ -78,12 +78,12 @@ class PairModel(ModelOracle):
         progress: Progress = lambda n: None,
     ) -> list[np.ndarray]:
         unique = [drop_duplicates(texts) for _, texts in groups]
-        for g, (prompt, _) in enumerate(groups):  # finds most questions that are too long before hours of work
-            longest = sorted(unique[g][0], key=len)[-2:]
-            if len(longest) == 2:
-                self.tokens(prompt, *longest, describe_prompt(g, prompt))
-        shown_first = [np.full((len(texts), len(texts)), 0.5) for texts, _ in unique]
         asked = [list(questions_of(own, *one)) for own, one in zip(pairs or [None] * len(groups), unique)]
+        for g, (prompt, _) in enumerate(groups):  # finds most questions that are too long before hours of work
+            texts = unique[g][0]
+            if longest := max(asked[g], key=lambda pair: sum(len(texts[i]) for i in pair), default=None):
+                self.tokens(prompt, *(texts[i] for i in longest), describe_prompt(g, prompt))
+        shown_first = [np.full((len(texts), len(texts)), 0.5) for texts, _ in unique]
         count = GroupProgress(progress, len(groups), sum(map(len, asked)))
 
         def questions() -> Iterator[tuple[tuple[int, int, int], list[int]]]:

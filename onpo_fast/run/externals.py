@@ -67,8 +67,13 @@ def check_environment(directory: Path, config: Config) -> CheckedEnvironment | N
     environment = load_environment(config)
     if environment is None:
         return None
-    before = Journal(directory).note("environment")
-    if changed := changes(environment.files if before is None else before, environment.files):
+    journal = Journal(directory)
+    began = (journal.note("options") or {}).get("environment")
+    before = journal.note("environment") if began == environment.name else None
+    if began != environment.name:
+        before_it = f"with --environment {began}" if began else "without an environment"
+        say(f"{directory} began {before_it}. The evaluation is with --environment {environment.name}")
+    elif changed := changes(environment.files if before is None else before, environment.files):
         say(
             f"--environment {environment.name} is not what {directory} began with: {', '.join(changed)} changed. The "
             "evaluation is with the environment as it is now"

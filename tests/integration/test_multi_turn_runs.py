@@ -195,6 +195,30 @@ def test_an_evaluation_with_another_environment(conversing: Config, tmp_path: Pa
     assert all(text.startswith("What of") for text in texts)
 
 
+def test_conversations_that_all_end_at_their_first_turn(conversing: Config, tmp_path: Path) -> None:
+    """Also with more turns to come; the evaluation names another environment, and says so."""
+    (tmp_path / "short_partner.py").write_text("def leaves(messages, seed):\n    return None\n")
+    config = replace(conversing, environment="short_partner:leaves", iterations=1)
+    result = module.train(config)
+    assert (result["environment"], result["turns"]) == ("short_partner:leaves", TURNS)
+    rows = list(read_jsonl(Path(config.out, "iteration_01", "conversations.jsonl")))
+    assert all(len(messages) == 1 for row in rows for messages in row["conversations"])
+
+
+@pytest.mark.long
+def test_an_evaluation_with_an_environment_of_another_name(conversing: Config, capsys) -> None:
+    module.train(replace(conversing, iterations=1))
+    evaluate_command([conversing.out, "--trust_run", "--environment", "word-game"])
+    said = capsys.readouterr()
+    words = " ".join((said.out + said.err).split())
+    assert "began with --environment own_partner:partner. The evaluation is with --environment word-game" in words
+    evaluation = json.loads(Path(conversing.out, "evaluation.json").read_text())
+    assert (evaluation["environment"], evaluation["turns"]) == ("word-game", TURNS)
+    card = Path(conversing.out, "iteration_01", "policy", "README.md").read_text()
+    assert "environment: own_partner:partner" in card
+    assert "the policy converses with an environment" in card
+
+
 def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Config) -> None:
     one = replace(conversing, turns=1, iterations=1)
     plain = replace(conversing, environment=None, turns=3, iterations=1, out=f"{conversing.out}-plain")
@@ -212,6 +236,7 @@ def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Confi
         ({"turns": 0}, "--turns"),
         ({"environment_timeout": 0}, "--environment_timeout"),
         ({"multi_turn_target": "both"}, "--multi_turn_target"),
+        ({"oracle": "openings"}, "--oracle openings reads the first words"),
         ({"environment": None, "turns": 5}, "--turns is for conversations"),
         ({"environment": None, "multi_turn_target": "branches"}, "--multi_turn_target is for conversations"),
         ({"environment": "no_such:partner", "turns": 1}, "--environment no_such:partner"),

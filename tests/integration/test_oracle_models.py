@@ -135,12 +135,14 @@ def test_chosen_pairs_alone_are_asked_about(pair_model: PairModel, matrices, mon
     pairs = [[(0, 3), (1, 2)], []]
     found = pair_model.compare(GROUPS, pairs)
     assert len(questions) == 2 * 2
+    longer = [(PROMPT, [*TEXTS, "word " * 5000])]  # a text that nobody asks about
+    assert pair_model.compare(longer, pairs[:1])[0].shape == (5, 5)
     assert [found[0][pair] for pair in pairs[0]] == pytest.approx([matrices[0][pair] for pair in pairs[0]], abs=1e-5)
     panel = oracles.Panel([(1.0, "model", pair_model), (3.0, "half", lambda prompt, responses: [[0.5] * 4] * 4)])
     (mean,) = oracles.judge(
         panel, [Group(PROMPT, [1], [Response(text, [1], "eos", -1.0) for text in TEXTS])], "the panel", pairs=pairs[:1]
     )
-    assert len(questions) == 2 * 4
+    assert len(questions) == 2 * 6
     for i, j in pairs[0]:
         assert mean[i, j] - 0.5 == pytest.approx((matrices[0][i, j] - 0.5) / 4, abs=1e-5)
 

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
+from onpo_fast import oracles
 from onpo_fast.conversations import Prompt
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
@@ -15,7 +16,7 @@ from onpo_fast.games import multiturn
 from onpo_fast.games.solution import rewards
 from onpo_fast.multi_turn import environment, partners
 from onpo_fast.multi_turn.conversation import Conversation, Transcript
-from onpo_fast.multi_turn.tree import comparisons, grow, labels
+from onpo_fast.multi_turn.tree import comparisons, grow, labels, play
 
 PROMPT = [{"role": "user", "content": "Hi"}]
 
@@ -42,6 +43,35 @@ def final(transcript: Transcript) -> int:
     """The index of a final state."""
     said = [message["content"] for message in transcript.messages if message["role"] == "assistant"]
     return int("".join(str("ab".index(word)) for word in said), 2)
+
+
+def test_a_tree_has_the_prompts_that_were_sampled_and_nobody_is_asked_after_the_end() -> None:
+    other = [{"role": "user", "content": "Hello"}]
+    asked = []
+
+    def act(states, count: int, turn: int, learning: bool) -> list[Group]:
+        return [Group(other, [1], [Response("a", [1], "eos", 0.0)] * count)]  # which a file had
+
+    def answer(lines, turn: int) -> list[None]:
+        asked.append(turn)
+        return [None] * len(lines)
+
+    (tree,) = grow([PROMPT, PROMPT], 4, 3, act, answer)
+    assert all(line.prompt == other for line in tree.lines)
+    assert [state.turn for state in tree.states] == asked == [1]
+    assert play([PROMPT], 4, 2, act, answer)
+    assert asked == [1, 1]
+
+
+def test_an_oracle_may_change_the_messages_that_it_is_given() -> None:
+    def careless(prompt, responses):
+        for response in responses:
+            response.messages.clear()
+        return np.full((2, 2), 0.5)
+
+    texts = [Transcript([{"role": "assistant", "content": word}]) for word in "ab"]
+    oracles.judge(careless, [Group(PROMPT, [1], [Response(text, [1], "eos", 0.0) for text in texts])], "mine")
+    assert [text.messages[0]["content"] for text in texts] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("target", "biased"), [("unbiased", False), ("branches", True)])
