@@ -152,7 +152,7 @@ OTHER_COMMANDS = {
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
-    "experiment": "arms seeds tune minutes page results best_response",
+    "experiment": "arms seeds tune minutes page results best_response table",
     "bench": "kills errors only budget benchmark-only samplers tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",

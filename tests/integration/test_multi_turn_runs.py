@@ -65,6 +65,8 @@ def conversing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_partner.py").write_text(OWN)
     (tmp_path / "own_oracle.py").write_text(ORACLE)
+    for name in ("own_partner", "own_oracle"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of another test's folder
     config = small_run(work, "unused")
     return replace(
         config, out=str(tmp_path / "run"), environment="own_partner:partner", oracle="own_oracle:by_bytes", turns=TURNS
@@ -251,7 +253,7 @@ def test_options_that_do_not_fit(conversing: Config, options: dict, words: str) 
 def test_an_environment_that_changed(conversing: Config, tmp_path: Path) -> None:
     module.train(replace(conversing, iterations=1))
     (tmp_path / "own_partner.py").write_text(OWN + "\n# another version\n")
-    with pytest.raises(UserError, match=r"--environment own_partner:partner is not what .* began with"):
+    with pytest.raises(UserError, match=r"is not what .* began with: own_partner.py"):
         module.train(replace(conversing, iterations=1), resume=True)
 
 

@@ -103,7 +103,7 @@ def test_the_judge_is_asked_about_the_selected_pairs_alone(selecting: Config) ->
     few = requests(config)
     pairs = [len(list(read_jsonl(Path(config.out, f"iteration_{t:02d}", "selected.jsonl")))) for t in (1, 2)]
     assert few == 2 * sum(pairs)
-    every = requests(replace(config, select=None, out=f"{config.out}-all"))
+    every = requests(replace(config, select=None, selection="uniform", out=f"{config.out}-all"))
     groups = [read_groups(Path(f"{config.out}-all", f"iteration_{t:02d}", "responses.jsonl")) for t in (1, 2)]
     assert every <= 2 * sum(len(candidates(one)) for one in groups)
     assert few < every
