@@ -5,8 +5,8 @@
 A small random model with a real tokenizer is trained once undisturbed, then many times with disturbances, each followed
 by a resume:
 
-- kill -9 at random times of a whole run, of the evaluation, and of judging by a chat server in another process, whose
-  answers depend on the question alone;
+- kill -9 at random times of a whole run, of the evaluation, of runs with conversations and with selected pairs, and of
+  judging by a chat server in another process, whose answers depend on the question alone;
 - a file-system error (full disk or broken disk) in one of the calls that rename, flush or open a file for writing;
 - a limit on the size of files, and a disk that is too small;
 - a damaged file in a finished run.
@@ -71,8 +71,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--kills",
         type=int,
         default=40,
-        help="Number of kills: half during a whole run, a quarter during evaluation, a quarter during judging by "
-        "a chat server (default: %(default)s).",
+        help="Number of kills, shared out among a whole run, the evaluation, judging by a chat server, "
+        "conversations of two turns, and selected pairs (default: %(default)s).",
     )
     parser.add_argument(
         "--errors",
@@ -94,9 +94,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         test = CrashTest(Path(work), options.tokenizer)
-        failures = test.kill(options.kills // 2, options.seed)
-        failures += test.kill_in_the_evaluation(options.kills // 4, options.seed)
-        failures += test.kill_while_judging(options.kills - options.kills // 2 - options.kills // 4, options.seed)
+        kinds = (
+            test.kill,
+            test.kill_in_the_evaluation,
+            test.kill_while_judging,
+            test.kill_between_turns,
+            test.kill_selecting,
+        )
+        failures = []
+        for index, kill in enumerate(kinds):
+            failures += kill((options.kills + len(kinds) - 1 - index) // len(kinds), options.seed)
         failures += test.kill_after_a_fit() + test.damage() + test.damage_checkpoint()
         failures += test.fail(options.errors, options.seed) + test.limit() + test.fill()
     print("\n".join(failures) or "every run ended with the same bits")
@@ -230,16 +237,28 @@ class CrashTest:
 
     def kill_while_judging(self, kills: int, seed: int = 0) -> list[str]:
         """Kills runs whose oracle is a chat server, which takes most of their time."""
-        if not kills:
-            return []
         with judge_server() as url:
             options = {"oracle": "judge", "judge_url": url, "judge_model": "hash", "judge_concurrency": 2}
-            whole = replace(small_config(self.work, "judged"), **options)
-            begin = time.monotonic()
-            assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
-            seconds = time.monotonic() - begin
-            print(f"undisturbed, with a judge: {seconds:.1f} s", flush=True)
-            return self._kill(kills, seed, "judged", seconds, run_contents(Path(whole.out)), **options)
+            return self._kill_others(kills, seed, "judged", **options)
+
+    def kill_between_turns(self, kills: int, seed: int = 0) -> list[str]:
+        """Kills runs whose responses are conversations of two turns."""
+        return self._kill_others(kills, seed, "conversations", environment="partner", turns=2)
+
+    def kill_selecting(self, kills: int, seed: int = 0) -> list[str]:
+        """Kills runs that ask the oracle about some pairs, for which they compute features of the responses."""
+        return self._kill_others(kills, seed, "selected", select=4, selection="variance")
+
+    def _kill_others(self, kills: int, seed: int, title: str, **options) -> list[str]:
+        """Kills whole runs with other options at random times, and compares them with one that is undisturbed."""
+        if not kills:
+            return []
+        whole = replace(small_config(self.work, title), **options)
+        begin = time.monotonic()
+        assert finish(self.start(whole, resume=False)) == 0, self.log(whole)
+        seconds = time.monotonic() - begin
+        print(f"undisturbed, {title}: {seconds:.1f} s", flush=True)
+        return self._kill(kills, seed, title, seconds, run_contents(Path(whole.out)), **options)
 
     def fail(self, errors: int, seed: int = 0) -> list[str]:
         """Makes one file-system call of a run fail, then resumes the run."""

@@ -1,15 +1,17 @@
 """python -m experiments NAME [--help]
 
 cyclic-lm   play a cyclic preference between openings of stories with a language model; measure its exact duality gap
+selection   fit steps to the labels of selected pairs; measure their error
 """
 
 from __future__ import annotations
 
 from onpo_fast.errors import UserError, command, nearest
 
-from .cyclic_lm import command_line
+from .cyclic_lm import command_line as cyclic_lm
+from .selection import command_line as selection
 
-EXPERIMENTS = {"cyclic-lm": command_line.run}
+EXPERIMENTS = {"cyclic-lm": cyclic_lm.run, "selection": selection.run}
 
 
 @command

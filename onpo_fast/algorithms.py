@@ -199,6 +199,15 @@ class Algorithm:
         return self.play in (regularised, nash_md, egpo)
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether it can learn from conversations of several turns.
+
+        Its fits must have the target of ``multi_turn.tree.labels``, whose squared loss sees the mean alone, and its
+        comparisons be those of one policy with itself.
+        """
+        return self.objective in (Onpo, Omd, Inpo, Ipo) and self.play not in (nash_md, egpo)
+
+    @property
     def samples_mixture(self) -> bool:
         """Whether responses are sampled from such a mixture."""
         return self.play is nash_md

@@ -51,8 +51,27 @@ def count(batch: Batch) -> int:
 
 
 def total_weight(batch: Batch) -> float:
-    """Returns the sum of the pairs' weights."""
+    """Returns the sum of the pairs' weights, by which the loss of a step is divided."""
     return sum(pair.weight for pairs in batch.values() for pair in pairs)
+
+
+def total_importance(batch: Batch) -> float:
+    """Returns the sum of what the pairs' losses count, each by its weight."""
+    return sum(pair.weight * pair.importance for pairs in batch.values() for pair in pairs)
+
+
+def divided_alike(batches: Sequence[Batch]) -> list[Batch]:
+    """Returns the steps of a fit with losses that are divided by their mean weight, instead of each by its own.
+
+    Pairs that were drawn stand for all pairs only together: a step with more draws than others must count more. So the
+    mean over the steps of an epoch is the mean over draws, and an unbiased estimate of the mean over all pairs.
+    """
+    weight = sum(map(total_weight, batches)) / len(batches)
+    found = []
+    for batch in batches:
+        factor = total_weight(batch) / weight  # a step divides by its own weight
+        found.append({g: [replace(one, importance=one.importance * factor) for one in own] for g, own in batch.items()})
+    return found
 
 
 def split(
@@ -125,7 +144,7 @@ class MicroBatch:
                 loser = empty[pair.winner] if pair.loser is None else index[pair.loser]
                 pairs.append((index[pair.winner], loser))
             labels += [pair.preference for pair in own_pairs]
-            weights += [pair.weight for pair in own_pairs]
+            weights += [pair.weight * pair.importance for pair in own_pairs]
         packed = replace(packed, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
         cached = None
         if anchor_logps is not None:

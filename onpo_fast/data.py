@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Pair:
     winner: int  # index of the response in its group
     loser: int | None  # None: an empty response, whose log-prob is 0 (SPPO)
     preference: float  # the label P(winner ≻ loser): a probability, or 1 for a sampled label
-    weight: float = 1.0  # in the mean over pairs; 1 in every run, so that files do not have it
+    weight: float = 1.0  # in the mean over pairs
+    importance: float = 1.0  # what its loss counts; the mean is over the weights alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +380,10 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
         (preference,) = _list([record["preference"]], (int, float))
         if min(numbers) < 0 or not 0 <= preference <= 1:
             raise ValueError
-        one = Pair(numbers[0], numbers[1], numbers[2] if has_loser else None, preference)
+        extra = _list([record.get("weight", 1.0), record.get("importance", 1.0)], (int, float))
+        if not all(0 < value < math.inf for value in extra):
+            raise ValueError
+        one = Pair(numbers[0], numbers[1], numbers[2] if has_loser else None, preference, *extra)
         if one.winner == one.loser:
             raise _Misfit("it compares a response with itself")
         if groups is not None and one.group >= len(groups):
@@ -393,8 +398,8 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:
     """Writes pairs with ``prompt``, ``chosen``, ``rejected`` and any ``tools``, as TRL and datasets read them.
 
-    The indices of group and responses and the label are kept beside them. A pair without a loser has the loser null,
-    and an empty text as ``rejected``.
+    The indices of group and responses and the label are kept beside them, and weight and importance if they are not 1.
+    A pair without a loser has the loser null, and an empty text as ``rejected``.
     """
 
     def answer(group: Group, index: int | None) -> Messages:
@@ -411,6 +416,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> N
                 "winner": pair.winner,
                 "loser": pair.loser,
                 "preference": pair.preference,
+                **{name: value for name in ("weight", "importance") if (value := getattr(pair, name)) != 1},
             }
             for pair in pairs
         ),

@@ -26,7 +26,8 @@ from torch import Tensor
 from . import best_of_nash, oracles, stages
 from . import config as configuration
 from .best_of_nash import BestOfNash
-from .config import Config, FitConfig, ModelConfig, OracleConfig, RunConfig, SamplingConfig
+from .comparisons import ENVIRONMENT
+from .config import Config, FitConfig, ModelConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
     Group,
@@ -45,13 +46,17 @@ from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, re
 from .models.device import device_of
 from .models.policy import kl_estimate
 from .models.resident import ResidentPolicy, Source
+from .multi_turn.conversation import Conversation, Transcript
+from .multi_turn.environment import CheckedEnvironment
+from .multi_turn.evaluation import converse
+from .multi_turn.replies import reply_to
 from .report import is_evaluation
 from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
-from .run.fingerprint import changes
+from .run.externals import check_environment, check_oracle, load_environment, load_oracle
 from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import check_sampler, config_key, load_oracle
+from .run.opening import check_sampler, config_key
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, console, progress, say
@@ -59,10 +64,11 @@ from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampl
 
 CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
-OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, the program that samples
+OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, what samples or answers elsewhere
     option.name
     for option in fields(Config)
-    if option.name in ("sampler", *ASKS) or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
+    if option.name in ("sampler", "environment_timeout", *ASKS)
+    or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
 EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
@@ -77,6 +83,7 @@ def evaluate(
     oracle: oracles.Oracle | None = None,
     oracle_files: dict[str, str] | None = None,
     candidates_per_prompt: int | None = None,
+    environment: CheckedEnvironment | None = None,
 ) -> dict:
     """Samples from every policy of a finished or unfinished run, judges all responses and returns the evaluation.
 
@@ -88,6 +95,7 @@ def evaluate(
         oracle: the run's oracle; by default it is loaded.
         oracle_files: ``oracles.fingerprint`` of the oracle; by default its files are read.
         candidates_per_prompt: also evaluates best of Nash over this many responses of π_1.
+        environment: the run's environment, if it has one; by default it is loaded.
 
     Raises:
         UserError: if the run has no finished iteration, or ``candidates_per_prompt`` is below 2.
@@ -111,6 +119,8 @@ def evaluate(
         config.section(FitConfig),
         config.section(RunConfig),
         candidates_per_prompt=candidates_per_prompt,
+        environment=environment or load_environment(config),
+        turns=config.turns,
     )
     return evaluator.evaluate(policies, read_prompts(directory / HELD_OUT))
 
@@ -121,6 +131,8 @@ class Evaluator:
 
     Attributes:
         candidates_per_prompt: number of responses of π_1 that best of Nash chooses from; None: it is left out.
+        environment: what answers the policies, so that a response is a conversation; None: they speak once.
+        turns: the most turns of a policy in a conversation.
         cost: seconds and what the oracle counted, also in processes before this one.
     """
 
@@ -134,6 +146,8 @@ class Evaluator:
     run_config: RunConfig
     truncation: TruncationWarning = field(default_factory=TruncationWarning)
     candidates_per_prompt: int | None = None
+    environment: CheckedEnvironment | None = None
+    turns: int = 1
     cost: Counter[str] = field(default_factory=Counter)
 
     def evaluate_once(self, policies: dict[str, Source], prompts: Sequence[Messages]) -> dict:
@@ -169,9 +183,9 @@ class Evaluator:
         """
         names = list(policies)
         self.weights = self.cache.world.from_main(self._checksums, policies)
-        samples, candidates = self._sample_all(policies, prompts)
+        samples, candidates, spoken = self._sample_all(policies, prompts)
         # π_1's log-probs last, when the other models are gone
-        kl = [0.0, *self._divergences(policies[names[0]], list(samples.values())[1:])]
+        kl = [0.0, *self._divergences(policies[names[0]], spoken[1:], len(prompts))]
         matrices = self._judge(samples, candidates, prompts)
         own = len(names) * self.run_config.eval_samples  # responses of the policies
         wins = np.stack([_blocks(matrix[:own, :own], len(names)) for matrix in matrices])  # (prompts, M, M), M policies
@@ -180,6 +194,7 @@ class Evaluator:
             "prompts": len(prompts),
             "samples_per_prompt": self.run_config.eval_samples,
             "oracle": self.oracle_name,
+            **({} if self.environment is None else {"environment": self.environment.name, "turns": self.turns}),
             "confidence": CONFIDENCE,
             "win_rate": wins.mean(0).tolist(),
             "interval": _intervals(wins).tolist(),
@@ -226,17 +241,43 @@ class Evaluator:
 
     def _sample_all(
         self, policies: dict[str, Source], prompts: Sequence[Messages]
-    ) -> tuple[dict[str, list[Group]], list[Group] | None]:
-        """The responses of every policy, and those of π_1 that best of Nash chooses from, if it is wanted."""
+    ) -> tuple[dict[str, list[Group]], list[Group] | None, list[list[Group]]]:
+        """The responses of every policy, and those of π_1 that best of Nash chooses from, if it is wanted.
+
+        The third is what every policy has said: its responses, or the turns of its conversations.
+        """
         samples: dict[str, list[Group]] = {}
-        candidates = None
+        candidates, spoken = None, []
         for index, (name, source) in enumerate(policies.items()):
             count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
-            samples[name] = self._sample(name, source, prompts, count, seed, f"responses_{index:02d}")
+            samples[name], turns = self._respond(name, source, prompts, count, seed, f"responses_{index:02d}")
+            spoken.append(turns)
             if index == 0 and self.candidates_per_prompt is not None:  # now, while π_1 is in memory
                 count, seed = self.candidates_per_prompt, [self.run_config.seed, BEST_OF_NASH_STREAM]
-                candidates = self._sample(name, source, prompts, count, seed, f"best_of_nash_{count}")
-        return samples, candidates
+                candidates, _ = self._respond(name, source, prompts, count, seed, f"best_of_nash_{count}")
+        return samples, candidates, spoken
+
+    def _respond(
+        self, name: str, source: Source, prompts: Sequence[Messages], count: int, seed: list[int], output: str
+    ) -> tuple[list[Group], list[Group]]:
+        """``count`` responses of a policy to each prompt, which are conversations with --environment; and its turns."""
+        if self.environment is None:
+            groups = self._sample(name, source, prompts, count, seed, output)
+            return groups, groups
+
+        def sample(states: Sequence[Messages], number: int, last: Sequence[int], ending: str) -> list[Group]:
+            return self._sample(name, source, states, number, [*seed, *last], f"{output}{ending}")
+
+        def answer(line: Conversation, of_line: Sequence[int]) -> dict | None:
+            room = self.sampling.max_new_tokens
+            return reply_to(self.environment, line, of_line, self.policies(source).renderer, room)
+
+        folder, key = f"{PARTS}/{output}", (self.weights, self.environment.files)
+        conversations, spoken, cost = converse(
+            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT], key
+        )
+        self.cost.update(cost)
+        return conversations, spoken
 
     def _sample(
         self,
@@ -277,10 +318,10 @@ class Evaluator:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
         return groups
 
-    def _divergences(self, initial: Source, samples: Sequence[list[Group]]) -> list[float]:
-        """KL(π ‖ π_1) in nats, estimated on the responses of each later policy π."""
+    def _divergences(self, initial: Source, spoken: Sequence[list[Group]], prompts: int) -> list[float]:
+        """KL(π ‖ π_1) in nats a response or conversation, estimated on what each later policy π has said."""
         divergences = []
-        for index, groups in enumerate(samples, 1):
+        for index, groups in enumerate(spoken, 1):
 
             def compute(part: Sequence[Group], first: int, index: int = index) -> list[Tensor]:
                 policy = self.policies(initial)
@@ -300,7 +341,8 @@ class Evaluator:
                     "evaluate",
                     self.weights,
                 )
-            divergences.append(kl_estimate(groups, scores))
+            turns = sum(len(group.responses) for group in groups) / (prompts * self.run_config.eval_samples)
+            divergences.append(kl_estimate(groups, scores) * turns)
             self.cost.update(cost)
         return divergences
 
@@ -403,26 +445,10 @@ def _response_records(
     last = (len(samples) - 1) * eval_samples
     for p, (prompt, matrix) in enumerate(zip(prompts, matrices)):
         texts = {name: [r.text for r in groups[p].responses] for name, groups in samples.items()}
-        yield {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
-
-
-def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[str, str]]:
-    """Tries the oracle before anything is sampled; returns it and its fingerprint.
-
-    Says so if it is not the oracle that the run was judged by. That is no error: all win rates are those of the
-    oracle as it is now.
-    """
-    oracle = load_oracle(config, directory)
-    now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
-    if changed := changes(Journal(directory).note("oracle") or now, now):
-        say(
-            f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
-            "changed. The evaluation is under the oracle as it is now"
-        )
-    kinds = list(oracles.shortest_by_kind(read_prompts(directory / HELD_OUT)).values())
-    oracles.probe(oracle, config.oracle, kinds, in_directory=False)
-    oracles.probe(oracle, config.oracle, [min(kinds, key=oracles.length)], in_directory=True)
-    return oracle, now
+        record = {**columns_of(prompt), "responses": texts, "preference": float(matrix[last, 0])}
+        if isinstance(texts["π_1"][0], Transcript):
+            record["conversations"] = {name: [text.messages for text in own] for name, own in texts.items()}
+        yield record
 
 
 @command
@@ -451,12 +477,15 @@ def main(argv: list[str]) -> None:
     check_sampler(config)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)
+        spoken_to = check_environment(directory, config)
         journal = Journal(directory)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         journal.before_record += [lock.check, tracker.sync]
         tracker.begin(EVALUATION, keep=lambda record: True)  # the judge was asked then too
         try:
-            result = evaluate(directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash)
+            result = evaluate(
+                directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash, spoken_to
+            )
             console.print(win_rate_table(result))
             say(summary(result))
             if "best_of_nash" in result:

@@ -6,7 +6,9 @@
     python -m onpo_fast.export DIR --push_to_hub ORG/NAME          # the last policy, with its model card
 
 The pairs are a directory for ``datasets.load_from_disk``, with the columns that TRL's trainers read, as lists of
-messages, and with ``preference`` (the label), ``iteration`` and ``group`` (the prompt's index in its iteration). The
+messages, and with ``preference`` (the label; in conversations of several turns halfway between that of a fit and ½, and
+fitted at twice the step: docs/multi-turn.md), ``iteration`` and ``group`` (the prompt's index in its iteration). Pairs
+that --select drew have a ``weight`` too, without which they are no sample of all pairs. The
 answers are what AlpacaEval takes as ``--model_outputs``: a JSON list of ``instruction``, ``output`` and ``generator``,
 and the ``dataset`` of an instruction that has one. A merged policy is a plain Hugging Face directory in float32.
 """

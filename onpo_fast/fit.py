@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_weight
+from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_importance, total_weight
 from .config import FitConfig
 from .data import Group
 from .device_memory import highest_peak_bytes
@@ -240,7 +240,7 @@ def _backward(
         output = _forward(policy, microbatch, loss)
         # micro-batches differ in size: a mean of their means would not be the mean over pairs. Gradients are the
         # mean over ranks
-        share = 0.0 if is_spare else total_weight(part) / total_weight(batch) * world.size
+        share = 0.0 if is_spare else total_importance(part) / total_weight(batch) * world.size
         (output.loss * share).backward()
         if not is_spare:
             metrics.add(microbatch, output)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import fit_precision, oracles, stages
+from . import fit_precision, oracles, pairing, stages
+from .batches import divided_alike
+from .comparisons import ADAPTER, OPPONENT, ORDER, PAIRING, ROUNDING, SAMPLING, Comparisons, Mixture, policy_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
     Group,
@@ -46,37 +48,9 @@ from .run.outputs import iteration_folder
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
 from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
+from .selecting import PairSelector
+from .selection import Selected
 from .stages import Scores
-
-# the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """π_1^share · π^(1−share), normalised: an anchor that pulls towards π_1."""
-
-    initial: Source
-    policy: Source
-    share: float
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """D_t: responses of a policy, and the pairs of them to learn from.
-
-    Attributes:
-        policy: whose responses they are.
-        step: what the objective's step is multiplied by: where an opponent takes part, a label is ½ plus half the
-            difference of two win rates, so that it stays between 0 and 1, and the step is twice as large.
-        suffix: what tells the file of these responses from others of the iteration.
-    """
-
-    groups: list[Group]
-    pairs: list[Pair]
-    policy: Source | Mixture
-    step: int
-    suffix: str
 
 
 @dataclass
@@ -104,6 +78,7 @@ class _FitLog:
 class LanguageGame:
     """The ``algorithms.Game`` of a run on a language model; a policy is a folder, a Hugging Face id or "smollm2"."""
 
+    one_response = "response"  # what metrics count the tokens of, in words
     judges_beside = True  # whether an oracle that computes elsewhere judges while the policy samples
 
     def __init__(
@@ -118,6 +93,7 @@ class LanguageGame:
         self.run, self.objective, self.algorithm = run, objective, algorithm
         self.sampling, self.fitting, self.run_config = sampling, fitting, run_config
         self.truncation = TruncationWarning()
+        self.selects = PairSelector(run, algorithm, fitting, run_config) if algorithm.select is not None else None
         self.watched = False  # whether the memory of a fit has been planned
         self.sampler_checked = False  # whether responses of --sampler were compared with their policy, in any process
 
@@ -158,7 +134,7 @@ class LanguageGame:
         )
         say(
             f"iteration {self.t}: {losses} (normalised){divergences}, "
-            f"{metrics['response_tokens_mean']:.0f} tokens a response, {total:.0f} s"
+            f"{metrics['response_tokens_mean']:.0f} tokens a {self.one_response}, {total:.0f} s"
         )
         cache.mark_done(folder, {}, file=False)
 
@@ -170,13 +146,17 @@ class LanguageGame:
         suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
         with self._judging_beside(policy, opponent, suffix) as beside:
             if policy not in self.sampled:  # once an iteration
-                self.sampled[policy] = self._sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
+                self.sampled[policy] = self.sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
             groups, sampled_as = self.sampled[policy]
-            if opponent is None:
-                preferences, step = self._judge(groups, suffix, beside), 1
+            selected = None
+            if self.selects and opponent is None:
+                selected = self.selects(self.t, weights_of(policy), groups, sampled_as)
+                preferences, step = self.judge(groups, suffix, pairs=selected.by_group(len(groups))), 1
+            elif opponent is None:
+                preferences, step = self.judge(groups, suffix, beside), 1
             else:
                 preferences, step = self._judge_against(opponent, groups, suffix), 2
-        return Comparisons(groups, self._pair(groups, preferences, suffix), policy, step, sampled_as)
+        return Comparisons(groups, self.pair(groups, preferences, suffix, selected), policy, step, sampled_as)
 
     def fit(
         self,
@@ -211,7 +191,7 @@ class LanguageGame:
                     on_step=log,
                     states=states,
                     finished=finished,
-                    starts_at_anchor=start == _policy_of(anchor),
+                    starts_at_anchor=start == policy_of(anchor),
                     live_anchor=self.run.policies.beside(anchor) if live else None,
                     seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
                     world=self.run.world,
@@ -283,7 +263,8 @@ class LanguageGame:
         return batches
 
     def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
-        return plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        return divided_alike(batches) if self.selects else batches
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""
@@ -292,7 +273,8 @@ class LanguageGame:
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
 
-    def _prompts(self) -> list[Messages]:
+    def prompts(self) -> list[Messages]:
+        """The prompts of the iteration."""
         config = self.algorithm
         return prompts_of_iteration(self.run.prompts, self.t, config.iterations, config.prompts_per_iteration)
 
@@ -308,6 +290,7 @@ class LanguageGame:
         outputs = [f"{iteration_folder(self.t)}/{name}{suffix}.jsonl" for name in ("responses", "preferences")]
         if (
             not (self.judges_beside and checked and oracles.computes_elsewhere(run.oracle))
+            or self.selects
             or opponent is not None
             or policy in self.sampled
             or run.world.size > 1
@@ -316,26 +299,37 @@ class LanguageGame:
             return nullcontext()
         stage = run.cache.resumable(outputs[1], run.oracle_files)
         title = f"iteration {self.t}: judge"
-        return JudgingBeside(stage, len(self._prompts()), run.oracle, run.oracle_name, title, run.cache.log)
+        return JudgingBeside(stage, len(self.prompts()), run.oracle, run.oracle_name, title, run.cache.log)
 
-    def _sample(
+    def sample(
         self,
         policy: Source | Mixture,
         name: str,
         stream: int,
         responses: int | None = None,
         beside: JudgingBeside | None = None,
+        prompts: Sequence[Messages] | None = None,
+        substream: Sequence[int] = (),
+        **about: object,
     ) -> list[Group]:
-        """Responses of a policy to the iteration's prompts, which are judged meanwhile if ``beside`` is given."""
+        """Responses of a policy to the iteration's prompts, or to others.
+
+        Args:
+            name: of their file, without its ending.
+            stream, substream: what keeps their random streams apart from others of the iteration.
+            responses: to each prompt; default K.
+            beside: judges them meanwhile.
+            about: what metrics say of them beside.
+        """
         run, count = self.run, responses or self.algorithm.responses_per_prompt
-        seed = [self.run_config.seed, stream, self.t]
-        source = policy.policy if isinstance(policy, Mixture) else policy
+        seed = [self.run_config.seed, stream, self.t, *substream]
+        source = weights_of(policy)
         on_group, on_part = (beside.add, beside.add_part) if beside else (lambda *group: None, lambda *part: None)
         stage = StageSampler(run.policies, source, self.sampling, lambda: self._sampler(policy), run.directory)
         with stage as sampler:
             groups = run.cache.cached_in_parts(
                 f"{iteration_folder(self.t)}/{name}.jsonl",
-                self._prompts(),
+                self.prompts() if prompts is None else prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 lambda part, first, done: sampler(part, count, seed, done, first, on_group),
                 lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
@@ -345,8 +339,8 @@ class LanguageGame:
                 title=f"iteration {self.t}: sample",
                 ticks=count,
                 prepare=sampler.open,
-                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device),
-                check=sampler.check if (checks := self._checks(policy, stream)) else None,
+                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device) | about,
+                check=sampler.check if (checks := self._checks(policy, stream, first=not substream)) else None,
                 on_part=on_part,
             )
         if sampler.was_opened:
@@ -360,66 +354,79 @@ class LanguageGame:
         return groups
 
     def _sampler(self, policy: Source | Mixture) -> Sampler:
-        if (only := _policy_of(policy)) is not None:
+        if (only := policy_of(policy)) is not None:
             return open_sampler(self.run.policies, only, self.sampling, self.run.directory, self.run.world)
         initial = self.run.policies.beside(policy.initial)
         sampler = MixtureSampler(initial, self.run.policies(policy.policy), policy.share, self.sampling)
         sampler.check()
         return sampler
 
-    def _checks(self, policy: Source | Mixture, stream: int) -> bool:
+    def _checks(self, policy: Source | Mixture, stream: int, first: bool) -> bool:
         """Whether responses are compared with their policy: all that another program sampled, else π_1's first ones.
 
         A mixture has no log-probs of its own to compare with.
         """
-        only = _policy_of(policy)
+        only = policy_of(policy)
         if self.sampling.sampler == "local":
-            return self.t == 1 and stream == SAMPLING and only == self.run.initial
+            return self.t == 1 and stream == SAMPLING and first and only == self.run.initial
         return only is not None
 
-    def _judge(self, groups: list[Group], suffix: str, beside: JudgingBeside | None = None) -> list[np.ndarray]:
+    def judge(
+        self,
+        groups: list[Group],
+        suffix: str,
+        beside: JudgingBeside | None = None,
+        pairs: Sequence[oracles.IndexPairs] | None = None,
+    ) -> list[np.ndarray]:
+        """The oracle's preferences between the responses of each group, or between some pairs of them."""
         run = self.run
+        asked = pairs if oracles.compares_pairs(run.oracle) else None  # the others compare all responses
         if beside is not None:
             beside.finish()  # its parts are read below
         preferences = run.cache.cached_in_parts(
             f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
             groups,
             ResumableStage.judging_size(len(groups), oracles.computes_elsewhere(run.oracle)),
-            lambda part, first, done: stages.judge(run.oracle, part, run.oracle_name, done, first),
+            lambda part, first, done: stages.judge(
+                run.oracle, part, run.oracle_name, done, first, pairs and pairs[first : first + len(part)]
+            ),
             lambda file: read_preferences(file, groups),
             read_preferences,
             write_preferences,
             stage="judge",
             title=f"iteration {self.t}: judge",
             prepare=run.make_room_for_oracle,
-            metrics=stages.judging_metrics,
+            metrics=lambda found, cost: stages.judging_metrics(found, cost, asked),
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
             shared=oracles.is_shared(run.oracle),
         )
-        cyclic, triples = oracles.cyclic_triples(preferences)
+        cyclic, triples = (0, 0) if asked is not None else oracles.cyclic_triples(preferences)
         self.metrics.setdefault("cyclic_triples", cyclic / triples if triples else None)
         return preferences
 
     def _judge_against(self, opponent: Source, groups: list[Group], suffix: str) -> list[np.ndarray]:
         """Labels of all pairs of a group's responses, from their win rates against a response of the opponent."""
-        opponents = self._sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
+        opponents = self.sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
         matches = [
             Group(group.prompt, group.prompt_tokens, [response, *other.responses])
             for group, other in zip(groups, opponents)
             for response in group.responses
         ]
-        wins = iter([matrix[0, 1] for matrix in self._judge(matches, suffix)])
-        return [stages.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
+        wins = iter([matrix[0, 1] for matrix in self.judge(matches, suffix)])
+        return [pairing.against_opponent(np.array([next(wins) for _ in group.responses])) for group in groups]
 
-    def _pair(self, groups: list[Group], preferences: list[np.ndarray], suffix: str) -> list[Pair]:
+    def pair(
+        self, groups: list[Group], preferences: list[np.ndarray], suffix: str, selected: Selected | None = None
+    ) -> list[Pair]:
+        """The pairs to learn from: those that were selected, or what --pairing says."""
         seed = [self.run_config.seed, PAIRING, self.t]
         identical = 0
 
         def compute() -> list[Pair]:
             nonlocal identical
             try:
-                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed)
+                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed, selected)
             except UserError as error:
                 done = self.run.directory
                 raise UserError(f"iteration {self.t}: {error}. What was done is in {done}") from None
@@ -440,7 +447,7 @@ class LanguageGame:
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
         """
         groups, first = compared.groups, self.run.initial
-        sampled_from_policy = _policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
+        sampled_from_policy = policy_of(compared.policy) is not None  # what a mixture samples with is not its log-prob
         scores = {first: self._score(first, compared)}
         if sampled_from_policy:
             self.metrics.setdefault("kl_to_initial", kl_estimate(groups, scores[first]))
@@ -482,8 +489,6 @@ class LanguageGame:
         )
 
 
-def _policy_of(anchor: Source | Mixture) -> Source | None:
-    """The policy that an anchor is; None for a mixture of two."""
-    if isinstance(anchor, Mixture):
-        return anchor.policy if anchor.policy == anchor.initial else None
-    return anchor
+def weights_of(policy: Source | Mixture) -> Source:
+    """The policy itself, or the one that a mixture pulls towards π_1."""
+    return policy.policy if isinstance(policy, Mixture) else policy

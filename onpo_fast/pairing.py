@@ -18,6 +18,7 @@ from itertools import combinations
 import numpy as np
 
 from .data import Group, Pair
+from .selection import Selected
 
 Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
@@ -83,12 +84,38 @@ def pair(preferences: Iterable[np.ndarray], pairing: str, labels: str, seed: Seq
     pairs = []
     for group, matrix in enumerate(preferences):
         rng = np.random.default_rng([*seed, group])
-        for i, j in PAIRINGS[pairing](matrix, rng):
-            p = float(matrix[i, j])
-            i_wins = p >= 0.5 if labels == "soft" else rng.random() < p
-            winner, loser = (i, j) if i_wins else (j, i)
-            pairs.append(Pair(group, winner, loser, max(p, 1 - p) if labels == "soft" else 1.0))
+        pairs += [_labelled(group, i, j, matrix, labels, rng) for i, j in PAIRINGS[pairing](matrix, rng)]
     return pairs
+
+
+def _labelled(
+    group: int, i: int, j: int, preferences: np.ndarray, labels: str, rng: np.random.Generator, *weights: float
+) -> Pair:
+    p = float(preferences[i, j])
+    i_wins = p >= 0.5 if labels == "soft" else rng.random() < p
+    winner, loser = (i, j) if i_wins else (j, i)
+    return Pair(group, winner, loser, max(p, 1 - p) if labels == "soft" else 1.0, *weights)
+
+
+def label(selected: Selected, preferences: Sequence[np.ndarray], labels: str, seed: Sequence[int]) -> list[Pair]:
+    """Returns the labelled pairs of those that were selected, as ``pair`` labels them.
+
+    Args:
+        preferences: a matrix per group, of which the entries of the selected pairs are read.
+    """
+    pairs = []
+    for (group, i, j), draws, importance in zip(selected.pairs, selected.counts, selected.importance):
+        rng = np.random.default_rng([*seed, group, i, j])
+        pairs.append(_labelled(group, i, j, preferences[group], labels, rng, float(draws), importance))
+    return pairs
+
+
+def against_opponent(win_rates: np.ndarray) -> np.ndarray:
+    """(K,) P(y_i ≻ y″), y″ the opponent's -> (K, K) labels ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
+
+    Their target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
+    """
+    return 0.5 + (win_rates[:, None] - win_rates[None, :]) / 2
 
 
 def win_rate_pairs(preferences: Iterable[np.ndarray], labels: str, seed: Sequence[int]) -> list[Pair]:

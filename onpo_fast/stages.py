@@ -23,6 +23,7 @@ from .models.policy import score as score_policy
 from .objectives import Objective, Sppo
 from .run.progress import Progress
 from .run.tracking import progress
+from .selection import Selected
 
 Scores = list[Tensor]  # summed log-probs, a (K,) tensor a group, nats
 
@@ -43,14 +44,28 @@ def sampling_metrics(groups: Sequence[Group], seconds: float, device: torch.devi
 
 
 def judge(
-    oracle: oracles.Oracle, groups: Sequence[Group], name: str, done: Progress, first: int = 0
+    oracle: oracles.Oracle,
+    groups: Sequence[Group],
+    name: str,
+    done: Progress,
+    first: int = 0,
+    pairs: Sequence[oracles.IndexPairs] | None = None,
 ) -> list[np.ndarray]:
-    """The (K, K) matrix of P(y_i ≻ y_j) of every group; ``name`` is what messages call the oracle."""
-    return oracles.judge(oracle, groups, name, done, first)
+    """The (K, K) matrix of P(y_i ≻ y_j) of every group; ``name`` is what messages call the oracle.
+
+    With ``pairs``, only their entries mean something.
+    """
+    return oracles.judge(oracle, groups, name, done, first, pairs)
 
 
-def judging_metrics(preferences: Sequence[np.ndarray], cost: dict[str, float]) -> dict[str, object]:
+def judging_metrics(
+    preferences: Sequence[np.ndarray],
+    cost: dict[str, float],
+    pairs: Sequence[oracles.IndexPairs] | None = None,
+) -> dict[str, object]:
     """What metrics.jsonl says of judging; ``cost`` is its seconds and the oracle's counters."""
+    if pairs is not None:
+        return cost | {"comparisons": sum(map(len, pairs))}
     cyclic, triples = oracles.cyclic_triples(preferences)
     return cost | {
         "triples": triples,
@@ -65,14 +80,19 @@ def pair(
     objective: Objective,
     config: AlgorithmConfig,
     seed: Sequence[int],
+    selected: Selected | None = None,
 ) -> tuple[list[Pair], int]:
     """The pairs to learn from, and how many pairs of identical responses were dropped.
+
+    Those that were ``selected`` are all to learn from.
 
     Raises:
         UserError: if no pair is left.
     """
     if isinstance(objective, Sppo):  # each response by itself, against its win rate
         chosen = pairing.win_rate_pairs(preferences, config.labels, seed)
+    elif selected is not None:
+        chosen = pairing.label(selected, preferences, config.labels, seed)
     else:
         chosen = pairing.pair(preferences, config.pairing, config.labels, seed)
     pairs = pairing.drop_identical(chosen, groups)
@@ -84,20 +104,14 @@ def pair(
     return pairs, len(chosen) - len(pairs)
 
 
-def against_opponent(win_rates: np.ndarray) -> np.ndarray:
-    """(K,) P(y_i ≻ y″), y″ the opponent's -> (K, K) labels ½ + (P(y_i ≻ y″) − P(y_j ≻ y″)) / 2.
-
-    Their target, at twice the step, is the difference of win rates against the opponent (arXiv 2503.08942).
-    """
-    return 0.5 + (win_rates[:, None] - win_rates[None, :]) / 2
-
-
 def pairing_metrics(
     pairs: Sequence[Pair], identical: int, groups: Sequence[Group], objective: Objective
 ) -> dict[str, object]:
     """What metrics.jsonl says of pairing; ``identical`` is the number of pairs that were dropped."""
     labels = torch.tensor([one.preference for one in pairs], dtype=torch.float64)
-    untrained = objective.loss(torch.zeros_like(labels), labels).mean() / objective.normaliser  # all margins 0
+    weights = torch.tensor([one.weight * one.importance for one in pairs], dtype=torch.float64)
+    losses = objective.loss(torch.zeros_like(labels), labels)  # all margins 0
+    untrained = (weights * losses).sum() / weights.sum() / objective.normaliser
     return {
         "untrained_loss": float(untrained),
         "pairs": len(pairs),

@@ -24,6 +24,7 @@ from .distributed import World, joined
 from .errors import command, printable
 from .evaluate import Evaluator, summary, win_rate_table
 from .language_game import LanguageGame
+from .multi_turn.game import ConversationGame
 from .report import write_report
 from .reports.hub import check_upload, push_policy
 from .reports.model_card import write_model_cards
@@ -51,7 +52,8 @@ def train(config: Config, resume: bool = False, force: bool = False, world: Worl
         check_upload(config.push_to_hub, config.model if config.lora_rank else None)  # before hours of training
     with open_run(config, resume, force, world) as run:
         config = run.config
-        game = LanguageGame(
+        kind = ConversationGame if config.has_turns else LanguageGame
+        game = kind(
             run,
             config.make_objective(),
             config.section(AlgorithmConfig),
@@ -83,6 +85,8 @@ def finish(run: OpenRun, config: Config, game: LanguageGame) -> dict:
         config.section(FitConfig),
         config.section(RunConfig),
         game.truncation,
+        environment=run.environment,
+        turns=config.turns,
     )
     policies = run.world.from_main(
         lambda: {"π_1": run.initial, **finished_policies(run.directory, run.journal)},

@@ -3,8 +3,8 @@
     PYTHONPATH=. python docs/images/make.py
 
 overview.svg is Algorithm 1, and time and memory of the loss beside its peers (bench/results/h200). evidence.svg is
-the experiment on a language model (experiments/results/cyclic_lm). report.png is not drawn here. It is a picture of a
-run's report:
+the experiment on a language model (experiments/results/cyclic_lm), selection.svg that on selected pairs
+(experiments/results/selection). report.png is not drawn here. It is a picture of a run's report:
 
     make train ARGS="--out runs/demo"
     onpo-fast report runs/demo --picture docs/images/report.png
@@ -26,6 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from experiments.cyclic_lm import comparison, dynamics, recipe, results
+from experiments.selection import command_line as selection
+from onpo_fast.selection import SELECTIONS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -61,6 +63,7 @@ def main() -> None:
     with plt.rc_context(STYLE):
         draw_overview()
         draw_evidence()
+        draw_selection()
     draw_badges()
 
 
@@ -185,6 +188,28 @@ def draw_evidence() -> None:
         axes.set(title=f"{recipe.ARMS[arm].label} (η = {eta:g})", xlabel="t", ylim=(0, 0.6), xticks=(1, 6, 11))
     panels[0].set_ylabel("gap of π$_t$")
     save(figure, "evidence.svg")
+
+
+# Selection ------------------------------------------------------------------------------------------------------------
+
+
+def draw_selection() -> None:
+    """The error of a step against the labels that it took: means over seeds, with their standard errors."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.7), layout="constrained")
+    errors = {"neural": "total variation", "language": "error, nats"}
+    for axes, (game, label) in zip(panels, errors.items()):
+        found = selection.read(ROOT / "experiments" / "results" / "selection" / f"{game}.jsonl")
+        for name, mark in zip([*SELECTIONS, selection.ALL], "osD^"):
+            own = [one for one in found if one.selection == name]
+            by_draws = [[one for one in own if one.draws == draws] for draws in sorted({one.draws for one in own})]
+            labels = [np.mean([one.labels for one in some]) for some in by_draws]
+            means = [np.mean([one.error for one in some]) for some in by_draws]
+            spread = [np.std([one.error for one in some], ddof=1) / len(some) ** 0.5 for some in by_draws]
+            axes.errorbar(labels, means, spread, label=name, marker=mark, linewidth=1.2, capsize=2, alpha=0.8)
+        axes.set(title=f"{game} game, {len({one.seed for one in found})} seeds", xlabel="labels", ylabel=label)
+        axes.set(xscale="log", ylim=(0, None))
+    panels[0].legend()
+    save(figure, "selection.svg")
 
 
 # Badges ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from .recipe import (
     ITERATIONS,
     LAST,
     MAIN_ARMS,
+    OF_GAME,
     ORACLE,
     SEEDS,
     TUNING_ETAS,
@@ -46,6 +47,9 @@ def run(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.tune and (options.seeds or options.eta or options.best_response or options.best_of_nash):
         raise UserError("--tune has its own seed and steps, and nothing else: leave out --seeds, --eta and --best_…")
+    for_turns = [arm for arm in options.arms if "multi_turn_target" in ARMS[arm].options]
+    if for_turns and options.oracle not in OF_GAME:
+        raise UserError(f"--arms {for_turns[0]} is for conversations: it needs --oracle {' or '.join(OF_GAME)}")
     folder = options.results or options.out / "results"
     failed = [] if options.page else _run_jobs(options, folder)
     runs = results.read(folder)

@@ -13,7 +13,7 @@ from onpo_fast.games.solution import duality_gap, nash
 
 from .dynamics import STEPS, Movement, exact_gaps, initial_shares, movement, noisy_gaps
 from .measures import gaps
-from .recipe import ARMS, BASELINE, ORACLE, TUNING_ETAS, TUNING_SEEDS
+from .recipe import ARMS, BASELINE, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
 
 CONFIDENCE = 0.95
@@ -111,8 +111,11 @@ def tuning(runs: Sequence[Run]) -> list[Tuning]:
 def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
     """Returns what exact fits would reach in ``EXACT_ITERATIONS`` with the best of ``EXACT_ETAS`` and that η, by label.
 
-    Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game.
+    Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game. {} for one of
+    several turns, where a step depends on the turn's state.
     """
+    if own[0].raw["oracle"] in OF_GAME:
+        return {}
     start, matrix = initial_shares(own), own[0].matrix
     return _best_steps(own[0], EXACT_ARMS, lambda arm, eta, policies: exact_gaps(arm, eta, matrix, start, policies))
 
@@ -230,7 +233,7 @@ class Row:
     gap: Summary
     prompt_gap: Summary
     average_gap: Summary  # of the mean of all policies
-    exact_gap: float | None  # if all fits were exact; None where pairs depend on the oracle
+    exact_gap: float | None  # if all fits were exact; None where pairs depend on the oracle, and with several turns
     kl: float  # of the last policy from π_1, nats
     win_rate: float  # of the last policy against π_1
     cyclic_triples: float  # share of the triples of responses in training that are cyclic
@@ -264,7 +267,8 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
     arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
     last = {run.seed: run.last(run.gap) for run in some}
     is_control = arm == BASELINE and eta == control
-    exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap))
+    one_turn = some[0].raw["oracle"] not in OF_GAME
+    exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap)) if one_turn else None
     known = [run.reached for run in some if run.reached is not None]
     return Row(
         arm=arm,

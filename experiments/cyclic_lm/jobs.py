@@ -35,6 +35,7 @@ from .recipe import (
     BEST_RESPONSE_ETA,
     CONTROL,
     ITERATIONS,
+    OF_GAME,
     OPTIONS,
     ORACLE,
     PROMPTS,
@@ -83,7 +84,7 @@ class Job:
         answers = self.kind == "best_response"
         arm = ARMS[BEST_RESPONSE_ARM if answers else self.arm]
         return {
-            **OPTIONS,
+            **_options(self.oracle),
             **PROMPTS,
             "objective": arm.objective,
             **arm.steps(BEST_RESPONSE_ETA if answers else self.eta),
@@ -180,7 +181,7 @@ class Runner:
     def _recipe(self, oracle: str) -> dict[str, object]:
         """What is known of the recipe before anything has run, in the form of ``recipe_of``."""
         return {
-            "options": {name: value for name, value in OPTIONS.items() if name not in OF_A_RUN},
+            "options": {name: value for name, value in _options(oracle).items() if name not in OF_A_RUN},
             "oracle": _of_user(oracle, oracles.fingerprint(self.preference, oracle, functools.cache(checksum))),
             "prompts": {name: checksum(Path(path)) for name, path in PROMPTS.items()},
         }
@@ -310,7 +311,8 @@ class Runner:
             return measure_best_response(self._finished(job), self.preference)
         if job.kind == "best_of_nash":
             return measure_best_of_nash(self._finished(job), self.preference)
-        return measure(self._finished(job), self.preference, ARMS[job.arm], job.eta)
+        knows_exact = ARMS[job.arm].exact and job.oracle not in OF_GAME
+        return measure(self._finished(job), self.preference, job.eta if knows_exact else None)
 
     def _finished(self, job: Job) -> Path:
         """The run directory that has a job's results: best of Nash is in the evaluation of its run."""
@@ -347,15 +349,20 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
     options = journal.note("options")
     prompts = {name: checksum(Path(options[name])) for name in PROMPTS}  # the run's own depends on its seed's order
     return {
-        "options": {name: options[name] for name in OPTIONS if name not in OF_A_RUN},
+        "options": {name: options[name] for name in _options(job.oracle) if name not in OF_A_RUN},
         "oracle": _of_user(job.oracle, journal.note("oracle")),
         "prompts": prompts,
     } | ({} if job.kind == "best_response" else {"model": journal.note("model")})  # a best response begins as π_{T+1}
 
 
+def _options(oracle: str) -> dict[str, object]:
+    """The options that the recipe sets in a game."""
+    return OPTIONS | OF_GAME.get(oracle, {})
+
+
 def _of_user(oracle: str, checksums: dict[str, str]) -> dict[str, str]:
-    """Checksums of the user's oracle. Those of the experiment's control would change with any file of its package."""
-    return {} if oracle == CONTROL else checksums
+    """Checksums of the user's oracle. Those of the experiment's own would change with any file of its package."""
+    return {} if oracle in (CONTROL, *OF_GAME) else checksums
 
 
 def _paths(job: Job) -> tuple[str, ...]:

@@ -10,20 +10,19 @@ import numpy as np
 
 from onpo_fast.files import read_jsonl
 from onpo_fast.games.solution import duality_gap
+from onpo_fast.multi_turn.conversation import Transcript
 from onpo_fast.oracles.classes import ClassPreference
-
-from .recipe import Arm
 
 Classes = list[list[int]]  # of the responses to each prompt; the last class is "none of them"
 
 
-def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dict:
+def measure(run: Path, preference: ClassPreference, eta: float | None) -> dict:
     """Returns the raw results of a finished run, for its file.
 
     Args:
         run: the run directory.
         preference: the oracle of the run.
-        eta: the step of mirror descent.
+        eta: the step of mirror descent; None where the margins of exact fits are not known.
 
     Returns:
         ``heldout``: for each policy π_1 … π_{T+1} the classes of its responses to every held-out prompt; ``training``:
@@ -34,15 +33,14 @@ def measure(run: Path, preference: ClassPreference, arm: Arm, eta: float) -> dic
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     answers = list(read_jsonl(run / "evaluation_responses.jsonl"))
     names = evaluation["policies"]
-    heldout = [[classes(preference, one["prompt"], one["responses"][name]) for one in answers] for name in names]
+    heldout = _heldout(answers, names, preference)
     training, triples, fits = [], [], []
     metrics = list(read_jsonl(run / "metrics.jsonl"))
     for t in range(1, len(names)):
-        sampled = list(read_jsonl(run / f"iteration_{t:02d}" / "responses.jsonl"))
-        training.append([classes(preference, one["prompt"], one["responses"]) for one in sampled])
+        training.append(_sampled(run / f"iteration_{t:02d}", preference))
         own = [one for one in metrics if one["iteration"] == t]
         triples += [one["cyclic_triples"] for one in own if one["stage"] == "iteration"]
-        exact = exact_margin(preference.full_matrix, training[-1], eta) if arm.exact else None
+        exact = None if eta is None else exact_margin(preference.full_matrix, training[-1], eta)
         for name in ("auxiliary", "policy"):
             if steps := [one for one in own if one["stage"] == "fit" and one["fit"] == name]:
                 last = steps[-max(1, len(steps) // 4) :]
@@ -71,10 +69,7 @@ def measure_best_response(run: Path, preference: ClassPreference) -> dict:
     return {
         "win_rate": evaluation["win_rate"][1][0],
         "interval": evaluation["interval"][1][0],
-        "heldout": [
-            [classes(preference, one["prompt"], one["responses"][name]) for one in answers]
-            for name in evaluation["policies"]
-        ],
+        "heldout": _heldout(answers, evaluation["policies"], preference),
     }
 
 
@@ -95,9 +90,23 @@ def measure_best_of_nash(run: Path, preference: ClassPreference) -> dict:
     return {"samples": evaluation["samples"], "heldout_shares": found, "win_rate": evaluation["win_rate"]}
 
 
-def classes(preference: ClassPreference, prompt: list[dict], responses: Sequence[str]) -> list[int]:
-    """Returns the class of each response; the number of classes for one that is in none of them."""
-    return preference.indices(prompt, responses).tolist()
+def _heldout(answers: Sequence[dict], policies: Sequence[str], preference: ClassPreference) -> list[Classes]:
+    """The classes of every policy's responses, or conversations, to held-out prompts."""
+    said = [one.get("conversations", one["responses"]) for one in answers]
+    return [[classes(preference, one["prompt"], own[name]) for one, own in zip(answers, said)] for name in policies]
+
+
+def _sampled(iteration: Path, preference: ClassPreference) -> Classes:
+    """The classes of the responses, or conversations, that an iteration learned from."""
+    conversations = iteration / "conversations.jsonl"
+    rows = list(read_jsonl(conversations if conversations.exists() else iteration / "responses.jsonl"))
+    return [classes(preference, one["prompt"], one.get("conversations", one["responses"])) for one in rows]
+
+
+def classes(preference: ClassPreference, prompt: list[dict], responses: Sequence[str | list[dict]]) -> list[int]:
+    """Returns the class of each response or conversation; the number of classes for one that is in none of them."""
+    texts = [one if isinstance(one, str) else Transcript(one) for one in responses]
+    return preference.indices(prompt, texts).tolist()
 
 
 def shares(policy: Classes, size: int) -> np.ndarray:

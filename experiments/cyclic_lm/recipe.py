@@ -8,6 +8,8 @@ from pathlib import Path
 
 ORACLE = "openings"  # the bundled preference between three kinds of first words
 CONTROL = "experiments.cyclic_lm.control:ordered"  # the same classes in an order instead of a cycle
+TURNS = "experiments.cyclic_lm.turns:last_turn"  # the same classes, of the last of two turns
+OF_GAME: dict[str, dict[str, object]] = {TURNS: {"environment": "partner", "turns": 2}}  # options that an oracle needs
 
 HERE = Path(__file__).parent
 PROMPTS = {  # "Begin a story about a small violin": 24 nouns with ten adjectives, 12 other nouns with two are held out
@@ -76,6 +78,7 @@ ARMS = {
     "sppo": Arm("SPPO", "sppo", exact=False),
     "egpo": Arm("EGPO", "egpo", exact=False),
     "nash_md": Arm("Nash-MD", "nash_md"),
+    "onpo_branches": Arm("ONPO, branches compared", "onpo", exact=False, options={"multi_turn_target": "branches"}),
     "onpo_best_worst": Arm("ONPO, best_worst pairs", "onpo", exact=False, options={"pairing": "best_worst"}),
 }
 MAIN_ARMS = ("onpo", "omd", "omd_two_fits", "inpo", "iterative_dpo")

@@ -14,6 +14,7 @@ from .sections import (
     SECTIONS,
     AlgorithmConfig,
     DataConfig,
+    EnvironmentConfig,
     FitConfig,
     JudgeConfig,
     ModelConfig,
@@ -34,6 +35,7 @@ NO_RESULT_DEPENDS_ON_THEM = (
     "out",
     "push_to_hub",
     "rank_timeout",
+    "environment_timeout",
     "cuda_graphs",
     "vllm_python",
     "vllm_options",
@@ -48,7 +50,17 @@ NO_RESULT_DEPENDS_ON_THEM = (
 
 
 @dataclass
-class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, SamplingConfig, DataConfig, ModelConfig):
+class Config(
+    RunConfig,
+    FitConfig,
+    AlgorithmConfig,
+    JudgeConfig,
+    OracleConfig,
+    EnvironmentConfig,
+    SamplingConfig,
+    DataConfig,
+    ModelConfig,
+):
     """Every option of a run. ``config.section(FitConfig)`` returns the options of one consumer.
 
     Raises:
@@ -66,6 +78,18 @@ class Config(RunConfig, FitConfig, AlgorithmConfig, JudgeConfig, OracleConfig, S
                 )
             if self.cuda_graphs:
                 raise UserError(f"--cuda_graphs is for one policy, and --objective {self.objective} mixes two")
+        if self.has_turns and not algorithms.named(self.objective).takes_turns:
+            raise UserError(
+                f"--environment: --objective {self.objective} is for one turn; with several there are "
+                f"{', '.join(name for name, one in algorithms.ALGORITHMS.items() if one.takes_turns)}"
+            )
+        if self.has_turns and self.oracle == "openings":
+            raise UserError(
+                "--oracle openings reads the first words of a conversation, which later turns do not change, so that "
+                "nothing would be learned at them: give --environment another oracle (docs/multi-turn.md)"
+            )
+        if self.has_turns and self.select is not None:
+            raise UserError("--select is for one turn: leave it or --environment out")
         for name, (on_gpu, on_cpu) in DEFAULTS_BY_DEVICE.items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if device_of(self.device).type == "cuda" else on_cpu)

@@ -1,4 +1,4 @@
-"""The options of a run in eight sections, one for each consumer. Each section validates its own options.
+"""The options of a run in nine sections, one for each consumer. Each section validates its own options.
 
 The defaults suit the bundled demonstration, a model of 135M parameters on two CPU cores; ``configs/`` has the paper's
 settings. The docstring of an option is its ``--help`` text. A default that depends on the device is None here and is
@@ -15,7 +15,9 @@ from .. import algorithms
 from ..errors import UserError
 from ..objectives import Objective
 from ..pairing import PAIRINGS
+from ..selection import SELECTIONS
 from .aliases import OTHER_VALUES
+from .environment_section import EnvironmentConfig
 from .oracle_sections import JudgeConfig, OracleConfig
 from .sampling_section import SamplingConfig
 from .values import check_at_least, check_at_most, check_positive, check_share, check_values
@@ -164,6 +166,13 @@ class AlgorithmConfig:
     "best_worst" (by mean preference) or "knockout" (first and last of a tournament), which choose two responses by the
     oracle, as the paper's experiments do. Pairs of identical responses are left out: their gradient is zero. sppo does
     not use this option: it takes each response by itself."""
+    select: int | None = None
+    """Draw this many pairs of an iteration, and ask the oracle about these alone, where its answers cost money. Draws
+    are weighted so that the loss is that of all pairs in expectation (docs/selection.md). For --pairing all_pairs.
+    Default: all pairs are compared."""
+    selection: Literal["uniform", "variance", "dopt"] = "uniform"
+    """With --select: how pairs are drawn. "uniform"; "variance": more often where the label is uncertain and the
+    responses differ; "dopt": a D-optimal design on the differences of their last hidden states."""
     labels: Literal["soft", "sampled"] = "soft"
     """Label of a pair. "soft": the oracle's probability, which has the same minimiser with less variance. "sampled": a
     winner drawn with that probability, as in Algorithm 1."""
@@ -180,13 +189,21 @@ class AlgorithmConfig:
             ("objective", algorithms.ALGORITHMS),
             ("pairing", PAIRINGS),
             ("labels", ("soft", "sampled")),
+            ("selection", SELECTIONS),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        check_at_least(self, 1, "iterations", "prompts_per_iteration", "refresh_reference")
+        check_at_least(self, 1, "iterations", "prompts_per_iteration", "refresh_reference", "select")
         check_at_least(self, 2, "responses_per_prompt")
         check_at_most(self, LARGEST_ITERATIONS, "iterations")
         check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
+        if self.select is None and self.selection != "uniform":
+            raise UserError(f"--selection {self.selection} is how --select draws pairs: give --select, or leave it out")
+        if self.select is not None and (self.pairing != "all_pairs" or self.objective in ("sppo", "egpo")):
+            raise UserError(
+                f"--select draws from all pairs of a policy's responses: it is not for --pairing {self.pairing} with "
+                f"--objective {self.objective}"
+            )
         self._set_defaults()
         self.make_objective()
         if algorithms.named(self.objective).mixes:
@@ -332,6 +349,7 @@ SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
     "sampling": SamplingConfig,
+    "conversation": EnvironmentConfig,
     "oracle": OracleConfig,
     "judge": JudgeConfig,
     "algorithm": AlgorithmConfig,

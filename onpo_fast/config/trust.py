@@ -15,6 +15,7 @@ from .combined import Config
 
 NEEDS_TRUST = {  # options that only the user may set, and what a value other than the default asks for
     "oracle": "to run the Python code of {value}",
+    "environment": "to run the Python code of {value}",
     "trust_remote_code": "to run the Python code that comes with a model",
     "judge_url": "to send conversations to {value}",
     "judge_request": "to send {value} with every request to the judge",
@@ -50,6 +51,7 @@ def options_needing_trust(config: Config) -> list[str]:
     defaults = {field.name: field.default for field in fields(Config) if field.name in NEEDS_TRUST}
     names = [name for name, default in defaults.items() if getattr(config, name) != default]
     names = [name for name in names if name != "report_to" or config.report_to == "wandb"]
+    names = [name for name in names if name != "environment" or ":" in config.environment]
     return [name for name in names if name != "oracle" or _runs_code(config.oracle)]
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Group
 from ..files import atomic_write_directory
 from ..out_of_memory import in_halves
-from ..packing import Layout, TokenGroup, microbatches, pack
+from ..packing import Layout, Packed, TokenGroup, microbatches, pack
 from ..sources import quiet
 from .adapters import Adapter
 from .attention import FLEX, is_flash
@@ -242,27 +242,64 @@ def score(
         tokens_per_microbatch: packed tokens, padding included, in one forward pass.
         progress: called with the number of groups of every micro-batch.
     """
+
+    def sums(packed: Packed) -> list[Tensor]:
+        return sum_by_response(policy.scoring(packed), packed.cu_seqlens)
+
+    return _by_response(policy, groups, tokens_per_microbatch, progress, sums)
+
+
+@torch.no_grad()
+def features(
+    policy: Policy,
+    groups: Sequence[Group],
+    tokens_per_microbatch: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Tensor]:
+    """Returns the mean of the last hidden states over the tokens of every response: (K, H) float64 on the CPU a group.
+
+    Each is the hidden state that a token was predicted from.
+
+    Args:
+        tokens_per_microbatch, progress: as for ``score``.
+    """
+
+    def means(packed: Packed) -> list[Tensor]:
+        hidden = policy.scoring.hidden_states(packed).double()
+        return [part.mean(0) for part in hidden.split(packed.cu_seqlens.diff().tolist())]
+
+    return _by_response(policy, groups, tokens_per_microbatch, progress, means)
+
+
+def _by_response(
+    policy: Policy,
+    groups: Sequence[Group],
+    tokens_per_microbatch: int,
+    progress: Callable[[int], None],
+    compute: Callable[[Packed], list[Tensor]],
+) -> list[Tensor]:
+    """Returns what is computed of every response, stacked for each group; ``compute`` gives a tensor a response."""
     tokens = [token_group(group) for group in groups]
-    order: list[int] = []  # indices of the groups in the order in which they were scored
-    sums: list[Tensor] = []  # a scalar per response on the device, read once at the end
+    order: list[int] = []  # indices of the groups in the order in which they were computed
+    found: list[Tensor] = []  # one per response on the device, read once at the end
     policy.model.eval()
 
-    def scored(some: Sequence[int]) -> list[list[Tensor]]:
+    def computed(some: Sequence[int]) -> list[list[Tensor]]:
         packed = pack([tokens[i] for i in some], policy.layout).to(policy.device)
         with policy.autocast():
-            found = iter(sum_by_response(policy.scoring(packed), packed.cu_seqlens))
-        return [[next(found) for _ in tokens[i][1]] for i in some]
+            own = iter(compute(packed))
+        return [[next(own) for _ in tokens[i][1]] for i in some]
 
     for chosen in microbatches(tokens, policy.layout, tokens_per_microbatch, policy.rotary_boundary):
-        for group in in_halves(scored, chosen, "responses are scored", "--tokens_per_microbatch"):
-            sums += group
+        for group in in_halves(computed, chosen, "responses are scored", "--tokens_per_microbatch"):
+            found += group
         order += chosen
         progress(len(chosen))
-    if not sums:
+    if not found:
         return []
-    parts = torch.stack(sums).cpu().split([len(groups[i].responses) for i in order])
-    scores = dict(zip(order, parts))
-    return [scores[i] for i in range(len(groups))]
+    parts = torch.stack(found).cpu().split([len(groups[i].responses) for i in order])
+    by_group = dict(zip(order, parts))
+    return [by_group[i] for i in range(len(groups))]
 
 
 def kl_estimate(groups: Sequence[Group], other: Sequence[Tensor]) -> float:

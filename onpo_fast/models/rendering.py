@@ -34,6 +34,10 @@ class Digest(Protocol):
     def update(self, data: bytes) -> None: ...
 
 
+class PromptTooLong(UserError):
+    """A prompt leaves no room for a response."""
+
+
 class _TemplateOmission(Exception):
     """A chat template omits tool calls or tool results of a conversation."""
 
@@ -82,7 +86,7 @@ class PromptRenderer:
         if tokens == []:
             raise UserError(f"{prefix}the model's chat template renders {name} as no tokens")
         if tokens is None or (self.context and len(tokens) + room > self.context):
-            raise UserError(
+            raise PromptTooLong(
                 f"{prefix}{name} has {length} tokens: with --max_new_tokens {room} it exceeds the model's context of "
                 f"{self.context} tokens"
             )
@@ -109,7 +113,7 @@ class PromptRenderer:
             )
         boundary = self.rotary_boundary
         if boundary and len(tokens) <= boundary < len(tokens) + room - 1:
-            raise UserError(
+            raise PromptTooLong(
                 f"{about} has {len(tokens)} tokens: with --max_new_tokens {room} a response may cross the {boundary} "
                 "tokens at which the model's rotary embedding (longrope) changes all of its angles, so that what was "
                 "sampled is not what is scored; lower --max_new_tokens, or remove the prompt"

@@ -25,8 +25,10 @@ from .classes import OPENINGS, ClassPreference, class_shares, cyclic_preference,
 from .interface import (
     ASYNC,
     BatchOracle,
+    IndexPairs,
     Oracle,
     checked,
+    compares_pairs,
     cyclic_triples,
     holds_model,
     judge,
@@ -41,11 +43,13 @@ __all__ = [
     "OPENINGS",
     "BatchOracle",
     "ClassPreference",
+    "IndexPairs",
     "Oracle",
     "Panel",
     "Population",
     "checked",
     "class_shares",
+    "compares_pairs",
     "computes_elsewhere",
     "cyclic_preference",
     "cyclic_triples",
@@ -100,7 +104,13 @@ def title(config: OracleConfig) -> str:
     return f"--oracle {config.oracle}" + (f" (--oracle_model {config.oracle_model})" if config.oracle_model else "")
 
 
-def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: bool) -> None:
+def probe(
+    oracle: Oracle,
+    name: str,
+    prompts: Sequence[Messages],
+    in_directory: bool,
+    texts: Sequence[str] = PROBE_TEXTS,
+) -> None:
     """Asks an oracle one short question per prompt, to find one that does not work before anything is sampled.
 
     A model is loaded for this and released. The cost is not counted. Answers that a judge has in its cache are not
@@ -112,6 +122,7 @@ def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: 
         prompts: prompts of the run, one of each kind of conversation.
         in_directory: whether to ask only oracles that write into the run directory, or only the others. The members of
             a panel are chosen one by one.
+        texts: two responses that differ.
 
     Raises:
         UserError: as ``judge``.
@@ -121,7 +132,7 @@ def probe(oracle: Oracle, name: str, prompts: Sequence[Messages], in_directory: 
         if keeps_files(asked) == in_directory:
             which = "" if len(members) == 1 else f", member {member}"
             here = f"--oracle {name}{which}, tried before anything is sampled"
-            judge_texts(asked, [(prompt, list(PROBE_TEXTS)) for prompt in prompts], here)
+            judge_texts(asked, [(prompt, list(texts)) for prompt in prompts], here)
             take_counters(asked)
 
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import atomic_write_text, read_regular
 from ..run.tracking import say
 from ..servers import Client, Endpoint, check_url, read_key, run_async
-from .interface import BatchOracle, Progress, PromptAndResponses
+from .interface import BatchOracle, IndexPairs, Progress, PromptAndResponses
 from .judge_session import JudgeSession
 
 PROMPT = """\
@@ -96,9 +96,17 @@ class ChatJudge(BatchOracle):
         return self.client.take_counters() | {name: taken[name] for name in ("answered", "cached", "nonsense")}
 
     def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        return self.compare(groups, None, progress)
+
+    def compare(
+        self,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs] | None,
+        progress: Progress = lambda n: None,
+    ) -> list[np.ndarray]:
         if self.prompt_record is not None and not self.prompt_record.is_file():
             atomic_write_text(self.prompt_record, self.prompt)
-        return run_async(JudgeSession(self, groups, progress).run())
+        return run_async(JudgeSession(self, groups, pairs, progress).run())
 
     def question(self, prompt: Messages, first: str, second: str) -> str:
         """Returns the judging prompt with its placeholders filled in."""

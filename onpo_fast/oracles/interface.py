@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..run.signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses
+IndexPairs = Sequence[tuple[int, int]]  # of two different responses of a group
 
 ASYNC = "it is async; an oracle must return the matrix itself, so call asyncio.run in it"
 COMPLEMENT_TOLERANCE = 1e-3  # largest error of P + Pᵀ = 1; sigmoids in half precision meet it
@@ -48,6 +49,23 @@ class BatchOracle:
         """
         raise NotImplementedError
 
+    def compare(
+        self,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs],
+        progress: Progress = lambda n: None,
+    ) -> list[np.ndarray]:
+        """Judges some pairs of each group. An oracle that is paid by the pair overrides this.
+
+        Args:
+            groups, progress: as for ``many``.
+            pairs: for each group, which of its responses to compare.
+
+        Returns:
+            For each group its (K, K) matrix. Of a pair (i, j) the entry [i, j] is read, P(i ≻ j), and no others.
+        """
+        return self.many(groups, progress)
+
     def __call__(self, prompt: Messages, responses: list[str]) -> np.ndarray:
         return self.many([(prompt, responses)])[0]
 
@@ -60,7 +78,12 @@ class BatchOracle:
 
 
 def judge(
-    oracle: Oracle, groups: Sequence[Group], name: str, progress: Progress = lambda n: None, first: int = 0
+    oracle: Oracle,
+    groups: Sequence[Group],
+    name: str,
+    progress: Progress = lambda n: None,
+    first: int = 0,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     """Asks an oracle for the preference matrix of every group.
 
@@ -72,16 +95,19 @@ def judge(
         name: the value of --oracle, for messages.
         progress: called with the number of groups that are newly done.
         first: the number of groups before these, for messages.
+        pairs: for each group the responses to compare; default all. An oracle with a method ``compare`` is asked about
+            no others.
 
     Returns:
-        For each group a (K, K) float64 matrix with P + Pᵀ = 1 and ½ on the diagonal.
+        For each group a (K, K) float64 matrix with P + Pᵀ = 1 and ½ on the diagonal. Where pairs are given, the
+        entries of others mean nothing.
 
     Raises:
         UserError: if the oracle fails or returns something other than preferences; the message names the oracle and
             the group.
     """
     questions = [(group.prompt, [response.text for response in group.responses]) for group in groups]
-    return judge_texts(oracle, questions, f"--oracle {name}", progress, first)
+    return judge_texts(oracle, questions, f"--oracle {name}", progress, first, pairs)
 
 
 def judge_texts(
@@ -90,9 +116,14 @@ def judge_texts(
     title: str,
     progress: Progress = lambda n: None,
     first: int = 0,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     """Does what ``judge`` does, for prompts with the texts of their responses; messages begin with ``title``."""
     try:
+        if pairs is not None and compares_pairs(oracle):
+            return _judge_together(
+                lambda asked, done: oracle.compare(asked, pairs, done), questions, title, progress, first, pairs
+            )
         if many := getattr(oracle, "many", None):
             return _judge_together(many, questions, title, progress, first)
         matrices = []
@@ -107,7 +138,12 @@ def judge_texts(
 
 
 def _judge_together(
-    many: Callable[..., object], questions: Sequence[PromptAndResponses], title: str, progress: Progress, first: int
+    many: Callable[..., object],
+    questions: Sequence[PromptAndResponses],
+    title: str,
+    progress: Progress,
+    first: int,
+    pairs: Sequence[IndexPairs] | None = None,
 ) -> list[np.ndarray]:
     offset = f" (counted from prompt {first})" if first else ""  # its messages number the groups that it was given
     answers = call_oracle(title + offset, many, [copy_question(*one) for one in questions], progress)
@@ -115,14 +151,16 @@ def _judge_together(
     if len(answers) != len(questions):
         raise UserError(f"{title}: it gave {len(answers)} matrices for {len(questions)} prompts")
     return [
-        checked(answer, len(texts), f"{title}, {describe_prompt(index, prompt)}")
-        for index, (answer, (prompt, texts)) in enumerate(zip(answers, questions), first)
+        checked(answer, len(texts), f"{title}, {describe_prompt(index, prompt)}", of_pairs)
+        for index, (answer, (prompt, texts), of_pairs) in enumerate(
+            zip(answers, questions, pairs or [None] * len(questions)), first
+        )
     ]
 
 
 def copy_question(prompt: Messages, texts: list[str]) -> PromptAndResponses:
     """Copies a question for the oracle, which may change its arguments."""
-    return copy.deepcopy(prompt), list(texts)
+    return copy.deepcopy(prompt), copy.deepcopy(list(texts))  # of conversations, with their messages
 
 
 def describe_prompt(index: int, prompt: Messages) -> str:
@@ -146,13 +184,14 @@ def call_oracle(title: str, function: Callable[..., object], *arguments: object)
     return answer
 
 
-def checked(answer: object, responses: int, where: str) -> np.ndarray:
+def checked(answer: object, responses: int, where: str, pairs: IndexPairs | None = None) -> np.ndarray:
     """Checks an oracle's answer and returns it as a preference matrix.
 
     Args:
         answer: an array, a tensor or nested lists. The diagonal is not read: a response ties with itself.
         responses: K.
         where: the oracle and the group, for messages.
+        pairs: those whose entries [i, j] are read, and no others; None: all are.
 
     Returns:
         (K, K) float64 with P + Pᵀ = 1 to the last bit and ½ on the diagonal.
@@ -171,6 +210,10 @@ def checked(answer: object, responses: int, where: str) -> np.ndarray:
         raise UserError(f"{where}: not a matrix of numbers ({error})") from None
     if matrix.shape != (responses, responses):
         raise UserError(f"{where}: expected a {responses}×{responses} matrix, got shape {matrix.shape}")
+    if pairs is not None:
+        answered, matrix = matrix, np.full_like(matrix, 0.5)
+        for i, j in pairs:
+            matrix[i, j], matrix[j, i] = answered[i, j], 1 - answered[i, j]
     np.fill_diagonal(matrix, 0.5)
     bad = ~((matrix >= 0) & (matrix <= 1))  # also true for NaN
     if bad.any():
@@ -214,6 +257,19 @@ def expand_duplicates(matrix: np.ndarray, indices: Sequence[int]) -> np.ndarray:
     return matrix[np.ix_(indices, indices)]
 
 
+def questions_of(pairs: IndexPairs | None, texts: Sequence[str], indices: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Yields what to ask of a group, each pair in both orders, as indices of different texts; equal texts tie.
+
+    Args:
+        pairs: pairs of its responses; None: all.
+        texts, indices: the result of ``drop_duplicates``.
+    """
+    if pairs is None:
+        return itertools.permutations(range(len(texts)), 2)
+    asked = {(indices[i], indices[j]) for i, j in pairs if indices[i] != indices[j]}
+    return sorted(asked | {(j, i) for i, j in asked})
+
+
 class GroupProgress:
     """Reports progress in groups while the work is counted in smaller steps.
 
@@ -250,6 +306,12 @@ def holds_model(oracle: Oracle) -> bool:
 def keeps_files(oracle: Oracle) -> bool:
     """Returns whether the oracle writes into the run directory when it is asked."""
     return bool(getattr(oracle, "keeps_files", False))
+
+
+def compares_pairs(oracle: Oracle) -> bool:
+    """Returns whether the oracle can be asked about some pairs of a group alone: it has a ``compare`` of its own."""
+    compare = getattr(oracle, "compare", None)
+    return callable(compare) and getattr(compare, "__func__", None) is not BatchOracle.compare
 
 
 def take_counters(oracle: Oracle) -> dict[str, int]:

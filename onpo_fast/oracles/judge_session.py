@@ -16,12 +16,14 @@ from ..servers.logprobs import without_logprobs
 from . import judge_cache
 from .interface import (
     GroupProgress,
+    IndexPairs,
     Progress,
     PromptAndResponses,
     average_orders,
     describe_prompt,
     drop_duplicates,
     expand_duplicates,
+    questions_of,
 )
 from .judge_cache import Answer, JudgeCache, answer_key
 from .verdicts import PARSER_VERSION, preference_of, read_answer, top_logprobs
@@ -57,21 +59,28 @@ class Question:
 
 
 class JudgeSession:
-    """One call of ``ChatJudge.many``.
+    """One call of ``ChatJudge.many`` or ``compare``.
 
     Args:
         judge: the judge.
         groups: prompts, each with its K responses.
+        pairs: for each group the responses to compare; None: all.
         progress: told how many groups are done.
     """
 
-    def __init__(self, judge: ChatJudge, groups: Sequence[PromptAndResponses], progress: Progress) -> None:
+    def __init__(
+        self,
+        judge: ChatJudge,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs] | None,
+        progress: Progress,
+    ) -> None:
         self.judge, self.groups, self.config = judge, groups, judge.config
         self.unique = [drop_duplicates(texts) for _, texts in groups]
         # P(i ≻ j) of each group with i shown first, over its different texts
         self.shown_first = [np.full((len(texts), len(texts)), 0.5) for texts, _ in self.unique]
-        questions = sum(matrix.size - len(matrix) for matrix in self.shown_first)
-        self.progress = GroupProgress(progress, len(groups), questions)
+        self.pairs = pairs or [None] * len(groups)
+        self.progress = GroupProgress(progress, len(groups), sum(1 for _ in self._triples()))
         self.in_flight: dict[str, asyncio.Future[Answer]] = {}  # by key: the same question may occur twice
         self.answers = 0
         self.without_verdict: list[Question] = []
@@ -108,17 +117,18 @@ class JudgeSession:
 
         As many as are asked at a time are claimed at once, which costs a single write to the disk.
         """
-        triples = (
-            (g, i, j)
-            for g, (texts, _) in enumerate(self.unique)
-            for i, j in itertools.permutations(range(len(texts)), 2)
-        )
+        triples = self._triples()
         while some := list(itertools.islice(triples, self.config.judge_concurrency)):
             questions = [self._question(*triple) for triple in some]
             self.cache.claim(
                 [one.key for one in questions if one.key not in self.in_flight and not self._cached_answer(one)]
             )
             yield from questions
+
+    def _triples(self) -> Iterator[tuple[int, int, int]]:
+        """Yields the group, and the response that is shown first and second, of every question."""
+        for g, (own, unique) in enumerate(zip(self.pairs, self.unique)):
+            yield from ((g, i, j) for i, j in questions_of(own, *unique))
 
     def _question(self, g: int, i: int, j: int) -> Question:
         prompt, texts = self.groups[g][0], self.unique[g][0]

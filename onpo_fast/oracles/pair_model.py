@@ -18,12 +18,14 @@ from ..conversations import Messages, plain_turns
 from ..errors import UserError
 from .interface import (
     GroupProgress,
+    IndexPairs,
     Progress,
     PromptAndResponses,
     average_orders,
     describe_prompt,
     drop_duplicates,
     expand_duplicates,
+    questions_of,
 )
 from .model_oracle import ModelOracle
 
@@ -67,18 +69,27 @@ class PairModel(ModelOracle):
         self._check_header()
 
     def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        return self.compare(groups, None, progress)
+
+    def compare(
+        self,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs] | None,
+        progress: Progress = lambda n: None,
+    ) -> list[np.ndarray]:
         unique = [drop_duplicates(texts) for _, texts in groups]
+        asked = [list(questions_of(own, *one)) for own, one in zip(pairs or [None] * len(groups), unique)]
         for g, (prompt, _) in enumerate(groups):  # finds most questions that are too long before hours of work
-            longest = sorted(unique[g][0], key=len)[-2:]
-            if len(longest) == 2:
-                self.tokens(prompt, *longest, describe_prompt(g, prompt))
+            texts = unique[g][0]
+            if longest := max(asked[g], key=lambda pair: sum(len(texts[i]) for i in pair), default=None):
+                self.tokens(prompt, *(texts[i] for i in longest), describe_prompt(g, prompt))
         shown_first = [np.full((len(texts), len(texts)), 0.5) for texts, _ in unique]
-        count = GroupProgress(progress, len(groups), sum(matrix.size - len(matrix) for matrix in shown_first))
+        count = GroupProgress(progress, len(groups), sum(map(len, asked)))
 
         def questions() -> Iterator[tuple[tuple[int, int, int], list[int]]]:
             for g, (prompt, _) in enumerate(groups):
                 texts, here = unique[g][0], describe_prompt(g, prompt)
-                for i, j in np.argwhere(~np.eye(len(texts), dtype=bool)).tolist():
+                for i, j in asked[g]:
                     yield (g, i, j), self.tokens(prompt, texts[i], texts[j], here)
 
         for (g, i, j), value in self.ask_in_batches(questions(), self.prefers_first):

@@ -15,6 +15,7 @@ from ..errors import UserError
 from .interface import (
     BatchOracle,
     GroupProgress,
+    IndexPairs,
     Oracle,
     Progress,
     PromptAndResponses,
@@ -67,10 +68,18 @@ class Panel(BatchOracle):
         self.keeps_files = any(keeps_files(oracle) for _, _, oracle in members)
 
     def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
+        return self.compare(groups, None, progress)
+
+    def compare(
+        self,
+        groups: Sequence[PromptAndResponses],
+        pairs: Sequence[IndexPairs] | None,
+        progress: Progress = lambda n: None,
+    ) -> list[np.ndarray]:
         count = GroupProgress(progress, len(groups), len(groups) * len(self.members))
         sums = [np.zeros((len(texts), len(texts))) for _, texts in groups]
         for weight, name, oracle in self.members:
-            for total, matrix in zip(sums, judge_texts(oracle, groups, f"member {name}", count)):
+            for total, matrix in zip(sums, judge_texts(oracle, groups, f"member {name}", count, 0, pairs)):
                 total += weight * matrix
         return [np.clip(total, 0, 1) for total in sums]  # the weights sum to 1 up to rounding
 

@@ -49,11 +49,12 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
         if t not in files:
             raise UserError(f"{directory} has no pairs of iteration {t}: it has {_listed(files)}")
     with_tools = any(_has_tools(pair) for t in wanted for pair in read_jsonl(files[t]))
-    features = _pair_features(datasets, with_tools)
+    weighted = any(_is_weighted(pair) for t in wanted for pair in read_jsonl(files[t]))
+    features = _pair_features(datasets, with_tools, weighted)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:  # the pairs of a run need not fit into memory
         try:
-            rows = partial(_pair_rows, files, wanted, with_tools)
+            rows = partial(_pair_rows, files, wanted, with_tools, weighted)
             table = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache)
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, UserError | OSError):
@@ -63,7 +64,7 @@ def export_pairs(directory: Path, out: Path, iterations: Sequence[int] | None = 
         return len(table)
 
 
-def _pair_rows(files: dict[int, Path], wanted: Sequence[int], with_tools: bool) -> Iterator[dict]:
+def _pair_rows(files: dict[int, Path], wanted: Sequence[int], with_tools: bool, weighted: bool) -> Iterator[dict]:
     for t in wanted:
         for number, pair in enumerate(read_jsonl(files[t]), 1):
             if missing := [name for name in COLUMNS if name not in pair]:
@@ -73,21 +74,29 @@ def _pair_rows(files: dict[int, Path], wanted: Sequence[int], with_tools: bool) 
                     f"{files[t]} has no pairs to export: sppo labels each response by itself with its win rate"
                 )
             tools = {"tools": pair.get("tools") or []} if with_tools else {}
-            yield {name: pair[name] for name in COLUMNS} | tools | {"iteration": t}
+            weight = {"weight": pair.get("weight", 1) * pair.get("importance", 1)} if weighted else {}
+            yield {name: pair[name] for name in COLUMNS} | tools | weight | {"iteration": t}
 
 
-def _pair_features(datasets: ModuleType, with_tools: bool) -> dict:
+def _pair_features(datasets: ModuleType, with_tools: bool, weighted: bool) -> dict:
     """The types of the columns. With tools, prompts are JSON: a column of one structure would add null for each key."""
     text, integer, number = (datasets.Value(kind) for kind in ("string", "int32", "float64"))
     messages = datasets.List({"role": text, "content": text})
     features = datasets.Features(
         prompt=messages, chosen=messages, rejected=messages, preference=number, group=integer, iteration=integer
     )
+    if weighted:
+        features["weight"] = number
     if with_tools:
         if not hasattr(datasets, "Json"):
             raise UserError("pairs with tools need a newer package datasets: pip install -U datasets")
         features["prompt"] = features["tools"] = datasets.List(datasets.Json())
     return features
+
+
+def _is_weighted(pair: dict) -> bool:
+    """Whether the pair's loss does not count once, as where pairs were drawn (--select)."""
+    return "weight" in pair or "importance" in pair
 
 
 def _has_tools(pair: dict) -> bool:

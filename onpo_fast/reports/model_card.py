@@ -18,7 +18,7 @@ import huggingface_hub
 import jinja2
 
 from ..algorithms import Algorithm, named
-from ..config import AlgorithmConfig, FitConfig, SamplingConfig
+from ..config import AlgorithmConfig, EnvironmentConfig, FitConfig, SamplingConfig
 from ..errors import UserError, one_line
 from ..files import MIB, MODEL_CARD, atomic_write_text, read_regular
 from ..models.checkpoint import ADAPTER_CONFIG
@@ -270,10 +270,13 @@ def _algorithm(run: RunData) -> Algorithm | None:
 def _method(run: RunData, algorithm: Algorithm | None) -> str:
     name = _code(_algorithm_name(run))
     about = f": {_with_links(algorithm.about)}" if algorithm else ""
+    said, compared = "the policy answers prompts", "the responses of a prompt"
+    if run.config.get("environment") is not None:
+        said, compared = "the policy converses with an environment", "the conversations from a prompt"
     return (
-        f"Algorithm {name}{about}. In each iteration the policy answers prompts, an oracle compares the responses of a "
-        f"prompt, and the policy is fitted to the preferences. Trained with `onpo_fast`, a trainer for Optimistic Nash "
-        f"Policy Optimization ([arXiv 2502.16852]({PAPER})). Parameters:"
+        f"Algorithm {name}{about}. In each iteration {said}, an oracle compares {compared}, and the policy is fitted "
+        f"to the preferences. Trained with `onpo_fast`, a trainer for Optimistic Nash Policy Optimization "
+        f"([arXiv 2502.16852]({PAPER})). Parameters:"
     )
 
 
@@ -287,8 +290,13 @@ def _parameters(run: RunData, algorithm: Algorithm | None) -> Iterator[str]:
     if algorithm:
         used = {field.name for field in fields(algorithm.objective)} | ({"tau"} if algorithm.mixes else set())
         unused = {"eta", "tau", "beta"} - used
+    if run.config.get("select") is None:
+        unused.add("selection")
     skipped = RESOURCE_OPTIONS | SHOWN_ELSEWHERE | unused
-    names = [field.name for section in (AlgorithmConfig, SamplingConfig, FitConfig) for field in fields(section)]
+    sections = [AlgorithmConfig, SamplingConfig, FitConfig]
+    if run.config.get("environment") is not None:
+        sections.append(EnvironmentConfig)
+    names = [field.name for section in sections for field in fields(section)]
     if run.config.get("lora_rank") is not None:
         names += LORA_OPTIONS
     for name in names:

@@ -114,14 +114,20 @@ def gradient_norm(run: RunData, axes: Axes) -> list[str]:
 def divergence(run: RunData, axes: Axes) -> list[str]:
     axes.set(xlabel="t of the policy π_t", ylabel="nats a response")
     initial, anchor = run.column("iteration", "kl_to_initial"), run.column("iteration", "kl_to_anchor")
-    series = {"to π₁": initial, "to the anchor": anchor, "to π₁, held out": run.evaluated("kl_to_initial")}
+    series = {"to π₁": initial, "to the anchor": anchor, f"to π₁, {_held_out(run)}": run.evaluated("kl_to_initial")}
     return _draw_iterations(axes, series)
 
 
 def response_length(run: RunData, axes: Axes) -> list[str]:
     axes.set(xlabel="t of the policy π_t", ylabel="tokens a response")
     training, held_out = run.column("sample", "response_tokens_mean"), run.evaluated("response_tokens_mean")
-    return _draw_iterations(axes, {"training": training, "held out": held_out})
+    sampled = "training, first turn" if run.turns else "training"
+    return _draw_iterations(axes, {sampled: training, _held_out(run): held_out})
+
+
+def _held_out(run: RunData) -> str:
+    """The name of a line of the evaluation, whose responses are whole conversations where a run has several turns."""
+    return "held out, whole conversations" if run.turns else "held out"
 
 
 def shares(run: RunData, axes: Axes) -> list[str]:

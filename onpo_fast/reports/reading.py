@@ -227,16 +227,22 @@ def read_training_examples(directory: Path, lines: LineReader) -> tuple[int, lis
     """Return the newest iteration that has responses (0 if none has), and its first prompts with two responses each.
 
     An example has "prompt", "responses" and "preference", the probability that the oracle prefers the first response
-    (None if it was not asked).
+    (None if it was not asked), and "conversations", the messages of responses that are conversations.
     """
     newest, path = max(of_iterations(directory, "responses.jsonl").items(), default=(0, directory))
     if not newest:
         return 0, []
-    name = f"{path.parent.name}/responses.jsonl"
+    name = f"{path.parent.name}/conversations.jsonl"
+    if not (directory / name).exists():
+        name = f"{path.parent.name}/responses.jsonl"
     preferences = lines.read(f"{path.parent.name}/preferences.jsonl", _parse_first_preference)
+    selected = f"{path.parent.name}/selected.jsonl"
+    asked = set(lines.read(selected, _parse_selected)) if (directory / selected).exists() else None
     examples: list[dict[str, Any]] = []
-    for example in lines.read(name, partial(_parse_sampled, file=name)):
+    for index, example in enumerate(lines.read(name, partial(_parse_sampled, file=name))):
         preference = next(preferences, None)
+        if asked is not None and (index, 0, 1) not in asked:
+            preference = None
         if example is not None:
             examples.append(example | {"preference": preference})
         if len(examples) == MAX_TRAINING_PROMPTS:
@@ -245,12 +251,27 @@ def read_training_examples(directory: Path, lines: LineReader) -> tuple[int, lis
 
 
 def _parse_sampled(line: bytes, file: str) -> dict[str, Any] | None:
-    """The prompt and the first two responses of a line of an iteration's responses.jsonl."""
+    """The prompt and the first two responses of a line of an iteration's responses.jsonl or conversations.jsonl."""
     row = parse_json_line(line)
     if not isinstance(row, dict) or not _are_texts(row.get("responses")):
         return None
-    prompt = parse_conversation(row.get("prompt"), file)
-    return prompt and {"prompt": prompt, "responses": [shorten(text, file) for text in row["responses"][:2]]}
+    if (prompt := parse_conversation(row.get("prompt"), file)) is None:
+        return None
+    conversations = row["conversations"] if isinstance(row.get("conversations"), list) else []
+    return {
+        "prompt": prompt,
+        "responses": [shorten(text, file) for text in row["responses"][:2]],
+        "conversations": [parse_conversation(one, file) for one in conversations[:2]],
+    }
+
+
+def _parse_selected(line: bytes) -> tuple[int, int, int] | None:
+    """The group and the two responses of a line of an iteration's selected.jsonl."""
+    try:
+        g, i, j = parse_json_line(line)["pair"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (g, i, j) if all(type(one) is int for one in (g, i, j)) else None
 
 
 def _parse_first_preference(line: bytes) -> float | None:
@@ -278,10 +299,16 @@ def read_evaluation_examples(lines: LineReader, policies: list[str]) -> tuple[li
         if len(examples) < MAX_EVALUATION_PROMPTS:
             policies = policies or list(row["responses"])
             compared = {policy: row["responses"].get(policy) for policy in {policies[0], policies[-1]}}
+            conversations = row.get("conversations") if isinstance(row.get("conversations"), dict) else {}
             examples.append(
                 {
                     "prompt": parse_conversation(row["prompt"], name),
                     "responses": {policy: shorten(texts[0], name) for policy, texts in compared.items() if texts},
+                    "conversations": {
+                        policy: parse_conversation(own[0], name)
+                        for policy, own in conversations.items()
+                        if policy in compared and isinstance(own, list) and own
+                    },
                     "preference": row["preference"],
                     "policies": [policies[0], policies[-1]],
                 }

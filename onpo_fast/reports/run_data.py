@@ -167,6 +167,18 @@ class RunData:
         return sum(row.get(name) or 0 for row in self.iterations(stage).values())
 
     @property
+    def turns(self) -> list[dict[str, Any]]:
+        """A row for each shown iteration and turn that the policy learned at, where there are several."""
+        found: dict[tuple[int, float], dict[str, Any]] = {}
+        for stage in ("sample", "environment"):
+            for t, outputs in self._last_rows.get(stage, {}).items():
+                for part, row in outputs.items():
+                    learned = stage == "environment" or part.partition("/")[2].startswith("responses")
+                    if t in self.shown_iterations and isinstance(row.get("turn"), (int, float)) and learned:
+                        found.setdefault((t, row["turn"]), {}).update(row)
+        return [row for _, row in sorted(found.items()) if "responses" in row]
+
+    @property
     def triples(self) -> tuple[int, float]:
         """The triples of responses that the oracle has compared in all iterations, and the share that is cyclic."""
         counted = [

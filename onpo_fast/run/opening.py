@@ -16,7 +16,7 @@ import torch
 
 from .. import config as configuration
 from .. import oracles
-from ..config import Config, FitConfig, JudgeConfig, ModelConfig, OracleConfig
+from ..config import Config, FitConfig, ModelConfig, OracleConfig
 from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
 from ..data import (
     Messages,
@@ -39,10 +39,12 @@ from ..models.precision import choose_weights
 from ..models.rendering import PINNED_DATE
 from ..models.resident import ResidentPolicy, Source
 from ..models.sharding import check_shardable
+from ..multi_turn.environment import CheckedEnvironment
 from ..objectives import Sppo
 from ..pairing import PAIRINGS
 from ..sampling.vllm.process import check_python
 from .cache import StageCache
+from .externals import load_environment, load_oracle, try_oracle
 from .fingerprint import changes, model_fingerprint
 from .journal import Journal, JournalElsewhere
 from .lock import LOCK, RunLock, locked
@@ -69,6 +71,7 @@ class OpenRun:
         held_out: those to evaluate on.
         oracle: who prefers what.
         oracle_files: ``oracles.fingerprint`` of the oracle.
+        environment: what answers the policy between its turns; None: it has one turn.
         family: what transformers calls the policy's architecture.
         vocabulary: rows of the policy's embedding.
         compute_dtype: of the policy's computation.
@@ -87,6 +90,7 @@ class OpenRun:
     oracle: oracles.Oracle
     oracle_name: str
     oracle_files: dict[str, str]
+    environment: CheckedEnvironment | None
     family: str
     vocabulary: int
     device: torch.device
@@ -155,6 +159,7 @@ def open_run(config: Config, resume: bool = False, force: bool = False, world: W
         cache=StageCache(journal, None, None, world),
         policies=ResidentPolicy(config.section(ModelConfig), told["initial"]),
         oracle=load_oracle(config, directory),
+        environment=load_environment(config),
         device=device_of(config.device),
         **told,
     )
@@ -190,6 +195,7 @@ class _Checked:
     """What a run starts with, checked before anything is written."""
 
     oracle: oracles.Oracle
+    environment: CheckedEnvironment | None
     to_judge: bool  # whether the oracle is still needed
     policies: ResidentPolicy
     skipped: Skipped | None
@@ -201,7 +207,7 @@ class _Checked:
 def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
-    oracle = load_oracle(config, directory)
+    oracle, spoken_to = load_oracle(config, directory), load_environment(config)
     check_sampler(config)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
@@ -216,7 +222,9 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
     if ranks > 1 and config.lora_rank is None:  # the base of adapters stays whole on every rank
         check_shardable(policies(config.model))
-    return _Checked(oracle, to_judge, policies, skipped, *prompts)
+    if spoken_to is not None and to_judge:
+        spoken_to.probe(min(prompts[0], key=oracles.length))
+    return _Checked(oracle, spoken_to, to_judge, policies, skipped, *prompts)
 
 
 def _begin(
@@ -226,7 +234,8 @@ def _begin(
     directory, oracle, policy = Path(config.out), checked.oracle, checked.policies(config.model)
     check_directory(directory, resume)
     if policy.device.type == "cuda":  # on a CPU the first fit says what it takes
-        config = with_token_budget(config, policy, _longest_prompt(policy, [*checked.prompts, *checked.held_out]))
+        longest = _longest_prompt(policy, [*checked.prompts, *checked.held_out], config)
+        config = with_token_budget(config, policy, longest)
     journal = Journal(directory)
     journal.before_record.append(lock.check)
     if journal.mended:
@@ -238,7 +247,7 @@ def _begin(
     atomic_write_text(directory / configuration.CONFIG_FILE, config.to_yaml())
     if checked.to_judge and oracles.keeps_files(oracle):  # it may write into the directory from here on
         shortest = min([*checked.prompts, *checked.held_out], key=oracles.length)
-        oracles.probe(oracle, config.oracle, [shortest], in_directory=True)
+        try_oracle(config, oracle, [shortest], in_directory=True)
     initial = _keep_initial(config.model, policy, checked.policies, journal)
     write_prompts(directory / HELD_OUT, checked.held_out)
     atomic_write_text(directory / "environment.json", json.dumps(environment(policy.device), indent=1) + "\n")
@@ -260,6 +269,7 @@ def _begin(
         oracle=oracle,
         oracle_name=config.oracle,
         oracle_files=inputs["oracle"],
+        environment=checked.environment,
         family=policy.family,
         vocabulary=policy.vocabulary,
         device=policy.device,
@@ -299,16 +309,19 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
-def _longest_prompt(policy: Policy, prompts: list[Messages]) -> int:
-    """Returns the most tokens of a prompt, of those with most characters."""
+def _longest_prompt(policy: Policy, prompts: list[Messages], config: Config) -> int:
+    """Returns the most tokens of a prompt, of those with most characters.
+
+    With several turns it is that of the last one, whose prompt has the turns before it. What the environment says is
+    taken to be as long as they are.
+    """
     longest = sorted(prompts, key=oracles.length)[-RENDERED_AGAIN:]
-    return max(len(policy.renderer.render(prompt)) for prompt in longest)
-
-
-def load_oracle(config: Config, directory: Path) -> oracles.Oracle:
-    """The oracle that the options of a run name."""
-    sections = (config.section(OracleConfig), config.section(JudgeConfig), config.section(ModelConfig))
-    return oracles.load(config.oracle, *sections, directory)
+    tokens = max(len(policy.renderer.render(prompt)) for prompt in longest)
+    if config.has_turns:
+        tokens += 2 * config.max_new_tokens * (config.turns - 1)
+        if policy.renderer.context:
+            tokens = min(tokens, policy.renderer.context - config.max_new_tokens)
+    return tokens
 
 
 def config_key(config: Config, model: dict[str, str] | None) -> object:
@@ -353,7 +366,7 @@ def _read_prompts(
             locate(base_of(config.model))  # a typo is found before minutes of loading
             if oracles.holds_model(oracle):
                 policies.drop()
-            oracles.probe(oracle, config.oracle, list(new.values()), in_directory=False)
+            try_oracle(config, oracle, list(new.values()), in_directory=False)
             tried.update(new)
         policy = policies(config.model)
         shown = progress("check the prompts", len(prompts)) if len(prompts) > MANY_PROMPTS else nullcontext()
@@ -380,13 +393,17 @@ def _inputs(config: Config, policy: Policy, checked: _Checked) -> dict[str, dict
     return {
         "model": model_fingerprint(config.model, commit, checksum_once),
         "oracle": oracles.fingerprint(checked.oracle, config.oracle, checksum_once),
+        "environment": checked.environment.files if checked.environment else {},
         "prompts": {"sha256": prompts_digest(checked.prompts, checked.held_out)},
         "rendering": {"sha256": checked.rendering},
     }
 
 
 def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, str]], force: bool) -> None:
-    """Raises ``UserError`` if a run began with other prompts, tokens, π_1 or oracle, the last three unless forced."""
+    """Raises ``UserError`` if a run began with other prompts, tokens, π_1, oracle or environment.
+
+    If it is forced, with other prompts alone.
+    """
     directory = config.out
     began: dict[str, Any] = {name: journal.note(name) or now for name, now in inputs.items()}
     if began["prompts"] != inputs["prompts"]:
@@ -402,6 +419,11 @@ def _check_inputs(config: Config, journal: Journal, inputs: dict[str, dict[str, 
         raise UserError(
             f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
             "changed. Put it back, or add --force: finished stages stay as they are, the others use the new one"
+        )
+    if changed := changes(began["environment"], inputs["environment"]):
+        raise UserError(
+            f"--environment {config.environment} is not what {directory} began with: {', '.join(changed)} changed. Put "
+            "it back, or add --force: finished stages stay as they are, the others use the new one"
         )
     if began["rendering"] != inputs["rendering"]:
         raise UserError(

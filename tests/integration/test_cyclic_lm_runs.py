@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from experiments.cyclic_lm import command_line, comparison, recipe, results
 from onpo_fast.errors import UserError
+from onpo_fast.oracles.classes import OPENINGS
 from onpo_fast.run.lock import RunLock, locked
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +131,25 @@ def test_tuning_ends_with_a_step_that_is_not_an_end(small: dict, tmp_path: Path,
     assert len(tuning.gaps) == comparison.MOST_ETAS or min(tuning.gaps) < tuning.chosen < max(tuning.gaps)
     command_line.run([*arguments, "--seeds", "0"])
     assert (tmp_path / "out" / "results" / f"omd-eta{tuning.chosen:g}-seed0-T1-own_cycle.preference.json").exists()
+
+
+@pytest.mark.long
+def test_two_turns(small: dict, tmp_path: Path) -> None:
+    """The class is that of the last turn, which the partner has asked for."""
+    arms = ["onpo", "omd_two_fits", "onpo_branches"]
+    arguments = f"--arms {' '.join(arms)} --seeds 0 --oracle {recipe.TURNS} --iterations 1 --out out --keep_runs"
+    command_line.run(arguments.split())
+    runs = {run.arm: run for run in results.read(tmp_path / "out" / "results")}
+    assert set(runs) == set(arms)
+    assert all(run.raw["config"]["turns"] == run.raw["recipe"]["options"]["turns"] == 2 for run in runs.values())
+    assert all(fit["exact"] is None for run in runs.values() for fit in run.raw["fits"])
+    (folder,) = (tmp_path / "out" / "runs").glob("onpo-eta3-*turns.last_turn/")
+    rows = [json.loads(line) for line in (folder / "evaluation_responses.jsonl").read_text().splitlines()]
+    for policy, own in zip(("π_1", "π_2"), runs["onpo"].raw["heldout"]):
+        last = [[one[-1]["content"] for one in row["conversations"][policy]] for row in rows]
+        assert own == [OPENINGS.indices(row["prompt"], texts).tolist() for row, texts in zip(rows, last)]
+    table = comparison.table(list(runs.values()), list(runs.values()))
+    assert all(row.exact_gap is None and row.movement is None for row in table)
 
 
 @pytest.mark.long

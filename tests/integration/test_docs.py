@@ -17,6 +17,7 @@ from onpo_fast import oracles
 from onpo_fast.algorithms import ALGORITHMS, ALIASES
 from onpo_fast.config import Config, parse
 from onpo_fast.data import Group, Response
+from onpo_fast.multi_turn.conversation import Transcript
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your-trainer.md").read_text(encoding="utf-8")
@@ -101,6 +102,19 @@ def test_a_preference_for_the_experiment() -> None:
     np.testing.assert_allclose(cycle[0], [0.5, 0.8, 0.2, 0.8])
 
 
+def test_a_word_game() -> None:
+    """docs/multi-turn.md: an oracle for the embedded word game."""
+    names: dict = {}
+    *_, snippet = snippets((ROOT / "docs" / "multi-turn.md").read_text(encoding="utf-8"))
+    exec(snippet, names)
+    prompt = [{"role": "user", "content": "My word is garden"}]
+    said = [["Needle", "engine", "eagle"], ["Nest", "table", "egg"], ["Bread"]]
+    roles = ("assistant", "user", "assistant")
+    lines = [Transcript([{"role": role, "content": text} for role, text in zip(roles, texts)]) for texts in said]
+    assert [names["unbroken"](prompt, line) for line in lines] == [2, 2, 0]
+    assert names["longer"](prompt, lines)[0] == [0.5, 0.5, 1.0]
+
+
 def test_configuration(tmp_path: Path) -> None:
     """docs/configuration.md: a flat file and one by section are the same configuration."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -138,7 +152,7 @@ OTHER_COMMANDS = {
     "report": "picture",
     "memory": "gpus memory prompt_tokens",
     "games": "game actions steps algorithms objectives seeds turns fit_steps",
-    "experiment": "arms seeds tune minutes page results best_response",
+    "experiment": "arms seeds tune minutes page results best_response table",
     "bench": "kills errors only budget benchmark-only samplers tokens timed_steps times trl_batches",
     "gpu-check": "part dry-run",
     "torchrun": "nproc-per-node nnodes rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout",

@@ -123,6 +123,30 @@ def test_neither_batches_nor_order_move_the_answers(pair_model: PairModel, matri
     np.testing.assert_allclose(turned[::-1, ::-1], matrices[0], atol=1e-5)
 
 
+def test_chosen_pairs_alone_are_asked_about(pair_model: PairModel, matrices, monkeypatch) -> None:
+    """In both orders, also through a panel, whose member without ``compare`` computes its whole matrix."""
+    questions, ask = [], PairModel.prefers_first
+
+    def counted(self: PairModel, rows: list[list[int]]) -> torch.Tensor:
+        questions.extend(rows)
+        return ask(self, rows)
+
+    monkeypatch.setattr(PairModel, "prefers_first", counted)
+    pairs = [[(0, 3), (1, 2)], []]
+    found = pair_model.compare(GROUPS, pairs)
+    assert len(questions) == 2 * 2
+    longer = [(PROMPT, [*TEXTS, "word " * 5000])]  # a text that nobody asks about
+    assert pair_model.compare(longer, pairs[:1])[0].shape == (5, 5)
+    assert [found[0][pair] for pair in pairs[0]] == pytest.approx([matrices[0][pair] for pair in pairs[0]], abs=1e-5)
+    panel = oracles.Panel([(1.0, "model", pair_model), (3.0, "half", lambda prompt, responses: [[0.5] * 4] * 4)])
+    (mean,) = oracles.judge(
+        panel, [Group(PROMPT, [1], [Response(text, [1], "eos", -1.0) for text in TEXTS])], "the panel", pairs=pairs[:1]
+    )
+    assert len(questions) == 2 * 6
+    for i, j in pairs[0]:
+        assert mean[i, j] - 0.5 == pytest.approx((matrices[0][i, j] - 0.5) / 4, abs=1e-5)
+
+
 def test_a_question_that_is_too_long_is_an_error(model_directory) -> None:
     """It names the prompt, its number of tokens and the limit, before the weights are even loaded."""
     oracle = oracles.load("pair-model", Config(oracle_model=str(model_directory)))

@@ -34,6 +34,8 @@ OPTIONS = {
     "device": "cpu",
     "report_to": "none",
 }
+TURNS = ("--environment", "partner", "--turns", "2")
+SELECTED = ("--select", "8", "--selection", "variance")
 LORA = ("--lora_rank", "2", "--learning_rate", "1e-3")
 AUXILIARY = "iteration_01/auxiliary"
 LAST = "iteration_01/policy"
@@ -69,6 +71,10 @@ def ended(work: Path) -> dict[str, Ended]:
         "two, autocast": Job(2, [*tied, "--dtype", "bfloat16"], ""),
         "one, LoRA": Job(1, [*tied, *LORA], ""),
         "two, LoRA": Job(2, [*tied, *LORA], ""),
+        "one, turns": Job(1, [*tied, *TURNS], ""),
+        "two, turns": Job(2, [*tied, *TURNS], ""),
+        "one, selected": Job(1, [*tied, *SELECTED], ""),
+        "two, selected": Job(2, [*tied, *SELECTED], ""),
         "stopped, LoRA": Job(2, [*tied, *LORA], "", at=(1, 2, "SIGTERM")),
         "stopped, LoRA, then two": Job(2, ["--resume"], "", begun="stopped, LoRA"),
         "killed": Job(2, tied, "", at=(1, 2, "SIGKILL")),
@@ -112,12 +118,17 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     [
         ("two", "one"),
         ("two, untied", "one, untied"),
+        ("two, turns", "one, turns"),
+        ("two, selected", "one, selected"),
         ("stopped, then one", "one"),
         ("one, stopped, then two", "one"),
     ],
 )
 def test_final_weights_are_those_of_one_process(ended: dict[str, Ended], work: Path, ours: str, theirs: str) -> None:
-    """Also with states that another number of ranks has written; untied with recomputation, and a live anchor."""
+    """Also with states that another number of ranks has written, conversations, and selected pairs.
+
+    Untied with recomputation, and a live anchor.
+    """
     assert ended[ours].statuses == [0] * len(ended[ours].statuses), ended[ours].errors
     start = weights(work / ("untied" if "untied" in ours else "model"), ".")
     for policy in (AUXILIARY, LAST):

@@ -127,7 +127,7 @@ def test_a_stage_goes_on_with_its_parts(whole: Whole, tmp_path, monkeypatch, sta
             done.append(first)
 
     monkeypatch.setattr(LocalSampler, "__call__", sampled)
-    monkeypatch.setattr(oracles, "judge", lambda *asked: (called("judge", asked[-1]), judge(*asked))[1])
+    monkeypatch.setattr(oracles, "judge", lambda *asked: (called("judge", asked[4]), judge(*asked))[1])
     config = replace(whole.config, out=str(tmp_path / "run"), iterations=1)
     with pytest.raises(Killed):
         module.train(config)

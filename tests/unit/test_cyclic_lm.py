@@ -442,6 +442,16 @@ def test_the_documentation_has_the_tables_of_the_committed_results() -> None:
     assert columns.by_length_markdown(comparison.noisy_gaps_by_length(own), "noisy fits") in text
 
 
+def test_the_documentation_has_the_table_of_two_turns() -> None:
+    """docs/multi-turn.md, from experiments/results."""
+    runs = results.read(ROOT / "experiments" / "results" / "two_turns")
+    text = (ROOT / "docs" / "multi-turn.md").read_text(encoding="utf-8")
+    ((game, own),) = comparison.games(runs).items()
+    assert game == (recipe.TURNS, recipe.ITERATIONS)
+    assert columns.markdown(comparison.table(runs, own)) in text
+    assert f"{comparison.initial_gap(own):.2f}" in text
+
+
 def test_every_step_of_an_arm_looks_its_own_way(tmp_path: Path) -> None:
     runs = write(tmp_path, *(result(arm, 0, NEAR, eta=eta) for arm in recipe.ARMS for eta in (1.0, 2.0, 4.0)))
     groups = figures.groups(runs)
@@ -464,7 +474,8 @@ def test_topics_are_held_out() -> None:
 @pytest.mark.parametrize("arm", recipe.ARMS)
 def test_the_options_of_every_arm_are_the_trainers(arm: str) -> None:
     """And the target of a pair with label 0.8 is that of the step η, where the loss is squared."""
-    config = Config(**Job(arm, 0, 3.0).options())
+    oracle = recipe.TURNS if "multi_turn_target" in recipe.ARMS[arm].options else recipe.ORACLE
+    config = Config(**Job(arm, 0, 3.0, oracle).options())
     objective = config.make_objective()
     if recipe.ARMS[arm].objective != "iterative_dpo":
         import torch

@@ -15,7 +15,7 @@ import torch
 
 import onpo_fast
 from experiments.cyclic_lm.jobs import Job
-from experiments.cyclic_lm.recipe import ETA
+from experiments.cyclic_lm.recipe import ETA, TURNS
 from onpo_fast import files, oracles
 from onpo_fast.config import Config, parse, read_run
 from onpo_fast.errors import UserError
@@ -67,6 +67,18 @@ def test_the_demonstration_is_the_beginning_of_the_experiment(monkeypatch: pytes
     for name in ("model", "oracle", "objective", "eta", "max_new_tokens", "responses_per_prompt", "batch_pairs"):
         assert getattr(config, name) == getattr(experiment, name)
     assert oracles.load(config.oracle) is oracles.OPENINGS
+
+
+def test_conversations_are_those_of_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts, environment, oracle and step."""
+    monkeypatch.chdir(ROOT)
+    config = parse(["--config", "configs/cpu-multi-turn.yaml"])
+    experiment = Config(**Job("onpo", 0, ETA, TURNS).options())
+    for name in ("prompts", "eval_prompts"):
+        assert Path(getattr(config, name)).resolve() == Path(getattr(experiment, name))
+    for name in ("model", "oracle", "environment", "turns", "multi_turn_target", "objective", "eta", "max_new_tokens"):
+        assert getattr(config, name) == getattr(experiment, name)
+    assert oracles.load(config.oracle).names == oracles.OPENINGS.names
 
 
 def test_flags_override_the_file(tmp_path) -> None:
