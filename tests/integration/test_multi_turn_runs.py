@@ -107,7 +107,7 @@ def test_what_a_run_of_several_turns_writes(conversing: Config) -> None:
         assert row["responses"] == sum(len(group.responses) for group in own)
         assert row.get("ended", 0) <= row.get("replies", 0)
     judged = [one for one in read_jsonl(out / "metrics.jsonl") if one["stage"] == "judge"]
-    at_most = conversing.prompts_per_iteration * (K * (K - 1) // 2 + (TURNS - 1) * K * (K - 1))
+    at_most = conversing.prompts_per_iteration * (K * (K - 1) // 2 + (TURNS - 1) * (K - 1) ** 2)
     assert all(0 < one["comparisons"] <= at_most for one in judged)
 
 
