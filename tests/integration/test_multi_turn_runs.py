@@ -13,7 +13,7 @@ import pytest
 from support.small_runs import prepare, small_run
 
 from onpo_fast import train as module
-from onpo_fast.config import Config
+from onpo_fast.config import Config, EnvironmentConfig
 from onpo_fast.conversations import Messages
 from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
@@ -223,7 +223,8 @@ def test_an_evaluation_with_an_environment_of_another_name(conversing: Config, c
 
 def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Config) -> None:
     one = replace(conversing, turns=1, iterations=1)
-    plain = replace(conversing, environment=None, turns=3, iterations=1, out=f"{conversing.out}-plain")
+    turns = EnvironmentConfig().turns  # without an environment no others can be given
+    plain = replace(conversing, environment=None, turns=turns, iterations=1, out=f"{conversing.out}-plain")
     module.train(one)
     module.train(plain)
     assert run_digest(Path(one.out)) == run_digest(Path(plain.out))
