@@ -268,9 +268,9 @@ class Evaluator:
         def sample(states: Sequence[Messages], number: int, last: Sequence[int], ending: str) -> list[Group]:
             return self._sample(name, source, states, number, [*seed, *last], f"{output}{ending}")
 
-        def answer(line: Conversation, of_line: Sequence[int]) -> dict | None:
+        def answer(conversation: Conversation, of_turn: Sequence[int]) -> dict | None:
             room = self.sampling.max_new_tokens
-            return reply_to(self.environment, line, of_line, self.policies(source).renderer, room)
+            return reply_to(self.environment, conversation, of_turn, self.policies(source).renderer, room)
 
         folder, key = f"{PARTS}/{output}", (self.weights, self.environment.files)
         conversations, spoken, cost = converse(
@@ -477,14 +477,14 @@ def main(argv: list[str]) -> None:
     check_sampler(config)
     with locked(directory) as lock:
         oracle, oracle_files = check_oracle(directory, config)
-        spoken_to = check_environment(directory, config)
+        environment = check_environment(directory, config)
         journal = Journal(directory)
         tracker = Tracker(directory, "none" if config.report_to == "none" else "tensorboard")
         journal.before_record += [lock.check, tracker.sync]
         tracker.begin(EVALUATION, keep=lambda record: True)  # the judge was asked then too
         try:
             result = evaluate(
-                directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash, spoken_to
+                directory, config, journal, tracker, oracle, oracle_files, options.best_of_nash, environment
             )
             console.print(win_rate_table(result))
             say(summary(result))

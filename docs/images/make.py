@@ -196,8 +196,8 @@ def draw_evidence() -> None:
 def draw_selection() -> None:
     """The error of a step against the labels that it took: means over seeds, with their standard errors."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.7), layout="constrained")
-    errors = {"neural": "total variation", "language": "error, nats"}
-    for axes, (game, label) in zip(panels, errors.items()):
+    games = {"neural": ("total variation", (200, 500, 1000, 2000)), "language": ("error, nats", (50, 100, 200, 400))}
+    for axes, (game, (label, ticks)) in zip(panels, games.items()):
         found = selection.read(ROOT / "experiments" / "results" / "selection" / f"{game}.jsonl")
         for name, mark in zip([*SELECTIONS, selection.ALL], "osD^"):
             own = [one for one in found if one.selection == name]
@@ -208,6 +208,8 @@ def draw_selection() -> None:
             axes.errorbar(labels, means, spread, label=name, marker=mark, linewidth=1.2, capsize=2, alpha=0.8)
         axes.set(title=f"{game} game, {len({one.seed for one in found})} seeds", xlabel="labels", ylabel=label)
         axes.set(xscale="log", ylim=(0, None))
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
     panels[0].legend()
     save(figure, "selection.svg")
 

@@ -26,7 +26,7 @@ from .recipe import (
     ITERATIONS,
     LAST,
     MAIN_ARMS,
-    OF_GAME,
+    OPTIONS_OF_ORACLE,
     ORACLE,
     SEEDS,
     TUNING_ETAS,
@@ -48,8 +48,10 @@ def run(argv: list[str]) -> None:
     if options.tune and (options.seeds or options.eta or options.best_response or options.best_of_nash):
         raise UserError("--tune has its own seed and steps, and nothing else: leave out --seeds, --eta and --best_…")
     for_turns = [arm for arm in options.arms if "multi_turn_target" in ARMS[arm].options]
-    if for_turns and options.oracle not in OF_GAME:
-        raise UserError(f"--arms {for_turns[0]} is for conversations: it needs --oracle {' or '.join(OF_GAME)}")
+    if for_turns and options.oracle not in OPTIONS_OF_ORACLE:
+        raise UserError(
+            f"--arms {for_turns[0]} is for conversations: it needs --oracle {' or '.join(OPTIONS_OF_ORACLE)}"
+        )
     folder = options.results or options.out / "results"
     failed = [] if options.page else _run_jobs(options, folder)
     runs = results.read(folder)

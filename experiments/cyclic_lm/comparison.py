@@ -13,7 +13,7 @@ from onpo_fast.games.solution import duality_gap, nash
 
 from .dynamics import STEPS, Movement, exact_gaps, initial_shares, movement, noisy_gaps
 from .measures import gaps
-from .recipe import ARMS, BASELINE, OF_GAME, ORACLE, TUNING_ETAS, TUNING_SEEDS
+from .recipe import ARMS, BASELINE, OPTIONS_OF_ORACLE, ORACLE, TUNING_ETAS, TUNING_SEEDS
 from .results import Game, Run
 
 CONFIDENCE = 0.95
@@ -114,7 +114,7 @@ def exact_gaps_by_length(own: Sequence[Run]) -> dict[str, list[tuple[float, floa
     Each is the mean gap of the last policies, from the class shares of π_1 in these runs of a game. {} for one of
     several turns, where a step depends on the turn's state.
     """
-    if own[0].raw["oracle"] in OF_GAME:
+    if own[0].raw["oracle"] in OPTIONS_OF_ORACLE:
         return {}
     start, matrix = initial_shares(own), own[0].matrix
     return _best_steps(own[0], EXACT_ARMS, lambda arm, eta, policies: exact_gaps(arm, eta, matrix, start, policies))
@@ -267,7 +267,7 @@ def _row(own: Sequence[Run], some: list[Run], control: float | None, against: di
     arm, eta, matrix = some[0].arm, some[0].eta, some[0].matrix
     last = {run.seed: run.last(run.gap) for run in some}
     is_control = arm == BASELINE and eta == control
-    one_turn = some[0].raw["oracle"] not in OF_GAME
+    one_turn = some[0].raw["oracle"] not in OPTIONS_OF_ORACLE
     exact = exact_gaps(arm, eta, matrix, initial_shares(own), len(some[0].gap)) if one_turn else None
     known = [run.reached for run in some if run.reached is not None]
     return Row(

@@ -12,7 +12,7 @@ from onpo_fast.algorithms import named
 from onpo_fast.games import matrix as matrix_game
 from onpo_fast.games.solution import duality_gap
 
-from .recipe import ARMS, OF_GAME
+from .recipe import ARMS, OPTIONS_OF_ORACLE
 from .results import Run
 
 # log π_{t+1} − log π_t is η times so many r_t, less so many r_{t−1} (ONPO: 2 r_t − r_{t−1}, with r_0 = 0), and has the
@@ -142,7 +142,7 @@ def _slope(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
 
 def _halves(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the movements and the exact steps from each half of a run's held-out responses, (2, n, C) each, n > 0."""
-    if run.arm not in STEPS or run.raw["oracle"] in OF_GAME:
+    if run.arm not in STEPS or run.raw["oracle"] in OPTIONS_OF_ORACLE:
         return None
     C = len(run.matrix) - 1
     counts = np.array([[_counts(policy, half, C) for policy in run.raw["heldout"]] for half in (0, 1)])

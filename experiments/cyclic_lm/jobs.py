@@ -35,8 +35,8 @@ from .recipe import (
     BEST_RESPONSE_ETA,
     CONTROL,
     ITERATIONS,
-    OF_GAME,
     OPTIONS,
+    OPTIONS_OF_ORACLE,
     ORACLE,
     PROMPTS,
 )
@@ -311,7 +311,7 @@ class Runner:
             return measure_best_response(self._finished(job), self.preference)
         if job.kind == "best_of_nash":
             return measure_best_of_nash(self._finished(job), self.preference)
-        knows_exact = ARMS[job.arm].exact and job.oracle not in OF_GAME
+        knows_exact = ARMS[job.arm].exact and job.oracle not in OPTIONS_OF_ORACLE
         return measure(self._finished(job), self.preference, job.eta if knows_exact else None)
 
     def _finished(self, job: Job) -> Path:
@@ -357,12 +357,12 @@ def recipe_of(run: Path, job: Job) -> dict[str, object]:
 
 def _options(oracle: str) -> dict[str, object]:
     """The options that the recipe sets in a game."""
-    return OPTIONS | OF_GAME.get(oracle, {})
+    return OPTIONS | OPTIONS_OF_ORACLE.get(oracle, {})
 
 
 def _of_user(oracle: str, checksums: dict[str, str]) -> dict[str, str]:
     """Checksums of the user's oracle. Those of the experiment's own would change with any file of its package."""
-    return {} if oracle in (CONTROL, *OF_GAME) else checksums
+    return {} if oracle in (CONTROL, *OPTIONS_OF_ORACLE) else checksums
 
 
 def _paths(job: Job) -> tuple[str, ...]:

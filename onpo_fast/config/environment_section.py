@@ -22,7 +22,7 @@ class EnvironmentConfig:
     changes a constraint), "word-game" (a chain of words), or "module:function" with your Python function
     f(messages, seed) -> the next message, a text or {"role", "content"}, or None, which ends the conversation. The
     oracle compares whole conversations. Default: the policy speaks once."""
-    turns: int = 3
+    turns: int = 2
     """With --environment: the most turns of the policy in a conversation."""
     multi_turn_target: Literal["unbiased", "branches"] = "unbiased"
     """With --environment: what a pair of actions at a later turn is fitted to. "unbiased": the difference of how often

@@ -76,10 +76,10 @@ class Conversation:
     def transcript(self) -> Transcript:
         return Transcript(self.messages)
 
-    def said(self, response: Response) -> Conversation:
+    def with_response(self, response: Response) -> Conversation:
         """Returns it with another turn of the policy."""
         return replace(self, responses=(*self.responses, response))
 
-    def answered(self, reply: dict | None) -> Conversation:
+    def with_reply(self, reply: dict | None) -> Conversation:
         """Returns it with the environment's next message; None ends it."""
         return replace(self, replies=(*self.replies, reply))

@@ -53,13 +53,13 @@ def converse(
         spoken.extend(groups)
         return groups
 
-    def answers(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
+    def answers(conversations: Sequence[Conversation], turn: int) -> list[dict | None]:
         def compute(part: Sequence[Conversation], first: int) -> list[dict | None]:
-            return [answer(line, [*seed, turn, index]) for index, line in enumerate(part, first)]
+            return [answer(conversation, [*seed, turn, index]) for index, conversation in enumerate(part, first)]
 
         replies, spent = cache.in_parts(
             f"{output}_replies_{turn}",
-            lines,
+            conversations,
             files.REPLIES_AT_A_TIME,
             compute,
             lambda file, part: files.read_replies(file, len(part)),
@@ -72,5 +72,5 @@ def converse(
         cost.update(spent)
         return replies
 
-    lines = play(prompts, turns, count, act, answers)
-    return [files.as_group(own) for own in lines], spoken, cost
+    conversations = play(prompts, turns, count, act, answers)
+    return [files.as_group(own) for own in conversations], spoken, cost

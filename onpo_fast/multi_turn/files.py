@@ -51,18 +51,18 @@ def write_conversations(path: Path, groups: Iterable[Group]) -> None:
     )
 
 
-def as_group(lines: Sequence[Conversation]) -> Group:
+def as_group(conversations: Sequence[Conversation]) -> Group:
     """Returns conversations from one prompt as its responses, for the oracle: each is its transcript.
 
     The tokens of a response are those of all turns of the policy.
     """
     responses = [
         Response(
-            line.transcript,
-            [token for response in line.responses for token in response.tokens],
-            line.responses[-1].stop_reason,
-            sum(response.logp for response in line.responses),
+            conversation.transcript,
+            [token for response in conversation.responses for token in response.tokens],
+            conversation.responses[-1].stop_reason,
+            sum(response.logp for response in conversation.responses),
         )
-        for line in lines
+        for conversation in conversations
     ]
-    return Group(lines[0].prompt, [], responses)
+    return Group(conversations[0].prompt, [], responses)

@@ -56,30 +56,32 @@ class ConversationGame(LanguageGame):
                 policy, f"{name}{suffix}", SAMPLING, count, prompts=states, substream=substream, turn=turn
             )
 
-        def answer(lines: Sequence[Conversation], turn: int) -> list[dict | None]:
-            return self._answer(weights_of(policy), lines, turn, suffix)
+        def answer(conversations: Sequence[Conversation], turn: int) -> list[dict | None]:
+            return self._answer(weights_of(policy), conversations, turn, suffix)
 
         return grow(self.prompts(), turns, self.algorithm.responses_per_prompt, act, answer)
 
-    def _answer(self, source: Source, lines: Sequence[Conversation], turn: int, suffix: str) -> list[dict | None]:
+    def _answer(
+        self, source: Source, conversations: Sequence[Conversation], turn: int, suffix: str
+    ) -> list[dict | None]:
         """The environment's messages after a turn of the policy with these weights."""
 
         run, seed = self.run, [self.run_config.seed, ENVIRONMENT, self.t, turn]
 
         def compute(part: Sequence[Conversation], first: int, done: Progress) -> list[dict | None]:
             renderer, found = run.policies(source).renderer, []
-            for index, line in enumerate(part, first):
+            for index, conversation in enumerate(part, first):
                 room = self.sampling.max_new_tokens
-                found.append(reply_to(run.environment, line, [*seed, index], renderer, room))
+                found.append(reply_to(run.environment, conversation, [*seed, index], renderer, room))
                 done(1)
             return found
 
         return run.cache.cached_in_parts(
             f"{iteration_folder(self.t)}/replies_turn_{turn}{suffix}.jsonl",
-            lines,
+            conversations,
             files.REPLIES_AT_A_TIME,
             compute,
-            lambda path: files.read_replies(path, len(lines)),
+            lambda path: files.read_replies(path, len(conversations)),
             lambda path, part: files.read_replies(path, len(part)),
             files.write_replies,
             stage="environment",
@@ -96,8 +98,8 @@ class ConversationGame(LanguageGame):
 
     def _judge(self, trees: Sequence[Tree], suffix: str, target: str) -> list[np.ndarray]:
         """The preferences between the conversations of each tree that its labels need."""
-        ended = [files.as_group(tree.lines) for tree in trees]
+        ended = [files.as_group(tree.conversations) for tree in trees]
         name = f"{iteration_folder(self.t)}/conversations{suffix}.jsonl"  # for people: it is made of the other files
         self.run.cache.cached(name, lambda: ended, lambda path: ended, files.write_conversations, stage="environment")
-        pairs = [list(comparisons(tree, target)) for tree in trees]
+        pairs = [comparisons(tree, target) for tree in trees]
         return self.judge(ended, suffix, pairs=pairs)

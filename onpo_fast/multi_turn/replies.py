@@ -13,12 +13,16 @@ from .environment import CheckedEnvironment
 
 
 def reply_to(
-    environment: CheckedEnvironment, line: Conversation, seed: Sequence[int], renderer: PromptRenderer, room: int
+    environment: CheckedEnvironment,
+    conversation: Conversation,
+    seed: Sequence[int],
+    renderer: PromptRenderer,
+    room: int,
 ) -> dict | None:
     """Returns the environment's next message; None ends the conversation, also where it leaves the policy no room.
 
     Args:
-        line: a conversation that the policy spoke in last.
+        conversation: one that the policy spoke in last.
         seed: from which the environment's is made.
         renderer: of the policy.
         room: the most tokens of a turn.
@@ -26,11 +30,11 @@ def reply_to(
     Raises:
         UserError: as the environment does, or if the chat template refuses its message.
     """
-    reply = environment(line.state, int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+    reply = environment(conversation.state, int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
     if reply is None:
         return None
     try:
-        renderer.render(line.answered(reply).state, room)
+        renderer.render(conversation.with_reply(reply).state, room)
     except PromptTooLong:
         return None
     except UserError as error:

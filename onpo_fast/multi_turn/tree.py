@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, product
 
 import numpy as np
 
@@ -30,12 +31,12 @@ class Branches:
     Attributes:
         turn: counted from 1.
         group: the state and its actions.
-        lines: for each action the index of its conversation in the tree.
+        rollouts: for each action the index of its conversation in the tree.
     """
 
     turn: int
     group: Group
-    lines: list[int]
+    rollouts: list[int]
 
 
 @dataclass
@@ -43,17 +44,17 @@ class Tree:
     """The conversations of a prompt.
 
     Attributes:
-        lines: all of them. The first is the trunk, and the first K begin at the prompt.
+        conversations: all of them. The first is the trunk, and the first K begin at the prompt.
         states: where the policy learns, turn by turn.
     """
 
-    lines: list[Conversation]
+    conversations: list[Conversation]
     states: list[Branches] = field(default_factory=list)
 
     @property
     def opponents(self) -> list[int]:
         """The conversations that are independent of the trunk."""
-        return self.states[0].lines[1:]
+        return self.states[0].rollouts[1:]
 
 
 def grow(prompts: Sequence[Messages], turns: int, branches: int, act: Act, answer: Answer) -> list[Tree]:
@@ -67,40 +68,44 @@ def grow(prompts: Sequence[Messages], turns: int, branches: int, act: Act, answe
     """
     trees: list[Tree] = []
     for turn in range(1, turns + 1):
-        waiting = [[i for i, line in enumerate(tree.lines) if not line.ended] for tree in trees]
+        waiting = [[i for i, one in enumerate(tree.conversations) if not one.ended] for tree in trees]
         if turn == 1:
             groups = act(prompts, branches, turn, True)
             trees = [Tree([]) for _ in groups]
             learning = {p: Conversation(group.prompt) for p, group in enumerate(groups)}  # as they were sampled
         else:
-            learning = {p: tree.lines[0] for p, tree in enumerate(trees) if not tree.lines[0].ended}
-            groups = act([line.state for line in learning.values()], branches, turn, True) if learning else []
+            learning = {p: tree.conversations[0] for p, tree in enumerate(trees) if not tree.conversations[0].ended}
+            groups = act([one.state for one in learning.values()], branches, turn, True) if learning else []
         spoken = []
-        for (p, line), group in zip(learning.items(), groups, strict=True):
-            tree, said = trees[p], [line.said(response) for response in group.responses]
-            new = range(len(tree.lines), len(tree.lines) + branches - min(turn, 2) + 1)
-            lines = list(new) if turn == 1 else [0, *new]
-            tree.states.append(Branches(turn, group, lines))
-            tree.lines[:1] = said[:1]
-            tree.lines += said[1:]
-            spoken += [(p, i) for i in lines]
+        for (p, conversation), group in zip(learning.items(), groups, strict=True):
+            tree, said = trees[p], [conversation.with_response(response) for response in group.responses]
+            new = range(len(tree.conversations), len(tree.conversations) + branches - min(turn, 2) + 1)
+            rollouts = list(new) if turn == 1 else [0, *new]
+            tree.states.append(Branches(turn, group, rollouts))
+            tree.conversations[:1] = said[:1]
+            tree.conversations += said[1:]
+            spoken += [(p, i) for i in rollouts]
         others = [(p, i) for p, own in enumerate(waiting) for i in own if i != 0]
-        states = [trees[p].lines[i].state for p, i in others]
+        states = [trees[p].conversations[i].state for p, i in others]
         for (p, i), group in zip(others, act(states, 1, turn, False) if others else [], strict=True):
-            trees[p].lines[i] = trees[p].lines[i].said(group.responses[0])
+            trees[p].conversations[i] = trees[p].conversations[i].with_response(group.responses[0])
         spoken += others
         if turn < turns and spoken:
-            replies = answer([trees[p].lines[i] for p, i in spoken], turn)
+            replies = answer([trees[p].conversations[i] for p, i in spoken], turn)
             for (p, i), reply in zip(spoken, replies, strict=True):
-                trees[p].lines[i] = trees[p].lines[i].answered(reply)
+                trees[p].conversations[i] = trees[p].conversations[i].with_reply(reply)
     return trees
 
 
-def comparisons(tree: Tree, target: str) -> Iterator[tuple[int, int]]:
-    """Yields the pairs of conversations whose preference is needed; see ``labels``."""
-    for state in tree.states:
-        others = tree.opponents if state.turn > 1 and target == "unbiased" else state.lines
-        yield from ((i, j) for i in state.lines for j in others if i != j and (others is not state.lines or i < j))
+def comparisons(tree: Tree, target: str) -> list[tuple[int, int]]:
+    """Returns the pairs of conversations whose preference is needed, each once; see ``labels``."""
+
+    def needed(state: Branches) -> Iterator[tuple[int, int]]:
+        if state.turn > 1 and target == "unbiased":
+            return product(state.rollouts, tree.opponents)
+        return combinations(state.rollouts, 2)
+
+    return list(dict.fromkeys(pair for state in tree.states for pair in needed(state)))  # the trunk is in every state
 
 
 def labels(tree: Tree, state: Branches, preferences: np.ndarray, target: str) -> np.ndarray:
@@ -117,23 +122,23 @@ def labels(tree: Tree, state: Branches, preferences: np.ndarray, target: str) ->
         target: "unbiased" or "branches".
     """
     if state.turn > 1 and target == "unbiased":
-        return against_opponent(preferences[np.ix_(state.lines, tree.opponents)].mean(1))
-    return 0.5 + (preferences[np.ix_(state.lines, state.lines)] - 0.5) / 2
+        return against_opponent(preferences[np.ix_(state.rollouts, tree.opponents)].mean(1))
+    return 0.5 + (preferences[np.ix_(state.rollouts, state.rollouts)] - 0.5) / 2
 
 
 def play(prompts: Sequence[Messages], turns: int, count: int, act: Act, answer: Answer) -> list[list[Conversation]]:
     """Plays ``count`` independent conversations from each prompt to their end; see ``grow``."""
-    lines = [[Conversation(prompt)] * count for prompt in prompts]
+    conversations = [[Conversation(prompt)] * count for prompt in prompts]
     for turn in range(1, turns + 1):
-        going = [(p, i) for p, own in enumerate(lines) for i, line in enumerate(own) if not line.ended]
+        going = [(p, i) for p, own in enumerate(conversations) for i, one in enumerate(own) if not one.ended]
         if turn == 1:
             said = [response for group in act(prompts, count, 1, True) for response in group.responses]
         else:
-            groups = act([lines[p][i].state for p, i in going], 1, turn, False) if going else []
+            groups = act([conversations[p][i].state for p, i in going], 1, turn, False) if going else []
             said = [group.responses[0] for group in groups]
         for (p, i), response in zip(going, said, strict=True):
-            lines[p][i] = lines[p][i].said(response)
+            conversations[p][i] = conversations[p][i].with_response(response)
         if turn < turns and going:
-            for (p, i), reply in zip(going, answer([lines[p][i] for p, i in going], turn), strict=True):
-                lines[p][i] = lines[p][i].answered(reply)
-    return lines
+            for (p, i), reply in zip(going, answer([conversations[p][i] for p, i in going], turn), strict=True):
+                conversations[p][i] = conversations[p][i].with_reply(reply)
+    return conversations

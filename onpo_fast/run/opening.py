@@ -207,7 +207,7 @@ class _Checked:
 def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     directory = Path(config.out)
     check_directory(directory, resume)
-    oracle, spoken_to = load_oracle(config, directory), load_environment(config)
+    oracle, environment = load_oracle(config, directory), load_environment(config)
     check_sampler(config)
     check_reporter(config.report_to)
     check_backend(config.loss_backend, config.device)
@@ -222,9 +222,9 @@ def _check(config: Config, resume: bool, ranks: int) -> _Checked:
     prompts = _read_prompts(config, policies, oracle if to_judge else None, skipped)
     if ranks > 1 and config.lora_rank is None:  # the base of adapters stays whole on every rank
         check_shardable(policies(config.model))
-    if spoken_to is not None and to_judge:
-        spoken_to.probe(min(prompts[0], key=oracles.length))
-    return _Checked(oracle, spoken_to, to_judge, policies, skipped, *prompts)
+    if environment is not None and to_judge:
+        environment.probe(min(prompts[0], key=oracles.length))
+    return _Checked(oracle, environment, to_judge, policies, skipped, *prompts)
 
 
 def _begin(

@@ -13,7 +13,7 @@ import pytest
 from support.small_runs import prepare, small_run
 
 from onpo_fast import train as module
-from onpo_fast.config import Config
+from onpo_fast.config import Config, EnvironmentConfig
 from onpo_fast.conversations import Messages
 from onpo_fast.data import read_groups, read_pairs
 from onpo_fast.errors import UserError
@@ -107,7 +107,8 @@ def test_what_a_run_of_several_turns_writes(conversing: Config) -> None:
         assert row["responses"] == sum(len(group.responses) for group in own)
         assert row.get("ended", 0) <= row.get("replies", 0)
     judged = [one for one in read_jsonl(out / "metrics.jsonl") if one["stage"] == "judge"]
-    at_most = conversing.prompts_per_iteration * (K * (K - 1) // 2 + (TURNS - 1) * K * (K - 1))
+    size = K + (TURNS - 1) * (K - 1)  # an oracle that is a function compares all conversations of a tree
+    at_most = conversing.prompts_per_iteration * size * (size - 1) // 2
     assert all(0 < one["comparisons"] <= at_most for one in judged)
 
 
@@ -223,7 +224,8 @@ def test_an_evaluation_with_an_environment_of_another_name(conversing: Config, c
 
 def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Config) -> None:
     one = replace(conversing, turns=1, iterations=1)
-    plain = replace(conversing, environment=None, turns=3, iterations=1, out=f"{conversing.out}-plain")
+    turns = EnvironmentConfig().turns  # without an environment no others can be given
+    plain = replace(conversing, environment=None, turns=turns, iterations=1, out=f"{conversing.out}-plain")
     module.train(one)
     module.train(plain)
     assert run_digest(Path(one.out)) == run_digest(Path(plain.out))
@@ -240,7 +242,10 @@ def test_one_turn_has_the_bits_of_a_run_without_an_environment(conversing: Confi
         ({"multi_turn_target": "both"}, "--multi_turn_target"),
         ({"oracle": "openings"}, "--oracle openings reads the first words"),
         ({"environment": None, "turns": 5}, "--turns is for conversations"),
-        ({"environment": None, "multi_turn_target": "branches"}, "--multi_turn_target is for conversations"),
+        (
+            {"environment": None, "turns": 2, "multi_turn_target": "branches"},
+            "--multi_turn_target is for conversations",
+        ),
         ({"environment": "no_such:partner", "turns": 1}, "--environment no_such:partner"),
     ],
 )

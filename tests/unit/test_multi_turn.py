@@ -39,6 +39,11 @@ class Dice:
         return Group(state, [1], [Response("ab"[int(one)], [int(one)], "eos", 0.0) for one in drawn])
 
 
+def ask(conversations, turn: int) -> list[dict]:
+    """An environment."""
+    return [{"role": "user", "content": "?"}] * len(conversations)
+
+
 def final(transcript: Transcript) -> int:
     """The index of a final state."""
     said = [message["content"] for message in transcript.messages if message["role"] == "assistant"]
@@ -52,12 +57,12 @@ def test_a_tree_has_the_prompts_that_were_sampled_and_nobody_is_asked_after_the_
     def act(states, count: int, turn: int, learning: bool) -> list[Group]:
         return [Group(other, [1], [Response("a", [1], "eos", 0.0)] * count)]  # which a file had
 
-    def answer(lines, turn: int) -> list[None]:
+    def answer(conversations, turn: int) -> list[None]:
         asked.append(turn)
-        return [None] * len(lines)
+        return [None] * len(conversations)
 
     (tree,) = grow([PROMPT, PROMPT], 4, 3, act, answer)
-    assert all(line.prompt == other for line in tree.lines)
+    assert all(conversation.prompt == other for conversation in tree.conversations)
     assert [state.turn for state in tree.states] == asked == [1]
     assert play([PROMPT], 4, 2, act, answer)
     assert asked == [1, 1]
@@ -81,12 +86,10 @@ def test_the_targets_of_a_state_are_those_of_the_exact_step(target: str, biased:
     upper = np.triu(rng.random((4, 4)), 1)
     P = upper + np.tril(1 - upper.T, -1) + np.eye(4) / 2
     policy = [np.array([[0.6, 0.4]]), np.array([[0.5, 0.5], [0.3, 0.7]])]
-    trees = grow(
-        [PROMPT] * 8000, 2, 3, Dice(policy, 1), lambda lines, turn: [{"role": "user", "content": "?"}] * len(lines)
-    )
+    trees = grow([PROMPT] * 8000, 2, 3, Dice(policy, 1), ask)
     found = {(0, 0): [], (1, 0): [], (1, 1): []}  # by the number of words said and the state's index
     for tree in trees:
-        finals = [final(line.transcript) for line in tree.lines]
+        finals = [final(conversation.transcript) for conversation in tree.conversations]
         preferences = P[np.ix_(finals, finals)]
         asked = np.full_like(preferences, np.nan)
         for i, j in comparisons(tree, target):
@@ -109,35 +112,36 @@ def test_the_targets_of_a_state_are_those_of_the_exact_step(target: str, biased:
 
 
 def test_what_a_tree_costs() -> None:
-    """K + (H − 1)(K − 1) conversations a prompt, in two stages a turn."""
+    """K + (H − 1)(K − 1) conversations a prompt, in two stages a turn; the trunk is compared with an opponent once."""
     dice = Dice([np.full((2**h, 2), 0.5) for h in range(3)], 0)
-    trees = grow([PROMPT] * 5, 3, 4, dice, lambda lines, turn: [{"role": "user", "content": "?"}] * len(lines))
-    assert all(len(tree.lines) == 4 + 2 * 3 for tree in trees)
-    assert all(len(line.responses) == 3 for tree in trees for line in tree.lines)
+    trees = grow([PROMPT] * 5, 3, 4, dice, ask)
+    assert all(len(tree.conversations) == 4 + 2 * 3 for tree in trees)
+    assert all(len(conversation.responses) == 3 for tree in trees for conversation in tree.conversations)
     assert dice.asked == [(5, 4, 1, True), (5, 4, 2, True), (15, 1, 2, False), (5, 4, 3, True), (30, 1, 3, False)]
-    assert all(len(list(comparisons(tree, "unbiased"))) == 6 + 2 * 4 * 3 for tree in trees)
-    assert all(len(list(comparisons(tree, "branches"))) == 3 * 6 for tree in trees)
+    assert all(len(comparisons(tree, "unbiased")) == 6 + 2 * 3**2 for tree in trees)
+    assert all(len(comparisons(tree, "branches")) == 3 * 6 for tree in trees)
 
 
 def test_conversations_that_end_early_have_no_later_states() -> None:
     dice = Dice([np.full((2**h, 2), 0.5) for h in range(2)], 0)
 
-    def replies(lines, turn):
-        return [None if line.responses[0].text == "a" else {"role": "user", "content": "?"} for line in lines]
+    def replies(conversations, turn):
+        return [None if one.responses[0].text == "a" else {"role": "user", "content": "?"} for one in conversations]
 
     for tree in grow([PROMPT] * 20, 2, 3, dice, replies):
-        trunk = tree.lines[0].responses
+        trunk = tree.conversations[0].responses
         assert len(tree.states) == len(trunk) == (1 if trunk[0].text == "a" else 2)
-        assert all(len(line.responses) == (1 if line.responses[0].text == "a" else 2) for line in tree.lines)
+        assert all(len(one.responses) == (1 if one.responses[0].text == "a" else 2) for one in tree.conversations)
 
 
 def test_one_turn_is_the_text_of_its_response() -> None:
-    line = Conversation(PROMPT).said(Response("Fine.", [1], "eos", 0.0))
-    assert line.transcript == "Fine."
-    line = line.answered({"role": "user", "content": "Why?"}).said(Response("So.", [1], "eos", 0.0))
-    assert line.transcript == "Fine.\n\nUser: Why?\n\nAssistant: So."
-    assert line.transcript.messages[-1] == {"role": "assistant", "content": "So."}
-    assert line.state == [*PROMPT, *line.transcript.messages]
+    conversation = Conversation(PROMPT).with_response(Response("Fine.", [1], "eos", 0.0))
+    assert conversation.transcript == "Fine."
+    conversation = conversation.with_reply({"role": "user", "content": "Why?"})
+    conversation = conversation.with_response(Response("So.", [1], "eos", 0.0))
+    assert conversation.transcript == "Fine.\n\nUser: Why?\n\nAssistant: So."
+    assert conversation.transcript.messages[-1] == {"role": "assistant", "content": "So."}
+    assert conversation.state == [*PROMPT, *conversation.transcript.messages]
 
 
 def conversation(*texts: str) -> list[dict]:
@@ -231,9 +235,9 @@ def test_a_transcript_can_be_copied() -> None:
 
 
 def test_what_an_oracle_does_to_messages_stays_with_it() -> None:
-    line = Conversation(PROMPT, (Response("a", [1], "eos", 0.0),), ({"role": "user", "content": "Why?"},))
-    line.transcript.messages[1]["content"] = "changed"
-    assert line.messages[1]["content"] == "Why?"
+    conversation = Conversation(PROMPT, (Response("a", [1], "eos", 0.0),), ({"role": "user", "content": "Why?"},))
+    conversation.transcript.messages[1]["content"] = "changed"
+    assert conversation.messages[1]["content"] == "Why?"
 
 
 class Unprintable:
