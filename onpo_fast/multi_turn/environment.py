@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from ..conversations import Messages, Prompt, read_conversation, tools_of
 from ..errors import UserError
 from ..files import checksum
+from ..user_functions import import_function
 from . import partners
 
 # given a conversation that ends with the policy's turn and a seed, returns the next message: its text, a dictionary
@@ -120,15 +119,4 @@ def load(name: str, timeout: float) -> CheckedEnvironment:
     """
     if name in EMBEDDED:
         return CheckedEnvironment(name, EMBEDDED[name], timeout)
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise UserError(f'--environment {name}: expected {", ".join(EMBEDDED)} or "module:function"')
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # finds modules in the working directory
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # importing the user's module may raise anything
-        raise UserError(f"--environment {name}: cannot import it ({type(error).__name__}: {error})") from error
-    if not callable(function):
-        raise UserError(f"--environment {name}: {function_name} is not a function")
-    return CheckedEnvironment(name, function, timeout)
+    return CheckedEnvironment(name, import_function("environment", name, EMBEDDED), timeout)

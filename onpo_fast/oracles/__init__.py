@@ -9,10 +9,8 @@ To add an oracle, write a callable or a ``BatchOracle`` in a file here and name 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from ..config import JudgeConfig, ModelConfig, OracleConfig
 from ..conversations import tools_of
 from ..data import Messages
 from ..errors import UserError
+from ..user_functions import import_function
 from .classes import OPENINGS, ClassPreference, class_shares, cyclic_preference, transitive_preference
 from .interface import (
     ASYNC,
@@ -242,7 +241,7 @@ def make_oracle(
     """
     kind, equals, model = name.partition("=")
     if kind not in NAMES:
-        return _import_function(name)
+        return _users_function(name)
     if equals and (kind in FORMULAS or not model):
         raise UserError(f"--oracle {name}: expected {kind}{'' if kind in FORMULAS else '=MODEL'}")
     # Imported when needed: transformers and the judge's client take seconds.
@@ -261,19 +260,9 @@ def make_oracle(
     return OPENINGS if kind == "openings" else Population()
 
 
-def _import_function(name: str) -> Oracle:
+def _users_function(name: str) -> Oracle:
     """Imports the function of --oracle module:function."""
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise UserError(f'--oracle {name}: expected {", ".join(NAMES)} or "module:function"')
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # finds modules in the working directory
-    try:
-        oracle = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # importing the user's module may raise anything
-        raise UserError(f"--oracle {name}: cannot import it ({type(error).__name__}: {error})") from error
-    if not callable(oracle):
-        raise UserError(f"--oracle {name}: {function_name} is not a function")
+    oracle = import_function("oracle", name, NAMES)
     if inspect.iscoroutinefunction(oracle):
         raise UserError(f"--oracle {name}: {ASYNC}")
     return oracle
