@@ -1,4 +1,4 @@
-"""A whole run with --sampler server: two iterations, the trainer killed and resumed."""
+"""Whole runs with --sampler server: two iterations, the trainer killed and resumed; conversations too."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from support.small_runs import SMALL, prepare, small_run
 
 from onpo_fast import train as module
 from onpo_fast.data import read_groups
+from onpo_fast.errors import UserError
+from onpo_fast.files import read_jsonl
 from onpo_fast.models.policy import Policy
 from onpo_fast.run.digest import run_digest
 from onpo_fast.sampling.returned import request_seeds
+from onpo_fast.sampling.server import sampler as server_sampler
 from onpo_fast.sampling.server.unfinished import UNFINISHED
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.long]
@@ -85,3 +88,50 @@ def test_a_trainer_that_is_killed(policy: Policy, tiny_model: Path, tmp_path: Pa
         files = [tmp_path / name / f"iteration_0{t}" / "responses.jsonl" for name in ("whole", "killed")]
         assert read_groups(files[0]) == read_groups(files[1])
     assert run_digest(tmp_path / "killed") == run_digest(tmp_path / "whole")
+
+
+def test_a_server_that_goes_during_conversations(
+    policy: Policy, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said before is kept, every request has a seed of its own, and a resumed run has the same bits."""
+    prepare(tmp_path, tiny_model)
+    (tmp_path / "call.py").write_text(CALL)
+    monkeypatch.setattr(server_sampler, "PROBE_TOKENS", SMALL["max_new_tokens"] - 1)
+    model = SamplingServer(policy)
+
+    def seeds() -> list[int]:
+        """Of the responses that were asked for; probes have fewer tokens."""
+        return [body["seed"] for body in model.asked if body["max_tokens"] == SMALL["max_new_tokens"]]
+
+    with model.serving() as server:
+        root = server.url.removesuffix("/v1")
+        config = replace(
+            small_run(tmp_path, "whole"),
+            environment="partner",
+            turns=2,
+            sampler="server",
+            sampler_url=server.url,
+            sampler_reload=f"{sys.executable} {tmp_path}/call.py {root}/collective_rpc",
+            sampler_concurrency=CONCURRENCY,
+            sampler_retries=1,
+        )
+        module.train(config)
+        folder = tmp_path / "whole" / "iteration_01"
+        states, rollouts = (read_groups(folder / f"{name}_turn_2.jsonl") for name in ("responses", "rollouts"))
+        assert [len(group.responses) for group in states] == [config.responses_per_prompt] * 3
+        assert len(rollouts) == 3 * (config.responses_per_prompt - 1)
+        training = seeds()[: 2 * (9 + 9 + 6)]
+        assert len(set(training)) == len(training)
+
+        model.asked.clear()
+        model.before = lambda number, body: faults.hang_up if len(seeds()) >= 13 else None
+        with pytest.raises(UserError, match=r"the sampler at .* is down"):
+            module.train(replace(config, out=str(tmp_path / "left")))
+        folder = tmp_path / "left" / "iteration_01"
+        assert list(read_jsonl(folder / "replies_turn_1.jsonl"))
+        assert not (folder / "responses_turn_2.jsonl").exists()
+        model.before = lambda number, body: None
+        module.train(replace(config, out=str(tmp_path / "left")), resume=True)
+    counts = Counter(seeds())
+    assert all(counts[seed] == 1 for seed in training[:9])
+    assert run_digest(tmp_path / "left") == run_digest(tmp_path / "whole")
