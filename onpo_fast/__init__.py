@@ -40,8 +40,26 @@ if _is_module or _is_script:
     for _name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(_name).setLevel(logging.ERROR)
 
-from . import objectives  # noqa: E402
-from .loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+if TYPE_CHECKING:
+    from . import objectives
+    from .loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs
 
 __version__ = "0.1.0"
 __all__ = ["PairLossOutput", "fused_linear_pair_loss", "linear_logprobs", "objectives"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the loss, and with it torch, when it is first asked for: a command's help does not wait for them."""
+    from importlib import import_module
+
+    if name == "objectives":
+        return import_module(".objectives", __name__)
+    if name in __all__:
+        return getattr(import_module(".loss", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

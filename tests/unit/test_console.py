@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,20 @@ def test_the_usage_is_what_was_typed(started: str, shown: str, monkeypatch: pyte
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert capsys.readouterr().out.startswith(f"usage: {shown} [--config FILE]")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from onpo_fast.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_package_has_the_loss() -> None:
+    assert {*onpo_fast.__all__} <= {*dir(onpo_fast)}
+    assert onpo_fast.objectives.Onpo(eta=1.0).eta == 1.0
+    for name in onpo_fast.__all__:
+        assert getattr(onpo_fast, name).__name__.rpartition(".")[2] == name
+    with pytest.raises(AttributeError, match="module 'onpo_fast' has no attribute 'fused_loss'"):
+        onpo_fast.fused_loss  # noqa: B018
 
 
 def test_an_unknown_command(capsys) -> None:
