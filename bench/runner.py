@@ -238,6 +238,7 @@ class Runner:
         Raising nothing here ensures that this happens once, however many signals arrive.
         """
         self.stopped = number
+        signal.signal(number, signal.SIG_IGN)  # Python's exit would make a second one deadly
 
     def watch(self, group: int) -> None:
         """Tells the watcher about a process group: its id at the start, the negative at the end."""
