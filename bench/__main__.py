@@ -18,8 +18,10 @@ inputs      save the real model's hidden states and head to a file, for machines
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib import import_module
+
+from onpo_fast.arguments import CommandParser
+from onpo_fast.errors import UserError, command
 
 # Each is a module of this package with ``arguments(parser)`` and ``main(options)``.
 COMMANDS = (
@@ -39,22 +41,22 @@ COMMANDS = (
 )
 
 
-def main(argv: list[str]) -> int | None:
+@command
+def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if argv else 2
+        raise SystemExit(0 if argv else 2)
     if argv[0] not in COMMANDS:
-        print(f"error: there is no command {argv[0]}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        raise UserError(f"there is no command {argv[0]}; there are {', '.join(COMMANDS)}")
     module = import_module(f"bench.{argv[0]}")  # imported here because some commands need packages that others do not
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"python -m bench {argv[0]}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.arguments(parser)
-    return module.main(parser.parse_args(argv[1:]))
+    raise SystemExit(module.main(parser.parse_args(argv[1:])))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main()

@@ -39,11 +39,12 @@ from typing import TextIO
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+from bench.digest import run_contents
 from onpo_fast import train as training
+from onpo_fast.arguments import at_least
 from onpo_fast.config import Config
 from onpo_fast.errors import command
 from onpo_fast.models.checkpoint import locate
-from onpo_fast.run.digest import run_contents
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.resumable import ResumableStage
@@ -69,20 +70,20 @@ SMALL_RUN_OPTIONS = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kills",
-        type=int,
+        type=at_least(0),
         default=40,
         help="Number of kills, shared out among a whole run, the evaluation, judging by a chat server, "
         "conversations of two turns, and selected pairs (default: %(default)s).",
     )
     parser.add_argument(
         "--errors",
-        type=int,
+        type=at_least(0),
         default=24,
         help="Number of file-system errors to inject, one per run (default: %(default)s).",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=at_least(0),
         default=0,
         help="Random seed for the kill times and the failing calls (default: %(default)s).",
     )

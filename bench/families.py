@@ -31,10 +31,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from onpo_fast.arguments import at_least
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response, read_groups
 from onpo_fast.errors import UserError, one_line
-from onpo_fast.fit import fit, plan_steps
+from onpo_fast.fit import fit
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
@@ -71,7 +73,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="Markdown page to which the table is written (default: docs/models.md; none with --only).",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="Number of families checked at a time (default: one per core)."
+        "--jobs",
+        type=at_least(1),
+        default=os.cpu_count(),
+        help="Families checked at a time (default: one per core).",
     )
 
 
@@ -79,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
     begin, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # set before the first computation, since threads do not survive the forks
     try:
-        rows = check_all(options.only or list(FAMILIES), max(1, options.jobs))
+        rows = check_all(options.only or list(FAMILIES), options.jobs)
     finally:
         torch.set_num_threads(threads)
     if options.json:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import fit, plan_steps
+from onpo_fast.fit import fit
 from onpo_fast.loss import PairLossOutput, choose_backend
 from onpo_fast.models import scoring
 from onpo_fast.models.execution import apply_liger, checkpoint_layers, without_cudnn_attention

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from onpo_fast.arguments import positive
 from onpo_fast.files import atomic_write_text
 from onpo_fast.run.tracking import environment
 
@@ -68,14 +69,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive,
         default=float("inf"),
         metavar="SECONDS",
         help="Start no measurement after this many seconds (default: no limit).",
     )
     parser.add_argument(
         "--block",
-        type=float,
+        type=positive,
         default=0.5,
         metavar="SECONDS",
         help="Seconds per timing block; two blocks per row (default: %(default)s).",

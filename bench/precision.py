@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from onpo_fast.arguments import at_least, positive
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, split_prompts
 from onpo_fast.files import atomic_write_text
-from onpo_fast.fit import fit, plan_steps, score
+from onpo_fast.fit import fit, score_as_in_fit
 from onpo_fast.models.checkpoint import SMOLLM2
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy
@@ -53,13 +55,13 @@ NEAREST = (REFERENCE, "fp32 under bf16 autocast")  # fits whose saved weights ar
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=8, help="Optimizer steps of a fit (default: %(default)s).")
+    parser.add_argument("--steps", type=at_least(1), default=8, help="Optimizer steps of a fit (default: %(default)s).")
     parser.add_argument(
-        "--learning_rate", type=float, default=5e-7, help="Peak learning rate (default: %(default)s, the paper's)."
+        "--learning_rate", type=positive, default=5e-7, help="Peak learning rate (default: %(default)s, the paper's)."
     )
-    parser.add_argument("--tokens", type=int, default=64, help="Tokens of a response (default: %(default)s).")
-    parser.add_argument("--pairs", type=int, default=4, help="Pairs, one a prompt (default: %(default)s).")
-    parser.add_argument("--seeds", type=int, default=1, help="Seeds of stochastic rounding (default: %(default)s).")
+    parser.add_argument("--tokens", type=at_least(1), default=64, help="Tokens of a response (default: %(default)s).")
+    parser.add_argument("--pairs", type=at_least(1), default=4, help="Pairs, one a prompt (default: %(default)s).")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="Seeds of stochastic rounding (default: 1).")
     parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS), help="Fits to make (default: all).")
     parser.add_argument("--model", default=SMOLLM2, help="Model to fit (default: %(default)s).")
     parser.add_argument(
@@ -133,7 +135,7 @@ class Experiment:
         """Fits and saves a policy; returns the metrics of the steps."""
         config = replace(self.config, **FITS[name])
         policy, records = load(self.work / "start", config), []
-        anchor = score(policy, self.groups, self.epoch, config)
+        anchor = score_as_in_fit(policy, self.groups, self.epoch, config)
         batches = self.epoch * self.options.steps
         fit(policy, self.groups, batches, anchor, OBJECTIVE, config, records.append, starts_at_anchor=True, seed=[seed])
         policy.save(self.work / "fitted", policy.save_dtype)
@@ -154,7 +156,7 @@ class Experiment:
         """
         policy: Policy = load(self.work / folder, replace(self.config, weights=weights))
         with policy.in_float32():
-            logps = score(policy, self.groups, self.epoch, self.config)
+            logps = score_as_in_fit(policy, self.groups, self.epoch, self.config)
         return torch.stack([logps[pair.group][pair.winner] - logps[pair.group][pair.loser] for pair in self.pairs])
 
     @staticmethod

@@ -90,17 +90,18 @@ def _generate(case: Case) -> Iterator[Sample]:
     def sample(seed: int) -> Lengths:
         torch.manual_seed(seed)
         lengths: Lengths = []
-        for start in range(0, len(rows), case.batch_size):
-            batch = rows[start : start + case.batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(r)) + r for r in batch], device=policy.device)
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in batch], device=policy.device)
-            with policy.autocast():
+        with policy.autocast():  # weights are converted once
+            for start in range(0, len(rows), case.batch_size):
+                batch = rows[start : start + case.batch_size]
+                width = max(map(len, batch))
+                ids = torch.tensor([[pad] * (width - len(r)) + r for r in batch], device=policy.device)
+                mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in batch], device=policy.device)
                 found = policy.model.generate(ids, attention_mask=mask, generation_config=settings)
-            lengths += [_length(tokens, policy.eos_tokens) for tokens in found[:, width:].tolist()]
+                lengths += [_length(tokens, policy.eos_tokens) for tokens in found[:, width:].tolist()]
         return lengths
 
-    yield sample
+    with policy.generating():  # flex_attention would compile for every length
+        yield sample
 
 
 @contextmanager

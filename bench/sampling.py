@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from onpo_fast.arguments import at_least, positive
 from onpo_fast.config import Config
 from onpo_fast.files import atomic_write_text
 from onpo_fast.models.loading import load
@@ -44,16 +45,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "graphs on a GPU).",
     )
     parser.add_argument("--model", default="smollm2", help="Model to sample from (default: smollm2).")
-    parser.add_argument("--prompts", type=int, default=40, help="Number of prompts (default: 40).")
-    parser.add_argument("--responses", type=int, default=4, metavar="K", help="Responses to each (default: 4).")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="Length limit in tokens (default: 128).")
+    parser.add_argument("--prompts", type=at_least(1), default=40, help="Number of prompts (default: 40).")
+    parser.add_argument("--responses", type=at_least(1), default=4, metavar="K", help="Responses to each (default: 4).")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="Tokens at most (default: 128).")
     parser.add_argument(
         "--batch_size",
-        type=int,
+        type=at_least(1),
         default=256 if gpu else 32,
         help="Responses sampled at the same time in this process (default: 32; 256 if there is a GPU).",
     )
-    parser.add_argument("--times", type=int, default=3, help="Repetitions, whose median is reported (default: 3).")
+    parser.add_argument("--times", type=at_least(1), default=3, help="Repetitions; medians are reported (default: 3).")
     parser.add_argument(
         "--device", default="cuda" if gpu else "cpu", help="Device (default: cuda if there is a GPU, otherwise cpu)."
     )
@@ -64,7 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive,
         default=float("inf"),
         metavar="SECONDS",
         help="Stop the running measurement after this many seconds and start no other (default: no limit).",

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from onpo_fast import fused_linear_pair_loss, linear_logprobs
+from onpo_fast.arguments import at_least, positive
 from onpo_fast.files import atomic_write_text
 from onpo_fast.kernels.variants import Variant, using
 
@@ -152,14 +153,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive,
         default=float("inf"),
         metavar="SECONDS",
         help="Start no measurement after this many seconds (default: no limit).",
     )
     parser.add_argument(
         "--block",
-        type=float,
+        type=positive,
         default=0.3,
         metavar="SECONDS",
         help="Seconds per timing block; two blocks per variant (default: %(default)s).",
@@ -170,7 +171,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="Continue the sweep.json in the --out folder.")
     parser.add_argument("--compile", action="store_true", help="Only compile the variants; measure nothing.")
     parser.add_argument(
-        "--workers", type=int, default=4, help="Number of compiling processes with --compile (default: %(default)s)."
+        "--workers",
+        type=at_least(1),
+        default=4,
+        help="Compiling processes with --compile (default: %(default)s).",
     )
 
 

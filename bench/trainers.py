@@ -26,10 +26,12 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.utils import is_flash_attn_2_available
 
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config, ModelConfig
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.fit import fit, plan_steps, score
+from onpo_fast.fit import fit, score_as_in_fit
 from onpo_fast.models.execution import checkpointed_layers
 from onpo_fast.models.heads import head_arguments
 from onpo_fast.models.loading import load
@@ -147,7 +149,7 @@ def _ours(case: Case) -> Train:
         config = Config(device=case.device, learning_rate=1e-6, **sizes)
         pairs = [Pair(g, i, j, 1.0) for g in range(len(groups)) for i, j in combinations(range(case.responses), 2)]
         batches = plan_steps(pairs, 1, case.pairs, [case.seed])
-        anchor = score(policy, groups, batches, config)
+        anchor = score_as_in_fit(policy, groups, batches, config)
         fit(policy, groups, batches, anchor, Onpo(eta=config.eta), config, lambda metrics: None)
 
     return train
@@ -171,6 +173,9 @@ def _trl(case: Case) -> Train:
                 columns["chosen_ids"].append(group.responses[i].tokens)
                 columns["rejected_ids"].append(group.responses[j].tokens)
         gpu = policy.device.type == "cuda"
+        # what its users would have; flex_attention, which shares prompts, would compile for every padded shape
+        flash = gpu and is_flash_attn_2_available() and policy.model._supports_flash_attn
+        policy.use("flash_attention_2" if flash else policy.plain_attention, "separate")
         weights_are_half = next(policy.model.parameters()).dtype == torch.bfloat16
         if case.pairs % case.at_once:
             raise ValueError(f"{case.pairs} pairs a step are not a multiple of {case.at_once} at once")

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from onpo_fast.arguments import at_least, positive
 from onpo_fast.files import atomic_write_text
 
 from . import crash_test
@@ -56,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive,
         default=float("inf"),
         metavar="SECONDS",
         help="Stop the running measurement after this many seconds and start no other (default: no limit).",
@@ -71,20 +72,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     trl.add_argument(
         "--responses",
-        type=int,
+        type=at_least(2),
         nargs="+",
         default=[2, 8],
         metavar="K",
         help="Responses of a prompt, one comparison each (default: 2 8).",
     )
     trl.add_argument(
-        "--pairs_per_step", type=int, default=8, help="Least number of pairs in an optimizer step (default: 8)."
+        "--pairs_per_step", type=at_least(1), default=8, help="Least number of pairs in an optimizer step (default: 8)."
     )
-    trl.add_argument("--timed_steps", type=int, default=3, help="Steps to time after a first one (default: 3).")
-    trl.add_argument("--tokens", type=int, default=128, help="Mean length of prompts and responses (default: 128).")
+    trl.add_argument("--timed_steps", type=at_least(1), default=3, help="Steps to time after a first one (default: 3).")
+    trl.add_argument(
+        "--tokens", type=at_least(1), default=128, help="Mean tokens of prompts and responses (default: 128)."
+    )
     trl.add_argument(
         "--trl_batches",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[1, 2, 4],
         metavar="PAIRS",
@@ -92,7 +95,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     trl.add_argument(
         "--microbatches",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[512, 1024] if not gpu else [4096, 16384],
         metavar="TOKENS",
@@ -112,8 +115,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=["triton", "materialised"],
         help="Loss implementations to fit with, one fit each (default: triton materialised).",
     )
-    fit.add_argument("--pairs", type=int, default=4, help="Pairs per optimizer step (default: %(default)s).")
-    fit.add_argument("--steps", type=int, default=8, help="Number of timed steps (default: %(default)s).")
+    fit.add_argument("--pairs", type=at_least(1), default=4, help="Pairs per optimizer step (default: %(default)s).")
+    fit.add_argument("--steps", type=at_least(1), default=8, help="Number of timed steps (default: %(default)s).")
     run = parser.add_argument_group("options of --part run")
     run.add_argument(
         "--train",

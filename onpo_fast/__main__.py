@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from . import __version__
-from .errors import CommandParser, UserError, command, nearest
+from .arguments import CommandParser
+from .errors import UserError, command, nearest
 
 COMMANDS = {
     "train": ("onpo_fast.train", "train a model by self-play, or continue a run"),

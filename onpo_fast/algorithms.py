@@ -13,14 +13,14 @@ is a step of mirror descent, anchor·exp(η r_t) normalised, with r_t(y) = P(y �
 sees of the target η(P(y ≻ y′) − ½) only its mean over y′, which is η(r_t(y) − ½) (arXiv 2502.16852, section 4).
 The formulas below are these minimisers.
 
-To add an algorithm: write its generator and name it in ``ALGORITHMS``.
+To add an algorithm: write its generator, and name it in ``ALGORITHMS`` with what it asks of a game.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .objectives import Dpo, Inpo, Ipo, Objective, Omd, Onpo, Sppo
 
@@ -181,22 +181,27 @@ def refreshing(play: Play, every: int) -> Play:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm by its name: what it plays, and the loss of its fits."""
+    """An algorithm by its name: what it plays, the loss of its fits, and what it asks of a game.
+
+    Attributes:
+        about: one line for --help.
+        fits: number of fits in an iteration.
+        anchor: what margins are measured from: policies of earlier fits, π_1, or ``Game.mixture``.
+        compares: whose responses are compared: a policy's with each other, those of ``Game.mixture`` with each other,
+            or in one of the comparisons also a policy's with an opponent's.
+    """
 
     play: Play
     objective: type[Objective]
-    about: str  # one line for --help
-
-    @property
-    def fits(self) -> int:
-        """The number of fits in an iteration."""
-        variants_of_onpo = (onpo, onpo_direct, onpo_from_policy, onpo_direct_from_policy)
-        return 2 if self.play in (*variants_of_onpo, two_fits, egpo) else 1
+    about: str
+    fits: int = 1
+    anchor: Literal["policy", "initial", "mixture"] = "policy"
+    compares: Literal["policy", "mixture", "opponent"] = "policy"
 
     @property
     def mixes(self) -> bool:
         """Whether an anchor mixes π_1 with the current policy, so that there is a weight τ."""
-        return self.play in (regularised, nash_md, egpo)
+        return self.anchor == "mixture"
 
     @property
     def takes_turns(self) -> bool:
@@ -205,29 +210,39 @@ class Algorithm:
         Its fits must have the target of ``multi_turn.tree.labels``, whose squared loss sees the mean alone, and its
         comparisons be those of one policy with itself.
         """
-        return self.objective in (Onpo, Omd, Inpo, Ipo) and self.play not in (nash_md, egpo)
-
-    @property
-    def samples_mixture(self) -> bool:
-        """Whether responses are sampled from such a mixture."""
-        return self.play is nash_md
+        return self.objective in (Onpo, Omd, Inpo, Ipo) and self.compares == "policy"
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "onpo": Algorithm(onpo, Onpo, "optimistic mirror descent (arXiv 2502.16852, Algorithm 1)"),
-    "onpo_direct": Algorithm(onpo_direct, Onpo, "onpo, the second fit measured from π′_t at twice the step"),
-    "onpo_from_policy": Algorithm(onpo_from_policy, Onpo, "onpo, both fits started from the weights of π_t"),
+    "onpo": Algorithm(onpo, Onpo, "optimistic mirror descent (arXiv 2502.16852, Algorithm 1)", fits=2),
+    "onpo_direct": Algorithm(onpo_direct, Onpo, "onpo, the second fit measured from π′_t at twice the step", fits=2),
+    "onpo_from_policy": Algorithm(onpo_from_policy, Onpo, "onpo, both fits started from the weights of π_t", fits=2),
     "onpo_direct_from_policy": Algorithm(
-        onpo_direct_from_policy, Onpo, "onpo_direct, both fits started from the weights of π_t"
+        onpo_direct_from_policy, Onpo, "onpo_direct, both fits started from the weights of π_t", fits=2
     ),
     "omd": Algorithm(mirror_descent, Omd, "mirror descent, one fit an iteration"),
-    "omd_two_fits": Algorithm(two_fits, Omd, "mirror descent with two fits, as many optimizer steps as onpo"),
-    "inpo": Algorithm(regularised, Inpo, "mirror descent with a pull towards π_1 (arXiv 2407.00617)"),
-    "online_ipo": Algorithm(from_initial, Ipo, "IPO on fresh pairs, measured from π_1 (arXiv 2403.08635)"),
+    "omd_two_fits": Algorithm(two_fits, Omd, "mirror descent with two fits, as many optimizer steps as onpo", fits=2),
+    "inpo": Algorithm(regularised, Inpo, "mirror descent with a pull towards π_1 (arXiv 2407.00617)", anchor="mixture"),
+    "online_ipo": Algorithm(
+        from_initial, Ipo, "IPO on fresh pairs, measured from π_1 (arXiv 2403.08635)", anchor="initial"
+    ),
     "iterative_dpo": Algorithm(mirror_descent, Dpo, "DPO on fresh pairs, measured from π_t (arXiv 2305.18290)"),
     "sppo": Algorithm(mirror_descent, Sppo, "each response against its win rate (arXiv 2405.00675)"),
-    "nash_md": Algorithm(nash_md, Omd, "mirror descent against a mixture with π_1 (arXiv 2312.00886)"),
-    "egpo": Algorithm(egpo, Omd, "extragradient steps towards the regularised game (arXiv 2503.08942)"),
+    "nash_md": Algorithm(
+        nash_md,
+        Omd,
+        "mirror descent against a mixture with π_1 (arXiv 2312.00886)",
+        anchor="mixture",
+        compares="mixture",
+    ),
+    "egpo": Algorithm(
+        egpo,
+        Omd,
+        "extragradient steps towards the regularised game (arXiv 2503.08942)",
+        fits=2,
+        anchor="mixture",
+        compares="opponent",
+    ),
 }
 ALIASES = {"ipo": "online_ipo", "dpo": "iterative_dpo"}
 

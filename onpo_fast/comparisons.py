@@ -1,4 +1,4 @@
-"""What a game compares, and the random streams of a run."""
+"""What a game compares."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 from .data import Group, Pair
 from .models.resident import Source
-
-# the second of a seed's numbers, which keeps the random streams of a run apart
-SAMPLING, PAIRING, ORDER, OPPONENT, ROUNDING, ADAPTER = 0, 2, 3, 5, 6, 7
-ENVIRONMENT, SELECTION = 9, 10
 
 
 @dataclass(frozen=True)
@@ -44,3 +40,8 @@ def policy_of(anchor: Source | Mixture) -> Source | None:
     if isinstance(anchor, Mixture):
         return anchor.policy if anchor.policy == anchor.initial else None
     return anchor
+
+
+def weights_of(policy: Source | Mixture) -> Source:
+    """The policy itself, or the one that a mixture pulls towards π_1."""
+    return policy.policy if isinstance(policy, Mixture) else policy

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,43 +34,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = [one for one in known if one.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near and name.strip("-") else ""
-
-
-def not_known(argument: str, known: Iterable[str]) -> str:
-    """Returns the error text for an unknown flag, or for a positional argument too many."""
-    flag = argument.partition("=")[0]
-    if not flag.startswith("-"):
-        return f"one argument too many: {argument} (see --help)"
-    return f"there is no option {flag}{nearest(flag, known) or ' (see --help)'}"
-
-
-def program(name: str) -> str:
-    """Returns how a command of the package was started, for its usage: onpo-fast NAME, or python -m onpo_fast.NAME."""
-    started = Path(sys.argv[0])
-    if started.stem == "onpo-fast":
-        return f"onpo-fast {name}"
-    return f"python -m onpo_fast{' ' if started.parts[-2:] == ('onpo_fast', '__main__.py') else '.'}{name}"
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that raises ``UserError`` for a wrong command line. Its ``--debug`` is handled by ``command``."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, **options)
-        self.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
-
-    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
-        known = self._option_string_actions
-        for argument in argv:  # first, since an unknown flag often explains the other errors
-            if argument.startswith("--") and argument.partition("=")[0] not in ("--", *known):
-                raise UserError(not_known(argument, known))
-        values, unknown = self.parse_known_args(argv)
-        if unknown:
-            raise UserError(not_known(unknown[0], known))
-        return values
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
 
 
 LONGEST_MESSAGE = 2000  # characters of an error on a terminal

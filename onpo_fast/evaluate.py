@@ -16,17 +16,16 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
-from scipy import stats
 from torch import Tensor
 
-from . import best_of_nash, oracles, stages
+from . import best_of_nash, oracles, streams
 from . import config as configuration
+from .arguments import CommandParser, program
 from .best_of_nash import BestOfNash
-from .comparisons import ENVIRONMENT
 from .config import Config, FitConfig, ModelConfig, RunConfig, SamplingConfig
 from .conversations import columns_of
 from .data import (
@@ -41,10 +40,10 @@ from .data import (
     write_preferences,
     write_scores,
 )
-from .errors import CommandParser, UserError, command, program
+from .errors import UserError, command
 from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, write_jsonl
 from .models.device import device_of
-from .models.policy import kl_estimate
+from .models.policy import kl_estimate, score
 from .models.resident import ResidentPolicy, Source
 from .multi_turn.conversation import Conversation, Transcript
 from .multi_turn.environment import CheckedEnvironment
@@ -61,8 +60,8 @@ from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, ini
 from .run.resumable import ResumableStage
 from .run.tracking import Tracker, console, progress, say
 from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
+from .win_rates import CONFIDENCE, intervals, restricted_gap, student_intervals, summary, win_rate_table, win_rates
 
-CONFIDENCE = 0.95
 ASKS = tuple(name for name in configuration.NEEDS_TRUST if name not in ("report_to", "push_to_hub"))
 OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracle, what samples or answers elsewhere
     option.name
@@ -71,8 +70,6 @@ OPTIONS = tuple(  # those that may be given anew: what asks for trust, the oracl
     or option.name.startswith(("judge_", "oracle_", "sampler_", "vllm_"))
 )
 PARTS = "evaluation.parts"  # folder of an evaluation that has not ended
-EVALUATION_STREAM = 1  # the second of a seed's numbers, which keeps the random streams of a run apart
-BEST_OF_NASH_STREAM = 8  # responses that best of Nash chooses from: other draws than those it is compared with
 
 
 def evaluate(
@@ -188,7 +185,7 @@ class Evaluator:
         kl = [0.0, *self._divergences(policies[names[0]], spoken[1:], len(prompts))]
         matrices = self._judge(samples, candidates, prompts)
         own = len(names) * self.run_config.eval_samples  # responses of the policies
-        wins = np.stack([_blocks(matrix[:own, :own], len(names)) for matrix in matrices])  # (prompts, M, M), M policies
+        wins = np.stack([win_rates(matrix[:own, :own], len(names)) for matrix in matrices])  # (prompts, M, M)
         result = {
             "policies": names,
             "prompts": len(prompts),
@@ -197,7 +194,7 @@ class Evaluator:
             **({} if self.environment is None else {"environment": self.environment.name, "turns": self.turns}),
             "confidence": CONFIDENCE,
             "win_rate": wins.mean(0).tolist(),
-            "interval": _intervals(wins).tolist(),
+            "interval": intervals(wins).tolist(),
             "duality_gap": restricted_gap(wins.mean(0)).tolist(),
             "kl_to_initial": kl,
             "response_tokens_mean": [
@@ -249,11 +246,11 @@ class Evaluator:
         samples: dict[str, list[Group]] = {}
         candidates, spoken = None, []
         for index, (name, source) in enumerate(policies.items()):
-            count, seed = self.run_config.eval_samples, [self.run_config.seed, EVALUATION_STREAM, index]
+            count, seed = self.run_config.eval_samples, [self.run_config.seed, streams.EVALUATION, index]
             samples[name], turns = self._respond(name, source, prompts, count, seed, f"responses_{index:02d}")
             spoken.append(turns)
             if index == 0 and self.candidates_per_prompt is not None:  # now, while π_1 is in memory
-                count, seed = self.candidates_per_prompt, [self.run_config.seed, BEST_OF_NASH_STREAM]
+                count, seed = self.candidates_per_prompt, [self.run_config.seed, streams.BEST_OF_NASH]
                 candidates, _ = self._respond(name, source, prompts, count, seed, f"best_of_nash_{count}")
         return samples, candidates, spoken
 
@@ -274,7 +271,7 @@ class Evaluator:
 
         folder, key = f"{PARTS}/{output}", (self.weights, self.environment.files)
         conversations, spoken, cost = converse(
-            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, ENVIRONMENT], key
+            prompts, count, answer, self.turns, sample, self.cache, folder, [*seed, streams.ENVIRONMENT], key
         )
         self.cost.update(cost)
         return conversations, spoken
@@ -327,7 +324,7 @@ class Evaluator:
                 policy = self.policies(initial)
                 folder = self.cache.resumable(f"{PARTS}/responses_{index:02d}").folder
                 check_tokens(part, policy.vocabulary, folder)
-                return stages.score(policy, part, self.fitting, done)
+                return score(policy, part, self.fitting.token_budget, done)
 
             with progress(f"evaluate: score π_{index + 1}", len(groups)) as done:
                 scores, cost = self.cache.in_parts(
@@ -349,15 +346,20 @@ class Evaluator:
     def _judge(
         self, samples: dict[str, list[Group]], candidates: list[Group] | None, prompts: Sequence[Messages]
     ) -> list[np.ndarray]:
-        """A matrix a prompt over the responses of all policies, policy by policy, then best of Nash's candidates."""
+        """A matrix a prompt over the responses of all policies, policy by policy, then best of Nash's candidates.
+
+        Responses of the same policy are not compared: it wins half of the comparisons with itself.
+        """
         compared = [*samples.values(), *([candidates] if candidates is not None else [])]
         joined = [
             Group(prompt, [], [r for groups in compared for r in groups[p].responses])
             for p, prompt in enumerate(prompts)
         ]
         size = ResumableStage.judging_size(len(joined))
+        each, own = self.run_config.eval_samples, len(samples) * self.run_config.eval_samples
+        everyone = range(own + (self.candidates_per_prompt or 0))
+        pairs = [(i, j) for i, j in combinations(everyone, 2) if j >= own or i // each != j // each]
         if candidates is not None:  # as many comparisons in a part as without them
-            own = len(samples) * self.run_config.eval_samples
             size = max(1, size * own**2 // (own + self.candidates_per_prompt) ** 2)
         if oracles.holds_model(self.oracle):
             self.policies.drop()  # at most one model is in memory
@@ -366,7 +368,9 @@ class Evaluator:
                 f"{PARTS}/preferences",
                 joined,
                 size,
-                lambda part, first: stages.judge(self.oracle, part, self.oracle_name, done, first),
+                lambda part, first: oracles.judge(
+                    self.oracle, part, self.oracle_name, done, first, [pairs] * len(part)
+                ),
                 read_preferences,
                 write_preferences,
                 done,
@@ -386,57 +390,6 @@ def read_evaluation(path: Path) -> dict | None:
     except ValueError:
         return None
     return result if is_evaluation(result) else None
-
-
-def restricted_gap(win_rate: np.ndarray) -> np.ndarray:
-    """(M, M) win rates of rows over columns -> (M,): max_s J(s, t) − min_s J(t, s), at least 0 as J(t, t) = ½."""
-    return win_rate.max(0) - win_rate.min(1)
-
-
-def summary(result: dict) -> str:
-    """One sentence: the last policy against the first."""
-    rate, (low, high) = result["win_rate"][-1][0], result["interval"][-1][0]
-    return (
-        f"{result['policies'][-1]} wins against π_1 in {rate:.1%} of comparisons on {result['prompts']} held-out "
-        f"prompts under the oracle {result['oracle']} ({CONFIDENCE:.0%} interval {low:.1%} to {high:.1%})"
-    )
-
-
-def win_rate_table(result: dict) -> Table:
-    """The win rates of rows against columns, for a terminal."""
-    table = Table("row against column", *result["policies"], title="Win rates on held-out prompts")
-    rows = list(zip(result["policies"], result["win_rate"]))
-    if chosen := result.get("best_of_nash"):
-        rows.append((f"best of Nash, N = {chosen['samples']}", chosen["win_rate"]))
-    for name, row in rows:
-        table.add_row(name, *(f"{rate:.3f}" for rate in row))
-    return table
-
-
-def _blocks(matrix: np.ndarray, policies: int) -> np.ndarray:
-    """Means over the samples of each policy pair; a policy against itself is ½ by symmetry."""
-    samples = len(matrix) // policies
-    return matrix.reshape(policies, samples, policies, samples).mean(axis=(1, 3))
-
-
-def student_intervals(wins: np.ndarray) -> np.ndarray:
-    """(prompts, …) -> (…, 2): Student's t over prompts and two imagined ones, a win and a loss.
-
-    The two are what Agresti and Coull add to a proportion: with few prompts that all agree, the spread among them
-    would claim a certainty that they cannot give.
-    """
-    zeros, ones = np.zeros_like(wins[:1]), np.ones_like(wins[:1])
-    widened = np.concatenate([wins, zeros, ones])
-    count = len(widened)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * widened.std(0, ddof=1) / np.sqrt(count)
-    return np.clip(np.stack([widened.mean(0) - half, widened.mean(0) + half], axis=-1), 0, 1)
-
-
-def _intervals(wins: np.ndarray) -> np.ndarray:
-    """(prompts, M, M) -> (M, M, 2): those of ``student_intervals``. A policy against itself is ½ exactly."""
-    intervals = student_intervals(wins)
-    intervals[np.diag_indices(wins.shape[1])] = 0.5
-    return intervals
 
 
 def _response_records(

@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import config as configuration
+from .arguments import CommandParser, program
 from .config import ModelConfig, SamplingConfig
-from .errors import CommandParser, UserError, command, program
+from .errors import UserError, command
 from .reports.exports import export_answers, export_merged, export_pairs, policy_sources
 from .reports.hub import push_policy
 from .run.tracking import say

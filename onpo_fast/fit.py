@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from .batches import AnchorLogps, Batch, MicroBatch, compared, count, plan_steps, split, total_importance, total_weight
+from .batches import AnchorLogps, Batch, MicroBatch, compared, count, split, total_importance, total_weight
 from .config import FitConfig
 from .data import Group
 from .device_memory import highest_peak_bytes
@@ -25,8 +25,7 @@ from .loss import PairLossOutput, choose_backend
 from .models.checks import probe
 from .models.device import device_of
 from .models.optimizers import make_optimizer
-from .models.policy import Policy
-from .models.policy import score as score_groups
+from .models.policy import Policy, score
 from .models.precision import random_stream
 from .models.scoring import PairLossOptions
 from .models.sharding import ShardedPolicy
@@ -34,8 +33,6 @@ from .objectives import Objective
 from .out_of_memory import TokenBudget, naming_settings
 from .run import signals
 from .run.fit_states import NO_STATE
-
-__all__ = ["AnchorLogps", "Batch", "FitFailed", "States", "check_backend", "fit", "plan_steps", "score"]
 
 
 class FitFailed(UserError):
@@ -153,7 +150,7 @@ def _divergence(fitted: Policy) -> str | None:
 
 
 @torch.no_grad()
-def score(
+def score_as_in_fit(
     policy: Policy,
     groups: Sequence[Group],
     batches: Sequence[Batch],
@@ -214,7 +211,7 @@ def _score_rest(
     rest = {g: sorted({*range(len(group.responses))} - {*in_pairs.get(g, ())}) for g, group in enumerate(groups)}
     rest = dict(world.deal([(g, responses) for g, responses in rest.items() if responses]))
     left = [replace(groups[g], responses=[groups[g].responses[r] for r in chosen]) for g, chosen in rest.items()]
-    yield from zip(rest, rest.values(), score_groups(policy, left, config.token_budget))
+    yield from zip(rest, rest.values(), score(policy, left, config.token_budget))
 
 
 def _backward(

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import oracles, stages
+from . import oracles
 from .data import Group, write_preferences
 from .run import signals
 from .run.resumable import ResumableStage
 from .run.tracking import progress
+from .servers import workers
 
 POLL_SECONDS = 0.1  # between two looks for a signal while the main thread waits
-SHUTDOWN_SECONDS = 6.0  # how long an oracle is waited for when its answers are no longer wanted
+# how long an oracle is waited for when its answers are no longer wanted: longer than one of a server takes to stop
+SHUTDOWN_SECONDS = workers.SHUTDOWN_SECONDS + 1
 
 
 class Abandoned(Exception):
@@ -56,7 +58,7 @@ class JudgingBeside:
     Args:
         stage: records the parts of the judging stage.
         count: number of groups that will be sampled.
-        oracle, oracle_name: as for ``stages.judge``.
+        oracle, oracle_name: as for ``oracles.judge``.
         title: title of the progress bar.
         log: logs what an attempt that failed has cost.
     """
@@ -184,7 +186,7 @@ class JudgingBeside:
         while (part := self._waiting.get()) is not None and not self._abandoned:
             self._part_began = began = time.perf_counter()
             try:
-                found = stages.judge(self.oracle, part.groups, self.oracle_name, self._count, part.first)
+                found = oracles.judge(self.oracle, part.groups, self.oracle_name, self._count, part.first)
                 counters = oracles.take_counters(self.oracle)
             except BaseException as error:  # raised again in the main thread, whatever it is
                 self._error = error

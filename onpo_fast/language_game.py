@@ -1,4 +1,4 @@
-"""The game that a language model plays: ``algorithms`` asks for comparisons, fits and mixtures, made from the stages.
+"""The game that a language model plays: ``algorithms`` asks for comparisons, fits and mixtures.
 
 A policy is a folder with its weights, and one model is in memory at a time: an anchor is a column of numbers, one
 log-prob a response (``--anchor live`` keeps the anchor itself in memory instead). Every stage goes through
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import fit_precision, oracles, pairing, stages
-from .batches import divided_alike
-from .comparisons import ADAPTER, OPPONENT, ORDER, PAIRING, ROUNDING, SAMPLING, Comparisons, Mixture, policy_of
+from . import fit_precision, oracles, pairing, stage_metrics, streams
+from .batches import AnchorLogps, Batch, divided_alike, plan_steps
+from .comparisons import Comparisons, Mixture, policy_of, weights_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
 from .data import (
     Group,
@@ -33,24 +33,24 @@ from .data import (
     write_scores,
 )
 from .errors import UserError
-from .fit import Batch, plan_steps
+from .fit import fit, score_as_in_fit
 from .judging_beside import JudgingBeside
 from .memory.watch import MemoryWatch
 from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
-from .objectives import Objective, with_steps
+from .objectives import Objective
 from .reports.model_card import write_model_card
 from .run.cache import StageCache
 from .run.fit_states import FitStates
 from .run.opening import OpenRun
 from .run.outputs import iteration_folder
+from .run.progress import Progress
 from .run.resumable import ResumableStage
 from .run.tracking import progress, say
 from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
 from .selecting import PairSelector
 from .selection import Selected
-from .stages import Scores
 
 
 @dataclass
@@ -60,12 +60,14 @@ class _FitLog:
     Attributes:
         watch: the plan; None without one.
         last: metrics of the last step, empty before the first.
+        done: called with the number of steps that are newly done.
     """
 
     cache: StageCache
     into: str
     watch: MemoryWatch | None = None
     last: dict[str, float | None] = field(default_factory=dict)
+    done: Progress = lambda steps: None
 
     def __call__(self, metrics: dict[str, float | None]) -> None:
         """Logs a step."""
@@ -73,6 +75,7 @@ class _FitLog:
         self.last.update(metrics)
         if self.watch is not None and (memory := self.watch.after(int(metrics["step"]))):
             self.cache.log("memory", fit=self.into, **memory)
+        self.done(1)
 
 
 class LanguageGame:
@@ -104,6 +107,7 @@ class LanguageGame:
         self.t = t
         self.sampled: dict[Source | Mixture, tuple[list[Group], str]] = {}  # with the suffix of their file
         self.comparisons = 0
+        self.fitted: set[str] = set()  # what the iteration's fits were called
         self.metrics: dict[str, float | None] = {}
         self.sampler_checked |= t > 1 and self.sampling.sampler == "local"  # π_1's were, in iteration 1
         self.run.cache.begin_iteration(t)
@@ -146,7 +150,8 @@ class LanguageGame:
         suffix = "" if self.comparisons == 1 else f"_{self.comparisons}"
         with self._judging_beside(policy, opponent, suffix) as beside:
             if policy not in self.sampled:  # once an iteration
-                self.sampled[policy] = self.sample(policy, f"responses{suffix}", SAMPLING, beside=beside), suffix
+                groups = self.sample(policy, f"responses{suffix}", streams.SAMPLING, beside=beside)
+                self.sampled[policy] = groups, suffix
             groups, sampled_as = self.sampled[policy]
             selected = None
             if self.selects and opponent is None:
@@ -168,6 +173,9 @@ class LanguageGame:
         steps: int = 1,
     ) -> Path:
         """One argmin over D_t, measured from the anchor; returns where the fitted policy is."""
+        if into in self.fitted:  # the second would be taken for the first, as after a resume
+            raise ValueError(f"two fits of an iteration are called {into!r}")
+        self.fitted.add(into)
         output = f"{iteration_folder(self.t)}/{into}"
         start = warm_start if warm_start is not None else anchor
         anchor_logps = self._anchor_logps(anchor, compared)
@@ -175,25 +183,25 @@ class LanguageGame:
         finished, log = states.step(), _FitLog(self.run.cache, into)
 
         def compute() -> Policy | None:
-            policy = self.run.policies.take(start, f"{[self.run_config.seed, ADAPTER, self.t]} {into}")
+            policy = self.run.policies.take(start, f"{[self.run_config.seed, streams.ADAPTER, self.t]} {into}")
             batches, live = self._steps(compared.pairs, into, states), anchor_logps is None
-            with self._naming_fit(into), states.finishing():
+            title = f"iteration {self.t}: fit {into}"
+            with self._naming_fit(into), states.finishing(), progress(title, len(batches), stoppable=False) as log.done:
+                log.done(finished)
                 if finished == 0:
                     log.watch = self._watch_memory(policy, compared.groups, batches, live)
-                fitted = stages.fit(
+                fitted = fit(
                     policy,
                     compared.groups,
                     batches,
                     anchor_logps,
-                    with_steps(self.objective, steps * compared.step),
+                    self.objective.with_steps(steps * compared.step),
                     self.fitting,
-                    title=f"iteration {self.t}: fit {into}",
                     on_step=log,
                     states=states,
-                    finished=finished,
                     starts_at_anchor=start == policy_of(anchor),
                     live_anchor=self.run.policies.beside(anchor) if live else None,
-                    seed=[self.run_config.seed, ROUNDING, self.t, int(into == "auxiliary")],
+                    seed=[self.run_config.seed, streams.ROUNDING, self.t, int(into == "auxiliary")],
                     world=self.run.world,
                 )
             self._warn_of_precision(into, log.last, policy)
@@ -263,12 +271,14 @@ class LanguageGame:
         return batches
 
     def _plan(self, pairs: Sequence[Pair], epochs: int) -> list[Batch]:
-        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, ORDER, self.t])
+        batches = plan_steps(pairs, epochs, self.fitting.batch_pairs, [self.run_config.seed, streams.ORDER, self.t])
         return divided_alike(batches) if self.selects else batches
 
     def mixture(self, initial: Source, policy: Source) -> Source | Mixture:
         """π_1^s · π^(1−s), with the weight s of the algorithm's options; π_1 itself where s is 1."""
         weight = self.algorithm.initial_weight
+        if not weight:
+            raise ValueError('an algorithm that mixes policies has anchor="mixture" in ALGORITHMS')
         return initial if weight == 1 else Mixture(initial, policy, weight)
 
     # Stages, made resumable ------------------------------------------------------------------------------------------
@@ -339,7 +349,7 @@ class LanguageGame:
                 title=f"iteration {self.t}: sample",
                 ticks=count,
                 prepare=sampler.open,
-                metrics=lambda groups, cost: stages.sampling_metrics(groups, cost["seconds"], run.device) | about,
+                metrics=lambda groups, cost: stage_metrics.sampling(groups, cost["seconds"], run.device) | about,
                 check=sampler.check if (checks := self._checks(policy, stream, first=not substream)) else None,
                 on_part=on_part,
             )
@@ -348,7 +358,7 @@ class LanguageGame:
             self.truncation(f"iteration {self.t}", run.policies(source), groups, self.sampling.max_new_tokens)
         else:
             self.truncation.said |= all_truncated(groups)  # when they were sampled
-        if stream == SAMPLING:
+        if stream == streams.SAMPLING:
             lengths = [len(response.tokens) for group in groups for response in group.responses]
             self.metrics.setdefault("response_tokens_mean", sum(lengths) / len(lengths))
         return groups
@@ -368,7 +378,7 @@ class LanguageGame:
         """
         only = policy_of(policy)
         if self.sampling.sampler == "local":
-            return self.t == 1 and stream == SAMPLING and first and only == self.run.initial
+            return self.t == 1 and stream == streams.SAMPLING and first and only == self.run.initial
         return only is not None
 
     def judge(
@@ -387,7 +397,7 @@ class LanguageGame:
             f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
             groups,
             ResumableStage.judging_size(len(groups), oracles.computes_elsewhere(run.oracle)),
-            lambda part, first, done: stages.judge(
+            lambda part, first, done: oracles.judge(
                 run.oracle, part, run.oracle_name, done, first, pairs and pairs[first : first + len(part)]
             ),
             lambda file: read_preferences(file, groups),
@@ -396,7 +406,7 @@ class LanguageGame:
             stage="judge",
             title=f"iteration {self.t}: judge",
             prepare=run.make_room_for_oracle,
-            metrics=lambda found, cost: stages.judging_metrics(found, cost, asked),
+            metrics=lambda found, cost: stage_metrics.judging(found, cost, asked),
             config_key=run.oracle_files,
             take_counters=lambda: oracles.take_counters(run.oracle),
             shared=oracles.is_shared(run.oracle),
@@ -407,7 +417,7 @@ class LanguageGame:
 
     def _judge_against(self, opponent: Source, groups: list[Group], suffix: str) -> list[np.ndarray]:
         """Labels of all pairs of a group's responses, from their win rates against a response of the opponent."""
-        opponents = self.sample(opponent, f"opponents{suffix}", OPPONENT, responses=1)
+        opponents = self.sample(opponent, f"opponents{suffix}", streams.OPPONENT, responses=1)
         matches = [
             Group(group.prompt, group.prompt_tokens, [response, *other.responses])
             for group, other in zip(groups, opponents)
@@ -420,13 +430,15 @@ class LanguageGame:
         self, groups: list[Group], preferences: list[np.ndarray], suffix: str, selected: Selected | None = None
     ) -> list[Pair]:
         """The pairs to learn from: those that were selected, or what --pairing says."""
-        seed = [self.run_config.seed, PAIRING, self.t]
+        seed = [self.run_config.seed, streams.PAIRING, self.t]
         identical = 0
 
         def compute() -> list[Pair]:
             nonlocal identical
             try:
-                pairs, identical = stages.pair(preferences, groups, self.objective, self.algorithm, seed, selected)
+                pairs, identical = pairing.pairs_to_fit(
+                    preferences, groups, self.objective, self.algorithm, seed, selected
+                )
             except UserError as error:
                 done = self.run.directory
                 raise UserError(f"iteration {self.t}: {error}. What was done is in {done}") from None
@@ -438,10 +450,10 @@ class LanguageGame:
             lambda path: read_pairs(path, groups),
             lambda path, pairs: write_pairs(path, pairs, groups),
             stage="pair",
-            metrics=lambda pairs, _: stages.pairing_metrics(pairs, identical, groups, self.objective),
+            metrics=lambda pairs, _: stage_metrics.pairing(pairs, identical, groups, self.objective),
         )
 
-    def _anchor_logps(self, anchor: Source | Mixture, compared: Comparisons) -> Scores | None:
+    def _anchor_logps(self, anchor: Source | Mixture, compared: Comparisons) -> AnchorLogps | None:
         """The anchor's log-probs of all responses, cached; None for a live anchor.
 
         All responses are scored, also those in no pair: KL estimates need those that the oracle did not choose.
@@ -454,7 +466,7 @@ class LanguageGame:
         if self.algorithm.anchor == "live" and not isinstance(anchor, Mixture):
             return None
 
-        def scored(source: Source) -> Scores:
+        def scored(source: Source) -> AnchorLogps:
             if source not in scores:
                 scores[source] = self._score(source, compared)
             return scores[source]
@@ -468,15 +480,15 @@ class LanguageGame:
             self.metrics.setdefault("kl_to_anchor", kl_estimate(groups, reference))
         return reference
 
-    def _score(self, source: Source, compared: Comparisons) -> Scores:
+    def _score(self, source: Source, compared: Comparisons) -> AnchorLogps:
         run, groups, is_initial = self.run, compared.groups, source == self.run.initial
         model = "initial" if is_initial else Path(source).name  # or auxiliary, or policy
         file = model if is_initial else f"{Path(source).parent.name}_{model}"
 
-        def compute() -> Scores:
+        def compute() -> AnchorLogps:
             with progress(f"iteration {self.t}: score {model}", len(groups)) as done:
                 epoch = self._plan(compared.pairs, 1)
-                return stages.score(run.policies(source), groups, self.fitting, done, epoch, run.world)
+                return score_as_in_fit(run.policies(source), groups, epoch, self.fitting, done, run.world)
 
         return run.cache.cached(
             f"{iteration_folder(self.t)}/logps_{file}{compared.suffix}.jsonl",
@@ -485,10 +497,5 @@ class LanguageGame:
             write_scores,
             stage="score",
             prepare=lambda: run.policies(source),
-            metrics=lambda scores, seconds: stages.scoring_metrics(groups, model, seconds),
+            metrics=lambda scores, seconds: stage_metrics.scoring(groups, model, seconds),
         )
-
-
-def weights_of(policy: Source | Mixture) -> Source:
-    """The policy itself, or the one that a mixture pulls towards π_1."""
-    return policy.policy if isinstance(policy, Mixture) else policy

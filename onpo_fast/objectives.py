@@ -8,8 +8,9 @@ functions:
 - ``loss(g, p)``: the loss of the pair;
 - ``derivative(g, p)``: d loss / d g, which is all that the backward pass needs.
 
-Arguments are tensors of one shape and dtype, and so are results. How many fits an iteration has, and from which anchor
-margins are measured, is part of the algorithm (``algorithms``).
+Arguments are tensors of one shape and dtype, and so are results. ``with_steps(k)`` is the objective whose target is k
+times as large. How many fits an iteration has, and from which anchor margins are measured, is part of the algorithm
+(``algorithms``).
 
 To add an objective: write its class, and name the algorithm that uses it in ``algorithms.ALGORITHMS``. The arguments
 of its constructor are read from the trainer's options of the same names.
@@ -51,6 +52,10 @@ class Objective:
     def derivative(self, margin: Tensor, preference: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def with_steps(self, steps: int) -> Objective:
+        """The objective whose target is ``steps`` times as large: as many steps of mirror descent in one fit."""
+        raise NotImplementedError
+
     @property
     def normaliser(self) -> float:
         """What reported losses are divided by, so that runs with different parameters can be compared."""
@@ -73,26 +78,29 @@ class _Squared(Objective):
 
 
 @dataclass(frozen=True)
-class Onpo(_Squared):
+class _MirrorDescent(_Squared):
+    """The target η(p − ½), of a step of mirror descent of size η."""
+
+    eta: float
+
+    def target(self, preference: Tensor) -> Tensor:
+        return self.eta * (preference - 0.5)
+
+    def with_steps(self, steps: int) -> Objective:
+        return replace(self, eta=steps * self.eta)
+
+
+@dataclass(frozen=True)
+class Onpo(_MirrorDescent):
     """(g − η/2)², with soft labels (g − η(p − ½))². arXiv 2502.16852, Algorithm 1.
 
     The anchor is π′_t in the first fit of an iteration and π′_{t+1} in the second.
     """
 
-    eta: float  # step size of mirror descent; the target is η/2 nats
-
-    def target(self, preference: Tensor) -> Tensor:
-        return self.eta * (preference - 0.5)
-
 
 @dataclass(frozen=True)
-class Omd(_Squared):
+class Omd(_MirrorDescent):
     """(g − η/2)² against π_t: online mirror descent, which is INPO with τ = 0. arXiv 2502.16852, section 3."""
-
-    eta: float  # step size of mirror descent
-
-    def target(self, preference: Tensor) -> Tensor:
-        return self.eta * (preference - 0.5)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,9 @@ class Inpo(_Squared):
     def target(self, preference: Tensor) -> Tensor:
         return (2 * preference - 1) / (2 * self.eta)
 
+    def with_steps(self, steps: int) -> Objective:
+        return replace(self, eta=self.eta / steps, tau=self.tau / steps)  # τ/η stays
+
 
 @dataclass(frozen=True)
 class Ipo(_Squared):
@@ -128,19 +139,17 @@ class Ipo(_Squared):
     def target(self, preference: Tensor) -> Tensor:
         return (2 * preference - 1) / (2 * self.tau)
 
+    def with_steps(self, steps: int) -> Objective:
+        return replace(self, tau=self.tau / steps)
+
 
 @dataclass(frozen=True)
-class Sppo(_Squared):
+class Sppo(_MirrorDescent):
     """(log π(y)/π_t(y) − η(p − ½))² of each response y, where p = P(y ≻ π_t). arXiv 2405.00675, section 4 (SPPO).
 
     A pair has no loser (``Pair.loser`` is None): its margin is the log-ratio of one response. ½ replaces the
     log-normaliser of the mirror-descent step, divided by η.
     """
-
-    eta: float  # step size of mirror descent
-
-    def target(self, preference: Tensor) -> Tensor:
-        return self.eta * (preference - 0.5)
 
 
 @dataclass(frozen=True)
@@ -162,10 +171,5 @@ class Dpo(Objective):
     def derivative(self, margin: Tensor, preference: Tensor) -> Tensor:
         return self.beta * (torch.sigmoid(self.beta * margin) - preference)
 
-
-def with_steps(objective: Objective, steps: int) -> Objective:
-    """Returns the objective whose target is ``steps`` times as large: as many steps of mirror descent in one fit."""
-    if isinstance(objective, (Onpo, Omd, Sppo)):
-        return replace(objective, eta=steps * objective.eta)
-    # the parameters of the others are inverse step sizes, and INPO's τ/η must stay
-    return replace(objective, **{field.name: getattr(objective, field.name) / steps for field in fields(objective)})
+    def with_steps(self, steps: int) -> Objective:
+        return replace(self, beta=self.beta / steps)

@@ -19,7 +19,13 @@ from .run.tracking import say, say_once
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MARKS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+MARKS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
 ADVICE = "--gradient_checkpointing, --weights bf16-sr, --optimizer adamw-8bit or shorter responses (--max_new_tokens)"
 
 

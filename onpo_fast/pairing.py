@@ -14,11 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .data import Group, Pair
+from .errors import UserError
+from .objectives import Objective, Sppo
 from .selection import Selected
+
+if TYPE_CHECKING:
+    from .config import AlgorithmConfig  # whose options are checked against PAIRINGS
 
 Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
@@ -160,3 +166,33 @@ def drop_identical(pairs: Iterable[Pair], groups: Sequence[Group]) -> list[Pair]
         for pair in pairs
         if pair.loser is None or tokens(pair.group, pair.winner) != tokens(pair.group, pair.loser)
     ]
+
+
+def pairs_to_fit(
+    preferences: Sequence[np.ndarray],
+    groups: Sequence[Group],
+    objective: Objective,
+    config: AlgorithmConfig,
+    seed: Sequence[int],
+    selected: Selected | None = None,
+) -> tuple[list[Pair], int]:
+    """The pairs to learn from, and how many pairs of identical responses were dropped.
+
+    Those that were ``selected`` are all to learn from.
+
+    Raises:
+        UserError: if no pair is left.
+    """
+    if isinstance(objective, Sppo):  # each response by itself, against its win rate
+        chosen = win_rate_pairs(preferences, config.labels, seed)
+    elif selected is not None:
+        chosen = label(selected, preferences, config.labels, seed)
+    else:
+        chosen = pair(preferences, config.pairing, config.labels, seed)
+    pairs = drop_identical(chosen, groups)
+    if not pairs:
+        raise UserError(
+            f"no pair to learn from: all responses that were to be compared are the same, for each of {len(groups)} "
+            "prompts. A higher --temperature, more --responses_per_prompt or a smaller step keep responses apart"
+        )
+    return pairs, len(chosen) - len(pairs)

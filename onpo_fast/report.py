@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import CommandParser, command, one_line, program
+from .arguments import CommandParser, program
+from .errors import command, one_line
 from .reports.reading import is_evaluation
 from .reports.run_report import write_picture, write_report
 

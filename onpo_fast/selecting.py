@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .comparisons import SELECTION
+from . import streams
 from .config import AlgorithmConfig, FitConfig, RunConfig
 from .data import REMEDY, Group, read_preferences
 from .errors import UserError
@@ -45,7 +45,7 @@ class PairSelector:
                 return Selected([], [], [])
             x = np.zeros((len(pairs), 1)) if own is None else differences(own, pairs)
             q = SELECTIONS[self.algorithm.selection](x, self._predict(t, x, suffix))
-            rng = np.random.default_rng([self.run_config.seed, SELECTION, t])
+            rng = np.random.default_rng([self.run_config.seed, streams.SELECTION, t])
             return select(q, pairs, self.algorithm.select, rng)
 
         return self.run.cache.cached(
@@ -69,7 +69,7 @@ class PairSelector:
             with progress(f"iteration {t}: features", len(groups)) as done:
                 found = features(run.policies(policy), groups, self.fitting.token_budget, done)
             size = found[0].shape[1]
-            rng = np.random.default_rng([self.run_config.seed, SELECTION])
+            rng = np.random.default_rng([self.run_config.seed, streams.SELECTION])
             projection = rng.standard_normal((size, FEATURES)) / size**0.5
             return [one.numpy() @ projection for one in found]
 

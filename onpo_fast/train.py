@@ -22,7 +22,7 @@ from . import config as configuration
 from .config import AlgorithmConfig, Config, FitConfig, RunConfig, SamplingConfig
 from .distributed import World, joined
 from .errors import command, printable
-from .evaluate import Evaluator, summary, win_rate_table
+from .evaluate import Evaluator
 from .language_game import LanguageGame
 from .multi_turn.game import ConversationGame
 from .report import write_report
@@ -32,6 +32,7 @@ from .run import signals
 from .run.opening import OpenRun, open_run
 from .run.outputs import finished_policies
 from .run.tracking import console, say
+from .win_rates import summary, win_rate_table
 
 
 def train(config: Config, resume: bool = False, force: bool = False, world: World | None = None) -> dict:

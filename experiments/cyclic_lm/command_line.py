@@ -12,7 +12,8 @@ import torch
 from rich.table import Table
 
 from onpo_fast import oracles
-from onpo_fast.errors import CommandParser, UserError
+from onpo_fast.arguments import CommandParser, at_least, positive
+from onpo_fast.errors import UserError
 from onpo_fast.oracles.classes import ClassPreference
 from onpo_fast.run import signals
 from onpo_fast.run.tracking import console, say
@@ -135,29 +136,14 @@ def _default_processes(device: str) -> int:
     return min(GPU_PROCESSES, cores) if on_gpu else cores
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
 def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0 or value in TUNING_SEEDS:
-        raise argparse.ArgumentTypeError(f"{text} is below 0 or one of {TUNING_SEEDS}, which choose η")
+    value = at_least(0)(text)
+    if value in TUNING_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is one of {TUNING_SEEDS}, which choose η")
     return value
 
 
-# argparse's messages name a type by its function
-_at_least_one.__name__, _positive.__name__, _seed.__name__ = "whole number from 1 on", "positive number", "seed"
+_seed.__name__ = at_least(0).__name__
 
 
 def _parser() -> CommandParser:
@@ -168,7 +154,7 @@ def _parser() -> CommandParser:
     about = f"seeds, each for every arm (default: {' '.join(map(str, SEEDS))})"
     add("--seeds", nargs="+", type=_seed, metavar="N", help=about)
     about = "step of mirror descent of all arms (default: for each arm what --tune has chosen, else the recipe's)"
-    add("--eta", type=_positive, help=about)
+    add("--eta", type=positive, help=about)
     about = (
         f"choose the step of each arm on seed {TUNING_SEEDS[0]}: of {', '.join(f'{eta:g}' for eta in TUNING_ETAS)}, "
         "and one beyond while the best is an end"
@@ -184,12 +170,12 @@ def _parser() -> CommandParser:
     about = f"preference between classes: {ORACLE}, or module:name of one of your own (default: {ORACLE})"
     add("--oracle", default=ORACLE, help=about)
     about = f"policy updates of a run (default: {ITERATIONS})"
-    add("--iterations", type=_at_least_one, default=ITERATIONS, metavar="T", help=about)
+    add("--iterations", type=at_least(1), default=ITERATIONS, metavar="T", help=about)
     about = "where run directories, results and the page go (default: runs/cyclic-lm)"
     add("--out", type=Path, default=Path("runs/cyclic-lm"), help=about)
     add("--results", type=Path, help="folder of the files of results (default: OUT/results)")
-    add("--processes", type=_at_least_one, help="runs at the same time (default: one a core, on a GPU at most 8)")
-    add("--minutes", type=_positive, help="stop after this many minutes; the same command goes on (default: no limit)")
+    add("--processes", type=at_least(1), help="runs at the same time (default: one a core, on a GPU at most 8)")
+    add("--minutes", type=positive, help="stop after this many minutes; the same command goes on (default: no limit)")
     add("--device", default="auto", help="device of the trainer (default: auto)")
     add("--keep_runs", action="store_true", help="keep run directories when their results are written")
     add("--page", action="store_true", help="run nothing: print the table and write the page from the results")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 ORACLE = "openings"  # the bundled preference between three kinds of first words
 CONTROL = "experiments.cyclic_lm.control:ordered"  # the same classes in an order instead of a cycle
-TURNS = "experiments.cyclic_lm.turns:last_turn"  # the same classes, of the last of two turns, with the partner
+LAST_TURN = "experiments.cyclic_lm.turns:last_turn"  # the same classes, of the last of two turns, with the partner
 NEXT_PART = "experiments.cyclic_lm.turns:next_part"  # and with an environment that asks what happens next
 OPTIONS_OF_ORACLE: dict[str, dict[str, object]] = {  # options that an oracle needs
-    TURNS: {"environment": "partner", "turns": 2},
+    LAST_TURN: {"environment": "partner", "turns": 2},
     NEXT_PART: {"environment": "experiments.cyclic_lm.turns:what_next", "turns": 2},
 }
 

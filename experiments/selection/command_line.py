@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from onpo_fast.errors import CommandParser, UserError
+from onpo_fast.arguments import CommandParser, at_least
+from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.run.tracking import console, progress
 from onpo_fast.selection import SELECTIONS
@@ -129,22 +130,12 @@ def _interval(values: Sequence[float]) -> str:
     return f"{mean} ({np.mean(values) - half:+.3f} to {np.mean(values) + half:+.3f})"
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-_seed.__name__ = "whole number from 0 on"  # argparse's messages name a type by its function
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(prog="onpo-fast experiment selection", description=ABOUT)
     add = parser.add_argument
     about = "a transformer of a few thousand weights in a random game, or SmolLM2 in the game of cyclic-lm (needs lora)"
     add("game", choices=list(DRAWS), help=about)
-    add("--seeds", nargs="+", type=_seed, metavar="N", help="seeds (default: 0 to 9; language: 0 to 2)")
+    add("--seeds", nargs="+", type=at_least(0), metavar="N", help="seeds (default: 0 to 9; language: 0 to 2)")
     add("--out", type=Path, default=Path("runs/selection"), help="folder of the results (default: runs/selection)")
     add("--table", action="store_true", help="play nothing: print the table of the results")
     return parser

@@ -73,7 +73,7 @@ class OneStep:
         ]
         policy = self.policies(self.policies.initial)
         before = self._shares(policy)
-        anchor = score(policy, self.groups, self.fitting.tokens_per_microbatch)
+        anchor = score(policy, self.groups, self.fitting.token_budget)
         policy = self.policies.take(self.policies.initial, f"{self.seed}")
         steps = divided_alike(plan_steps(labelled, 1, self.fitting.batch_pairs, [self.seed]))
         fit(policy, self.groups, steps, anchor, Omd(ETA), self.fitting, lambda metrics: None, seed=[self.seed])
@@ -87,7 +87,7 @@ class OneStep:
         """Of the responses to the earlier prompts and to those of the step, projected as in a run."""
         policy = self.policies(self.policies.initial)
         found = [
-            [one.numpy() for one in features(policy, groups, self.fitting.tokens_per_microbatch)]
+            [one.numpy() for one in features(policy, groups, self.fitting.token_budget)]
             for groups in (self.earlier, self.groups)
         ]
         size = found[0][0].shape[1]

@@ -70,7 +70,7 @@ class Config(
     def __post_init__(self) -> None:
         for section in SECTIONS.values():
             section.__post_init__(self)
-        if algorithms.named(self.objective).samples_mixture and self.initial_weight < 1:
+        if algorithms.named(self.objective).compares == "mixture" and self.initial_weight < 1:
             if self.sampler != "local":
                 raise UserError(
                     f"--sampler {self.sampler} samples from one policy, and --objective {self.objective} from a "

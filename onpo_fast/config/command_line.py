@@ -15,7 +15,8 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from ..algorithms import ALGORITHMS
-from ..errors import CommandParser, UserError, program
+from ..arguments import CommandParser, program
+from ..errors import UserError
 from .aliases import (
     EARLIER_NAMES,
     TRL_NAMES,

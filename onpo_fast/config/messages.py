@@ -11,7 +11,8 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
-from ..errors import UserError, not_known
+from ..arguments import not_known
+from ..errors import UserError
 
 TAG_ERRORS = (ValueError, KeyError, IndexError, AttributeError, TypeError)  # PyYAML, for a value unlike its tag
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}

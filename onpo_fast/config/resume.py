@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..errors import CommandParser, UserError
+from ..arguments import CommandParser
+from ..errors import UserError
 from ..run.journal import Journal
 from .aliases import canonical_options, fold_variants, with_underscores
 from .combined import DEFAULTS_BY_DEVICE, NO_RESULT_DEPENDS_ON_THEM, Config

@@ -13,7 +13,7 @@ from typing import Literal
 
 from .. import algorithms
 from ..errors import UserError
-from ..objectives import Objective
+from ..objectives import Objective, Sppo
 from ..pairing import PAIRINGS
 from ..selection import SELECTIONS
 from .aliases import OTHER_VALUES
@@ -197,16 +197,19 @@ class AlgorithmConfig:
         check_at_least(self, 2, "responses_per_prompt")
         check_at_most(self, LARGEST_ITERATIONS, "iterations")
         check_at_most(self, LARGEST_COUNT, "responses_per_prompt")
+        algorithm = algorithms.named(self.objective)
         if self.select is None and self.selection != "uniform":
             raise UserError(f"--selection {self.selection} is how --select draws pairs: give --select, or leave it out")
-        if self.select is not None and (self.pairing != "all_pairs" or self.objective in ("sppo", "egpo")):
+        if self.select is not None and (
+            self.pairing != "all_pairs" or algorithm.objective is Sppo or algorithm.compares == "opponent"
+        ):
             raise UserError(
                 f"--select draws from all pairs of a policy's responses: it is not for --pairing {self.pairing} with "
                 f"--objective {self.objective}"
             )
         self._set_defaults()
         self.make_objective()
-        if algorithms.named(self.objective).mixes:
+        if algorithm.mixes:
             check_positive(self, "tau")
         if self.initial_weight > 1:
             raise UserError(
@@ -215,7 +218,7 @@ class AlgorithmConfig:
             )
         if self.anchor == "live" and 0 < self.initial_weight < 1:
             raise UserError(f"--anchor live takes one policy, and --objective {self.objective} mixes two: use cached")
-        if self.refresh_reference is not None and not self._has_reference:
+        if self.refresh_reference is not None and algorithm.anchor == "policy":
             raise UserError(f"--refresh_reference: --objective {self.objective} has no reference π_1 to replace")
 
     def _set_defaults(self) -> None:
@@ -228,18 +231,13 @@ class AlgorithmConfig:
             self.tau = 1 / (3 * self.eta) if algorithms.named(self.objective).mixes and self.eta else 0.05
 
     @property
-    def _has_reference(self) -> bool:
-        algorithm = algorithms.named(self.objective)
-        return algorithm.mixes or algorithm.play is algorithms.from_initial
-
-    @property
     def initial_weight(self) -> float:
         """The weight of π_1 in the anchor, in [0, 1]; the rest is that of the policy that is updated."""
         if self.objective == "inpo":
             return self.tau / self.eta
         if algorithms.named(self.objective).mixes:
             return self.eta * self.tau
-        return float(self._has_reference)
+        return float(algorithms.named(self.objective).anchor == "initial")
 
     def make_objective(self) -> Objective:
         """Returns the loss of the fits, with the options eta, tau and beta that it uses.

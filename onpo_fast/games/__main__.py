@@ -26,7 +26,8 @@ from docstring_parser import parse_from_object
 from rich.table import Table
 
 from ..algorithms import ALGORITHMS, ALIASES
-from ..errors import CommandParser, UserError, command, nearest, program
+from ..arguments import CommandParser, program
+from ..errors import UserError, command, nearest
 from ..files import atomic_write_text
 from ..reports.page import Plot, page_style, render
 from ..run.tracking import console, environment, progress, say

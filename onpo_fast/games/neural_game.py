@@ -14,12 +14,13 @@ from scipy.special import logsumexp
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..batches import plan_steps
 from ..config import FitConfig
 from ..data import Group, Pair, Response
-from ..fit import fit, plan_steps
+from ..fit import fit
 from ..models.device import device_of
 from ..models.policy import Policy, score
-from ..objectives import Dpo, Objective, Sppo, with_steps
+from ..objectives import Dpo, Objective, Sppo
 from ..pairing import drop_identical, pair
 from .matrix_games import ExactGame, Rewards, log_normalised
 from .neural_options import EXPECTED, NeuralGame
@@ -124,7 +125,7 @@ class TransformerGame:
     ) -> ScoredPolicy:
         """Train the model on the pairs, from the weights of ``warm_start`` or of the anchor."""
         self.model.model.load_state_dict((warm_start or anchor).weights)
-        self.train(anchor.logps, compared.pairs, with_steps(self.objective, steps * compared.steps))
+        self.train(anchor.logps, compared.pairs, self.objective.with_steps(steps * compared.steps))
         fitted = self._scored()
         self.fitted[into].append(fitted.logps)
         if self.closed_form is not None:

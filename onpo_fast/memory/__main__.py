@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import torch
 
+from ..arguments import CommandParser, program
 from ..config import Config, FitConfig, ModelConfig
 from ..config.combined import DEFAULTS_BY_DEVICE
 from ..config.command_line import parse_with_sources
 from ..device_memory import device_bytes, resident_bytes
-from ..errors import CommandParser, UserError, command, program
+from ..errors import UserError, command
 from ..models.checkpoint import base_of
 from ..models.optimizers import check_optimizer
 from ..models.precision import choose_weights
@@ -51,19 +52,19 @@ SAMPLING = "no (sampling)"
 MOST = {"gpus": 10**5, "memory": 10**6, "prompt_tokens": 10**6}
 
 
-def settings_of(config: Config, weights: str, gpu: bool, ranks: int = 1) -> Settings:
+def settings_of_options(config: Config, weights: str, gpu: bool, ranks: int = 1) -> Settings:
     """Returns the settings of a run with these options and weights, which are no longer "auto"."""
     half = config.dtype == "bfloat16" or weights == "bf16-sr" or (gpu and config.dtype == "auto")
     return Settings(
-        weights,
-        config.optimizer,
-        config.gradient_checkpointing,
-        config.lora_rank,
-        ranks,
-        torch.bfloat16 if half else torch.float32,
-        config.anchor == "live",
-        config.loss_mode,
-        config.lora_targets,
+        weights=weights,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        lora_rank=config.lora_rank,
+        ranks=ranks,
+        compute_dtype=torch.bfloat16 if half else torch.float32,
+        live_anchor=config.anchor == "live",
+        loss_mode=config.loss_mode,
+        lora_targets=config.lora_targets,
     )
 
 
@@ -169,7 +170,7 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int) 
     )
     group, tokens = longest_group(config, prompt_tokens, config.max_new_tokens), config.tokens_per_microbatch
     try:
-        settings = settings_of(config, resolve_weights(config, planner, gpus), gpus > 0, max(gpus, 1))
+        settings = settings_of_options(config, resolve_weights(config, planner, gpus), gpus > 0, max(gpus, 1))
         if allowed(settings) != settings:
             check_optimizer(settings.weights, settings.optimizer, settings.shards)
         best = planner.largest(settings, group, tokens) if tokens else planner.choose_tokens(settings, group)

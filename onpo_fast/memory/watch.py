@@ -51,18 +51,18 @@ def planner_of(policy: Policy, loss_backend: str) -> Planner:
     )
 
 
-def settings_of(policy: Policy, model: ModelConfig, fit: FitConfig, live_anchor: bool) -> Settings:
+def settings_of_policy(policy: Policy, model: ModelConfig, fit: FitConfig, live_anchor: bool) -> Settings:
     """Returns the settings that the memory of a policy's fit depends on."""
     return Settings(
-        "bf16-sr" if policy.weights_dtype == torch.bfloat16 else "fp32",
-        fit.optimizer,
-        model.gradient_checkpointing,
-        model.lora_rank,
-        torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
-        policy.compute_dtype,
-        live_anchor,
-        fit.loss_mode,
-        model.lora_targets,
+        weights="bf16-sr" if policy.weights_dtype == torch.bfloat16 else "fp32",
+        optimizer=fit.optimizer,
+        gradient_checkpointing=model.gradient_checkpointing,
+        lora_rank=model.lora_rank,
+        ranks=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        compute_dtype=policy.compute_dtype,
+        live_anchor=live_anchor,
+        loss_mode=fit.loss_mode,
+        lora_targets=model.lora_targets,
     )
 
 
@@ -77,7 +77,9 @@ def with_token_budget(config: Config, policy: Policy, prompt_tokens: int) -> Con
     """
     planner = planner_of(policy, config.loss_backend)
     group = longest_group(config, prompt_tokens, config.max_new_tokens)
-    settings = settings_of(policy, config.section(ModelConfig), config.section(FitConfig), config.anchor == "live")
+    settings = settings_of_policy(
+        policy, config.section(ModelConfig), config.section(FitConfig), config.anchor == "live"
+    )
     try:
         if config.tokens_per_microbatch is None:
             plan = planner.choose_tokens(settings, group)
@@ -146,7 +148,7 @@ class MemoryWatch:
         reset_peak(self.device)
         planner = planner_of(policy, fit.loss_backend)
         largest, several = _largest_microbatch(policy, groups, batches, fit.token_budget)
-        settings = settings_of(policy, model, fit, live_anchor)
+        settings = settings_of_policy(policy, model, fit, live_anchor)
         try:
             self.plan = planner.plan(settings, largest, several)
             if not planner.fits(self.plan):

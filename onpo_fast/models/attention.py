@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..packing import Packed
 
 FLEX = "flex_attention"
+FLEX_COMPILATIONS = 64  # most: for windows, gradients, short rows; those beyond are not fused, without a message
 WINDOWS = {"sliding_window", "use_sliding_window"}  # options of a window that is counted as above
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # names of options that limit how far attention sees

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -41,8 +43,30 @@ def apply_liger(model: PreTrainedModel, device: torch.device, wanted: str) -> No
         if wanted == "on":
             raise UserError("--liger on needs its package: pip install 'onpo_fast[gpu]'") from None
         return
-    # only the layers below the head: the loss is computed by this package
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    # only the layers below the head, as the loss is computed by this package; rotary embeddings are a function of the
+    # module that all its models share
+    with _own_layers():
+        _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+@contextmanager
+def _own_layers() -> Iterator[None]:
+    """Takes back what is replaced in transformers' modules within the block, so that other models keep their layers.
+
+    Liger replaces the classes of layers there too. The memory of a fit is counted with a model on tensors without data,
+    whose null pointers Liger's kernels would read, and an oracle's model may be on a device that they cannot use.
+    """
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("transformers.models.") and ".modeling" in name
+    ]
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before):
+            vars(module).update(own)
 
 
 def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -404,6 +404,8 @@ def _prepare_execution(model: PreTrainedModel, device: torch.device, config: Mod
     """
     without_cudnn_attention()
     model.to(device).requires_grad_(True)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # kernels of Triton run on the current GPU
     if config.gradient_checkpointing:
         with loading_errors("with --gradient_checkpointing the model", name):
             layers = checkpoint_layers(model)

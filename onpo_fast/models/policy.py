@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +22,7 @@ from ..out_of_memory import in_halves
 from ..packing import Layout, Packed, TokenGroup, microbatches, pack
 from ..sources import quiet
 from .adapters import Adapter
-from .attention import FLEX, is_flash
+from .attention import FLEX, FLEX_COMPILATIONS, is_flash
 from .execution import checkpointed_layers
 from .heads import head_arguments
 from .precision import weights_in
@@ -134,6 +135,8 @@ class Policy:
         """Sets the attention implementation, by transformers' name, and the layout that goes with it."""
         if attention != self.attention:
             self.model.set_attn_implementation(attention)
+        if attention == FLEX:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_COMPILATIONS)
         self.layout = layout
 
     @contextmanager

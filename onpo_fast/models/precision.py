@@ -118,7 +118,10 @@ def random_stream(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """Seeds torch's global random numbers within the block; they continue afterwards as if nothing had been drawn."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(stream_seed(seed))
+        torch.default_generator.manual_seed(stream_seed(seed))  # torch.manual_seed would seed all GPUs
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(stream_seed(seed))
         yield
 
 

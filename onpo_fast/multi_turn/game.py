@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..comparisons import ENVIRONMENT, SAMPLING, Comparisons, Mixture
+from .. import streams
+from ..comparisons import Comparisons, Mixture, weights_of
 from ..config import EnvironmentConfig
 from ..data import Group, Messages
-from ..language_game import LanguageGame, weights_of
+from ..language_game import LanguageGame
 from ..models.resident import Source
 from ..run.outputs import iteration_folder
 from ..run.progress import Progress
@@ -53,7 +54,7 @@ class ConversationGame(LanguageGame):
                 name += f"_turn_{turn}"
             substream = (turn, int(learning)) if turn > 1 else ()
             return self.sample(
-                policy, f"{name}{suffix}", SAMPLING, count, prompts=states, substream=substream, turn=turn
+                policy, f"{name}{suffix}", streams.SAMPLING, count, prompts=states, substream=substream, turn=turn
             )
 
         def answer(conversations: Sequence[Conversation], turn: int) -> list[dict | None]:
@@ -66,7 +67,7 @@ class ConversationGame(LanguageGame):
     ) -> list[dict | None]:
         """The environment's messages after a turn of the policy with these weights."""
 
-        run, seed = self.run, [self.run_config.seed, ENVIRONMENT, self.t, turn]
+        run, seed = self.run, [self.run_config.seed, streams.ENVIRONMENT, self.t, turn]
 
         def compute(part: Sequence[Conversation], first: int, done: Progress) -> list[dict | None]:
             renderer, found = run.policies(source).renderer, []

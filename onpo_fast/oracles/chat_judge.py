@@ -95,9 +95,6 @@ class ChatJudge(BatchOracle):
         taken, self.counters = self.counters, Counter()
         return self.client.take_counters() | {name: taken[name] for name in ("answered", "cached", "nonsense")}
 
-    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        return self.compare(groups, None, progress)
-
     def compare(
         self,
         groups: Sequence[PromptAndResponses],

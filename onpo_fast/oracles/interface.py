@@ -27,8 +27,8 @@ COMPLEMENT_TOLERANCE = 1e-3  # largest error of P + Pᵀ = 1; sigmoids in half p
 class BatchOracle:
     """An oracle that is asked about many groups at once, because it batches them or waits for a server.
 
-    A subclass defines ``many``. It may load a model when it is first asked and drop it in ``release``, which ``judge``
-    calls when all groups are judged.
+    A subclass defines ``many``, or, if it is paid by the pair, ``compare``. It may load a model when it is first asked
+    and drop it in ``release``, which ``judge`` calls when all groups are judged.
     """
 
     holds_model = False  # whether it needs memory on the device; the policy is moved out of the way then
@@ -47,19 +47,21 @@ class BatchOracle:
         Returns:
             For each group its (K, K) matrix of P(response i ≻ response j).
         """
-        raise NotImplementedError
+        if not compares_pairs(self):
+            raise NotImplementedError(f"{type(self).__name__} defines neither many nor compare")
+        return self.compare(groups, None, progress)
 
     def compare(
         self,
         groups: Sequence[PromptAndResponses],
-        pairs: Sequence[IndexPairs],
+        pairs: Sequence[IndexPairs] | None,
         progress: Progress = lambda n: None,
     ) -> list[np.ndarray]:
-        """Judges some pairs of each group. An oracle that is paid by the pair overrides this.
+        """Judges some pairs of each group.
 
         Args:
             groups, progress: as for ``many``.
-            pairs: for each group, which of its responses to compare.
+            pairs: for each group, which of its responses to compare; None: all.
 
         Returns:
             For each group its (K, K) matrix. Of a pair (i, j) the entry [i, j] is read, P(i ≻ j), and no others.

@@ -9,6 +9,7 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,14 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ModelConfig, OracleConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.checkpoint import loading_errors, locate
 from ..models.device import device_of, same_device
 from ..models.execution import without_cudnn_attention
 from ..models.loading import check_shapes
 from ..models.precision import weights_in
 from ..run.fingerprint import model_fingerprint
-from ..run.tracking import say_once
+from ..run.tracking import say, say_once
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time, which makes batches even and bounds the tokens held in memory
@@ -252,7 +253,11 @@ class ModelOracle(BatchOracle):
                 with weights_in(self.loaded(), torch.float32):
                     difference = self._difference_by_padding(ask)
                 allowed = PADDING_TOLERANCE[torch.float32]
-            except (UserError, RuntimeError, ValueError):  # too little memory for it, or no kernels for float32
+            except (UserError, RuntimeError, ValueError) as error:  # too little memory, or no kernels for float32
+                say(
+                    f"the {self.kind} {self.source} cannot be asked in float32, so that its padding is checked in its "
+                    f"own precision ({one_line(str(error), 200)})"
+                )
                 difference, allowed = self._difference_by_padding(ask), PADDING_TOLERANCE[torch.bfloat16]
             self.can_pad = difference <= allowed
             if not self.can_pad:
@@ -277,7 +282,8 @@ class ModelOracle(BatchOracle):
         """
         self.loaded()  # outside of try: it raises clear errors itself
         try:
-            with torch.no_grad():
+            current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            with torch.no_grad(), current:
                 values = ask(rows)
         except UserError:
             raise

@@ -68,9 +68,6 @@ class PairModel(ModelOracle):
         self.bos = self._own_bos()
         self._check_header()
 
-    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        return self.compare(groups, None, progress)
-
     def compare(
         self,
         groups: Sequence[PromptAndResponses],

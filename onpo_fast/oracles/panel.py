@@ -67,9 +67,6 @@ class Panel(BatchOracle):
         self.holds_model = any(holds_model(oracle) for _, _, oracle in members)
         self.keeps_files = any(keeps_files(oracle) for _, _, oracle in members)
 
-    def many(self, groups: Sequence[PromptAndResponses], progress: Progress = lambda n: None) -> list[np.ndarray]:
-        return self.compare(groups, None, progress)
-
     def compare(
         self,
         groups: Sequence[PromptAndResponses],

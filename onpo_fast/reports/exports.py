@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 
+from .. import streams
 from ..config import ModelConfig, SamplingConfig
 from ..data import Messages, of_iterations
 from ..errors import UserError
@@ -136,7 +137,7 @@ def export_answers(
     prompts: list[Messages] = [[{"role": "user", "content": one["instruction"]}] for one in asked]
     sampler = make_sampler(ResidentPolicy(model, policies[1])(source), sampling)
     with progress(f"answers of π_{policy}", len(prompts)) as done:
-        groups = sampler(prompts, 1, [seed, 4, policy], done)
+        groups = sampler(prompts, 1, [seed, streams.EXPORT, policy], done)
     generator = f"{directory.resolve().name}-policy-{policy}"  # AlpacaEval names its results folder after it
     answers = [{**one, "output": group.responses[0].text, "generator": generator} for one, group in zip(asked, groups)]
     atomic_write_text(out, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onpo_fast import fit as fitting
-from onpo_fast.batches import MicroBatch
+from onpo_fast.batches import MicroBatch, plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
-from onpo_fast.fit import fit, plan_steps
+from onpo_fast.fit import fit
 from onpo_fast.fit_metrics import StepMetrics
 from onpo_fast.loss import PairLossOutput
 from onpo_fast.models import scoring

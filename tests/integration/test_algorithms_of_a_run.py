@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from support.small_runs import flip, prepare, small_run
 
+from bench.digest import run_digest
 from onpo_fast import train as module
 from onpo_fast.algorithms import ALGORITHMS
 from onpo_fast.config import Config
 from onpo_fast.data import read_groups, read_pairs, read_preferences
-from onpo_fast.run.digest import run_digest
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

@@ -137,7 +137,7 @@ def test_tuning_ends_with_a_step_that_is_not_an_end(small: dict, tmp_path: Path,
 def test_two_turns(small: dict, tmp_path: Path) -> None:
     """The class is that of the last turn, which the partner has asked for."""
     arms = ["onpo", "omd_two_fits", "onpo_branches"]
-    arguments = f"--arms {' '.join(arms)} --seeds 0 --oracle {recipe.TURNS} --iterations 1 --out out --keep_runs"
+    arguments = f"--arms {' '.join(arms)} --seeds 0 --oracle {recipe.LAST_TURN} --iterations 1 --out out --keep_runs"
     command_line.run(arguments.split())
     runs = {run.arm: run for run in results.read(tmp_path / "out" / "results")}
     assert set(runs) == set(arms)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support.small_runs import flip, prepare, small_run
 
-from onpo_fast import evaluate, oracles, train
+from bench.digest import run_digest
+from onpo_fast import evaluate, oracles, train, win_rates
 from onpo_fast.best_of_nash import BestOfNash
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
@@ -21,7 +22,6 @@ from onpo_fast.files import checksum
 from onpo_fast.report import write_report
 from onpo_fast.reports.formatting import percent
 from onpo_fast.run import signals
-from onpo_fast.run.digest import run_digest
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies
 from onpo_fast.run.resumable import ResumableStage
@@ -33,14 +33,14 @@ pytestmark = pytest.mark.usefixtures("without_plots")
 
 def test_blocks_average_the_samples_of_two_policies() -> None:
     upper = np.array([[0.5, 0.6, 0.9, 0.7], [0.4, 0.5, 0.5, 0.3], [0.1, 0.5, 0.5, 0.2], [0.3, 0.7, 0.8, 0.5]])
-    blocks = evaluate._blocks(upper, 2)
+    blocks = win_rates.win_rates(upper, 2)
     np.testing.assert_allclose(blocks, [[0.5, 0.6], [0.4, 0.5]])
 
 
 def test_restricted_gap() -> None:
     cycle = np.array([[0.5, 0.7, 0.2], [0.3, 0.5, 0.9], [0.8, 0.1, 0.5]])
-    np.testing.assert_allclose(evaluate.restricted_gap(cycle), [0.6, 0.4, 0.8])
-    assert evaluate.restricted_gap(np.full((3, 3), 0.5)).tolist() == [0, 0, 0]
+    np.testing.assert_allclose(win_rates.restricted_gap(cycle), [0.6, 0.4, 0.8])
+    assert win_rates.restricted_gap(np.full((3, 3), 0.5)).tolist() == [0, 0, 0]
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
@@ -48,7 +48,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     hits = 0
     for _ in range(500):
         wins = np.clip(rng.normal(0.6, 0.15, size=(40, 2, 2)), 0, 1)
-        low, high = evaluate._intervals(wins)[0, 1]
+        low, high = win_rates.intervals(wins)[0, 1]
         hits += low <= 0.6 <= high
     assert hits / 500 >= 0.93
 
@@ -56,7 +56,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 @pytest.mark.parametrize(("prompts", "sure"), [(1, False), (3, False), (80, True)])
 def test_a_few_prompts_that_all_agree_are_not_certain(prompts: int, sure: bool) -> None:
     wins = np.tile([[0.5, 1.0], [0.0, 0.5]], (prompts, 1, 1))
-    intervals = evaluate._intervals(wins)
+    intervals = win_rates.intervals(wins)
     low, high = intervals[0, 1]
     assert (low > 0.5) == sure
     assert high == 1
@@ -244,7 +244,7 @@ def test_best_of_nash_goes_on_with_its_parts(run: Config, tmp_path, monkeypatch,
     rows = [json.loads(line) for line in (directory / RESPONSES).read_text().splitlines()]
     rates = [by_hand(row["responses"], candidates[p], row["best_of_nash"]) for p, row in enumerate(rows)]
     np.testing.assert_allclose(chosen["win_rate"], np.mean(rates, axis=0))
-    np.testing.assert_allclose(chosen["interval"], evaluate.student_intervals(np.array(rates)))
+    np.testing.assert_allclose(chosen["interval"], win_rates.student_intervals(np.array(rates)))
     assert chosen["samples"] == 5
     assert all(rate > own for rate, own in zip(chosen["win_rate"], plain["win_rate"][0]))  # better than π_1
     assert 1 <= chosen["responses_played"] <= 5

@@ -13,6 +13,7 @@ import torch
 from support.small_runs import SMALL, prepare, small_run
 from torch import Tensor
 
+from bench.digest import run_digest
 from onpo_fast import evaluate, export, train
 from onpo_fast.batches import MicroBatch, plan_steps
 from onpo_fast.config import Config, ModelConfig
@@ -27,7 +28,6 @@ from onpo_fast.models.scoring import PairLossOptions
 from onpo_fast.objectives import Onpo
 from onpo_fast.packing import pack
 from onpo_fast.reports.exports import export_merged
-from onpo_fast.run.digest import run_digest
 from onpo_fast.run.fingerprint import model_fingerprint
 from onpo_fast.run.tracking import Tracker
 

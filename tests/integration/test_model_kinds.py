@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpo_fast import train
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
-from onpo_fast.fit import fit, plan_steps
+from onpo_fast.fit import fit
 from onpo_fast.models.checkpoint import weight_files
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import disagreement, score

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.small_runs import prepare, small_run
 
+from bench.digest import run_digest
 from onpo_fast import train as module
 from onpo_fast.config import Config, EnvironmentConfig
 from onpo_fast.conversations import Messages
@@ -21,7 +22,6 @@ from onpo_fast.evaluate import main as evaluate_command
 from onpo_fast.files import read_jsonl
 from onpo_fast.multi_turn.environment import CheckedEnvironment
 from onpo_fast.reports.run_data import RunData
-from onpo_fast.run.digest import run_digest
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

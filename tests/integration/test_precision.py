@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from support.small_runs import prepare, small_run
 
 from bench.__main__ import main as bench_main
+from bench.digest import run_digest
 from bench.precision import AUTO, FITS, NEAREST, REFERENCE
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config, FitConfig, ModelConfig, read_run
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
-from onpo_fast.fit import fit, plan_steps, score
+from onpo_fast.fit import fit, score_as_in_fit
 from onpo_fast.fit_precision import KeptMargins
 from onpo_fast.models import precision
 from onpo_fast.models.loading import load
@@ -26,7 +28,6 @@ from onpo_fast.models.optimizers import check_optimizer, make_optimizer
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.objectives import Onpo
 from onpo_fast.run import opening
-from onpo_fast.run.digest import run_digest
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.tracking import Tracker
@@ -232,7 +233,7 @@ def fitted(model: Path, epochs: int = 1, batch_pairs: int = 6, **options: object
         responses = [Response(t, policy.tokenizer(t)["input_ids"], "length", 0.0) for t in texts[i:] + texts[:i]]
         groups.append(Group(prompt, policy.renderer.render(prompt), responses))
     batches = plan_steps(PAIRS, epochs, batch_pairs, [0])
-    anchor = score(policy, groups, plan_steps(PAIRS, 1, batch_pairs, [0]), config)
+    anchor = score_as_in_fit(policy, groups, plan_steps(PAIRS, 1, batch_pairs, [0]), config)
     records: list[dict] = []
     fit(policy, groups, batches, anchor, Onpo(eta=2.0), config, records.append, starts_at_anchor=True, seed=[0])
     return records
@@ -324,7 +325,9 @@ def test_the_benchmark_reads_back_what_it_saved(tiny_model: Path, tmp_path: Path
     """On a model of a few thousand weights its figures are noise, but not those of what is exact."""
     line = ["precision", f"--model={tiny_model}", f"--out={tmp_path}", "--steps=2", "--tokens=4", "--pairs=2"]
     monkeypatch.setattr(sys, "argv", ["bench", *line])
-    assert bench_main([*line, "--learning_rate=1e-3"]) in (0, 1)
+    with pytest.raises(SystemExit) as ended:
+        bench_main([*line, "--learning_rate=1e-3"])
+    assert ended.value.code in (0, 1)
     rows = {row["fit"]: row for row in json.loads((tmp_path / "precision-cpu.json").read_text())["rows"]}
     exact = rows[REFERENCE]
     assert exact["kept"] == pytest.approx(1)

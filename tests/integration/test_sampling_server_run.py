@@ -15,12 +15,12 @@ from support import servers as faults
 from support.sampling_server import SamplingServer
 from support.small_runs import SMALL, prepare, small_run
 
+from bench.digest import run_digest
 from onpo_fast import train as module
 from onpo_fast.data import read_groups
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.models.policy import Policy
-from onpo_fast.run.digest import run_digest
 from onpo_fast.sampling.returned import request_seeds
 from onpo_fast.sampling.server import sampler as server_sampler
 from onpo_fast.sampling.server.unfinished import UNFINISHED

@@ -11,6 +11,7 @@ from support.judging import asked, shorter
 from support.servers import serving
 from support.small_runs import cut, prepare, small_run
 
+from bench.digest import run_digest
 from onpo_fast import oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
@@ -19,7 +20,6 @@ from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.reports.exports import export_pairs
 from onpo_fast.reports.reading import LineReader, read_training_examples
-from onpo_fast.run.digest import run_digest
 from onpo_fast.selection import SELECTIONS, candidates
 
 pytestmark = pytest.mark.usefixtures("without_plots")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 
+from bench.digest import run_digest as bits
 from onpo_fast import evaluate, files, oracles
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
@@ -30,7 +31,6 @@ from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl, write_jsonl
 from onpo_fast.run import fit_states, opening, signals
 from onpo_fast.run import lock as run_lock
-from onpo_fast.run.digest import run_digest as bits
 from onpo_fast.run.fit_states import FitStates
 from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, RESPONSES, finished_policies, initial_policy

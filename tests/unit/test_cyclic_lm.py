@@ -447,7 +447,7 @@ def test_the_documentation_has_the_table_of_two_turns() -> None:
     runs = results.read(ROOT / "experiments" / "results" / "two_turns")
     text = (ROOT / "docs" / "multi-turn.md").read_text(encoding="utf-8")
     games = comparison.games(runs)
-    assert set(games) == {(recipe.NEXT_PART, recipe.ITERATIONS), (recipe.TURNS, recipe.ITERATIONS)}
+    assert set(games) == {(recipe.NEXT_PART, recipe.ITERATIONS), (recipe.LAST_TURN, recipe.ITERATIONS)}
     for game, own in games.items():
         assert columns.markdown(comparison.table(runs, own)) in text, game
         assert f"{comparison.initial_gap(own):.2f}" in text, game
@@ -475,7 +475,7 @@ def test_topics_are_held_out() -> None:
 @pytest.mark.parametrize("arm", recipe.ARMS)
 def test_the_options_of_every_arm_are_the_trainers(arm: str) -> None:
     """And the target of a pair with label 0.8 is that of the step η, where the loss is squared."""
-    oracle = recipe.TURNS if "multi_turn_target" in recipe.ARMS[arm].options else recipe.ORACLE
+    oracle = recipe.LAST_TURN if "multi_turn_target" in recipe.ARMS[arm].options else recipe.ORACLE
     config = Config(**Job(arm, 0, 3.0, oracle).options())
     objective = config.make_objective()
     if recipe.ARMS[arm].objective != "iterative_dpo":

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
-from onpo_fast.fit import FitFailed, cosine_with_warmup, fit, plan_steps
-from onpo_fast.fit import score as score_batches
+from onpo_fast.fit import FitFailed, cosine_with_warmup, fit, score_as_in_fit
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import score
 from onpo_fast.objectives import Dpo, Onpo, Sppo
@@ -84,7 +84,7 @@ def test_the_anchor_is_scored_as_the_fit_computes_it(tiny_model, options: dict, 
     groups = make_groups(policy)
     epoch = plan_steps(pairs, 1, config.batch_pairs, [0])
     progress: list[int] = []
-    anchor = score_batches(policy, groups, epoch, config, progress.append)
+    anchor = score_as_in_fit(policy, groups, epoch, config, progress.append)
     records: list[dict] = []
     fit(policy, groups, plan_steps(pairs, 2, 6, [0]), anchor, Onpo(eta=2.0), config, records.append)
     margins = [record["margin"] for record in records]

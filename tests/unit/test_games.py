@@ -27,7 +27,7 @@ from onpo_fast.games.preferences import (
     symmetrised,
     three_cycle,
 )
-from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo, with_steps
+from onpo_fast.objectives import Dpo, Inpo, Ipo, Omd, Onpo, Sppo
 
 RPS = three_cycle(1, 1, 1)
 WEIGHTED = three_cycle(0.9, 0.6, 0.7)
@@ -230,9 +230,10 @@ class Recorder:
     """A game that plays nothing, and notes what it is asked for. Policies are numbers."""
 
     def __init__(self):
-        self.fits = []
+        self.fits, self.compared = [], []
 
     def compare(self, policy, opponent=None):
+        self.compared.append((policy, opponent))
         return policy, opponent
 
     def mixture(self, initial, policy):
@@ -244,12 +245,17 @@ class Recorder:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_algorithms_say_how_many_fits_they_take(algorithm):
+def test_algorithms_say_what_they_ask_of_a_game(algorithm):
     game, chosen = Recorder(), ALGORITHMS[algorithm]
     assert list(islice(chosen.play(game, 0), 4)) == [0, *(np.arange(1, 4) * chosen.fits)]
     into = [fit[3] for fit in game.fits]
     assert into == 3 * (["auxiliary"] * (chosen.fits - 1) + ["policy"])
-    assert chosen.mixes == any("~" in str(fit[0]) for fit in game.fits)
+    anchors = {"mixture" if "~" in str(fit[0]) else "initial" if fit[0] == 0 else "policy" for fit in game.fits}
+    assert chosen.anchor == ("policy" if "policy" in anchors else anchors.pop())
+    kinds = {
+        "opponent" if two is not None else "mixture" if "~" in str(one) else "policy" for one, two in game.compared
+    }
+    assert chosen.compares == next(kind for kind in ("opponent", "mixture", "policy") if kind in kinds)
 
 
 def test_variants_of_onpo_differ_in_their_fits():
@@ -570,7 +576,7 @@ def test_exact_and_sampled_are_one_interface():
 @pytest.mark.parametrize("objective", [Onpo(0.7), Omd(0.7), Inpo(2.0, 0.5), Ipo(2.0), Dpo(0.5), Sppo(0.7)])
 def test_steps_multiply_the_target(objective):
     preference = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
-    more = with_steps(objective, 3)
+    more = objective.with_steps(3)
     torch.testing.assert_close(more.target(preference), 3 * objective.target(preference))
     if isinstance(objective, Inpo):
         assert more.initial_share == pytest.approx(objective.initial_share)

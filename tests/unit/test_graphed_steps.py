@@ -206,3 +206,18 @@ def test_on_a_gpu(tiny_model: Path) -> None:
     config = SamplingConfig(max_new_tokens=24, sampling_batch_size=8)
     want, got = (LocalSampler(policy, replace(config, cuda_graphs=on))(PROMPTS, 5, [0, 7]) for on in (False, True))
     assert [[r.tokens for r in g.responses] for g in got] == [[r.tokens for r in g.responses] for g in want]
+
+
+def test_a_capture_without_memory_takes_fewer_rows(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = sampled(policy, monkeypatch, None)
+    stand_in, failed = StandIn(), []
+
+    def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return stand_in(compute)
+
+    assert sampled(policy, monkeypatch, capture) == want
+    assert failed
+    assert stand_in.replayed

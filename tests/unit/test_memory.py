@@ -20,11 +20,12 @@ from onpo_fast.config import Config, FitConfig, ModelConfig, parse
 from onpo_fast.errors import UserError
 from onpo_fast.fit import fit
 from onpo_fast.memory import watch
-from onpo_fast.memory.__main__ import main, settings_of, verdict
+from onpo_fast.memory.__main__ import main, settings_of_options, verdict
 from onpo_fast.memory.counting import CannotCount, LiveStorages
 from onpo_fast.memory.plan import ACTIVATIONS, GRADIENTS, HEAD, LOSS, STATES, WEIGHTS, Planner, Settings
 from onpo_fast.memory.shapes import builder, read_config
 from onpo_fast.memory.watch import MemoryWatch, longest_group, planner_of, with_token_budget
+from onpo_fast.models.execution import apply_liger
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.models.scoring import PairLossOptions
@@ -86,7 +87,7 @@ def test_a_step_allocates_what_is_counted(tiny_model, checkpointing: bool, dtype
         with policy.autocast(cached=False):
             loss = policy.scoring(microbatch.packed, microbatch.labelled, PairLossOptions(Onpo(eta=2.0))).loss
         loss.backward()
-    settings = watch.settings_of(policy, ModelConfig(**options), FitConfig(), live_anchor=False)
+    settings = watch.settings_of_options(policy, ModelConfig(**options), FitConfig(), live_anchor=False)
     tokens = [compared_tokens(groups[g], pairs) for g, pairs in batch.items()]
     plan = planner_of(policy, "auto").plan(settings, tokens)
     planned = sum(plan.backward.get(part, 0) for part in (GRADIENTS, ACTIVATIONS, LOSS, HEAD))
@@ -156,6 +157,20 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(middle_model: Path, che
     assert done.returncode == 0, done.stderr
     planned, peak = map(int, done.stdout.split()[-2:])
     assert planned == pytest.approx(peak, rel=0.1)
+
+
+def test_ligers_layers_are_one_models_own(tiny_model, planner: Planner) -> None:
+    """A plan counts another model, on tensors without data, whose null pointers Liger's kernels would read."""
+    pytest.importorskip("liger_kernel.transformers")
+    model = load(tiny_model, Config()).model
+    module = sys.modules[type(model).__module__]
+    before, plan = dict(vars(module)), planner.plan(Settings(), [GROUP])
+    apply_liger(model, torch.device("cuda"), "on")  # replaces methods, and runs nothing
+    layers = model.model.layers[0]
+    assert {layers.mlp._get_name(), layers.input_layernorm._get_name()} == {"LigerSwiGLUMLP", "LigerRMSNorm"}
+    assert vars(module) == before
+    other = Planner(builder(read_config(str(tiny_model)), str(tiny_model)), device=CPU, backend="torch")
+    assert other.plan(Settings(), [GROUP]).total == plan.total
 
 
 def test_the_most_tokens_that_fit(planner: Planner) -> None:
@@ -361,6 +376,8 @@ def test_the_papers_settings_take_what_their_files_say(name: str, shape: str) ->
     group = longest_group(config, 1024, config.max_new_tokens)
     for gpus, memory, planned in ((1, 80, said[1]), (8, 40, said[2])):
         planner = Planner(builder(read_config(shape), shape), masked=False, memory=memory * 2**30)
-        plan = planner.largest(settings_of(config, config.weights, True, gpus), group, config.tokens_per_microbatch)
+        plan = planner.largest(
+            settings_of_options(config, config.weights, True, gpus), group, config.tokens_per_microbatch
+        )
         assert f"{plan.total / 2**30:.1f}" == planned
         assert planner.fits(plan)

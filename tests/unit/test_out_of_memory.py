@@ -10,12 +10,11 @@ import torch
 from test_fit import PAIRS, make_groups
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from onpo_fast.batches import split
+from onpo_fast.batches import plan_steps, split
 from onpo_fast.config import Config
 from onpo_fast.data import Group
 from onpo_fast.errors import UserError
-from onpo_fast.fit import fit, plan_steps
-from onpo_fast.fit import score as score_batches
+from onpo_fast.fit import fit, score_as_in_fit
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.objectives import Onpo
@@ -151,7 +150,7 @@ def groups_and_limit(policy: Policy) -> tuple[list[Group], int]:
     "scores",
     [
         lambda policy, groups, config: score(policy, groups, 1000),
-        lambda policy, groups, config: score_batches(policy, groups, plan_steps(PAIRS, 1, 12, [0]), config),
+        lambda policy, groups, config: score_as_in_fit(policy, groups, plan_steps(PAIRS, 1, 12, [0]), config),
     ],
     ids=["responses", "a fit's micro-batches"],
 )
@@ -183,6 +182,7 @@ def test_which_errors_say_so() -> None:
         torch.empty(2**50)
     assert is_out_of_memory(real.value)
     assert is_out_of_memory(full_memory())
+    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -15,7 +15,7 @@ import torch
 
 import onpo_fast
 from experiments.cyclic_lm.jobs import Job
-from experiments.cyclic_lm.recipe import ETA, TURNS
+from experiments.cyclic_lm.recipe import ETA, LAST_TURN
 from onpo_fast import files, oracles
 from onpo_fast.config import Config, parse, read_run
 from onpo_fast.errors import UserError
@@ -73,7 +73,7 @@ def test_conversations_are_those_of_the_experiment(monkeypatch: pytest.MonkeyPat
     """The same prompts, environment, oracle and step."""
     monkeypatch.chdir(ROOT)
     config = parse(["--config", "configs/cpu-multi-turn.yaml"])
-    experiment = Config(**Job("onpo", 0, ETA, TURNS).options())
+    experiment = Config(**Job("onpo", 0, ETA, LAST_TURN).options())
     for name in ("prompts", "eval_prompts"):
         assert Path(getattr(config, name)).resolve() == Path(getattr(experiment, name))
     for name in ("model", "oracle", "environment", "turns", "multi_turn_target", "objective", "eta", "max_new_tokens"):

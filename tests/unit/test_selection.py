@@ -7,14 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onpo_fast import oracles
+from onpo_fast import oracles, stage_metrics
 from onpo_fast.batches import Batch, divided_alike, plan_steps, total_weight
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.objectives import Onpo
 from onpo_fast.pairing import label
 from onpo_fast.selection import SELECTIONS, UNIFORM_SHARE, Predictor, candidates, select
-from onpo_fast.stages import pairing_metrics
 
 PROMPT = [{"role": "user", "content": "Hi"}]
 
@@ -145,7 +144,9 @@ def test_an_oracle_without_a_compare_of_its_own_compares_all() -> None:
 def test_the_loss_before_a_fit_has_the_pairs_weights() -> None:
     sure, tie = Pair(0, 0, 1, 1.0), Pair(0, 0, 2, 0.5)
     weighted = [replace(sure, weight=3.0, importance=2.0), replace(tie, importance=2.0)]
-    found, expected = (pairing_metrics(pairs, 0, groups([3]), Onpo(2.0)) for pairs in (weighted, [sure] * 3 + [tie]))
+    found, expected = (
+        stage_metrics.pairing(pairs, 0, groups([3]), Onpo(2.0)) for pairs in (weighted, [sure] * 3 + [tie])
+    )
     assert found["untrained_loss"] == pytest.approx(expected["untrained_loss"])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...out_of_memory import is_out_of_memory
 
 COLUMN_MULTIPLE = 8  # attention reads a multiple of so many columns, as its kernels on GPUs want
 ROW_MULTIPLE = 8  # a step has a multiple of so many rows: on a CPU oneDNN keeps code and buffers for each number
@@ -105,6 +106,8 @@ class GraphedSteps(Steps):
         try:
             replay = self.capture(compute)
         except Exception as error:  # what a capture does not allow has errors of many types, and it may not be undone
+            if is_out_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"the model's forward pass cannot be captured as a CUDA graph ({reason}): set --cuda_graphs false"

@@ -12,7 +12,7 @@ import pytest
 from support.judging import asked, raises, shorter
 from support.servers import Error, serving
 
-from onpo_fast import oracles, stages, train
+from onpo_fast import oracles, train
 from onpo_fast.config import Config
 from onpo_fast.judging_beside import JudgingBeside
 from onpo_fast.language_game import LanguageGame
@@ -178,7 +178,7 @@ def test_a_judge_that_fails_stops_sampling(run, events: Events, tmp_path: Path) 
 @pytest.mark.parametrize("error", [SystemExit, RuntimeError])
 def test_a_thread_that_ends_is_not_waited_for(run, events: Events, error: type, monkeypatch) -> None:
     """Whatever has ended it: the oracle's exit, or no error at all."""
-    judge = stages.judge
+    judge = oracles.judge
 
     def leave(*arguments):
         if threading.current_thread().name == "judge":
@@ -186,7 +186,7 @@ def test_a_thread_that_ends_is_not_waited_for(run, events: Events, error: type, 
         return judge(*arguments)
 
     if error is SystemExit:
-        monkeypatch.setattr(stages, "judge", leave)
+        monkeypatch.setattr(oracles, "judge", leave)
     else:
         monkeypatch.setattr(JudgingBeside, "_work", lambda self: None)
     with serving(events.answer) as server, pytest.raises(error):
