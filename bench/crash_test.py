@@ -43,12 +43,12 @@ from bench.digest import run_contents
 from onpo_fast import train as training
 from onpo_fast.arguments import at_least
 from onpo_fast.config import Config
+from onpo_fast.console import console
 from onpo_fast.errors import command
+from onpo_fast.journal import Journal
 from onpo_fast.models.checkpoint import locate
 from onpo_fast.run.fit_states import FitStates
-from onpo_fast.run.journal import Journal
 from onpo_fast.run.resumable import ResumableStage
-from onpo_fast.run.tracking import console
 
 from .hash_judge import judge_server
 

@@ -93,7 +93,7 @@ def environment_report() -> str:
     """Returns what an issue should say about the machine, one fact a line."""
     import torch
 
-    from .models.device import device_of
+    from .device import device_of
     from .run.tracking import environment
 
     facts = environment(device_of("auto"))

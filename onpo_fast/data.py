@@ -226,7 +226,7 @@ def _group_record(group: Group) -> dict:
 REMEDY = "remove the file, and --resume makes it again"  # for a file of a run that is not what a run writes
 
 
-def _read(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None, what: str) -> list[Item]:
+def read_items(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None, what: str) -> list[Item]:
     """Reads a file with one line per item. The file may be damaged, or come from a stranger.
 
     Args:
@@ -241,7 +241,7 @@ def _read(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None,
     for number, record in enumerate(read_jsonl(path), 1):
         try:
             made.append(make(record, items[number - 1] if items is not None and number <= len(items) else None))
-        except _Misfit as error:
+        except Misfit as error:
             raise UserError(f"{path}, line {number}: {error}; {REMEDY}") from None
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise UserError(
@@ -252,12 +252,12 @@ def _read(path: Path, make: Callable[[dict, Any], Item], items: Sequence | None,
     if items is not None and len(made) != len(items):
         lines = f"more than {len(items)} lines" if len(made) > len(items) else f"{len(made)} lines"
         raise UserError(f"{path} has {lines} where there are {len(items)} {what}: {REMEDY}")
-    if not made:
+    if items is None and not made:
         raise UserError(f"{path} has no lines: {REMEDY}")
     return made
 
 
-class _Misfit(ValueError):
+class Misfit(ValueError):
     """A line that does not fit its item; the message says why."""
 
 
@@ -288,19 +288,19 @@ def read_groups(
         if len(set(map(len, columns))) > 1:
             raise ValueError
         if not texts or responses not in (None, len(texts)):
-            raise _Misfit(f"it has {len(texts)} responses{f' where {responses} were sampled' if responses else ''}")
+            raise Misfit(f"it has {len(texts)} responses{f' where {responses} were sampled' if responses else ''}")
         for some in (record["prompt_tokens"], *tokens):
             if not all(0 <= token < (vocabulary or 2**31) for token in _list(some, int)):
-                raise _Misfit(f"it has a token beyond the model's vocabulary of {vocabulary or 2**31}")
+                raise Misfit(f"it has a token beyond the model's vocabulary of {vocabulary or 2**31}")
         if not record["prompt_tokens"]:
-            raise _Misfit("its prompt has no tokens")
+            raise Misfit("its prompt has no tokens")
         tools = record.get("tools")
         prompt = Prompt(_list(record["prompt"], dict), tools=None if tools is None else _list(tools, dict))
         if asked is not None and columns_of(prompt) != columns_of(asked):
-            raise _Misfit("it belongs to another prompt")
+            raise Misfit("it belongs to another prompt")
         return Group(prompt, record["prompt_tokens"], [Response(*row) for row in zip(*columns)])
 
-    return _read(path, make, prompts, "prompts")
+    return read_items(path, make, prompts, "prompts")
 
 
 def check_tokens(groups: Iterable[Group], vocabulary: int, file: Path) -> None:
@@ -334,10 +334,10 @@ def read_preferences(path: Path, groups: Sequence[Group] | None = None) -> list[
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not ((matrix >= 0) & (matrix <= 1)).all():
             raise ValueError
         if group is not None and len(matrix) != len(group.responses):
-            raise _Misfit(f"it has {len(matrix)} responses where the group has {len(group.responses)}")
+            raise Misfit(f"it has {len(matrix)} responses where the group has {len(group.responses)}")
         return matrix
 
-    return _read(path, make, groups, "groups of responses")
+    return read_items(path, make, groups, "groups of responses")
 
 
 def write_scores(path: Path, scores: Iterable[Tensor]) -> None:
@@ -358,10 +358,10 @@ def read_scores(path: Path, groups: Sequence[Group] | None = None) -> list[Tenso
     def make(record: dict, group: Group | None) -> Tensor:
         values = torch.tensor(_list(record["logps"], (int, float)), dtype=torch.float64)
         if group is not None and len(values) != len(group.responses):
-            raise _Misfit(f"it has {len(values)} responses where the group has {len(group.responses)}")
+            raise Misfit(f"it has {len(values)} responses where the group has {len(group.responses)}")
         return values
 
-    return _read(path, make, groups, "groups of responses")
+    return read_items(path, make, groups, "groups of responses")
 
 
 def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
@@ -385,14 +385,14 @@ def read_pairs(path: Path, groups: Sequence[Group] | None = None) -> list[Pair]:
             raise ValueError
         one = Pair(numbers[0], numbers[1], numbers[2] if has_loser else None, preference, *extra)
         if one.winner == one.loser:
-            raise _Misfit("it compares a response with itself")
+            raise Misfit("it compares a response with itself")
         if groups is not None and one.group >= len(groups):
-            raise _Misfit(f"it names group {one.group} of {len(groups)}, counted from 0")
+            raise Misfit(f"it names group {one.group} of {len(groups)}, counted from 0")
         if groups is not None and max(numbers[1:]) >= len(groups[one.group].responses):
-            raise _Misfit(f"it compares a response that group {one.group} does not have")
+            raise Misfit(f"it compares a response that group {one.group} does not have")
         return one
 
-    return _read(path, make, None, "pairs")
+    return read_items(path, make, None, "pairs")
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], groups: Sequence[Group]) -> None:

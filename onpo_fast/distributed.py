@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .console import console
+from .device import device_of
 from .errors import UserError
-from .models.device import device_of
-from .run.signals import Stopped
-from .run.tracking import console
+from .signals import Stopped
 
 Value = TypeVar("Value")
 

@@ -27,6 +27,7 @@ from . import config as configuration
 from .arguments import CommandParser, program
 from .best_of_nash import BestOfNash
 from .config import Config, FitConfig, ModelConfig, RunConfig, SamplingConfig
+from .console import console, progress, say
 from .conversations import columns_of
 from .data import (
     Group,
@@ -40,25 +41,25 @@ from .data import (
     write_preferences,
     write_scores,
 )
+from .device import device_of
 from .errors import UserError, command
+from .externals import check_environment, check_oracle, load_environment, load_oracle
 from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, write_jsonl
-from .models.device import device_of
+from .journal import Journal
 from .models.policy import kl_estimate, score
 from .models.resident import ResidentPolicy, Source
 from .multi_turn.conversation import Conversation, Transcript
 from .multi_turn.environment import CheckedEnvironment
 from .multi_turn.evaluation import converse
 from .multi_turn.replies import reply_to
+from .opening import check_sampler, config_key
 from .report import is_evaluation
 from .reports.model_card import write_model_cards
 from .run.cache import StageCache, was_stopped
-from .run.externals import check_environment, check_oracle, load_environment, load_oracle
-from .run.journal import Journal
 from .run.lock import locked
-from .run.opening import check_sampler, config_key
 from .run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies, initial_policy, name_of
 from .run.resumable import ResumableStage
-from .run.tracking import Tracker, console, progress, say
+from .run.tracking import Tracker
 from .sampling import StageSampler, TruncationWarning, all_truncated, open_sampler
 from .win_rates import CONFIDENCE, intervals, restricted_gap, student_intervals, summary, win_rate_table, win_rates
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from . import config as configuration
 from .arguments import CommandParser, program
 from .config import ModelConfig, SamplingConfig
+from .console import say
 from .errors import UserError, command
 from .reports.exports import export_answers, export_merged, export_pairs, policy_sources
 from .reports.hub import push_policy
-from .run.tracking import say
 
 __all__ = ["export_answers", "export_merged", "export_pairs", "main", "push_policy"]
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from . import signals
 from .batches import AnchorLogps, Batch, MicroBatch, compared, count, split, total_importance, total_weight
 from .config import FitConfig
 from .data import Group
+from .device import device_of
 from .device_memory import highest_peak_bytes
 from .distributed import World
 from .errors import UserError
@@ -23,7 +25,6 @@ from .fit_metrics import StepMetrics
 from .fit_precision import KeptMargins
 from .loss import PairLossOutput, choose_backend
 from .models.checks import probe
-from .models.device import device_of
 from .models.optimizers import make_optimizer
 from .models.policy import Policy, score
 from .models.precision import random_stream
@@ -31,7 +32,6 @@ from .models.scoring import PairLossOptions
 from .models.sharding import ShardedPolicy
 from .objectives import Objective
 from .out_of_memory import TokenBudget, naming_settings
-from .run import signals
 from .run.fit_states import NO_STATE
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .batches import Batch, MicroBatch, split
 from .config import FitConfig
+from .console import say_once
 from .data import Group
 from .models.policy import Policy
 from .models.precision import round_to_bfloat16
 from .models.scoring import PairLossOptions
 from .out_of_memory import free, is_out_of_memory
-from .run.tracking import say_once
 
 MOST_ERROR = 0.5  # error of the margins' movement, as a share of it, above which there is a warning
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import oracles
+from . import oracles, signals
+from .console import progress
 from .data import Group, write_preferences
-from .run import signals
 from .run.resumable import ResumableStage
-from .run.tracking import progress
 from .servers import workers
 
 POLL_SECONDS = 0.1  # between two looks for a signal while the main thread waits

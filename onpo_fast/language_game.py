@@ -18,6 +18,7 @@ from . import fit_precision, oracles, pairing, stage_metrics, streams
 from .batches import AnchorLogps, Batch, divided_alike, plan_steps
 from .comparisons import Comparisons, Mixture, policy_of, weights_of
 from .config import AlgorithmConfig, FitConfig, RunConfig, SamplingConfig
+from .console import Progress, progress, say
 from .data import (
     Group,
     Messages,
@@ -40,14 +41,12 @@ from .models.loading import check_saved
 from .models.policy import Policy, kl_estimate
 from .models.resident import Source
 from .objectives import Objective
+from .opening import OpenRun
 from .reports.model_card import write_model_card
 from .run.cache import StageCache
 from .run.fit_states import FitStates
-from .run.opening import OpenRun
 from .run.outputs import iteration_folder
-from .run.progress import Progress
 from .run.resumable import ResumableStage
-from .run.tracking import progress, say
 from .sampling import MixtureSampler, Sampler, StageSampler, TruncationWarning, all_truncated, open_sampler
 from .selecting import PairSelector
 from .selection import Selected
@@ -436,9 +435,8 @@ class LanguageGame:
         def compute() -> list[Pair]:
             nonlocal identical
             try:
-                pairs, identical = pairing.pairs_to_fit(
-                    preferences, groups, self.objective, self.algorithm, seed, selected
-                )
+                how = self.algorithm.pairing, self.algorithm.labels
+                pairs, identical = pairing.pairs_to_fit(preferences, groups, self.objective, *how, seed, selected)
             except UserError as error:
                 done = self.run.directory
                 raise UserError(f"iteration {self.t}: {error}. What was done is in {done}") from None

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
+from .console import say, say_once
 from .errors import UserError
-from .run.tracking import say, say_once
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

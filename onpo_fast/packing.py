@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .models.device import to_device
+from .device import to_device
 
 Layout = Literal["shared", "shared_row", "separate", "separate_row"]
 TokenGroup = tuple[list[int], list[list[int]]]  # prompt tokens, tokens of each response

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,6 @@ from .data import Group, Pair
 from .errors import UserError
 from .objectives import Objective, Sppo
 from .selection import Selected
-
-if TYPE_CHECKING:
-    from .config import AlgorithmConfig  # whose options are checked against PAIRINGS
 
 Pairing = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
 
@@ -172,23 +168,27 @@ def pairs_to_fit(
     preferences: Sequence[np.ndarray],
     groups: Sequence[Group],
     objective: Objective,
-    config: AlgorithmConfig,
+    pairing: str,
+    labels: str,
     seed: Sequence[int],
     selected: Selected | None = None,
 ) -> tuple[list[Pair], int]:
     """The pairs to learn from, and how many pairs of identical responses were dropped.
 
-    Those that were ``selected`` are all to learn from.
+    Args:
+        preferences, pairing, labels, seed: as for ``pair``.
+        objective: SPPO's takes each response by itself, and no pairing.
+        selected: those to learn from, in place of what ``pairing`` chooses.
 
     Raises:
         UserError: if no pair is left.
     """
     if isinstance(objective, Sppo):  # each response by itself, against its win rate
-        chosen = win_rate_pairs(preferences, config.labels, seed)
+        chosen = win_rate_pairs(preferences, labels, seed)
     elif selected is not None:
-        chosen = label(selected, preferences, config.labels, seed)
+        chosen = label(selected, preferences, labels, seed)
     else:
-        chosen = pair(preferences, config.pairing, config.labels, seed)
+        chosen = pair(preferences, pairing, labels, seed)
     pairs = drop_identical(chosen, groups)
     if not pairs:
         raise UserError(

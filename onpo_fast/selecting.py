@@ -9,14 +9,13 @@ import numpy as np
 
 from . import streams
 from .config import AlgorithmConfig, FitConfig, RunConfig
-from .data import REMEDY, Group, read_preferences
-from .errors import UserError
-from .files import read_jsonl, write_jsonl
+from .console import progress
+from .data import Group, Misfit, read_items, read_preferences
+from .files import write_jsonl
 from .models.policy import features
 from .models.resident import Source
-from .run.opening import OpenRun
+from .opening import OpenRun
 from .run.outputs import iteration_folder
-from .run.tracking import progress
 from .selection import SELECTIONS, Predictor, Selected, candidates, select
 
 FEATURES = 32  # of a response: its mean hidden state, projected at random
@@ -118,21 +117,15 @@ def read_features(path: Path, groups: Sequence[Group] | None = None) -> list[np.
     Raises:
         UserError: names the file, and the line that does not fit.
     """
-    found = []
-    for number, record in enumerate(read_jsonl(path), 1):
-        try:
-            one = np.array(record["features"], dtype=np.float64)
-            fits = one.shape[1] == FEATURES and bool(np.isfinite(one).all())
-            if groups is not None:
-                fits = fits and len(one) == len(groups[number - 1].responses)
-        except (KeyError, TypeError, ValueError, IndexError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}, line {number}: it has no features of these responses; {REMEDY}")
-        found.append(one)
-    if groups is not None and len(found) != len(groups):
-        raise UserError(f"{path} has {len(found)} lines where there are {len(groups)} groups: {REMEDY}")
-    return found
+
+    def make(record: dict, group: Group | None) -> np.ndarray:
+        one = np.array(record["features"], dtype=np.float64)
+        fits = one.shape[1:] == (FEATURES,) and np.isfinite(one).all()
+        if not fits or (group is not None and len(one) != len(group.responses)):
+            raise Misfit("it has no features of these responses")
+        return one
+
+    return read_items(path, make, groups, "groups")
 
 
 def write_selected(path: Path, selected: Selected) -> None:
@@ -146,19 +139,13 @@ def read_selected(path: Path, groups: Sequence[Group] | None = None) -> Selected
     Raises:
         UserError: names the file, and the line that does not fit.
     """
-    pairs, counts, importance = [], [], []
-    for number, record in enumerate(read_jsonl(path), 1):
-        try:
-            (g, i, j), count, value = record["pair"], record["draws"], record["importance"]
-            fits = all(type(one) is int for one in (g, i, j, count)) and isinstance(value, float)
-            fits = fits and g >= 0 and 0 <= i < j and count > 0 and 0 < value < np.inf
-            if groups is not None:
-                fits = fits and g < len(groups) and j < len(groups[g].responses)
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}, line {number}: it is no pair of these responses; {REMEDY}")
-        pairs.append((g, i, j))
-        counts.append(count)
-        importance.append(value)
-    return Selected(pairs, counts, importance)
+
+    def make(record: dict, _: None) -> tuple[tuple[int, int, int], int, float]:
+        (g, i, j), count, value = record["pair"], record["draws"], record["importance"]
+        fits = all(type(one) is int for one in (g, i, j, count)) and isinstance(value, float)
+        fits = fits and g >= 0 and 0 <= i < j and count > 0 and 0 < value < np.inf
+        if not fits or (groups is not None and not (g < len(groups) and j < len(groups[g].responses))):
+            raise Misfit("it is no pair of these responses")
+        return (g, i, j), count, value
+
+    return Selected(*map(list, zip(*read_items(path, make, None, "pairs"))))

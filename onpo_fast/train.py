@@ -17,21 +17,20 @@ from __future__ import annotations
 import os
 import shlex
 
-from . import algorithms
+from . import algorithms, signals
 from . import config as configuration
 from .config import AlgorithmConfig, Config, FitConfig, RunConfig, SamplingConfig
+from .console import console, say
+from .conversation_game import ConversationGame
 from .distributed import World, joined
 from .errors import command, printable
 from .evaluate import Evaluator
 from .language_game import LanguageGame
-from .multi_turn.game import ConversationGame
+from .opening import OpenRun, open_run
 from .report import write_report
 from .reports.hub import check_upload, push_policy
 from .reports.model_card import write_model_cards
-from .run import signals
-from .run.opening import OpenRun, open_run
 from .run.outputs import finished_policies
-from .run.tracking import console, say
 from .win_rates import summary, win_rate_table
 
 

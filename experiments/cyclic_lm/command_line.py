@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from onpo_fast import oracles
+from onpo_fast import oracles, signals
 from onpo_fast.arguments import CommandParser, at_least, positive
+from onpo_fast.console import console, say
 from onpo_fast.errors import UserError
 from onpo_fast.oracles.classes import ClassPreference
-from onpo_fast.run import signals
-from onpo_fast.run.tracking import console, say
 
 from . import columns, comparison, page, results
 from .comparison import Row

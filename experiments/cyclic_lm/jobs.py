@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import IO, Literal
 
 from onpo_fast import oracles
+from onpo_fast.console import Progress, progress, say
 from onpo_fast.errors import UserError
 from onpo_fast.files import atomic_write_text, checksum
+from onpo_fast.journal import Journal
 from onpo_fast.oracles.classes import ClassPreference
-from onpo_fast.run.journal import Journal
 from onpo_fast.run.lock import locked
-from onpo_fast.run.progress import Progress
-from onpo_fast.run.tracking import progress, say
 
 from . import results
 from .measures import measure, measure_best_of_nash, measure_best_response

@@ -13,9 +13,9 @@ import torch
 from scipy import stats
 
 from onpo_fast.arguments import CommandParser, at_least
+from onpo_fast.console import console, progress
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
-from onpo_fast.run.tracking import console, progress
 from onpo_fast.selection import SELECTIONS
 
 from . import neural

@@ -8,8 +8,8 @@ from typing import TypeVar
 import yaml
 
 from .. import algorithms
+from ..device import device_of
 from ..errors import UserError
-from ..models.device import device_of
 from .sections import (
     SECTIONS,
     AlgorithmConfig,

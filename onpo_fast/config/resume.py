@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from ..arguments import CommandParser
 from ..errors import UserError
-from ..run.journal import Journal
+from ..journal import Journal
 from .aliases import canonical_options, fold_variants, with_underscores
 from .combined import DEFAULTS_BY_DEVICE, NO_RESULT_DEPENDS_ON_THEM, Config
 from .command_line import Parsed, parse, parse_with_sources, print_if_asked

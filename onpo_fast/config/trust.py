@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..errors import UserError
-from ..run.journal import Journal
+from ..journal import Journal
 from .combined import Config
+from .oracle_names import NAMES, terms
 
 NEEDS_TRUST = {  # options that only the user may set, and what a value other than the default asks for
     "oracle": "to run the Python code of {value}",
@@ -57,9 +58,6 @@ def options_needing_trust(config: Config) -> list[str]:
 
 def _runs_code(oracle: str) -> bool:
     """Whether an oracle, or a member of a mixture, is not a known name, so that it would be imported."""
-    from ..oracles import NAMES  # which imports this package
-    from ..oracles.panel import terms
-
     return any(name.partition("=")[0] not in NAMES for _, name in terms(oracle))
 
 

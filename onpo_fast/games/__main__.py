@@ -27,10 +27,11 @@ from rich.table import Table
 
 from ..algorithms import ALGORITHMS, ALIASES
 from ..arguments import CommandParser, program
+from ..console import console, progress, say
 from ..errors import UserError, command, nearest
 from ..files import atomic_write_text
 from ..reports.page import Plot, page_style, render
-from ..run.tracking import console, environment, progress, say
+from ..run.tracking import environment
 from . import figures, lab
 from .arguments import whole_number
 from .neural import GIVEN, NeuralGame

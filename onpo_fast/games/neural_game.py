@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..batches import plan_steps
 from ..config import FitConfig
 from ..data import Group, Pair, Response
+from ..device import device_of
 from ..fit import fit
-from ..models.device import device_of
 from ..models.policy import Policy, score
 from ..objectives import Dpo, Objective, Sppo
 from ..pairing import drop_identical, pair

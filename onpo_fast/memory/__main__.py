@@ -17,12 +17,12 @@ from ..arguments import CommandParser, program
 from ..config import Config, FitConfig, ModelConfig
 from ..config.combined import DEFAULTS_BY_DEVICE
 from ..config.command_line import parse_with_sources
+from ..console import console
 from ..device_memory import device_bytes, resident_bytes
 from ..errors import UserError, command
 from ..models.checkpoint import base_of
 from ..models.optimizers import check_optimizer
 from ..models.precision import choose_weights
-from ..run.tracking import console
 from .counting import CannotCount
 from .plan import (
     ACTIVATIONS,

@@ -11,6 +11,7 @@ import torch
 from ..batches import Batch, compared_tokens, split
 from ..config import AlgorithmConfig, Config, FitConfig, ModelConfig
 from ..config.sections import MOST_TOKENS
+from ..console import say
 from ..data import Group
 from ..device_memory import device_bytes, peak_bytes, release_freed, reset_peak, resident_bytes
 from ..errors import UserError
@@ -18,7 +19,6 @@ from ..loss import choose_backend
 from ..models.attention import FLEX, is_flash
 from ..models.policy import Policy
 from ..packing import TokenGroup, row_length
-from ..run.tracking import say
 from .counting import CannotCount
 from .plan import PROCESS, Plan, Planner, Settings
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..out_of_memory import is_out_of_memory
 from ..packing import Layout, Packed, TokenGroup, pack, row_length
-from ..run.signals import Stopped
+from ..signals import Stopped
 from .policy import Policy
 
 # groups of different lengths; tokens are taken modulo the vocabulary

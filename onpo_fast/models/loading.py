@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..config import ModelConfig
+from ..device import device_of
 from ..device_memory import release_freed
 from ..errors import UserError
 from .adapters import merge_into_base
@@ -38,7 +39,6 @@ from .checkpoint import (
     weight_files,
 )
 from .checks import check_log_probs, computing
-from .device import device_of
 from .execution import apply_liger, checkpoint_layers, without_cudnn_attention
 from .layouts import choose_layout
 from .policy import Policy, pad_token

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config.sections import FitConfig, ModelConfig
-from .device import device_of
+from ..device import device_of
 
 # Below it the forward pass in bfloat16 does not see a fit of float32 weights, and rounding to nearest bfloat16 removes
 # the fit from what is saved (docs/tuning.md).

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from ..device import to_device
 from ..loss import PairLossOutput, fused_linear_pair_loss, linear_logprobs, linear_response_logprobs
 from ..objectives import Objective
 from ..packing import Packed
 from .attention import attention_arguments
-from .device import to_device
 from .heads import head_arguments
 
 

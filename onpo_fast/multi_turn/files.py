@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..conversations import columns_of
-from ..data import REMEDY, Group, Response
-from ..errors import UserError
-from ..files import read_jsonl, write_jsonl
+from ..data import Group, Misfit, Response, read_items
+from ..files import write_jsonl
 from .conversation import Conversation
 
 REPLIES_AT_A_TIME = 64  # in a part of a stage: what a run that is killed asks for again at most
@@ -24,16 +23,15 @@ def read_replies(path: Path, count: int) -> list[dict | None]:
     Raises:
         UserError: names the file, and the line that does not fit.
     """
-    replies = []
-    for number, record in enumerate(read_jsonl(path), 1):
-        reply = record.get("reply") if isinstance(record, dict) else record
+
+    def make(record: dict, _: int | None) -> dict | None:
+        reply = record["reply"]
         fits = reply is None or (isinstance(reply, dict) and isinstance(reply.get("content"), str) and "role" in reply)
-        if not isinstance(record, dict) or "reply" not in record or not fits:
-            raise UserError(f"{path}, line {number}: it is no message of an environment; {REMEDY}")
-        replies.append(reply)
-    if len(replies) != count:
-        raise UserError(f"{path} has {len(replies)} lines where {count} conversations were answered: {REMEDY}")
-    return replies
+        if not fits:
+            raise Misfit("it is no message of an environment")
+        return reply
+
+    return read_items(path, make, range(count), "conversations that were answered")
 
 
 def write_conversations(path: Path, groups: Iterable[Group]) -> None:

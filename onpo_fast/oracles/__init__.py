@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..config import JudgeConfig, ModelConfig, OracleConfig
+from ..config.oracle_names import FORMULAS, NAMES, terms
 from ..conversations import tools_of
 from ..data import Messages
 from ..errors import UserError
@@ -35,7 +36,7 @@ from .interface import (
     keeps_files,
     take_counters,
 )
-from .panel import Panel, terms
+from .panel import Panel
 from .population import Population
 
 __all__ = [
@@ -66,8 +67,6 @@ __all__ = [
     "transitive_preference",
 ]
 
-FORMULAS = ("openings", "population")  # need neither a model nor a server
-NAMES = (*FORMULAS, "pair-model", "reward-model", "judge")
 PROBE_TEXTS = ("Yes, I think so.", "No.")  # two responses that differ, also in length
 MAX_KINDS = 8  # kinds of conversations that an oracle is tried on
 

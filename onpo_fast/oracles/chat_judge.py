@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..config import JudgeConfig
+from ..console import say
 from ..conversations import Messages, in_words
 from ..errors import UserError
 from ..files import atomic_write_text, read_regular
-from ..run.tracking import say
 from ..servers import Client, Endpoint, check_url, read_key, run_async
 from .interface import BatchOracle, IndexPairs, Progress, PromptAndResponses
 from .judge_session import JudgeSession

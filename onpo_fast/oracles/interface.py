@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
+from ..console import Progress
 from ..conversations import message_text
 from ..data import Group, Messages
 from ..errors import UserError
-from ..run.progress import Progress
-from ..run.signals import Stopped
+from ..signals import Stopped
 
 Oracle = Callable[[Messages, list[str]], np.ndarray]
 PromptAndResponses = tuple[Messages, list[str]]  # a prompt with its K responses

@@ -17,14 +17,14 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ModelConfig, OracleConfig
+from ..console import say, say_once
+from ..device import device_of, same_device
 from ..errors import UserError, one_line
 from ..models.checkpoint import loading_errors, locate
-from ..models.device import device_of, same_device
 from ..models.execution import without_cudnn_attention
 from ..models.loading import check_shapes
 from ..models.precision import weights_in
 from ..run.fingerprint import model_fingerprint
-from ..run.tracking import say, say_once
 from .interface import BatchOracle
 
 WINDOW = 1024  # questions sorted by length at a time, which makes batches even and bounds the tokens held in memory

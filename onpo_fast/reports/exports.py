@@ -15,14 +15,14 @@ import torch
 
 from .. import streams
 from ..config import ModelConfig, SamplingConfig
+from ..console import progress
 from ..data import Messages, of_iterations
 from ..errors import UserError
 from ..files import atomic_write_directory, atomic_write_text, read_jsonl
+from ..journal import Journal
 from ..models.precision import convert_parameters
 from ..models.resident import ResidentPolicy, Source
-from ..run.journal import Journal
 from ..run.outputs import finished_policies, initial_policy
-from ..run.tracking import progress
 from ..sampling import make_sampler
 from ..sources import library, records
 

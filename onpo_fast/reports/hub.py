@@ -14,12 +14,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..console import say
 from ..errors import UserError
 from ..files import MODEL_CARD, PARTIAL
+from ..journal import Journal
 from ..models.checkpoint import ADAPTER_CONFIG, adapter_settings
-from ..run.journal import Journal
 from ..run.outputs import finished_policies
-from ..run.tracking import say
 from ..sources import HUB_ID
 from .model_card import model_card, write_model_cards
 from .run_data import RunData

@@ -21,8 +21,8 @@ from ..algorithms import Algorithm, named
 from ..config import AlgorithmConfig, EnvironmentConfig, FitConfig, SamplingConfig
 from ..errors import UserError, one_line
 from ..files import MIB, MODEL_CARD, atomic_write_text, read_regular
+from ..journal import Journal
 from ..models.checkpoint import ADAPTER_CONFIG
-from ..run.journal import Journal
 from ..run.outputs import EVALUATION, INITIAL
 from ..sources import FILES, HUB_ID
 from .formatting import json_text, percent

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import signals
+from ..console import Progress, progress, say
 from ..distributed import World
 from ..errors import UnusableResults, UserError
 from ..files import is_amount
-from . import signals
-from .journal import Journal, JournalElsewhere, not_made
-from .progress import Progress
+from ..journal import Journal, JournalElsewhere, not_made
 from .resumable import Item, OnPart, ResumableStage
-from .tracking import Tracker, progress, say
+from .tracking import Tracker
 
 Result = TypeVar("Result")
 Keep = Callable[[dict], bool]  # whether a record of metrics.jsonl, left by an earlier attempt, still holds

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..distributed import World
 from ..errors import UserError
 from ..files import MOST_LINES_BYTES, atomic_write_text, checksum, checksum_of_files, parse_json, read_regular, remove
+from ..journal import Journal, JournalElsewhere, not_made
 from ..models.optimizers import PART, joined_tensors, plain_tensors
-from .journal import Journal, JournalElsewhere, not_made
 from .shards import HostShards, StoredShards, copy_shards, like, local, write_shards
 
 

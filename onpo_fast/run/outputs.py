@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..data import of_iterations
 from ..errors import UserError
+from ..journal import Journal
 from ..models.resident import Source
-from .journal import Journal
 
 INITIAL = "initial"  # folder of π_1, where it had to be converted
 HELD_OUT = "heldout.jsonl"  # the held-out prompts, which do not change with their source

@@ -12,7 +12,7 @@ from typing import TypeVar
 from ..distributed import World
 from ..errors import UserError
 from ..files import is_amount
-from .journal import Journal, JournalElsewhere, not_made
+from ..journal import Journal, JournalElsewhere, not_made
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 OnPart = Callable[[int, list], None]

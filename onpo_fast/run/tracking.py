@@ -1,4 +1,4 @@
-"""Progress on the terminal, metrics.jsonl, TensorBoard, Weights & Biases, and the environment of a run."""
+"""metrics.jsonl, TensorBoard, Weights & Biases, and the environment of a run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from ..errors import UserError, naming, one_line
+from ..console import console, progress
+from ..errors import UserError, naming
 from ..files import advising, open_regular, parse_json, remove, sync, write_jsonl
-from . import signals
 
 PACKAGES = ("onpo_fast", "torch", "triton", "transformers", "trl", "liger_kernel", "flash_attn", "numpy")
 
@@ -50,78 +47,6 @@ STAGE_FIELDS = {  # required besides, by stage
 TEXT_FIELDS = dict.fromkeys(("part", "fit", "model"), (str, NoneType))  # all other fields are numbers or null
 
 MANY_RECORDS = 5000  # drawing more takes seconds, and shows its progress
-
-Item = TypeVar("Item")
-
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-
-def say(message: str) -> None:
-    """Print a message as one line. Control characters, as from a file or a server, are escaped."""
-    console.print(one_line(message))
-
-
-announced: set[object] = set()  # topics of ``say_once``
-
-
-def say_once(topic: object, message: str) -> None:
-    """``say`` a message unless this process has already said one about the topic (any hashable object)."""
-    if topic not in announced:
-        announced.add(topic)
-        say(message)
-
-
-_bars: list[Progress] = []  # the one that is shown, if any: several bars are in one
-
-
-@contextmanager
-def progress(description: str, total: int, stoppable: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar with the time left; yields a function that advances it by a number of steps.
-
-    Within another one, it is shown below that. The function may be called in another thread.
-
-    Args:
-        description: text before the bar.
-        total: number of steps.
-        stoppable: whether advancing raises ``Stopped`` after Ctrl-C or SIGTERM; False where stopping would lose work.
-    """
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with nullcontext(_bars[0]) if _bars else _shown(Progress(*columns, console=console)) as bars:
-        task = bars.add_task(description, total=total)
-
-        def advance(done: int) -> None:
-            bars.advance(task, done)
-            if stoppable:
-                signals.stop_if_asked()
-
-        yield advance
-
-
-@contextmanager
-def _shown(bars: Progress) -> Iterator[Progress]:
-    with bars:
-        _bars.append(bars)
-        try:
-            yield bars
-        finally:
-            _bars.clear()
-
-
-def counted(items: Iterable[Item], done: Callable[[int], None]) -> Iterator[Item]:
-    """Yield the items and report their number to ``done``, a hundred at a time."""
-    number = 0
-    for number, item in enumerate(items, 1):
-        yield item
-        if number % 100 == 0:
-            done(100)
-    done(number % 100)
 
 
 def environment(device: torch.device) -> dict[str, str | None]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import SamplingConfig
+from ..console import say_once
 from ..distributed import World
 from ..errors import UserError
 from ..models.policy import Policy
 from ..models.resident import ResidentPolicy, Source
-from ..run.tracking import say_once
 from .interface import OnGroup, Sampler, TruncationWarning, all_truncated
 from .local.generate import TransformersSampler
 from .local.mixture import MixtureSampler

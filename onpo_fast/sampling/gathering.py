@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ..console import Progress
 from ..data import Group, Messages, Response
-from ..run.progress import Progress
 from .interface import OnGroup
 
 

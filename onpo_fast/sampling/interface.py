@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ..console import Progress, say
 from ..data import Group, Messages
 from ..models.policy import Policy
-from ..run.progress import Progress
-from ..run.tracking import say
 
 OnGroup = Callable[[int, Group], None]  # called with the index of a prompt and the group of its K responses
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config import SamplingConfig
+from ..console import Progress
 from ..data import Group, Messages
 from ..models.resident import ResidentPolicy, Source
-from ..run.progress import Progress
 from . import handover
 from .interface import OnGroup, Sampler
 from .server.unfinished import remove_unfinished

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..run import signals
+from .. import signals
 
 SHUTDOWN_SECONDS = 5.0  # after a signal, how long work that has begun may go on
 POLL_SECONDS = 0.1  # between two looks for a signal

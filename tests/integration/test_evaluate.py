@@ -13,16 +13,15 @@ import pytest
 from support.small_runs import flip, prepare, small_run
 
 from bench.digest import run_digest
-from onpo_fast import evaluate, oracles, train, win_rates
+from onpo_fast import evaluate, oracles, signals, train, win_rates
 from onpo_fast.best_of_nash import BestOfNash
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
 from onpo_fast.errors import UserError
 from onpo_fast.files import checksum
+from onpo_fast.journal import Journal
 from onpo_fast.report import write_report
 from onpo_fast.reports.formatting import percent
-from onpo_fast.run import signals
-from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, HELD_OUT, RESPONSES, finished_policies
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker

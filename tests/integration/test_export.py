@@ -17,9 +17,9 @@ from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import Group, Pair, Response
 from onpo_fast.errors import UserError
 from onpo_fast.evaluate import finished_policies
+from onpo_fast.journal import Journal
 from onpo_fast.reports.hub import policy_files
 from onpo_fast.reports.model_card import write_model_cards
-from onpo_fast.run.journal import Journal
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße?"}]
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onpo_fast import train
+from onpo_fast import console, train
 from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Pair, Response
@@ -24,7 +24,6 @@ from onpo_fast.models.checkpoint import weight_files
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import disagreement, score
 from onpo_fast.objectives import Onpo
-from onpo_fast.run import tracking
 from onpo_fast.run.fingerprint import changes, model_fingerprint
 from onpo_fast.sampling import LocalSampler, make_sampler
 from onpo_fast.sampling.draw import Draw
@@ -261,7 +260,7 @@ def sampled_and_scored(policy, sampler) -> tuple[torch.Tensor, torch.Tensor]:
 def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(
     build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "announced", set())
+    monkeypatch.setattr(console, "announced", set())
     config_class, options = KINDS["softcap by another name"]
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build(config_class, **{**SMALL, **options}), config)
@@ -277,7 +276,7 @@ def test_prompts_of_different_lengths_are_not_padded_where_that_is_wrong(
 def test_one_response_at_a_time_where_a_batch_is_wrong(
     build, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "announced", set())
+    monkeypatch.setattr(console, "announced", set())
     config = Config(max_new_tokens=8, sampling_batch_size=8)
     policy = load(build("RwkvConfig", hidden_size=32, num_hidden_layers=2, context_length=512), config)
     sampler = make_sampler(policy, config)

@@ -16,7 +16,7 @@ from support.model_files import edit_config, edit_template
 from support.tiny_models import make_family
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from onpo_fast import oracles
+from onpo_fast import console, oracles
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.data import Group, Response
@@ -24,7 +24,6 @@ from onpo_fast.errors import UserError
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.oracles.pair_model import PairModel
 from onpo_fast.oracles.reward_model import RewardModel
-from onpo_fast.run import tracking
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -235,7 +234,7 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
 def _other_ways(oracle: PairModel | RewardModel, capsys) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """The answers in batches and those to each question alone; and what was said."""
     alone = type(oracle)(oracle.source, replace(oracle.config, oracle_batch_tokens=1), oracle.policy)
-    tracking.announced.clear()
+    console.announced.clear()
     capsys.readouterr()
     answers = oracle.many(GROUPS)
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ from support.small_runs import prepare, small_run
 from bench.__main__ import main as bench_main
 from bench.digest import run_digest
 from bench.precision import AUTO, FITS, NEAREST, REFERENCE
+from onpo_fast import opening
 from onpo_fast.batches import plan_steps
 from onpo_fast.config import Config, FitConfig, ModelConfig, read_run
 from onpo_fast.data import Group, Pair, Response
@@ -22,14 +23,13 @@ from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl
 from onpo_fast.fit import fit, score_as_in_fit
 from onpo_fast.fit_precision import KeptMargins
+from onpo_fast.journal import Journal
 from onpo_fast.models import precision
 from onpo_fast.models.loading import load
 from onpo_fast.models.optimizers import check_optimizer, make_optimizer
 from onpo_fast.models.resident import ResidentPolicy
 from onpo_fast.objectives import Onpo
-from onpo_fast.run import opening
 from onpo_fast.run.fit_states import FitStates
-from onpo_fast.run.journal import Journal
 from onpo_fast.run.tracking import Tracker
 from onpo_fast.train import main, train
 
@@ -272,7 +272,7 @@ def test_a_measurement_that_does_not_fit_the_memory_costs_nothing(
         return margins(self)
 
     monkeypatch.setattr(KeptMargins, "_margins_in_float32", limited)
-    monkeypatch.setattr("onpo_fast.run.tracking.announced", set())
+    monkeypatch.setattr("onpo_fast.console.announced", set())
     records = fitted(tiny_model, learning_rate=1e-3, **options)
     assert not any(name.startswith("margins_") for record in records for name in record)
     assert [record["loss"] for record in records] == [record["loss"] for record in measured]

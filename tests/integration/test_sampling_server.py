@@ -19,6 +19,7 @@ from support.judging import raises
 from support.sampling_server import SamplingServer
 from support.servers import Error, Server
 
+from onpo_fast import signals
 from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import Group
 from onpo_fast.distributed import World
@@ -26,7 +27,6 @@ from onpo_fast.errors import UserError
 from onpo_fast.models.loading import load
 from onpo_fast.models.policy import Policy, score
 from onpo_fast.models.resident import ResidentPolicy
-from onpo_fast.run import signals
 from onpo_fast.sampling import StageSampler, handover, open_sampler
 from onpo_fast.sampling.server import reload
 from onpo_fast.sampling.server import sampler as server_sampler

@@ -23,8 +23,8 @@ from onpo_fast import evaluate
 from onpo_fast import train as module
 from onpo_fast.config import Config
 from onpo_fast.errors import UserError
+from onpo_fast.journal import Journal
 from onpo_fast.models.policy import Policy
-from onpo_fast.run.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

@@ -13,12 +13,12 @@ import torch
 from support import small_runs
 from support.vllm_engines import ends, make_uniform, parts, start_run, wait_for, write_engine, write_vllm
 
+from onpo_fast import signals
 from onpo_fast.config import Config, ModelConfig, SamplingConfig
 from onpo_fast.data import read_groups
 from onpo_fast.errors import UserError
 from onpo_fast.models.resident import ResidentPolicy
-from onpo_fast.run import signals
-from onpo_fast.run.opening import open_run
+from onpo_fast.opening import open_run
 from onpo_fast.sampling import open_sampler
 from onpo_fast.sampling.vllm import process as vllm_process
 from onpo_fast.sampling.vllm.process import child_environment

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from onpo_fast import evaluate, export, report, train
 from onpo_fast.config import Config, options_needing_trust, parse, parse_run, read_run
+from onpo_fast.console import say
 from onpo_fast.errors import UserError, command
 from onpo_fast.files import atomic_write_directory, read_jsonl, write_jsonl
-from onpo_fast.run.journal import Journal
-from onpo_fast.run.journal import _line as journal_line
+from onpo_fast.journal import Journal
+from onpo_fast.journal import _line as journal_line
 from onpo_fast.run.lock import locked
 from onpo_fast.run.resumable import ResumableStage
-from onpo_fast.run.tracking import Tracker, say
+from onpo_fast.run.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from onpo_fast import train
 from onpo_fast.config import Config
+from onpo_fast.device import device_of
 from onpo_fast.errors import UserError
-from onpo_fast.models.device import device_of
+from onpo_fast.journal import Journal
 from onpo_fast.models.loading import load
-from onpo_fast.run.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 

@@ -23,16 +23,16 @@ import torch
 from support.small_runs import SMALL, append, cut, flip, prepare, small_run
 
 from bench.digest import run_digest as bits
-from onpo_fast import evaluate, files, oracles
+from onpo_fast import evaluate, files, opening, oracles, signals
 from onpo_fast import fit as fitting
 from onpo_fast import train as module
 from onpo_fast.config import Config, parse_run, read_run
 from onpo_fast.errors import UserError
 from onpo_fast.files import read_jsonl, write_jsonl
-from onpo_fast.run import fit_states, opening, signals
+from onpo_fast.journal import Journal
+from onpo_fast.run import fit_states
 from onpo_fast.run import lock as run_lock
 from onpo_fast.run.fit_states import FitStates
-from onpo_fast.run.journal import Journal
 from onpo_fast.run.outputs import EVALUATION, RESPONSES, finished_policies, initial_policy
 from onpo_fast.run.resumable import ResumableStage
 from onpo_fast.run.tracking import Tracker
@@ -244,7 +244,7 @@ def test_from_its_first_file_on_a_run_knows_its_options(whole: Whole, tmp_path, 
     def kill(*arguments) -> None:
         raise Killed
 
-    monkeypatch.setattr("onpo_fast.run.opening.atomic_write_text", kill)  # writes config.yaml
+    monkeypatch.setattr("onpo_fast.opening.atomic_write_text", kill)  # writes config.yaml
     config = replace(whole.config, out=str(tmp_path / "run"))
     with pytest.raises(Killed):
         module.train(config, resume=True)

@@ -1,6 +1,6 @@
 """Hooks of pytest: SIGTERM ends the tests as Ctrl-C does, also after a test that trained in this process.
 
-``onpo_fast.run.signals.listen`` makes SIGINT and SIGTERM ask a run to stop, and its handlers outlive the run. After
+``onpo_fast.signals.listen`` makes SIGINT and SIGTERM ask a run to stop, and its handlers outlive the run. After
 each test the handlers from before it are put back; a signal that a run took for itself is then sent to pytest.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from onpo_fast.run import signals
+from onpo_fast import signals
 
 
 def pytest_configure() -> None:

@@ -28,7 +28,7 @@ from onpo_fast.config import (
 )
 from onpo_fast.config.aliases import INSTEAD, INSTEAD_OF_ALL, OTHER_NAMES, TRL_NAMES, VARIANTS
 from onpo_fast.errors import UserError
-from onpo_fast.run.journal import Journal
+from onpo_fast.journal import Journal
 
 
 @pytest.fixture

@@ -117,12 +117,28 @@ def test_commands_that_are_in_a_checkout_only(
 
 def test_the_commands_of_the_benchmark(capsys) -> None:
     bench = console._import_from_checkout("bench")
-    assert bench.main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--help"])
+    assert stopped.value.code == 0
     listed = capsys.readouterr().out
     assert all(f"\n{name} " in listed for name in bench.COMMANDS)
-    assert bench.main(["kernel"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["kernel"])
+    assert stopped.value.code == 2
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
     assert "kernel;" in line
     assert all(name in line for name in bench.COMMANDS)
     assert not said.out
+
+
+def test_a_benchmark_refuses_a_number_that_measures_nothing(tmp_path: Path, capsys) -> None:
+    """In one line, and before it writes over results."""
+    bench = console._import_from_checkout("bench")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["sampling", "--prompts", "0", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert "--prompts" in line
+    assert "from 1 on" in line
+    assert not list(tmp_path.iterdir())

@@ -17,8 +17,8 @@ from test_model_card import make_run
 from onpo_fast import evaluate, export
 from onpo_fast.config import Config, parse_run
 from onpo_fast.errors import UserError
+from onpo_fast.journal import Journal
 from onpo_fast.reports import hub
-from onpo_fast.run.journal import Journal
 
 TOKEN = "hf_" + 34 * "x"
 

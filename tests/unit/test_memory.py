@@ -87,7 +87,7 @@ def test_a_step_allocates_what_is_counted(tiny_model, checkpointing: bool, dtype
         with policy.autocast(cached=False):
             loss = policy.scoring(microbatch.packed, microbatch.labelled, PairLossOptions(Onpo(eta=2.0))).loss
         loss.backward()
-    settings = watch.settings_of_options(policy, ModelConfig(**options), FitConfig(), live_anchor=False)
+    settings = watch.settings_of_policy(policy, ModelConfig(**options), FitConfig(), live_anchor=False)
     tokens = [compared_tokens(groups[g], pairs) for g, pairs in batch.items()]
     plan = planner_of(policy, "auto").plan(settings, tokens)
     planned = sum(plan.backward.get(part, 0) for part in (GRADIENTS, ACTIVATIONS, LOSS, HEAD))

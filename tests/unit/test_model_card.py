@@ -15,9 +15,9 @@ from test_report import evaluation, metrics, write_lines
 from onpo_fast.algorithms import ALGORITHMS
 from onpo_fast.config import Config
 from onpo_fast.files import checksum
+from onpo_fast.journal import Journal
 from onpo_fast.reports.model_card import model_card, write_model_cards
 from onpo_fast.reports.run_data import RunData
-from onpo_fast.run.journal import Journal
 
 MARKUP = "`x`\n# Heading\n<img src=x onerror=alert(1)> [a](javascript:b) ![c](http://d) | --- \x1b[31m"
 DIGEST = "0123456789abcdef" * 4

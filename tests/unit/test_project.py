@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,17 @@ def test_layers() -> None:
             taken[str(path.relative_to(ROOT / "onpo_fast"))] = {name.split(".")[2] for name in names}
     assert taken.keys() == {"loss.py", "sampling/draw.py"}
     assert taken["sampling/draw.py"] == {"noise", "sampled_tokens"}
+
+
+def test_imports_have_no_cycle() -> None:
+    """No folder or module of the package imports one that imports it, also not on a detour or within a function."""
+    graph: dict[str, set[str]] = {}
+    for path in modules("onpo_fast"):
+        unit = path.relative_to(ROOT / "onpo_fast").parts[0].removesuffix(".py")
+        names = {name.split(".")[1] for name in imported(path) if name.startswith("onpo_fast.")}
+        graph.setdefault(unit, set()).update(names - {unit})
+    assert len(graph) > 30
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
 def test_functions_and_files_are_short() -> None:

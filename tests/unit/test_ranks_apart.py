@@ -22,8 +22,8 @@ from onpo_fast.errors import UserError
 from onpo_fast.models.loading import check_saved, load
 from onpo_fast.models.policy import Policy
 from onpo_fast.models.sharding import ShardedPolicy, check_shardable
+from onpo_fast.opening import check_ranks, open_run
 from onpo_fast.packing import pack
-from onpo_fast.run.opening import check_ranks, open_run
 from onpo_fast.run.shards import OFFSETS, StoredShards, copy_shards, write_shards
 from onpo_fast.train import continuation
 
@@ -147,7 +147,7 @@ def test_weights_of_two_dtypes_are_refused_before_sampling(tiny_model, tmp_path)
     with pytest.raises(UserError, match="--weights bf16-sr: a model of the family llama keeps some weights"):
         check_shardable(policy)
     refuse = mock.Mock(side_effect=UserError("no"))
-    with mock.patch("onpo_fast.run.opening.check_shardable", refuse), pytest.raises(UserError, match=r"^no$"):
+    with mock.patch("onpo_fast.opening.check_shardable", refuse), pytest.raises(UserError, match=r"^no$"):
         open_run(config, world=AsOneOfTwo())
     assert not (tmp_path / "run").exists()
 

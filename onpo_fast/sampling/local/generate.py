@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ...config import SamplingConfig
+from ...console import Progress, say_once
 from ...data import Group, Messages, Response
 from ...errors import UserError
 from ...models.checks import computing
 from ...models.policy import LOGP_TOLERANCE, Policy, pad_token
 from ...out_of_memory import in_halves
-from ...run.progress import Progress
-from ...run.tracking import say_once
 from ..draw import TokenDraw, stream_keys
 from ..gathering import Gathering, make_response
 from ..interface import OnGroup

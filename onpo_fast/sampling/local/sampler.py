@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...config import SamplingConfig
+from ...console import Progress, say
 from ...data import Group, Messages, Response
 from ...errors import UserError
 from ...models.attention import cached_attention_arguments, limits_unknown_here, window_of
@@ -26,8 +27,6 @@ from ...models.layouts import PROBE_WINDOW, narrow_window
 from ...models.policy import LOGP_TOLERANCE, Policy, pad_token
 from ...models.scoring import backbone
 from ...out_of_memory import free, is_out_of_memory, naming_settings
-from ...run.progress import Progress
-from ...run.tracking import say
 from ..draw import Draw, stream_keys
 from ..gathering import Gathering, make_response
 from ..interface import OnGroup

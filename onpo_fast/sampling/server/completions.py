@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import Any
 
 from ...config import SamplingConfig
+from ...console import say
 from ...data import Response
 from ...errors import UserError
 from ...models.policy import Policy
-from ...run.tracking import say
 from ...servers import Connection, Endpoint, MalformedReply
 from ...servers.failures import named_fields
 from ..returned import ResponseReader

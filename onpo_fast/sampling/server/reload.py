@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
+from ... import signals
+from ...console import say
 from ...errors import UserError, one_line
 from ...models.checkpoint import directory_of
 from ...models.policy import Policy
 from ...models.resident import Source
-from ...run import signals
-from ...run.tracking import say
 from ...servers import Connection, Endpoint, RequestRefused, ServerUnavailable
 
 RELOAD_LOG = "sampler_reload.log"  # output of the command, in the run directory

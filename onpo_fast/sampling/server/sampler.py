@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ...config import SamplingConfig
+from ...console import Progress
 from ...data import Group, Messages, Response
 from ...distributed import World
 from ...errors import UserError
 from ...models.resident import ResidentPolicy, Source
-from ...run.progress import Progress
 from ...servers import Connection
 from .. import handover
 from ..gathering import Gathering

@@ -23,9 +23,9 @@ from typing import IO, Any
 
 import torch
 
+from ... import signals
 from ...errors import UserError
 from ...files import MIB
-from ...run import signals
 
 SCRIPT = Path(__file__).with_name("engine.py")
 START_SECONDS = 1800  # for vLLM to load a model, compile it and measure its memory

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from ...config import SamplingConfig
+from ...console import Progress
 from ...data import Group, Messages, Response
 from ...device_memory import release_freed
 from ...errors import UserError
 from ...models.checkpoint import directory_of
 from ...models.resident import ResidentPolicy, Source
-from ...run.progress import Progress
 from ..gathering import Gathering
 from ..interface import OnGroup
 from ..returned import ResponseReader, request_seeds

@@ -14,9 +14,8 @@ from support.servers import (
     serving,
 )
 
-from onpo_fast import oracles
+from onpo_fast import oracles, signals
 from onpo_fast.oracles.judge_cache import JudgeCache
-from onpo_fast.run import signals
 from onpo_fast.servers import workers
 
 

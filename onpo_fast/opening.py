@@ -14,42 +14,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import config as configuration
-from .. import oracles
-from ..config import Config, FitConfig, ModelConfig, OracleConfig
-from ..config.combined import NO_RESULT_DEPENDS_ON_THEM
-from ..data import (
-    Messages,
-    Skipped,
-    prompts_digest,
-    prompts_of_iteration,
-    split_prompts,
-    write_prompts,
-)
-from ..distributed import World
-from ..errors import UserError
-from ..files import PARTIAL, atomic_write_text, checksum
-from ..fit import check_backend
-from ..memory.watch import with_token_budget
-from ..models.checkpoint import base_of, count_parameters, locate
-from ..models.device import device_of
-from ..models.optimizers import check_optimizer
-from ..models.policy import Policy
-from ..models.precision import choose_weights
-from ..models.rendering import PINNED_DATE
-from ..models.resident import ResidentPolicy, Source
-from ..models.sharding import check_shardable
-from ..multi_turn.environment import CheckedEnvironment
-from ..objectives import Sppo
-from ..pairing import PAIRINGS
-from ..sampling.vllm.process import check_python
-from .cache import StageCache
+from . import config as configuration
+from . import oracles
+from .config import Config, FitConfig, ModelConfig, OracleConfig
+from .config.combined import NO_RESULT_DEPENDS_ON_THEM
+from .console import counted, progress, say
+from .data import Messages, Skipped, prompts_digest, prompts_of_iteration, split_prompts, write_prompts
+from .device import device_of
+from .distributed import World
+from .errors import UserError
 from .externals import load_environment, load_oracle, try_oracle
-from .fingerprint import changes, model_fingerprint
+from .files import PARTIAL, atomic_write_text, checksum
+from .fit import check_backend
 from .journal import Journal, JournalElsewhere
-from .lock import LOCK, RunLock, locked
-from .outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
-from .tracking import Tracker, check_reporter, counted, environment, progress, say
+from .memory.watch import with_token_budget
+from .models.checkpoint import base_of, count_parameters, locate
+from .models.optimizers import check_optimizer
+from .models.policy import Policy
+from .models.precision import choose_weights
+from .models.rendering import PINNED_DATE
+from .models.resident import ResidentPolicy, Source
+from .models.sharding import check_shardable
+from .multi_turn.environment import CheckedEnvironment
+from .objectives import Sppo
+from .pairing import PAIRINGS
+from .run.cache import StageCache
+from .run.fingerprint import changes, model_fingerprint
+from .run.lock import LOCK, RunLock, locked
+from .run.outputs import EVALUATION, HELD_OUT, INITIAL, iteration_folder
+from .run.tracking import Tracker, check_reporter, environment
+from .sampling.vllm.process import check_python
 
 MANY_PROMPTS = 2000  # rendering more takes seconds, and shows its progress
 RENDERED_AGAIN = 32  # prompts whose tokens are counted to find the longest

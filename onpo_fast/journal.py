@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import UserError, naming
-from ..files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, remove
+from .errors import UserError, naming
+from .files import MOST_LINES_BYTES, atomic_write_text, checksum, parse_json, read_regular, remove
 
 
 class Journal:

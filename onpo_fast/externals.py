@@ -6,17 +6,17 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import oracles
-from ..config import Config, JudgeConfig, ModelConfig, OracleConfig
-from ..data import Messages, read_prompts
-from ..files import checksum
-from ..multi_turn import environment as environments
-from ..multi_turn.conversation import PROBES
-from ..multi_turn.environment import CheckedEnvironment
-from .fingerprint import changes
+from . import oracles
+from .config import Config, JudgeConfig, ModelConfig, OracleConfig
+from .console import say
+from .data import Messages, read_prompts
+from .files import checksum
 from .journal import Journal
-from .outputs import HELD_OUT
-from .tracking import say
+from .multi_turn import environment as environments
+from .multi_turn.conversation import PROBES
+from .multi_turn.environment import CheckedEnvironment
+from .run.fingerprint import changes
+from .run.outputs import HELD_OUT
 
 
 def load_oracle(config: Config, directory: Path) -> oracles.Oracle:

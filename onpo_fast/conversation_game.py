@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import streams
-from ..comparisons import Comparisons, Mixture, weights_of
-from ..config import EnvironmentConfig
-from ..data import Group, Messages
-from ..language_game import LanguageGame
-from ..models.resident import Source
-from ..run.outputs import iteration_folder
-from ..run.progress import Progress
-from . import files
-from .conversation import Conversation
-from .replies import reply_to
-from .tree import Tree, comparisons, grow, labels
+from . import streams
+from .comparisons import Comparisons, Mixture, weights_of
+from .config import EnvironmentConfig
+from .console import Progress
+from .data import Group, Messages
+from .language_game import LanguageGame
+from .models.resident import Source
+from .multi_turn import files
+from .multi_turn.conversation import Conversation
+from .multi_turn.replies import reply_to
+from .multi_turn.tree import Tree, comparisons, grow, labels
+from .run.outputs import iteration_folder
 
 
 class ConversationGame(LanguageGame):

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 
 
 def device_of(name: str, option: str = "device") -> torch.device:
