@@ -254,6 +254,8 @@ class ModelOracle(BatchOracle):
                     difference = self._difference_by_padding(ask)
                 allowed = PADDING_TOLERANCE[torch.float32]
             except (UserError, RuntimeError, ValueError) as error:  # too little memory, or no kernels for float32
+                if isinstance(error, UserError) and error.__cause__ is None:  # the answers are at fault
+                    raise
                 say(
                     f"the {self.kind} {self.source} cannot be asked in float32, so that its padding is checked in its "
                     f"own precision ({one_line(str(error), 200)})"
