@@ -301,12 +301,12 @@ class Evaluator:
                 f"{PARTS}/{output}",
                 prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
-                lambda part, first: sampler(part, count, seed, done, first),
-                lambda file, part: read_groups(file, part, count),
-                write_groups,
-                lambda known: done(known * count),
-                "evaluate",
-                self.weights,
+                compute=lambda part, first: sampler(part, count, seed, done, first),
+                read=lambda file, part: read_groups(file, part, count),
+                write=write_groups,
+                on_known=lambda known: done(known * count),
+                stage="evaluate",
+                config_key=self.weights,
                 check=sampler.check if self.sampling.sampler != "local" else None,
             )
         self.cost.update(cost)
@@ -332,12 +332,12 @@ class Evaluator:
                     f"{PARTS}/logps_{index:02d}",
                     groups,
                     ResumableStage.judging_size(len(groups)),
-                    compute,
-                    read_scores,
-                    write_scores,
-                    done,
-                    "evaluate",
-                    self.weights,
+                    compute=compute,
+                    read=read_scores,
+                    write=write_scores,
+                    on_known=done,
+                    stage="evaluate",
+                    config_key=self.weights,
                 )
             turns = sum(len(group.responses) for group in groups) / (prompts * self.run_config.eval_samples)
             divergences.append(kl_estimate(groups, scores) * turns)
@@ -369,16 +369,16 @@ class Evaluator:
                 f"{PARTS}/preferences",
                 joined,
                 size,
-                lambda part, first: oracles.judge(
+                compute=lambda part, first: oracles.judge(
                     self.oracle, part, self.oracle_name, done, first, [pairs] * len(part)
                 ),
-                read_preferences,
-                write_preferences,
-                done,
-                "evaluate",
-                (self.weights, self.oracle_files),  # another oracle under the same name judges all of it
-                lambda: oracles.take_counters(self.oracle),
-                oracles.is_shared(self.oracle),
+                read=read_preferences,
+                write=write_preferences,
+                on_known=done,
+                stage="evaluate",
+                config_key=(self.weights, self.oracle_files),  # another oracle of the same name judges all of it
+                take_counters=lambda: oracles.take_counters(self.oracle),
+                shared=oracles.is_shared(self.oracle),
             )
         self.cost.update(cost)
         return matrices

@@ -340,10 +340,10 @@ class LanguageGame:
                 f"{iteration_folder(self.t)}/{name}.jsonl",
                 self.prompts() if prompts is None else prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
-                lambda part, first, done: sampler(part, count, seed, done, first, on_group),
-                lambda file: read_groups(file, vocabulary=run.vocabulary),  # with more iterations, prompts were others
-                lambda file, part: read_groups(file, part, count, run.vocabulary),
-                write_groups,
+                compute=lambda part, first, done: sampler(part, count, seed, done, first, on_group),
+                read=lambda file: read_groups(file, vocabulary=run.vocabulary),  # fewer iterations had other prompts
+                read_part=lambda file, part: read_groups(file, part, count, run.vocabulary),
+                write=write_groups,
                 stage="sample",
                 title=f"iteration {self.t}: sample",
                 ticks=count,
@@ -396,12 +396,12 @@ class LanguageGame:
             f"{iteration_folder(self.t)}/preferences{suffix}.jsonl",
             groups,
             ResumableStage.judging_size(len(groups), oracles.computes_elsewhere(run.oracle)),
-            lambda part, first, done: oracles.judge(
+            compute=lambda part, first, done: oracles.judge(
                 run.oracle, part, run.oracle_name, done, first, pairs and pairs[first : first + len(part)]
             ),
-            lambda file: read_preferences(file, groups),
-            read_preferences,
-            write_preferences,
+            read=lambda file: read_preferences(file, groups),
+            read_part=read_preferences,
+            write=write_preferences,
             stage="judge",
             title=f"iteration {self.t}: judge",
             prepare=run.make_room_for_oracle,

@@ -61,12 +61,12 @@ def converse(
             f"{output}_replies_{turn}",
             conversations,
             files.REPLIES_AT_A_TIME,
-            compute,
-            lambda file, part: files.read_replies(file, len(part)),
-            files.write_replies,
-            lambda known: None,
-            "evaluate",
-            config_key,
+            compute=compute,
+            read=lambda file, part: files.read_replies(file, len(part)),
+            write=files.write_replies,
+            on_known=lambda known: None,
+            stage="evaluate",
+            config_key=config_key,
             shared=False,
         )
         cost.update(spent)
