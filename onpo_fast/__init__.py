@@ -18,6 +18,12 @@ if (
     and sys.path[0] == os.path.abspath(os.curdir)
 ):
     del sys.path[0]
+# Ctrl-C while a command imports its modules ends it as it would another program; ``errors.command`` takes over.
+if _is_module or _is_script:
+    import signal  # not before the path is safe
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 # matplotlib reads a matplotlibrc in the current folder when it is imported: it is imported from another folder.
 if (_is_module or _is_script) and os.path.lexists("matplotlibrc"):
     _here = os.open(".", os.O_RDONLY)

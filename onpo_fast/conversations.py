@@ -86,8 +86,10 @@ def read_conversation(record: Mapping[str, Any], column: str, where: str) -> Pro
     """
     value = record[column]
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         raise UserError(f'{where}: "{column}" must be a string or a list of messages')
+    if not messages:
+        raise UserError(f'{where}: "{column}" has no message')
     check_names(record, column, where)
     for message in messages:
         if not isinstance(message, dict) or message.get("role") is None:

@@ -158,8 +158,8 @@ def split_prompts(
     count = max(1, round(eval_fraction * len(train)))
     if count >= len(train):
         raise UserError(
-            f"{prompts} has {len(train)} different prompts: holding out {count} leaves none to train on; "
-            "add prompts, lower --eval_fraction or give --eval_prompts"
+            f"{prompts} has {len(train)} different prompt{'s' * (len(train) != 1)}: holding out {count} leaves none to "
+            f"train on; add prompts{', lower --eval_fraction' * (count > 1)} or give --eval_prompts"
         )
     return train[count:], train[:count]
 

@@ -7,7 +7,9 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +128,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # see onpo_fast/__init__.py
         try:
             if any("\0" in argument for argument in argv):
                 raise UserError("an argument holds a NUL character, which no file or option name can have")

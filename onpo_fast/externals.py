@@ -47,7 +47,10 @@ def check_oracle(directory: Path, config: Config) -> tuple[oracles.Oracle, dict[
     """
     oracle = load_oracle(config, directory)
     now = oracles.fingerprint(oracle, config.oracle, functools.cache(checksum))
-    if changed := changes(Journal(directory).note("oracle") or now, now):
+    began = (Journal(directory).note("options") or {}).get("oracle", config.oracle)
+    if began != config.oracle:
+        say(f"{directory} was judged by --oracle {began}. The evaluation is under --oracle {config.oracle}")
+    elif changed := changes(Journal(directory).note("oracle") or now, now):
         say(
             f"{oracles.title(config.section(OracleConfig))} is not what {directory} began with: {', '.join(changed)} "
             "changed. The evaluation is under the oracle as it is now"

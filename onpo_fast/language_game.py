@@ -131,9 +131,9 @@ class LanguageGame:
             if "loss" in note
         )
         divergences = "".join(
-            f", KL to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
+            f", KL of π_{self.t} to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
             for about, value in (("π_1", metrics["kl_to_initial"]), ("the anchor", metrics["kl_to_anchor"]))
-            if value is not None
+            if value is not None and self.t > 1  # all are π_1 before
         )
         say(
             f"iteration {self.t}: {losses} (normalised){divergences}, "

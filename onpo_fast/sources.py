@@ -109,6 +109,8 @@ def _line(line: bytes, where: str) -> object:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 ({error.reason})")
+    except json.JSONDecodeError as error:
+        return UserError(f"{where}: not JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         return UserError(f"{where}: not JSON ({error})")
 

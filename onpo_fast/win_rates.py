@@ -17,9 +17,10 @@ def restricted_gap(win_rate: np.ndarray) -> np.ndarray:
 def summary(result: dict) -> str:
     """One sentence: the last policy against the first."""
     rate, (low, high) = result["win_rate"][-1][0], result["interval"][-1][0]
+    prompts = f"{result['prompts']} held-out prompt" + "s" * (result["prompts"] != 1)
     return (
-        f"{result['policies'][-1]} wins against π_1 in {rate:.1%} of comparisons on {result['prompts']} held-out "
-        f"prompts under the oracle {result['oracle']} ({CONFIDENCE:.0%} interval {low:.1%} to {high:.1%})"
+        f"{result['policies'][-1]} wins against π_1 in {rate:.1%} of comparisons on {prompts} under the oracle "
+        f"{result['oracle']} ({CONFIDENCE:.0%} interval {low:.1%} to {high:.1%})"
     )
 
 

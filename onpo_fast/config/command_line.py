@@ -35,6 +35,7 @@ from .messages import (
     explain_tags,
     with_written_names,
 )
+from .oracle_sections import OPTIONS_OF_ORACLES, oracles_of_option
 from .sampling_section import options_of_other_samplers
 from .sections import SECTIONS
 from .trust import KEY_VARIABLES, TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
@@ -131,6 +132,7 @@ def parse_with_sources(argv: list[str], defaults: Mapping[str, Any] | None = Non
             if places.get(name, ()) is not None:
                 values[name] = default
                 places.pop(name, None)
+    _check_options_of_oracles(values, places, "oracle" in given)
     layers = [defaults or {}, *(yaml.safe_load(read[file].text) for file in files.config), given]
     try:
         config = Config(**fold_variants(values, layers))
@@ -140,6 +142,24 @@ def parse_with_sources(argv: list[str], defaults: Mapping[str, Any] | None = Non
         config.out = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     sources = {name: place and place[:2] for name, place in places.items()}
     return Parsed(config, sources, switches["trust_run"], switches["print_config"])
+
+
+def _check_options_of_oracles(values: Mapping[str, Any], places: Mapping[str, Place | None], chosen: bool) -> None:
+    """Refuses options of another oracle than the one that judges, as where --oracle was forgotten.
+
+    Args:
+        chosen: whether --oracle is a flag: options of oracles that a file names are for the file's then.
+    """
+    for name in OPTIONS_OF_ORACLES:
+        place = places.get(name, ())
+        if place == () or values[name] is None or (chosen and place is not None):
+            continue
+        if wanted := oracles_of_option(name, values["oracle"]):
+            where = f"{place[0]}, line {place[1]}: {place[2]}" if place else f"--{name}"
+            raise UserError(
+                f"{where} is for --oracle {' or '.join(wanted)}, and the oracle is {values['oracle']}: give "
+                f"--oracle {wanted[0]}, or leave {name} out"
+            )
 
 
 def _places(file: str, options: OptionsFile) -> dict[str, Place]:

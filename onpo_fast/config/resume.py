@@ -61,8 +61,13 @@ def parse_run(argv: list[str]) -> tuple[Config, bool]:
     changed = _changes(before or {}, parsed.config)
     if changed and not known.force:
         raise UserError(
-            f"{directory} began with other options: {', '.join(changed)}. Leave them out ({CONFIG_FILE} there may have "
-            "them), or add --force: what is finished stays as it is, and the rest uses the new values"
+            f"{directory} began with other options: {', '.join(changed)}. "
+            + (
+                f"Leave them out ({CONFIG_FILE} there may have them), or add --force: what is finished stays as it is, "
+                "and the rest uses the new values"
+                if any(directory.glob("iteration_*"))
+                else "Nothing is finished there: add --force, and the run begins with the new ones"
+            )
         )
     return print_if_asked(parsed), True
 
@@ -106,7 +111,8 @@ def _check_complete(file: Path, options: Mapping[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"{error}: remove it, and --resume writes it again") from None
     if missing := [name for name in options if name not in there]:
-        raise UserError(f"{file} lacks {', '.join(missing)}: remove it, and --resume writes it again")
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"{file} lacks {some}: remove it, and --resume writes it again")
 
 
 def _options_in_journal(directory: Path) -> dict[str, Any] | None:

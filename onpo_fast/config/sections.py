@@ -117,7 +117,7 @@ class DataConfig:
     prompts: str | None = None
     """Training prompts: a file (JSON lines, a JSON list or parquet), a directory written by datasets.save_to_disk, or a
     Hugging Face dataset id. A directory or id may name a split, as in "org/name:test"; otherwise it is "train".
-    Default: the bundled prompts."""
+    Equal prompts count once. Default: the bundled prompts."""
     prompt_column: str = "prompt"
     """Column that holds the prompt: a string, or a list of {"role", "content"} messages. A final assistant message is
     dropped, since the policy is to write it. A column "tools" may hold the functions that the model may call, in the

@@ -185,6 +185,7 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int) 
     how = "with" if settings.gradient_checkpointing else "without"
     console.print(f"{config.model} on {where}, {best.tokens} tokens a micro-batch, {how} gradient checkpointing; GiB")
     console.print(*table(planner, plans, sampled), sep="\n")
+    console.print("the first row has these options; parts of a step are those when it takes the most")
     console.print(
         f"sampling: {config.sampling_batch_size} responses of {config.max_new_tokens} tokens at once. fits: at most "
         f"{planner.usable / GIB:.1f} GiB" + (", which leaves room for CUDA and fragmentation" if gpus else "")
@@ -197,10 +198,10 @@ def report(config: Config, gpus: int, memory: float | None, prompt_tokens: int) 
     for plan, size in zip(plans, sampled):
         if verdict(planner, plan, size) == SAMPLING:
             batch = (planner.usable - sampling_weights(plan)) // max(response, 1)  # 0 if unknown
-            how = f"fits with --sampling_batch_size {batch}"
+            how = f"with --sampling_batch_size {batch}"
             if batch < 1:
-                how = "samples with no --sampling_batch_size: that takes the whole model on each device"
-            console.print(f"{_name(plan.settings)} {how}")
+                how = "with no --sampling_batch_size: each device has the whole model then"
+            console.print(f"{_name(plan.settings)}: sampling fits {how}")
     if not planner.loads(plans[0]):
         console.print("no settings change what loading takes: take a smaller model or a larger device")
     elif plans[0].total > planner.usable:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -179,11 +181,18 @@ def call_oracle(title: str, function: Callable[..., object], *arguments: object)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{title}: it raised {type(error).__name__}: {error}") from error
+        raise UserError(f"{title}: it raised {type(error).__name__}: {error}{_line_of(error, function)}") from error
     if inspect.iscoroutine(answer):
         answer.close()  # or Python would warn that it was never awaited
         raise UserError(f"{title}: {ASYNC}")
     return answer
+
+
+def _line_of(error: BaseException, function: Callable[..., object]) -> str:
+    """Returns " (FILE, line N)", the last line of the file of the user's function that the error came through."""
+    file = getattr(inspect.unwrap(function), "__code__", None) and inspect.unwrap(function).__code__.co_filename
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if lines else ""
 
 
 def checked(answer: object, responses: int, where: str, pairs: IndexPairs | None = None) -> np.ndarray:
@@ -208,7 +217,10 @@ def checked(answer: object, responses: int, where: str, pairs: IndexPairs | None
         if is_tensor:
             answer = answer.detach().double().cpu().to_dense().numpy()
         matrix = np.array(answer, dtype=np.float64)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except ValueError as error:
+        reason = "its rows have different lengths" if "inhomogeneous" in str(error) else error
+        raise UserError(f"{where}: not a matrix of numbers ({reason})") from None
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"{where}: not a matrix of numbers ({error})") from None
     if matrix.shape != (responses, responses):
         raise UserError(f"{where}: expected a {responses}×{responses} matrix, got shape {matrix.shape}")

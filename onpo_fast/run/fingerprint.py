@@ -13,6 +13,8 @@ from ..models.checkpoint import base_of, locate, weight_files
 
 INSTALLED = ("site-packages", "dist-packages")  # folders of installed packages
 NO_ORACLES = (*sys.stdlib_module_names, "onpo_fast")  # modules that are not part of a fingerprint
+STARTED = ("__main__", "__mp_main__")  # names of the program that was started; multiprocessing has the second
+PACKAGE = Path(__file__).resolve().parents[1]
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -92,7 +94,9 @@ def _imported_from(folder: Path, files: set[Path]) -> set[Path]:
             found |= new
             unread += new
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in ("__main__", *NO_ORACLES) and (path := _file(module)):
+        if name.partition(".")[0] not in (*STARTED, *NO_ORACLES) and (path := _file(module)):
+            if PACKAGE in path.resolve().parents:  # imported under another name
+                continue
             above = name.count(".") + (path.name == "__init__.py")  # folders between it and where Python looked for it
             looked_in = path.parents[above] if above < len(path.parents) else path
             if folder in (looked_in, looked_in.parent) and looked_in.name not in INSTALLED:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
 
+from ..console import say_once
 from ..errors import UserError
 from .endpoint import Endpoint, authorization_headers, proxies_in_environment
 from .failures import (
@@ -29,6 +30,7 @@ from .replies import Reply, bound_replies, read_reply
 from .retries import wait_before_retry
 from .workers import Workers
 
+TOLD_AFTER = 3  # failed tries of a request, after which a terminal is told that it is tried again
 COUNTERS = ("requests", "failures", "prompt_tokens", "completion_tokens")
 
 Value = TypeVar("Value")
@@ -151,6 +153,7 @@ class Connection:
                 retry=tenacity.retry_if_exception(
                     lambda error: may_be_temporary(error, openai) and not self.workers.halted
                 ),
+                before_sleep=lambda state: self._tell_of_retries(state, body),
                 sleep=self.workers.sleep,
                 reraise=True,
             ):
@@ -164,6 +167,13 @@ class Connection:
                 raise RequestRefused(f"{self.endpoint} refused the request: {cause}") from None
             raise ServerUnavailable(f"{self.endpoint} is down: {tries} tries failed, the last with {cause}") from None
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def _tell_of_retries(self, state: Any, body: dict[str, Any]) -> None:
+        """Says once that a server does not answer, so that the minutes of all tries do not pass in silence."""
+        if state.attempt_number == TOLD_AFTER:
+            cause = describe_error(state.outcome.exception(), self.endpoint, body)
+            tries = f"{self.endpoint.retries + 1} times in all, after longer and longer waits"
+            say_once((self.endpoint, "retries"), f"{self.endpoint} does not answer ({cause}): it is tried {tries}")
 
     async def send(self, body: dict[str, Any]) -> tuple[Reply, bool]:
         """Tries a request for a chat completion once, and without log-probs if the server refuses them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def test_tensors_of_any_precision(dtype: torch.dtype) -> None:
         ("return [[0.5, 1.2], [-0.2, 0.5]]", r"P\(0 ≻ 1\) is 1.2, not a probability"),
         ("return [[0.5, 0.9], [0.9, 0.5]]", r"P\(0 ≻ 1\) \+ P\(1 ≻ 0\) is 1.8, not 1"),
         ("return 'yes'", "not a matrix of numbers"),
-        ("raise KeyError('boom')", "it raised KeyError"),
+        ("return [[0.5, 0.9], [0.9]]", "not a matrix of numbers .its rows have different lengths"),
+        ("raise KeyError('boom')", r"it raised KeyError: 'boom' \(.*\.py, line 2\)"),
+        ("return __import__('json').loads('x')", r"it raised JSONDecodeError: .* \(.*\.py, line 2\)"),
     ],
 )
 def test_bad_answers_name_the_oracle_and_the_prompt(oracle_module, body: str, message: str) -> None:
@@ -413,6 +416,19 @@ def test_a_function_from_another_module_is_known_by_both(oracle_module, tmp_path
     assert known("openings") == known("population") == known("operator:add") == []
     (first, _) = known("population + 2*tasteful:partial")
     assert first == "tasteful/__init__.py of member 2, tasteful:partial"
+
+
+def test_the_program_that_was_started_is_no_part_of_it(monkeypatch) -> None:
+    """Which may be the package's own, under the name that multiprocessing gives it, and an oracle in a checkout."""
+    name = "experiments.cyclic_lm.turns:last_turn"
+    module = types.ModuleType("__mp_main__")
+    module.__file__ = train.__file__
+    before = oracles.fingerprint(oracles.load(name), name, lambda path: path.name)
+    monkeypatch.setitem(sys.modules, "__mp_main__", module)
+    assert oracles.fingerprint(oracles.load(name), name, lambda path: path.name) == before
+    module.__name__ = "run_it"  # as a script's own name for it
+    monkeypatch.setitem(sys.modules, "run_it", module)
+    assert oracles.fingerprint(oracles.load(name), name, lambda path: path.name) == before
 
 
 def test_what_a_function_imports_is_part_of_it(oracle_module, tmp_path) -> None:

@@ -645,7 +645,8 @@ def test_the_runs_own_file_gives_nothing(here: Path, file: str) -> None:
 
 def test_a_file_names_no_other_secret(here: Path, capsys) -> None:
     """A configuration is often another's; the command line is the user's."""
-    (here / "theirs.yaml").write_text("judge_url: http://localhost:1/v1\njudge_key_variable: AWS_SECRET_ACCESS_KEY\n")
+    lines = "judge_url: http://localhost:1/v1\njudge_key_variable: AWS_SECRET_ACCESS_KEY\noracle: judge\n"
+    (here / "theirs.yaml").write_text(lines)
     said = one_line(train.main, ["--config", "theirs.yaml", "--out", "out"], capsys)
     assert said.startswith("theirs.yaml, line 2: judge_key_variable must end in _API_KEY or _TOKEN. Give anot")
     assert "AWS" not in said
@@ -747,6 +748,9 @@ def test_what_may_be_a_key_is_not_said_back(here: Path, capsys) -> None:
     (here / "run").mkdir()
     Journal(here / "run").begin({"options": options})
     said = one_line(train.main, ["--resume", "--out", "run", "--judge_key_variable", "sk_secret"], capsys)
+    assert said.startswith("run began with other options: --judge_key_variable. Nothing is finished there: add --force")
+    (here / "run" / "iteration_01").mkdir()
+    said = one_line(train.main, ["--resume", "--out", "run", "--judge_key_variable", "sk_secret"], capsys)
     assert said.startswith("run began with other options: --judge_key_variable. Leave")
 
 
@@ -840,7 +844,8 @@ def test_an_evaluation_takes_all_that_says_whom_to_ask(here: Path, monkeypatch) 
     strangers_run(here, oracle="judge", judge_url="http://x/v1")
     read_by: list[Config] = []
     monkeypatch.setattr(evaluate, "check_oracle", lambda directory, config: (read_by.append(config), 1 / 0))
-    line = "run --judge_url http://y/v1 --judge_model m --judge_max_tokens 9 --judge_retries 2 --oracle_model o"
+    line = "run --judge_url http://y/v1 --judge_model m --judge_max_tokens 9 --judge_retries 2 --oracle_model o "
+    line += "--oracle judge+pair-model"
     with pytest.raises(ZeroDivisionError):
         evaluate.main([*line.split(), '--judge_request={"a": 1}', "--judge_timeout=2.5"])
     (config,) = read_by

@@ -500,3 +500,24 @@ def test_a_journal_with_other_values_is_named(tmp_path: Path, options: dict) -> 
     Journal(tmp_path / "run").begin({"options": json.loads(json.dumps(options))})
     with pytest.raises(UserError, match=next(iter(options))):
         parse_run(["--resume", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--judge_url", "http://localhost/v1"], "--judge_url is for --oracle judge, and the oracle is population"),
+        (["--oracle=openings", "--judge_model=m"], "--judge_model is for --oracle judge, and the oracle is openings"),
+        (["--oracle_model", "a/b"], "--oracle_model is for --oracle pair-model or reward-model"),
+        (["--oracle=0.5*judge+0.5*openings", "--oracle_model=a/b"], "--oracle_model is for --oracle pair-model"),
+    ],
+)
+def test_options_of_another_oracle_are_refused(given: list[str], message: str, tmp_path) -> None:
+    """A forgotten --oracle does not train under the default one. Flags may choose another than a file's."""
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(given)
+    file = tmp_path / "run.yaml"
+    file.write_text("judge_url: http://localhost/v1\njudge_model: m\n")
+    with pytest.raises(UserError, match=rf"{file}, line 1: judge_url is for --oracle judge"):
+        parse(["--config", str(file)])
+    assert parse(["--config", str(file), "--oracle", "openings"]).oracle == "openings"
+    assert parse(["--config", str(file), "--oracle", "0.5*judge+0.5*openings"]).judge_model == "m"

@@ -53,7 +53,7 @@ def test_strings_and_conversations(write_lines) -> None:
         ('["x"]', 'line 2: expected an object with a "prompt"'),
         ('{"text": "x"}', 'line 2: expected an object with a "prompt"'),
         ('{"prompt": 3}', "line 2: .* must be a string or a list"),
-        ('{"prompt": []}', "line 2: .* must be a string or a list"),
+        ('{"prompt": []}', "line 2: .* has no message"),
         ('{"prompt": "  "}', "line 2: a message is empty"),
         (r'{"prompt": "\ud83d"}', "line 2: a message holds half of a surrogate pair"),
         ('{"prompt": [{"role": "user"}]}', 'line 2: each message needs a "role" and a "content"'),

@@ -325,7 +325,7 @@ def test_sampling_that_does_not_fit_is_said(tiny_model, capsys) -> None:
     out = capsys.readouterr().out
     assert out.splitlines()[1].endswith("fits")
     assert "no (sampling)" in out
-    fewer = re.search(r"fits with --sampling_batch_size (\d+)", out)[1]
+    fewer = re.search(r"sampling fits with --sampling_batch_size (\d+)", out)[1]
     main([*line, "--sampling_batch_size", fewer])
     assert next(iter(rows(capsys).values())) == "yes"
 

@@ -7,7 +7,9 @@ import importlib
 import importlib.metadata
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from experiments.cyclic_lm.jobs import Job
 from experiments.cyclic_lm.recipe import ETA, LAST_TURN
 from onpo_fast import files, oracles
 from onpo_fast.config import Config, parse, read_run
-from onpo_fast.errors import UserError
+from onpo_fast.errors import UserError, command
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "onpo_fast" / "kernels"
@@ -200,11 +202,35 @@ def test_the_snippets_of_the_readme() -> None:
         ("mine.py", {}, None),  # the package imported by somebody's program
     ],
 )
-def test_threads_of_a_command_spin_less(program: str, environment: dict, spins: str | None, monkeypatch) -> None:
+def test_threads_of_a_command_spin_less(
+    program: str, environment: dict, spins: str | None, monkeypatch, own_interrupt: None
+) -> None:
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(os, "environ", environment)
     importlib.reload(onpo_fast)
     assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.fixture
+def own_interrupt() -> Iterator[None]:
+    """The handler of Ctrl-C is that of before, after the test."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, own_interrupt: None) -> None:
+    """It ends the program without a traceback of half an import; then the command says how it ends."""
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    importlib.reload(onpo_fast)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(sys, "argv", ["onpo-fast"])
+    importlib.reload(onpo_fast)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    seen = []
+    command(lambda argv: seen.append(signal.getsignal(signal.SIGINT)))([])
+    assert seen == [signal.default_int_handler]
 
 
 def test_version() -> None:
