@@ -31,6 +31,7 @@ from .messages import (
     TAG_ERRORS,
     check_flags,
     check_flags_have_values,
+    check_numbers_of_flags,
     explain,
     explain_tags,
     with_written_names,
@@ -109,6 +110,7 @@ def parse_with_sources(argv: list[str], defaults: Mapping[str, Any] | None = Non
     check_flags(flags, parser._option_string_actions)
     read = {file: read_options(file, hints) for file in files.config}
     flags = _complete_switches(flags, [name for name, hint in hints.items() if hint is bool])
+    check_numbers_of_flags(flags, hints)
     check_flags_have_values(flags, {name: " ".join(about.split()) for name, about in _documented().items()})
     try:  # each file was read once: what is parsed is what was checked
         texts = [f"--config={read[file].text}\n" for file in files.config]

@@ -69,6 +69,33 @@ def check_flags_have_values(argv: Sequence[str], about: Mapping[str, str]) -> No
             raise UserError(f"{argument} needs a value: {about[name]}")
 
 
+# what YAML 1.1 reads otherwise than people: 010 as 8, 1_0 as 10, 1:30 as 90
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-9xXoObB_].*|[0-9][0-9_]*[_:][0-9_:.]*)")
+
+
+def check_number(where: str, value: str, hint: object) -> None:
+    """Raises ``UserError`` if the value of an option that is a number is not written as people read it.
+
+    Args:
+        where: the option, with its file and line or as a flag.
+        hint: its type.
+    """
+    if {int, float} & {hint, *get_args(hint)} and _ODD_NUMBER.fullmatch(value):
+        raise UserError(f"{where} must be {type_in_words(hint)} in plain decimal digits, not {value}")
+
+
+def check_numbers_of_flags(argv: Sequence[str], hints: Mapping[str, object]) -> None:
+    """Does what ``check_number`` does for all flags.
+
+    Args:
+        hints: the type of every option.
+    """
+    for argument, following in pairwise([*argv, "--"]):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            check_number(flag, value if equals else following, hints.get(flag[2:]))
+
+
 def with_written_names(
     message: str, written: Mapping[str, str], sources: Mapping[str, tuple[str, int, str] | None]
 ) -> str:

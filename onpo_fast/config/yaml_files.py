@@ -16,7 +16,7 @@ import yaml
 from ..errors import UserError, nearest
 from ..files import read_regular
 from .aliases import OTHER_VALUES, VARIANTS, canonical_name, instead_of
-from .messages import TAG_ERRORS, type_in_words
+from .messages import TAG_ERRORS, check_number, type_in_words
 from .sections import SECTIONS
 
 LARGEST_YAML = 2**18  # bytes; the config.yaml of a run has about 2000
@@ -99,6 +99,7 @@ def read_options(path: str, hints: Mapping[str, object]) -> OptionsFile:
         if value.tag == "tag:yaml.org,2002:null" and NoneType not in get_args(hints[name]):
             raise UserError(f"{path}, line {line}: {key.value} must be {type_in_words(hints[name])}, not null")
         if isinstance(value, yaml.ScalarNode):
+            check_number(f"{path}, line {line}: {key.value}", value.value, hints[name])
             value.value = OTHER_VALUES.get(name, {}).get(value.value, value.value)
         if key.value != name:
             written[name] = str(key.value)

@@ -190,9 +190,12 @@ def call_oracle(title: str, function: Callable[..., object], *arguments: object)
 
 def _line_of(error: BaseException, function: Callable[..., object]) -> str:
     """Returns " (FILE, line N)", the last line of the file of the user's function that the error came through."""
-    file = getattr(inspect.unwrap(function), "__code__", None) and inspect.unwrap(function).__code__.co_filename
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == code.co_filename]
+    return f" ({Path(code.co_filename).name}, line {lines[-1]})" if lines else ""
 
 
 def checked(answer: object, responses: int, where: str, pairs: IndexPairs | None = None) -> np.ndarray:

@@ -521,3 +521,16 @@ def test_options_of_another_oracle_are_refused(given: list[str], message: str, t
         parse(["--config", str(file)])
     assert parse(["--config", str(file), "--oracle", "openings"]).oracle == "openings"
     assert parse(["--config", str(file), "--oracle", "0.5*judge+0.5*openings"]).judge_model == "m"
+
+
+@pytest.mark.parametrize("value", ["010", "4_0", "0x10", "1:30", "-01"])
+@pytest.mark.parametrize(("name", "what"), [("seed", "a whole number"), ("eta", "a number")])
+def test_numbers_are_what_people_read(name: str, what: str, value: str, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {value}\n")
+    for given in ([f"--{name}={value}"], [f"--{name}", value], ["--config", str(file)]):
+        with pytest.raises(UserError, match=rf"{name} must be {what}.* in plain decimal digits, not {value}"):
+            parse(given)
+    file.write_text("judge_prompt: 010.txt\nlearning_rate: 0.5e-3\nseed: 0\n")
+    config = parse(["--config", str(file), "--eta=1e1", "--judge_timeout", "0.5"])
+    assert (config.learning_rate, config.eta, config.judge_timeout, config.judge_prompt) == (5e-4, 10, 0.5, "010.txt")
