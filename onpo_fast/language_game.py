@@ -133,7 +133,7 @@ class LanguageGame:
         divergences = "".join(
             f", KL of π_{self.t} to {about} {round(value, 2) + 0:.2f} nats"  # + 0 makes 0 of -0
             for about, value in (("π_1", metrics["kl_to_initial"]), ("the anchor", metrics["kl_to_anchor"]))
-            if value is not None and self.t > 1  # all are π_1 before
+            if value is not None and self.t > 1  # in iteration 1 all of them are π_1
         )
         say(
             f"iteration {self.t}: {losses} (normalised){divergences}, "
@@ -341,7 +341,7 @@ class LanguageGame:
                 self.prompts() if prompts is None else prompts,
                 ResumableStage.sampling_size(self.sampling.responses_at_a_time, count),
                 compute=lambda part, first, done: sampler(part, count, seed, done, first, on_group),
-                read=lambda file: read_groups(file, vocabulary=run.vocabulary),  # fewer iterations had other prompts
+                read=lambda file: read_groups(file, vocabulary=run.vocabulary),  # more --iterations change prompts
                 read_part=lambda file, part: read_groups(file, part, count, run.vocabulary),
                 write=write_groups,
                 stage="sample",
