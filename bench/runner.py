@@ -141,7 +141,7 @@ class Process:
         budget = max(left - CLOSING, 0.7 * left)
         extra = ["--resume"] if self.restarts else []
         self.arguments = [
-            part.replace("{out}", str(self.folder)).replace("{budget}", f"{budget:.0f}")
+            part.replace("{out}", str(self.folder)).replace("{budget}", f"{max(budget, 1):.0f}")
             for part in self.command + extra
         ]
         self.log(f"\n$ {' '.join(self.arguments)}\n")

@@ -15,7 +15,7 @@ TESTS = """
 import time
 from pathlib import Path
 
-from onpo_fast.run import signals
+from onpo_fast import signals
 
 def test_that_trains():
     signals.listen()

@@ -744,7 +744,7 @@ def test_a_sweep_resumes_without_results(tmp_path: Path, monkeypatch: pytest.Mon
             str(tmp_path),
             "--resume",
             "--budget",
-            "0",
+            "1e-9",
             "--lines",
             "light, 3 GiB",
             "--block",

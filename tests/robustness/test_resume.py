@@ -567,13 +567,13 @@ def test_a_lock_that_is_removed_stops_the_run(whole: Whole, tmp_path, monkeypatc
     out = tmp_path / "run"
     begun, fit = [], fitting.fit
 
-    def fit_without_lock(*arguments) -> object:
+    def fit_without_lock(*arguments, **options) -> object:
         if not begun:
             (out / ".lock").unlink()
             begun.append(run_lock.locked(out))  # it gets it
-        return fit(*arguments)
+        return fit(*arguments, **options)
 
-    monkeypatch.setattr(fitting, "fit", fit_without_lock)
+    monkeypatch.setattr("onpo_fast.language_game.fit", fit_without_lock)
     config = replace(whole.config, out=str(out))
     with pytest.raises(UserError, match=r"\.lock was removed while this process was at work"):
         module.train(config)
