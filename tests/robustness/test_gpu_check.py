@@ -748,7 +748,7 @@ def test_a_sweep_resumes_without_results(tmp_path: Path, monkeypatch: pytest.Mon
             "--lines",
             "light, 3 GiB",
             "--block",
-            "0",
+            "0.05",
         ]
     )
     assert sweep.main(options) == 0
