@@ -36,7 +36,8 @@ from .messages import (
     explain_tags,
     with_written_names,
 )
-from .oracle_sections import OPTIONS_OF_ORACLES, oracles_of_option
+from .oracle_names import terms
+from .oracle_sections import OPTIONS_OF_ORACLES
 from .sampling_section import options_of_other_samplers
 from .sections import SECTIONS
 from .trust import KEY_VARIABLES, TRUST_NOTE, TRUST_RUN_HELP, check_key_variable
@@ -152,11 +153,12 @@ def _check_options_of_oracles(values: Mapping[str, Any], places: Mapping[str, Pl
     Args:
         chosen: whether --oracle is a flag: options of oracles that a file names are for the file's then.
     """
-    for name in OPTIONS_OF_ORACLES:
+    members = {member.partition("=")[0] for _, member in terms(values["oracle"])}
+    for name, wanted in OPTIONS_OF_ORACLES.items():
         place = places.get(name, ())
         if place == () or values[name] is None or (chosen and place is not None):
             continue
-        if wanted := oracles_of_option(name, values["oracle"]):
+        if not members & set(wanted):
             where = f"{place[0]}, line {place[1]}: {place[2]}" if place else f"--{name}"
             raise UserError(
                 f"{where} is for --oracle {' or '.join(wanted)}, and the oracle is {values['oracle']}: give "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .oracle_names import terms
 from .values import check_at_least, check_key_name, check_object, check_positive, check_values
 
 OPTIONS_OF_ORACLES = {  # options that say that these oracles are to judge
@@ -88,10 +87,3 @@ class JudgeConfig:
         check_positive(self, "judge_timeout")
         if not 0 <= self.judge_max_invalid_rate <= 1:
             raise UserError(f"--judge_max_invalid_rate must be in [0, 1], not {self.judge_max_invalid_rate}")
-
-
-def oracles_of_option(name: str, oracle: str) -> tuple[str, ...]:
-    """Returns the oracles that an option is for, if the value of --oracle has none of them; else ()."""
-    wanted = OPTIONS_OF_ORACLES.get(name, ())
-    members = {member.partition("=")[0] for _, member in terms(oracle)}
-    return () if members & set(wanted) else wanted
